@@ -1,0 +1,62 @@
+"""Quantize any diffusion model after training, and put the lost quality back at the sampler.
+
+Three nouns: a Recipe (how many bits, where), NoiseStats (what quantization did to every step), a Correction (what the
+sampler does about it).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptqd.correction.ptqd import Correction
+    from ptqd.correction.scheduler import correct
+    from ptqd.errors import InputError, MismatchError, PtqdError
+    from ptqd.loading import load
+    from ptqd.noise import NoiseStats, measure
+    from ptqd.pipelines.latent_class import LatentClassPipeline
+    from ptqd.quantization import quantize
+    from ptqd.recipe import Quantizer, Recipe, Rule
+    from ptqd.sampling import Sampling, sample
+
+_HOMES = {
+    "Correction": "ptqd.correction.ptqd",
+    "InputError": "ptqd.errors",
+    "LatentClassPipeline": "ptqd.pipelines.latent_class",
+    "MismatchError": "ptqd.errors",
+    "NoiseStats": "ptqd.noise",
+    "PtqdError": "ptqd.errors",
+    "Quantizer": "ptqd.recipe",
+    "Recipe": "ptqd.recipe",
+    "Rule": "ptqd.recipe",
+    "Sampling": "ptqd.sampling",
+    "correct": "ptqd.correction.scheduler",
+    "load": "ptqd.loading",
+    "measure": "ptqd.noise",
+    "quantize": "ptqd.quantization",
+    "sample": "ptqd.sampling",
+}
+
+__all__ = [
+    "Correction",
+    "InputError",
+    "LatentClassPipeline",
+    "MismatchError",
+    "NoiseStats",
+    "PtqdError",
+    "Quantizer",
+    "Recipe",
+    "Rule",
+    "Sampling",
+    "correct",
+    "load",
+    "measure",
+    "quantize",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``ptqd --help`` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptqd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

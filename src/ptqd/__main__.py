@@ -1,0 +1,7 @@
+"""``python -m ptqd``."""
+
+import sys
+
+from ptqd.cli import main
+
+sys.exit(main())

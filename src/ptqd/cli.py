@@ -1,0 +1,311 @@
+"""The command line: verbs only. torch is imported when a verb runs, so that ``--help`` is quick."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptqd.errors import InputError, PtqdError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ptqd.experiment import Judge
+    from ptqd.sampling import Sampling
+
+MODEL_HELP = "fashion-ldm, a diffusers pipeline's folder, or a hub id"
+
+
+def _cmd_quantize(args: argparse.Namespace) -> None:
+    """Quantize a pipeline's denoiser and save the pipeline as a diffusers folder of packed integer codes."""
+    from ptqd.files import replacing
+    from ptqd.quantization import coverage_of, quantize
+    from ptqd.recipe import Recipe
+
+    recipe = Recipe.parse(args.recipe)
+    pipe = _pipeline(args, args.model)
+    quantized = quantize(pipe, recipe, _sampling(args, pipe), progress=True)
+    with replacing(args.out) as temporary:
+        quantized.save_pretrained(temporary)
+    matched = coverage_of(quantized)
+    print(f"{args.out}: {len(matched.quantized)} layers and attention products quantized", end="")
+    print("".join(f"\n  in full precision: {name} ({reason})" for name, reason in matched.skipped))
+
+
+def _cmd_measure(args: argparse.Namespace) -> None:
+    """Measure, step by step, what quantization did to a pipeline's denoiser."""
+    from ptqd.noise import measure
+
+    pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
+    stats = measure(pipe, quantized, _sampling(args, pipe), progress=True)
+    stats.save(args.out)
+    fit = stats.fit()
+    print(f"{args.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
+    for i, t in enumerate(stats.timesteps.tolist()):
+        print(
+            f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"
+            f"  R2 {fit.r2.value[i]:.3f}  "
+            f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}"
+        )
+
+
+def _cmd_correct(args: argparse.Namespace) -> None:
+    """Give a quantized pipeline a scheduler that corrects, and save it."""
+    from ptqd.correction.scheduler import correct
+    from ptqd.files import replacing
+    from ptqd.noise import NoiseStats
+
+    corrected = correct(_pipeline(args, args.quantized), NoiseStats.load(args.noise), _methods(args.methods))
+    with replacing(args.out) as temporary:
+        corrected.save_pretrained(temporary)
+    print(f"{args.out}: corrects {args.methods}")
+
+
+def _cmd_sample(args: argparse.Namespace) -> None:
+    """Sample images: one safetensors file, a grid, and PNG files if asked for; resumes after a kill."""
+    from PIL import Image
+
+    from ptqd.components import pipeline_fingerprint
+    from ptqd.experiment import load_images, sample_images
+    from ptqd.files import replacing
+    from ptqd.report.pictures import grid
+    from ptqd.stages import RunFolder
+
+    pipe = _pipeline(args, args.model)
+    run = _sampling(args, pipe)
+    inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
+    path = RunFolder(args.out).stage(
+        "samples.safetensors",
+        inputs,
+        lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling"),
+    )
+    images = load_images(path)
+    with replacing(args.out / "grid.png") as temporary:
+        grid([*images[:100].split(10)] if len(images) >= 10 else [images]).save(temporary, "PNG")
+    if args.png:
+        for i, image in enumerate(images.numpy()):
+            with replacing(args.out / f"{i:06d}.png") as temporary:
+                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
+    print(f"{args.out}: {len(images)} images, grid.png")
+
+
+def _cmd_evaluate(args: argparse.Namespace) -> None:
+    """Judge samples against a reference, and against full-precision samples of the same seeds."""
+    from ptqd.experiment import judge_images, load_images
+    from ptqd.files import write_json
+    from ptqd.sampling import Sampling
+
+    judge = _judge(args.judge)
+    call = {"class_labels": list(range(args.classes))} if args.classes else {}
+    against = None if args.against is None else load_images(_samples_file(args.against))
+    metrics = judge_images(load_images(_samples_file(args.samples)), judge, Sampling(call=call), against)
+    if args.out is not None:
+        write_json(args.out, metrics)
+    print(json.dumps(metrics, indent=2))
+
+
+def _cmd_report(args: argparse.Namespace) -> None:
+    """Write a run folder's report.html and print its table."""
+    from rich.console import Console
+
+    from ptqd.files import read_json
+    from ptqd.report.page import write_page
+    from ptqd.report.table import terminal_table
+
+    page = write_page(args.run)
+    rows = read_json(args.run / "report.json")["rows"]
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(rows))
+    print(f"{args.run / 'report.json'}\n{page}")
+
+
+def _cmd_run(args: argparse.Namespace) -> None:
+    """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
+    from ptqd.experiment import ABLATION, Experiment, run_experiment
+
+    pipe = _pipeline(args, args.model)
+    experiment = Experiment(
+        model=str(args.model),
+        settings=(_sampling(args, pipe),),
+        recipes=tuple(args.recipe),
+        measured=args.measured,
+        corrections=ABLATION if args.methods is None else ((), _methods(args.methods)),
+    )
+    run_experiment(
+        pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model == "fashion-ldm" else "none"))
+    )
+    args.run = args.out
+    _cmd_report(args)
+
+
+def _cmd_demo(args: argparse.Namespace) -> None:
+    """The main job on the embedded fashion-ldm, in the paper's two settings."""
+    from ptqd.demo import FULL, QUICK, STANDARD
+    from ptqd.experiment import run_experiment
+
+    experiment = FULL if args.full else QUICK if args.quick else STANDARD
+    args.model, args.scheduler = "fashion-ldm", None
+    run_experiment(_pipeline(args, args.model), experiment, args.out, _judge("fashion"))
+    args.run = args.out
+    _cmd_report(args)
+
+
+def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline":
+    import diffusers
+
+    from ptqd.components import with_components
+    from ptqd.loading import best_device, load
+
+    pipe = load(model)
+    if getattr(args, "scheduler", None):
+        scheduler: Any = getattr(diffusers, args.scheduler, None)
+        if not hasattr(scheduler, "from_config"):
+            raise InputError(
+                f"diffusers has no scheduler {args.scheduler!r}; name one such as DDIMScheduler or DDPMScheduler"
+            )
+        pipe = with_components(pipe, scheduler=scheduler.from_config(pipe.scheduler.config))
+    return pipe.to(args.device or best_device())
+
+
+def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline") -> "Sampling":
+    import inspect
+
+    from ptqd.sampling import Sampling
+
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    call: dict[str, Any] = {}
+    if "class_labels" in accepted and hasattr(pipe, "class_embedder"):
+        call["class_labels"] = list(range(pipe.class_embedder.config.classes))
+    if args.guidance is not None:
+        call["guidance_scale"] = args.guidance
+    for text in args.call or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--call {text!r} must be NAME=VALUE, the value in JSON")
+        try:
+            call[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"--call {name}: {value!r} is not JSON ({error}); quote strings, as in '\"a cat\"'"
+            ) from error
+    return Sampling(args.steps, args.eta, args.samples, args.batch, args.seed, call)
+
+
+def _methods(text: str) -> tuple[Any, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _judge(name: str) -> "Judge | None":
+    if name == "none":
+        return None
+    from ptqd.evaluate.features import Reference
+    from ptqd.experiment import Judge
+    from ptqd.zoo import CLASSIFIER, REFERENCE
+    from ptqd.zoo.classifier import FashionClassifier
+
+    classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
+    return Judge(
+        classifier, Reference.load(REFERENCE), "ptqd's Fashion-MNIST classifier, against the 10,000 test images"
+    )
+
+
+def _samples_file(path: Path) -> Path:
+    return path / "samples.safetensors" if path.is_dir() else path
+
+
+def _add_sampling(parser: argparse.ArgumentParser, samples: int) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    group.add_argument("--eta", type=float, default=0.0, help="noise of DDIM's step (default: %(default)s)")
+    group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    group.add_argument("--samples", type=int, default=samples, help="how many (default: %(default)s)")
+    group.add_argument("--batch", type=int, default=64, help="at once; never changes results (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="sample i's seed comes from this and i (default: %(default)s)"
+    )
+    group.add_argument("--scheduler", help="a diffusers scheduler class to use instead of the pipeline's")
+    group.add_argument("--call", action="append", metavar="NAME=JSON", help="a further argument of the pipeline's call")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="ptqd", description="Quantize any diffusion model and correct its sampler.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, function: Any) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(function=function)
+        return added
+
+    sub = verb("quantize", _cmd_quantize)
+    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("--recipe", required=True, help="shorthand such as w4a8, or a TOML file")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_sampling(sub, 32)
+
+    sub = verb("measure", _cmd_measure)
+    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("quantized", help="the quantized pipeline's folder")
+    sub.add_argument("--out", type=Path, required=True, help="statistics to write (.safetensors)")
+    _add_sampling(sub, 128)
+
+    sub = verb("correct", _cmd_correct)
+    sub.add_argument("quantized", help="the quantized pipeline's folder")
+    sub.add_argument("noise", type=Path, help="statistics that 'ptqd measure' wrote")
+    sub.add_argument("--methods", default="cnc,bc,vsc", help="of cnc, bc and vsc (default: %(default)s)")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--scheduler", help="the scheduler class the statistics were measured with")
+    sub.add_argument("--device", help=argparse.SUPPRESS)
+
+    sub = verb("sample", _cmd_sample)
+    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--png", action="store_true", help="write every image as a PNG file too")
+    _add_sampling(sub, 64)
+
+    sub = verb("evaluate", _cmd_evaluate)
+    sub.add_argument("samples", type=Path, help="folder that 'ptqd sample' wrote")
+    sub.add_argument("--against", type=Path, help="full-precision samples of the same seeds, for PSNR")
+    sub.add_argument("--judge", choices=("fashion", "none"), default="fashion", help="features (default: %(default)s)")
+    sub.add_argument(
+        "--classes", type=int, default=10, help="sample i was asked for class i mod this; 0: unconditional"
+    )
+    sub.add_argument("--out", type=Path, help="JSON file to write")
+
+    sub = verb("report", _cmd_report)
+    sub.add_argument("run", type=Path, help="run folder with a report.json")
+
+    sub = verb("run", _cmd_run)
+    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("--recipe", action="append", required=True, help="shorthand or TOML file; may be given again")
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    sub.add_argument(
+        "--measured", type=int, default=128, help="samples the statistics are taken on (default: %(default)s)"
+    )
+    sub.add_argument("--methods", help="corrections of one row (default: the ablation, none to cnc,bc,vsc)")
+    sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for fashion-ldm)")
+    _add_sampling(sub, 256)
+
+    sub = verb("demo", _cmd_demo)
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="within 2 minutes on two cores")
+    size.add_argument("--full", action="store_true", help="5,000 samples a row; hours")
+    sub.add_argument("--out", type=Path, default=Path("ptqd-demo"), help="run folder (default: %(default)s)")
+    sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 for anything the user can mend, said in one line."""
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except PtqdError as error:
+        print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ptqd: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        return 130
+    return 0

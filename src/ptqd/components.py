@@ -1,0 +1,57 @@
+"""A pipeline's parts: its denoiser, its scheduler, and fingerprints that tell whether two things belong together."""
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.errors import InputError
+
+
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """``"unet"`` or ``"transformer"``, whichever the pipeline has.
+
+    Raises:
+        InputError: it has neither.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise InputError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptqd quantizes one of these")
+
+
+def with_components(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+    """A pipeline like ``pipe`` that shares all its components but the named ones."""
+    clone = copy.copy(pipe)
+    clone.register_modules(**components)
+    return clone
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters and buffers, equal after saving and loading."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """A pipeline's scheduler, as plain facts; a corrected one counts as the class it was made from."""
+    config = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "correction"}
+    facts = {"scheduler": type(pipe.scheduler).__name__.removeprefix("Corrected"), "config": config}
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
+
+
+def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
+    """A hash of all that decides what a pipeline samples: its modules' weights and its scheduler's configuration."""
+    facts: dict[str, Any] = {"class": type(pipe).__name__, "scheduler": dict(pipe.scheduler.config)}
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, nn.Module):
+            facts[name] = fingerprint(component)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What the sampler does about quantization noise."""

@@ -1,0 +1,149 @@
+"""Images to features, and what a set of images is judged by."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ptqd.errors import InputError
+from ptqd.evaluate.metrics import Metric, frechet_metric, kernel_metric, mean_metric, psnr
+from ptqd.evaluate.moments import Moments
+from ptqd.files import read_tensors, write_tensors
+
+
+class Features(NamedTuple):
+    """What an extractor says of N images."""
+
+    pooled: torch.Tensor  # N,D
+    spatial: torch.Tensor  # N,S
+    logits: torch.Tensor  # N,classes
+
+
+class Extractor(Protocol):
+    """Anything that turns images (N, C, H, W) in [-1, 1] into features."""
+
+    def features(self, images: torch.Tensor) -> Features:
+        """Pooled and spatial features and class logits."""
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Features:
+    """Features of uint8 images (N, H, W, C), in batches."""
+
+    def batches() -> Iterator[Features]:
+        for part in images.split(batch):
+            yield extractor.features(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    return Features(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with: moments of a set's features, and some of the features themselves.
+
+    Attributes:
+        mean: of pooled features (D,).
+        covariance: of pooled features (D, D).
+        spatial_mean: of spatial features (S,).
+        spatial_covariance: of spatial features (S, S).
+        sample: pooled features (M, D), for the kernel distance.
+        count: images the moments are of.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    spatial_mean: torch.Tensor
+    spatial_covariance: torch.Tensor
+    sample: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, features: Features, sample: int = 2000) -> "Reference":
+        """The reference that a set of features makes."""
+        if len(features.pooled) < 2:
+            raise InputError("a reference needs at least two images")
+        pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
+        stride = max(1, len(features.pooled) // sample)
+        kept = features.pooled[::stride][:sample]
+        return cls(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: float32 moments (upper triangles of the covariances), half-precision sample."""
+        tensors = {
+            "mean": self.mean.float(),
+            "covariance": _triangle(self.covariance).float(),
+            "spatial_mean": self.spatial_mean.float(),
+            "spatial_covariance": _triangle(self.spatial_covariance).float(),
+            "sample": self.sample.half(),
+        }
+        write_tensors(path, tensors, {"ptqd.reference": str(self.count)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is missing, truncated, or something else.
+        """
+        tensors, metadata = read_tensors(path)
+        if "ptqd.reference" not in metadata:
+            raise InputError(f"{path} is no reference; make one with 'ptqd evaluate --save-reference'")
+        return cls(
+            tensors["mean"],
+            _full(tensors["covariance"], len(tensors["mean"])),
+            tensors["spatial_mean"],
+            _full(tensors["spatial_covariance"], len(tensors["spatial_mean"])),
+            tensors["sample"].float(),
+            int(metadata["ptqd.reference"]),
+        )
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
+
+
+def _full(triangle: torch.Tensor, size: int) -> torch.Tensor:
+    rows, columns = torch.triu_indices(size, size)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix[rows, columns] = triangle.double()
+    matrix[columns, rows] = triangle.double()
+    return matrix
+
+
+def evaluate(
+    images: torch.Tensor,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    labels: torch.Tensor | None = None,
+    same_seed: torch.Tensor | None = None,
+) -> dict[str, Metric]:
+    """Everything one set of images is judged by.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        extractor: gives the features.
+        reference: in the same extractor's features.
+        labels: asked-for classes (N,); adds ``class_agreement``.
+        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB.
+
+    Returns:
+        ``frechet_distance``, ``spatial_frechet_distance``, ``kernel_distance`` (all in the extractor's features), and
+        the two above, each with a 95 % interval.
+    """
+    features = extract(extractor, images)
+    metrics = {
+        "frechet_distance": frechet_metric(features.pooled, reference.mean, reference.covariance),
+        "spatial_frechet_distance": frechet_metric(
+            features.spatial, reference.spatial_mean, reference.spatial_covariance
+        ),
+        "kernel_distance": kernel_metric(features.pooled, reference.sample),
+    }
+    if labels is not None:
+        metrics["class_agreement"] = mean_metric((features.logits.argmax(1) == labels).double())
+    if same_seed is not None:
+        metrics["psnr"] = mean_metric(psnr(images / 255, same_seed / 255))
+    return metrics

@@ -1,0 +1,300 @@
+"""The main job: quantize, measure, correct, sample, evaluate, for some recipes and settings, in one run folder."""
+
+import inspect
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd.bops import FULL_BITS, step_cost, weight_bytes
+from ptqd.components import denoiser_name, fingerprint, schedule_of
+from ptqd.correction.ptqd import Method
+from ptqd.correction.scheduler import correct
+from ptqd.evaluate.features import Extractor, Reference, evaluate
+from ptqd.evaluate.metrics import mean_metric, psnr
+from ptqd.files import read_json, read_tensors, write_json, write_tensors
+from ptqd.loading import load
+from ptqd.noise import Estimate, NoiseStats, measure
+from ptqd.progress import track
+from ptqd.quantization import quantize
+from ptqd.recipe import Recipe
+from ptqd.sampling import Sampling, sample
+from ptqd.stages import RunFolder
+
+ABLATION: tuple[tuple[Method, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
+PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", "numpy")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How images are judged: an extractor with its reference, both named for the report."""
+
+    extractor: Extractor
+    reference: Reference
+    name: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run.
+
+    Attributes:
+        model: its name in the report.
+        settings: how it samples; each is sampled in full precision once.
+        recipes: shorthand or TOML files.
+        measured: samples the statistics are taken on; their seeds are not those of the images.
+        corrections: rows for each recipe.
+    """
+
+    model: str
+    settings: tuple[Sampling, ...]
+    recipes: tuple[str, ...]
+    measured: int = 128
+    corrections: tuple[tuple[Method, ...], ...] = ABLATION
+
+
+def run_experiment(
+    pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Judge | None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Run all of it into ``folder``; what is there already, from the same inputs, is kept.
+
+    Returns:
+        The report, as also written to ``folder/report.json``: rows, per-step statistics, stages' seconds, versions.
+    """
+    run_folder = RunFolder(folder)
+    rows: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    stages: dict[str, float] = {}
+    for setting in experiment.settings:
+        part = _Setting(pipe, experiment, setting, run_folder, judge, progress, stages)
+        part.run(rows, steps)
+    report = {
+        "rows": rows,
+        "steps": steps,
+        "stages": stages,
+        "judge": None if judge is None else judge.name,
+        "versions": {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version(), "processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
+    write_json(folder / "report.json", report)
+    return report
+
+
+def setting_name(setting: Sampling, scheduler: str) -> str:
+    """A short name that is also a folder's: scheduler, steps, eta and guidance."""
+    guidance = setting.call.get("guidance_scale", 1.0)
+    return f"{scheduler.removesuffix('Scheduler').lower()}{setting.steps}-eta{setting.eta:g}-g{guidance:g}"
+
+
+def correction_name(methods: Sequence[str]) -> str:
+    """``"none"``, ``"cnc"``, ``"cnc+bc"`` ..."""
+    return "+".join(methods) or "none"
+
+
+class _Setting:
+    """One setting's rows: full precision, then every recipe with every correction."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        experiment: Experiment,
+        setting: Sampling,
+        folder: RunFolder,
+        judge: Judge | None,
+        progress: bool,
+        stages: dict[str, float],
+    ) -> None:
+        self.pipe, self.experiment, self.setting, self.folder = pipe, experiment, setting, folder
+        self.judge, self.progress, self.stages = judge, progress, stages
+        self.name = setting_name(setting, type(pipe.scheduler).__name__)
+        self.device = pipe.device
+        self.source = {
+            "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
+            **schedule_of(pipe),
+            "ptqd": version("ptqd"),
+        }
+        self.facts = {
+            "steps": setting.steps,
+            "eta": setting.eta,
+            "guidance": setting.call.get("guidance_scale", 1.0),
+            "scheduler": type(pipe.scheduler).__name__,
+        }
+        cost = step_cost(pipe, setting)
+        self.full_bops = sum(c.macs for c in cost) * FULL_BITS**2 * setting.steps
+
+    def run(self, rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+        reference = self._sample("full-precision", self.pipe, {})
+        rows.append(self._row("fp32", "none", reference, None, self.full_bops, self._bytes(self.pipe)))
+        for text in self.experiment.recipes:
+            recipe = Recipe.parse(text)
+            prefix = f"{self.name}/{Path(text).stem}"
+            quantized = self._quantized(prefix, recipe)
+            stats = self._measured(prefix, quantized)
+            steps.extend(self._step_rows(Path(text).stem, stats))
+            bops = sum(c.bops for c in step_cost(quantized, self.setting)) * self.setting.steps
+            images: Path | None = None
+            for methods in self.experiment.corrections:
+                if images is None or not self._same_as_before(methods):
+                    images = self._sample(
+                        f"{Path(text).stem}/{correction_name(methods)}",
+                        correct(quantized, stats, methods) if methods else quantized,
+                        {
+                            "recipe": recipe.to_dict(),
+                            "noise": self.folder.key(f"{prefix}/noise.safetensors"),
+                            "methods": methods,
+                        },
+                    )
+                rows.append(
+                    self._row(
+                        Path(text).stem, correction_name(methods), images, reference, bops, self._bytes(quantized)
+                    )
+                )
+
+    def _same_as_before(self, methods: Sequence[str]) -> bool:
+        """VSC with nothing drawn: the images are those of the row before, bit for bit."""
+        deterministic = self.setting.eta == 0 and "eta" in inspect.signature(self.pipe.scheduler.step).parameters
+        return methods[-1:] == ("vsc",) and deterministic
+
+    def _quantized(self, prefix: str, recipe: Recipe) -> DiffusionPipeline:
+        inputs = {**self.source, "recipe": recipe.to_dict(), "setting": self._run_facts(samples=0)}
+
+        def build(path: Path, scratch: Path) -> None:
+            quantize(self.pipe, recipe, self.setting, progress=self.progress).save_pretrained(path)
+
+        path = self._stage(f"{prefix}/quantized", inputs, build)
+        return load(path).to(self.device)
+
+    def _measured(self, prefix: str, quantized: DiffusionPipeline) -> NoiseStats:
+        run = self.setting.replace(samples=self.experiment.measured, seed=self.setting.seed + 2)
+        inputs = {**self.source, "setting": run.to_dict(), "quantized": self.folder.key(f"{prefix}/quantized")}
+
+        def build(path: Path, scratch: Path) -> None:
+            measure_shards(
+                self.pipe, quantized, run, path, scratch, title=f"measuring {prefix}" if self.progress else None
+            )
+
+        return NoiseStats.load(self._stage(f"{prefix}/noise.safetensors", inputs, build))
+
+    def _sample(self, what: str, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> Path:
+        name = f"{self.name}/{what}/samples.safetensors"
+        run = self.setting
+
+        def build(path: Path, scratch: Path) -> None:
+            sample_images(pipe, run, path, scratch, title=f"sampling {self.name} {what}" if self.progress else None)
+
+        return self._stage(name, {**self.source, **inputs, "setting": self._run_facts(run.samples)}, build)
+
+    def _row(
+        self, recipe: str, correction: str, images: Path, reference: Path | None, bops: int, size: int
+    ) -> dict[str, Any]:
+        name = str(images.parent.relative_to(self.folder.folder))
+        inputs: dict[str, Any] = {"images": self.folder.key(f"{name}/samples.safetensors")}
+        if reference is not None:
+            inputs["reference"] = self.folder.key(f"{self.name}/full-precision/samples.safetensors")
+        inputs["judge"] = None if self.judge is None else self.judge.name
+
+        def build(path: Path, scratch: Path) -> None:
+            metrics = judge_images(
+                load_images(images), self.judge, self.setting, None if reference is None else load_images(reference)
+            )
+            write_json(path, metrics)
+
+        metrics = read_json(self._stage(f"{name}/metrics.json", inputs, build))
+        return {
+            "model": self.experiment.model,
+            "setting": self.facts,
+            "recipe": recipe,
+            "correction": correction,
+            "samples": self.setting.samples,
+            "metrics": metrics,
+            "bops": bops,
+            "bops_ratio": self.full_bops / bops,
+            "bytes": size,
+            "seconds": self.folder.seconds(f"{name}/samples.safetensors") + self.folder.seconds(f"{name}/metrics.json"),
+            "images": str(images.relative_to(self.folder.folder)),
+        }
+
+    def _step_rows(self, recipe: str, stats: NoiseStats) -> list[dict[str, Any]]:
+        fit = stats.fit()
+        names = ("k", "variance", "r2", "snr", "skewness", "kurtosis")
+        return [
+            {
+                "setting": self.facts,
+                "recipe": recipe,
+                "samples": stats.samples,
+                "step": i,
+                "timestep": t,
+                **{name: _at(getattr(fit, name), i) for name in names},
+                "bias": [_at(fit.bias, (i, c)) for c in range(fit.bias.value.shape[1])],
+                "normality_p": fit.normality[i].item(),
+            }
+            for i, t in enumerate(stats.timesteps.tolist())
+        ]
+
+    def _stage(self, name: str, inputs: Mapping[str, Any], build: Any) -> Path:
+        path = self.folder.stage(name, inputs, build)
+        self.stages[name] = self.folder.seconds(name)
+        return path
+
+    def _run_facts(self, samples: int) -> dict[str, Any]:
+        return {**self.setting.to_dict(), "samples": samples}
+
+    def _bytes(self, pipe: DiffusionPipeline) -> int:
+        return weight_bytes(getattr(pipe, denoiser_name(pipe)))
+
+
+def _at(estimate: Estimate, index: Any) -> dict[str, float]:
+    return {name: getattr(estimate, name)[index].item() for name in ("value", "low", "high")}
+
+
+def measure_shards(
+    pipe: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    run: Sampling,
+    path: Path,
+    scratch: Path,
+    *,
+    title: str | None,
+) -> None:
+    """Measure into ``path``, batch by batch through ``scratch``, so that a kill costs one batch."""
+    parts = []
+    for indices in track(list(run.batches()), title):
+        shard = scratch / f"{indices.start:08d}.safetensors"
+        if not shard.exists():
+            measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start).save(shard)
+        parts.append(NoiseStats.load(shard))
+    NoiseStats.merge(parts).save(path)
+
+
+def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: Path, *, title: str | None) -> None:
+    """Sample uint8 images (N, H, W, C) into ``path``, batch by batch through ``scratch``: a kill costs one batch."""
+    done = len(list(scratch.glob("*.safetensors")))
+    for indices, images in sample(pipe, run, start=done * run.batch, progress=title):
+        pixels = torch.from_numpy(np.rint(images * 255).astype(np.uint8))
+        write_tensors(scratch / f"{indices.start:08d}.safetensors", {"images": pixels}, {})
+    shards = [read_tensors(shard)[0]["images"] for shard in sorted(scratch.glob("*.safetensors"))]
+    write_tensors(path, {"images": torch.cat(shards)}, {"ptqd.samples": str(run.samples)})
+
+
+def load_images(path: Path) -> torch.Tensor:
+    """uint8 images (N, H, W, C) that :func:`sample_images` wrote."""
+    return read_tensors(path)[0]["images"]
+
+
+def judge_images(
+    images: torch.Tensor, judge: Judge | None, run: Sampling, same_seed: torch.Tensor | None
+) -> dict[str, Any]:
+    """The metrics of one row as plain values; without a judge only the distance to the same seeds."""
+    labels = run.call.get("class_labels")
+    wanted = None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(len(images))])
+    if judge is None:
+        metrics = {} if same_seed is None else {"psnr": mean_metric(psnr(images / 255, same_seed / 255))}
+    else:
+        metrics = evaluate(images, judge.extractor, judge.reference, labels=wanted, same_seed=same_seed)
+    return {name: asdict(metric) for name, metric in metrics.items()}

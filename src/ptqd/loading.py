@@ -1,0 +1,65 @@
+"""Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+import ptqd.correction.scheduler  # registers what saved pipelines refer to
+import ptqd.quantization  # noqa: F401
+from ptqd import zoo
+from ptqd.errors import InputError, PtqdError
+from ptqd.pipelines.latent_class import LatentClassPipeline
+
+
+def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Load a pipeline that samples.
+
+    Args:
+        model: the name of an embedded model (``"fashion-ldm"``), a diffusers folder (also one that ptqd saved),
+            or a hub id.
+        dtype: of the floating-point weights.
+
+    Raises:
+        InputError: there is no such folder, it is no pipeline, or a file in it is damaged.
+    """
+    if str(model) in zoo.MODELS:
+        model = zoo.MODELS[str(model)]
+    folder = Path(model)
+    local = folder.exists() or folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith(".")
+    pipeline_class = DiffusionPipeline
+    if local:
+        index = folder / "model_index.json"
+        if not folder.is_dir():
+            known = ", ".join(zoo.MODELS)
+            raise InputError(f"{model} is no folder; give a diffusers pipeline's folder, a hub id, or one of: {known}")
+        if not index.is_file():
+            raise InputError(
+                f"{folder} is no diffusers pipeline: it has no model_index.json; save one with save_pretrained"
+            )
+        try:
+            name = json.loads(index.read_text("utf-8"))["_class_name"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
+        if name == LatentClassPipeline.__name__:
+            pipeline_class = LatentClassPipeline
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = pipeline_class.from_pretrained(folder if local else str(model), torch_dtype=dtype)
+    except PtqdError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+    return pipe
+
+
+def best_device() -> str:
+    """``"cuda"``, ``"mps"`` or ``"cpu"``, the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,98 @@
+"""Recording and replaying schedulers: two pipelines see the same sample at every step.
+
+Every diffusers pipeline ends a step with ``scheduler.step(model_output, t, sample, ...)``. Record it on one
+pipeline; replay it on another, which is then handed the *recorded* next sample (teacher forcing), so that its
+outputs can be paired with the recorded ones, whatever its guidance, conditioning or network.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+from ptqd.errors import MismatchError
+
+
+@dataclass
+class Trajectory:
+    """One batch's steps: lists over steps of tensors like the sample.
+
+    Attributes:
+        timesteps: what the scheduler was told.
+        samples: ``x_t`` before each step.
+        outputs: the denoiser's output, after guidance.
+        results: what ``step`` returned.
+    """
+
+    timesteps: list[float] = field(default_factory=list)
+    samples: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def _stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
+    """Let ``pipe``'s scheduler call ``step(plain_step, model_output, timestep, sample, ...)`` for the block's time."""
+    scheduler: SchedulerMixin = pipe.scheduler
+    plain = scheduler.step
+
+    @functools.wraps(plain)  # pipelines look at the signature
+    def wrapped(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return step(plain, model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = wrapped
+    try:
+        yield
+    finally:
+        del scheduler.__dict__["step"]
+
+
+@contextmanager
+def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
+    """Record every step the pipeline takes inside the block."""
+    trajectory = Trajectory()
+
+    def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        result = plain(model_output, timestep, sample, *args, **kw)
+        trajectory.timesteps.append(float(timestep))
+        trajectory.samples.append(sample.detach())
+        trajectory.outputs.append(model_output.detach())
+        trajectory.results.append(result)
+        return result
+
+    with _stepping(pipe, step):
+        yield trajectory
+
+
+@contextmanager
+def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[list[torch.Tensor]]:
+    """Inside the block the pipeline gets the recorded samples; its own outputs are collected, step by step.
+
+    Raises:
+        MismatchError: the pipeline starts elsewhere or takes other steps than were recorded.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        i = len(outputs)
+        if i >= len(trajectory.timesteps) or trajectory.timesteps[i] != float(timestep):
+            raise MismatchError(
+                f"replay: step {i} is at timestep {float(timestep):g}, not at the recorded one; use the same steps"
+            )
+        if not torch.equal(sample, trajectory.samples[i]):
+            raise MismatchError(
+                f"replay: the sample at step {i} is not the recorded one; use the same seeds and inputs"
+            )
+        outputs.append(model_output.detach())
+        return trajectory.results[i]
+
+    with _stepping(pipe, step):
+        yield outputs
+    if len(outputs) != len(trajectory.timesteps):
+        raise MismatchError(
+            f"replay: {len(outputs)} steps taken, {len(trajectory.timesteps)} recorded; use the same steps"
+        )

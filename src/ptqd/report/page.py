@@ -1,0 +1,84 @@
+"""The report as one self-contained HTML page."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from ptqd.errors import InputError
+from ptqd.experiment import load_images
+from ptqd.files import read_json, write_text
+from ptqd.report.pictures import setting_strips, step_plots
+from ptqd.report.table import (
+    COST_COLUMNS,
+    METRICS,
+    by_setting,
+    correction_label,
+    cost_cells,
+    metric_cell,
+    metric_columns,
+)
+
+
+def write_page(folder: Path) -> Path:
+    """Write ``report.html`` from a run folder's ``report.json`` and samples.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: ``report.json`` is missing or not a report.
+    """
+    report: Mapping[str, Any] = read_json(folder / "report.json")
+    if not isinstance(report, dict) or not report.get("rows"):
+        raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
+    rows = report["rows"]
+    metrics = metric_columns(rows)
+    environment = Environment(
+        loader=PackageLoader("ptqd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    page = environment.get_template("page.html").render(
+        model=rows[0]["model"],
+        samples=sorted({row["samples"] for row in rows}),
+        judge=report.get("judge"),
+        groups=[(text, _lines(group, metrics)) for text, group in by_setting(rows)],
+        columns=[METRICS[name] for name in metrics],
+        cost_columns=COST_COLUMNS,
+        strips=setting_strips(rows, load_images, folder),
+        plots=step_plots(report["steps"]),
+        stages=_stage_seconds(report["stages"]),
+        versions=report["versions"],
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _lines(group: list[Mapping[str, Any]], metrics: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "recipe": row["recipe"],
+            "correction": correction_label(row["correction"]),
+            "metrics": [metric_cell(row, name) for name in metrics],
+            "cost": cost_cells(row),
+            "first": row["correction"] == "none",
+        }
+        for row in group
+    ]
+
+
+def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by kind of stage."""
+    kinds = {
+        "quantized": "quantize",
+        "noise.safetensors": "measure",
+        "samples.safetensors": "sample",
+        "metrics.json": "evaluate",
+    }
+    totals = dict.fromkeys(kinds.values(), 0.0)
+    for name, seconds in stages.items():
+        totals[kinds[name.rsplit("/", 1)[-1]]] += seconds
+    return totals

@@ -1,0 +1,93 @@
+"""Sample grids and plots, as PNG bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ptqd.report.table import by_setting, correction_label
+
+QUANTITIES = {
+    "k": ("k (correlated part)", "linear"),
+    "r2": ("R²", "linear"),
+    "variance": ("residual variance", "log"),
+    "snr": ("SNR of the quantized output", "log"),
+}
+
+
+def grid(rows: Sequence[torch.Tensor], scale: int = 2, gap: int = 2) -> Image.Image:
+    """Images side by side.
+
+    Args:
+        rows: each uint8 (n, H, W, C), all of one shape.
+        scale: enlargement, by whole pixels.
+        gap: white pixels between images.
+    """
+    n, height, width, channels = rows[0].shape
+    sheet = np.full((len(rows) * (height + gap) - gap, n * (width + gap) - gap, channels), 255, np.uint8)
+    for i, images in enumerate(rows):
+        for j, image in enumerate(images.numpy()):
+            sheet[i * (height + gap) : i * (height + gap) + height, j * (width + gap) : j * (width + gap) + width] = (
+                image
+            )
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def setting_strips(
+    rows: Sequence[Mapping[str, Any]], load: Any, folder: Path, columns: int = 20
+) -> list[tuple[str, list[tuple[str, bytes]]]]:
+    """For each setting, one strip of the same seeds for each row: title, then (label, PNG)."""
+    strips = []
+    for text, group in by_setting(rows):
+        labelled = []
+        for row in group:
+            images = load(folder / row["images"])[:columns]
+            labelled.append((f"{row['recipe']} {correction_label(row['correction'])}", png(grid([images], 2))))
+        strips.append((text, labelled))
+    return strips
+
+
+def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+    """For each setting, one figure of k, R^2, residual variance and SNR by step, with 95 % bands: title and PNG."""
+    figures = []
+    for text, group in by_setting(steps):
+        figure, axes = plt.subplots(1, len(QUANTITIES), figsize=(15, 3.4), layout="constrained")
+        for axis, (name, (label, scale)) in zip(axes, QUANTITIES.items(), strict=True):
+            for recipe in dict.fromkeys(step["recipe"] for step in group):
+                mine = [step for step in group if step["recipe"] == recipe]
+                x = [step["step"] for step in mine]
+                parts = {part: [step[name][part] for step in mine] for part in ("value", "low", "high")}
+                (line,) = axis.plot(
+                    x, parts["value"], label=recipe, marker="o" if len(x) <= 50 else None, markersize=2.5
+                )
+                floor = 1e-12 if scale == "log" else -np.inf
+                axis.fill_between(x, np.maximum(parts["low"], floor), parts["high"], color=line.get_color(), alpha=0.2)
+            axis.set_yscale(scale)
+            if scale == "log":
+                values = [step[name]["value"] for step in group if step[name]["value"] > 0]
+                axis.set_ylim(min(values) / 2, max(values) * 2)
+            axis.set_xlabel("sampling step")
+            axis.set_title(label, fontsize=10)
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        plt.close(figure)
+        figures.append((text, buffer.getvalue()))
+    return figures

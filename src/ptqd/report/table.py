@@ -1,0 +1,88 @@
+"""A report's rows as text: for the terminal, and for the page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+METRICS = {
+    "frechet_distance": ("Frechet", "lower"),
+    "spatial_frechet_distance": ("spatial Frechet", "lower"),
+    "kernel_distance": ("kernel x 1000", "lower"),
+    "class_agreement": ("class agreement %", "higher"),
+    "psnr": ("PSNR to FP dB", "higher"),
+}
+_FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0}
+
+
+def heading(setting: Mapping[str, Any]) -> str:
+    """A setting in words.
+
+    >>> heading({"scheduler": "DDIMScheduler", "steps": 20, "eta": 0.0, "guidance": 3.0})
+    'DDIM, 20 steps, eta 0, guidance 3'
+    """
+    scheduler = setting["scheduler"].removesuffix("Scheduler")
+    return f"{scheduler}, {setting['steps']} steps, eta {setting['eta']:g}, guidance {setting['guidance']:g}"
+
+
+def by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Rows grouped by setting, in order."""
+    headings = list(dict.fromkeys(heading(row["setting"]) for row in rows))
+    for text in headings:
+        yield text, [row for row in rows if heading(row["setting"]) == text]
+
+
+def correction_label(correction: str) -> str:
+    """``+CNC +BC`` of ``"cnc+bc"``.
+
+    >>> correction_label("cnc+bc"), correction_label("none")
+    ('+CNC +BC', 'none')
+    """
+    return correction if correction == "none" else " ".join(f"+{m.upper()}" for m in correction.split("+"))
+
+
+def metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that at least one row has, in the table's order."""
+    return [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+
+
+def metric_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A metric's value and the half width of its 95 % interval, as text."""
+    metric = row["metrics"].get(name)
+    if metric is None:
+        return "-", ""
+    factor = _FACTOR.get(name, 1.0)
+    half = (metric["high"] - metric["low"]) / 2 * factor
+    digits = 1 if name == "class_agreement" else 2
+    return f"{metric['value'] * factor:.{digits}f}", f"±{half:.{digits}f}"
+
+
+def cost_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Bit operations (G an image), their ratio to FP32, weights on disk (KB), seconds."""
+    return (
+        f"{row['bops'] / 1e9:,.0f}",
+        f"{row['bops_ratio']:.1f}x",
+        f"{row['bytes'] / 1e3:,.0f}",
+        f"{row['seconds']:.0f}",
+    )
+
+
+COST_COLUMNS = ("GBOPs an image", "fewer", "denoiser KB", "s")
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One table of all settings."""
+    samples = sorted({row["samples"] for row in rows})
+    table = Table(title=f"{rows[0]['model']}: {'/'.join(map(str, samples))} samples a row, 95 % intervals")
+    table.add_column("recipe")
+    table.add_column("correction", no_wrap=True)
+    metrics = metric_columns(rows)
+    for name in [*(METRICS[m][0] for m in metrics), *COST_COLUMNS]:
+        table.add_column(name, justify="right")
+    for text, group in by_setting(rows):
+        table.add_section()
+        table.add_row(f"[bold]{text}")
+        for row in group:
+            cells = [" ".join(metric_cell(row, m)).strip() for m in metrics]
+            table.add_row(row["recipe"], correction_label(row["correction"]), *cells, *cost_cells(row))
+    return table

@@ -1,0 +1,132 @@
+"""Sampling: one seed for each sample, so that results depend on neither batch size nor number of processes."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd.errors import InputError
+from ptqd.progress import track
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a pipeline is run.
+
+    Attributes:
+        steps: denoising steps.
+        eta: DDIM's noise (arXiv 2010.02502), passed where the pipeline takes it.
+        samples: how many.
+        batch: samples at once; changes speed and memory, never results.
+        seed: of sample i is derived from (seed, i).
+        call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
+            (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); anything else goes to every batch.
+
+    Raises:
+        InputError: a count below 1, or eta below 0.
+    """
+
+    steps: int = 50
+    eta: float = 0.0
+    samples: int = 64
+    batch: int = 32
+    seed: int = 0
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "samples", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.eta < 0:
+            raise InputError(f"eta must be at least 0; got {self.eta}")
+        for name, value in self.call.items():
+            if isinstance(value, list | tuple | torch.Tensor) and len(value) == 0:
+                raise InputError(f"call argument {name!r} is an empty list; give one value a sample")
+
+    def replace(self, **changes: Any) -> "Sampling":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def batches(self, start: int = 0) -> Iterator[range]:
+        """The sample indices of each batch, from sample ``start`` on."""
+        for first in range(start, self.samples, self.batch):
+            yield range(first, min(first + self.batch, self.samples))
+
+    def call_for(self, indices: range) -> dict[str, Any]:
+        """The pipeline's arguments for some samples."""
+        chosen: dict[str, Any] = {}
+        for name, value in self.call.items():
+            if isinstance(value, torch.Tensor):
+                chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
+            elif isinstance(value, list | tuple):
+                chosen[name] = [value[i % len(value)] for i in indices]
+            else:
+                chosen[name] = value
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain["call"] = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in self.call.items()}
+        return plain
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """The random generator of one sample: the same on every device and for every batch size."""
+    derived = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator("cpu").manual_seed(int(derived) & (2**63 - 1))
+
+
+def run_batch(pipe: DiffusionPipeline, run: Sampling, indices: range, output: Literal["np", "latent"] = "np") -> Any:
+    """Run the pipeline for some samples.
+
+    Returns:
+        What the pipeline's ``output_type`` gives: images (n, H, W, C) in [0, 1] for ``"np"``.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments: dict[str, Any] = {
+        "num_inference_steps": run.steps,
+        "eta": run.eta,
+        "generator": [sample_generator(run.seed, i) for i in indices],
+        "output_type": output,
+        "batch_size": len(indices),
+        "return_dict": True,
+    }
+    call = run.call_for(indices)
+    for name in call:
+        if name not in accepted:
+            raise InputError(
+                f"{type(pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(accepted)[1:])}"
+            )
+    given = {k: v for k, v in arguments.items() if k in accepted} | call
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**given).images
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    run: Sampling,
+    *,
+    output: Literal["np", "latent"] = "np",
+    start: int = 0,
+    progress: str | None = None,
+) -> Iterator[tuple[range, Any]]:
+    """Sample batch by batch.
+
+    Args:
+        pipe: any diffusers pipeline.
+        run: how.
+        output: ``"np"`` decodes to images (n, H, W, C) in [0, 1]; ``"latent"`` saves the decoding.
+        start: first sample, to resume.
+        progress: title of a progress bar.
+
+    Yields:
+        Sample indices, and the batch.
+    """
+    for indices in track(list(run.batches(start)), progress):
+        yield indices, run_batch(pipe, run, indices, output)

@@ -1,0 +1,72 @@
+"""A run folder: stages that are skipped when their inputs are unchanged, written atomically, resumed after a kill."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptqd.errors import InputError
+from ptqd.files import read_json, replacing, write_json
+
+Build = Callable[[Path, Path], None]
+
+
+class RunFolder:
+    """Results of named stages, each beside a record of the inputs it was made from.
+
+    ``NAME`` is the result; ``.stages/NAME.json`` holds the hash of its inputs and the seconds it took;
+    ``.partial/NAME-HASH`` is where an unfinished stage keeps what it has, for the next start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the run folder {folder}: {error.strerror}; choose another") from error
+
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Build) -> Path:
+        """The result of a stage, made now if it is missing or was made from other inputs.
+
+        Args:
+            name: path of the result inside the folder.
+            inputs: everything the result depends on, as plain JSON values.
+            build: called with the path to write to and a scratch folder that survives a kill.
+
+        Returns:
+            The path of the result.
+        """
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        target, record = self.folder / name, self._record(name)
+        if target.exists() and record.exists() and read_json(record).get("key") == key:
+            return target
+        scratch = self.folder / ".partial" / f"{name.replace('/', '-')}-{key[:16]}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        spent = scratch / "seconds.json"
+        before = read_json(spent) if spent.exists() else 0.0
+        started = time.monotonic()
+        try:
+            with replacing(target) as temporary:
+                build(temporary, scratch)
+        except BaseException:
+            if scratch.exists():
+                spent.write_text(json.dumps(before + time.monotonic() - started))
+            raise
+        write_json(record, {"key": key, "inputs": inputs, "seconds": before + time.monotonic() - started})
+        shutil.rmtree(scratch)
+        return target
+
+    def seconds(self, name: str) -> float:
+        """How long the stage took when it was made; 0 for one that never was."""
+        record = self._record(name)
+        return float(read_json(record)["seconds"]) if record.exists() else 0.0
+
+    def key(self, name: str) -> str:
+        """The hash of a finished stage's inputs, for stages that depend on it."""
+        return str(read_json(self._record(name))["key"])
+
+    def _record(self, name: str) -> Path:
+        return self.folder / ".stages" / f"{name}.json"
