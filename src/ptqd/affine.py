@@ -70,9 +70,9 @@ def affine_parameters(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tupl
     >>> s.item(), z.item()
     (1.0, 1)
     """
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise InputError("a range to quantize is NaN or infinite; look for NaN or infinite weights or activations")
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     if grid.symmetric:
         scale = torch.maximum(-low, high) / grid.qmax
     else:

@@ -12,7 +12,7 @@ drawn noise shrinks: the coefficients A and B keep the original sigma.
 import functools
 import inspect
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -71,6 +71,7 @@ class CorrectedStep:
     """What every corrected scheduler adds to the class it is made from."""
 
     correction: Correction
+    plain_class: ClassVar[type[SchedulerMixin]]
     _index: dict[float, int]
     _removed: float = 0.0
 
@@ -84,7 +85,8 @@ class CorrectedStep:
             raise MismatchError(
                 f"the correction was measured on {len(self.correction.timesteps)} steps "
                 f"({self.correction.timesteps[0]:g} to {self.correction.timesteps[-1]:g}), "
-                f"the pipeline takes {len(wanted)} ({wanted[0]:g} to {wanted[-1]:g}); sample with the same steps, or measure again with these"
+                f"the pipeline takes {len(wanted)} ({wanted[0]:g} to {wanted[-1]:g}); "
+                "sample with the same steps, or measure again with these"
             )
 
     def _corrected_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
         finally:
             self._removed = 0.0
 
-    body = {"__init__": __init__, "set_timesteps": set_timesteps, "step": step, "__doc__": base.__doc__}
+    body = {"__init__": __init__, "set_timesteps": set_timesteps, "step": step, "plain_class": base, "__doc__": base.__doc__}
     name = _PREFIX + base.__name__
     return type(name, (mixin, base), {**body, "__module__": __name__})
 
@@ -231,8 +233,9 @@ def correct(
             raise MismatchError(f"the statistics were measured on {what}; measure this pipeline, then correct it")
     base: type[SchedulerMixin] = type(qpipe.scheduler)
     if issubclass(base, CorrectedStep):
-        base = base.__mro__[2]
+        base = base.plain_class
     if "vsc" in correction.methods and base not in (DDIMScheduler, DDPMScheduler):
         raise InputError(f"vsc knows DDIM and DDPM, not {base.__name__}; use methods cnc and bc")
-    scheduler = corrected_class(base).from_config(qpipe.scheduler.config, correction=correction.to_dict())
+    corrected = corrected_class(base)  # type: ignore[arg-type]  # classes are hashable
+    scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
     return with_components(qpipe, scheduler=scheduler)

@@ -1,0 +1,89 @@
+"""Small pipelines with random weights, and runs on them."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from ptqd import LatentClassPipeline, Sampling
+from ptqd.pipelines.latent_class import ClassEmbedder
+
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_third_parties() -> None:
+    warnings.filterwarnings("ignore", module="diffusers")
+
+
+def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    parts = (vae.eval(), unet.eval(), ClassEmbedder(10, 8), DDIMScheduler(**SCHEDULE))
+    return LatentClassPipeline(*parts)
+
+
+@pytest.fixture(scope="session")
+def pipe() -> LatentClassPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def run() -> Sampling:
+    return Sampling(
+        steps=4, eta=1.0, samples=8, batch=4, call={"class_labels": list(range(10)), "guidance_scale": 2.0}
+    )
+
+
+@pytest.fixture(scope="session")
+def qpipe(pipe: LatentClassPipeline, run: Sampling) -> Any:
+    from ptqd import Recipe, quantize
+
+    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a8").to_dict(), "calibration_samples": 4}), run)
+
+
+@pytest.fixture(scope="session")
+def pixel_pipe() -> DDIMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    return DDIMPipeline(unet.eval(), DDIMScheduler())

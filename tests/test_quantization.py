@@ -1,0 +1,114 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DDIMPipeline, DiffusionPipeline
+from safetensors.torch import load_file
+
+from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
+from ptqd.bops import weight_bytes
+from ptqd.components import fingerprint
+from ptqd.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
+from ptqd.quantization import coverage_of, quant_modules
+from ptqd.sampling import run_batch
+
+
+def recipe(text: str = "w4a8", **changes: Any) -> Recipe:
+    return Recipe.from_dict({**Recipe.parse(text).to_dict(), "calibration_samples": 2, **changes})
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w4a8", "w3a6"])
+def test_a_saved_pipeline_loads_bit_identical(pipe: Any, run: Sampling, tmp_path: Path, text: str) -> None:
+    quantized = quantize(pipe, recipe(text), run)
+    quantized.save_pretrained(tmp_path / "out")
+    want = run_batch(quantized, run, range(4), "latent")
+    for again in (load(tmp_path / "out"), LatentClassPipeline.from_pretrained(tmp_path / "out")):
+        assert torch.equal(run_batch(again, run, range(4), "latent"), want)
+        assert fingerprint(again.unet) == fingerprint(quantized.unet)
+        assert coverage_of(again) == coverage_of(quantized)
+
+
+def test_size_on_disk_is_the_claimed_size(pipe: Any, qpipe: Any, tmp_path: Path) -> None:
+    qpipe.save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    codes = [v for k, v in load_file(path).items() if k.endswith(".codes")]
+    sizes = {n: m.weight.numel() for n, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    edges = ("conv_in", "conv_out")
+    want = sum(math.ceil(count * (8 if name in edges else 4) / 8) for name, count in sizes.items())
+    assert sum(v.numel() for v in codes) == want
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    assert path.stat().st_size - header == weight_bytes(qpipe.unet)
+
+
+def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: Any) -> None:
+    before = fingerprint(tiny_pipeline().unet)
+    assert fingerprint(pipe.unet) == before
+    names = {type(m) for m in quant_modules(qpipe.unet)}
+    assert names == {QuantConv2d, QuantLinear, QuantAttnProcessor}
+    assert not [m for m in qpipe.unet.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
+    assert qpipe.unet.conv_in.weights.bits == 8
+    assert qpipe.unet.conv_out.input.spec.bits == 8
+    assert qpipe.unet.mid_block.resnets[0].conv1.weights.bits == 4
+    assert qpipe.vae is pipe.vae
+    assert isinstance(qpipe, LatentClassPipeline)
+
+
+def test_more_bits_are_closer_to_full_precision(pipe: Any, run: Sampling) -> None:
+    eight, four, two = (
+        measure(pipe, quantize(pipe, recipe(text, calibration_samples=10), run), run).fit().snr.value
+        for text in ("w8a8", "w4a8", "w2a4")
+    )
+    assert bool((eight > 1.5 * four).all())
+    assert bool((four > 5 * two).all())
+
+
+def test_rules(pipe: Any, run: Sampling) -> None:
+    rules = [{"match": "conv_in", "skip": True}, {"match": "down_blocks.*", "weight_bits": 6, "activation_bits": 5}]
+    quantized = quantize(pipe, recipe(rules=rules, attention=False), run)
+    assert type(quantized.unet.conv_in) is torch.nn.Conv2d
+    assert quantized.unet.down_blocks[0].resnets[0].conv1.weights.bits == 6
+    assert quantized.unet.down_blocks[0].resnets[0].conv1.input.spec.bits == 5
+    assert coverage_of(quantized).skipped == (("conv_in", "rule 'conv_in'"),)
+    assert not [m for m in quantized.unet.modules() if isinstance(m, QuantAttnProcessor)]
+
+
+def test_a_rule_that_matches_nothing_is_an_error(pipe: Any, run: Sampling) -> None:
+    with pytest.raises(InputError, match="match='nowhere' matches no layer"):
+        quantize(pipe, Recipe(rules=(Rule("nowhere"),)), run)
+
+
+def test_nan_weights_are_named(run: Sampling) -> None:
+    broken = tiny_pipeline()
+    broken.unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match=r"unet\.mid_block\.resnets\.0\.conv1\.weight holds NaN"):
+        quantize(broken, "w8a8", run)
+
+
+def test_a_pixel_space_unet(pixel_pipe: DDIMPipeline, tmp_path: Path) -> None:
+    run = Sampling(steps=3, samples=2, batch=2)
+    quantized = quantize(pixel_pipe, recipe("w8a8"), run)
+    quantized.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again) is DDIMPipeline
+    assert (run_batch(again, run, range(2)) == run_batch(quantized, run, range(2))).all()
+    assert DiffusionPipeline.from_pretrained(tmp_path) is not None
+
+
+def test_a_file_that_lacks_codes_is_named(qpipe: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    qpipe.save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_in.codes"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"conv_in\.codes"):
+        load(tmp_path)
+
+
+def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:
+    with pytest.raises(InputError, match="not quantized by ptqd"):
+        coverage_of(pipe)

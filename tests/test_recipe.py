@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from ptqd import InputError, Recipe
+
+TOML = """
+calibration_samples = 16
+attention = false
+
+[weights]
+bits = 4
+symmetric = true
+range = "minmax"
+
+[activations]
+bits = 8
+symmetric = false
+range = "percentile"
+percentile = 99
+
+[[rules]]
+match = "conv_in"
+weight_bits = 8
+
+[[rules]]
+match = "*.to_k"
+skip = true
+"""
+
+
+def test_shorthand() -> None:
+    recipe = Recipe.parse("w4a8")
+    assert (recipe.weights.bits, recipe.activations.bits) == (4, 8)
+    assert recipe.weights.symmetric
+    assert not recipe.activations.symmetric
+    assert recipe.name == "w4a8"
+    assert [rule.match for rule in recipe.rules] == ["conv_in", "conv_out"]
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TOML)
+    recipe = Recipe.parse(path)
+    assert recipe.weights.bits == 4
+    assert recipe.activations.percentile == 99.0
+    assert recipe.rule_for("blocks.0.to_k") == recipe.rules[1]
+    assert recipe.rule_for("mid.conv") is None
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widths = 4", "unknown key 'widths'"),
+        ("[weights]\nbitz = 4", "unknown key 'bitz'"),
+        ("[weights]\nbits = 9", "bits must be 2 to 8; got 9"),
+        ("[weights]\nbits = '4'", "must be int; got '4'"),
+        ("[weights]\nrange = 'mse'", "must be one of 'minmax'"),
+        ("[activations]\npercentile = 0", "percentile must be in"),
+        ("[activations]\np = -1.0", "p must be positive"),
+        ("attention = 1", "must be bool"),
+        ("rules = 3", "must be a list"),
+        ("weights = 3", "must be a table"),
+        ("[[rules]]\nweight_bits = 8", "match"),
+        ("[[rules]]\nmatch = 'a'\nweight_bits = 1", "bits must be 2 to 8; got 1"),
+        ("calibration_samples = 0", "at least 1"),
+        ("a = = b", "is not TOML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        Recipe.parse(path)
+    assert "bad.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("w4", "neither a shorthand"), ("none.toml", "does not exist")])
+def test_bad_names(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe.parse(text)
+
+
+def test_bad_shorthand_bits() -> None:
+    with pytest.raises(InputError, match="got 16"):
+        Recipe.parse("w4a16")

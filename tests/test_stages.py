@@ -1,0 +1,106 @@
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptqd import InputError
+from ptqd.files import read_json, replacing, write_json, write_tensors, write_text
+from ptqd.stages import RunFolder
+
+
+def count_builds(folder: RunFolder, inputs: dict[str, Any], calls: list[str], text: str = "x") -> Path:
+    def build(path: Path, scratch: Path) -> None:
+        calls.append(text)
+        path.write_text(text)
+
+    return folder.stage("a/result.txt", inputs, build)
+
+
+def test_a_stage_is_made_once_and_again_when_its_inputs_change(tmp_path: Path) -> None:
+    folder, calls = RunFolder(tmp_path / "run"), []  # type: ignore[var-annotated]
+    path = count_builds(folder, {"x": 1}, calls, "one")
+    count_builds(folder, {"x": 1}, calls, "again")
+    assert path.read_text() == "one"
+    count_builds(RunFolder(tmp_path / "run"), {"x": 2}, calls, "two")
+    assert path.read_text() == "two"
+    assert calls == ["one", "two"]
+    path.unlink()
+    count_builds(folder, {"x": 2}, calls, "three")
+    assert path.read_text() == "three"
+    assert folder.seconds("a/result.txt") >= 0
+    assert folder.seconds("never") == 0
+
+
+def test_a_killed_stage_leaves_no_result_and_resumes_from_its_scratch(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    made = []
+
+    def build(path: Path, scratch: Path) -> None:
+        for i in range(4):
+            shard = scratch / f"{i}.json"
+            if not shard.exists():
+                made.append(i)
+                write_json(shard, i)
+            if len(made) == 2 and i == 1:
+                raise KeyboardInterrupt
+        path.write_text(str([read_json(scratch / f"{i}.json") for i in range(4)]))
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.stage("result", {}, build)
+    assert not (tmp_path / "result").exists()
+    path = folder.stage("result", {}, build)
+    assert path.read_text() == "[0, 1, 2, 3]"
+    assert made == [0, 1, 2, 3]
+    assert not list((tmp_path / ".partial").iterdir())
+
+
+def test_folders_replace_folders(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with replacing(tmp_path / "out") as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.ones(2)}, {})
+    before = path.read_bytes()
+
+    def full(tensors: Any, filename: Path, metadata: Any) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ptqd.files.save_file", full)
+    with pytest.raises(InputError, match=r"cannot write .*x\.safetensors: No space left on device; free some space"):
+        write_tensors(path, {"x": torch.zeros(2)}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_failing_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "out") as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match=r"x\.json cannot be read"):
+        read_json(path)
+    write_text(path, "{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_json(path)
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make the run folder"):
+        RunFolder(tmp_path / "file" / "run")
