@@ -60,9 +60,7 @@ def pipe() -> LatentClassPipeline:
 
 @pytest.fixture(scope="session")
 def run() -> Sampling:
-    return Sampling(
-        steps=4, eta=1.0, samples=8, batch=4, call={"class_labels": list(range(10)), "guidance_scale": 2.0}
-    )
+    return Sampling(steps=4, eta=1.0, samples=8, batch=4, call={"class_labels": list(range(10)), "guidance_scale": 2.0})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ SCHEDULE: dict[str, Any] = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_sche
 class GaussianDenoiser(nn.Module):
     """``eps(x_t) = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a)``, the exact one for data N(m, s^2), plus noise
 
-        delta = k eps + b + sqrt(V) z + c x_t.
+    delta = k eps + b + sqrt(V) z + c x_t.
     """
 
     def __init__(self, std: tuple[float, float], k: float, bias: tuple[float, float], v: float, c: float) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gaussian import gaussian_pipeline
 
+from gaussian import gaussian_pipeline
 from ptqd import NoiseStats, Sampling, correct, measure, sample
 from ptqd.noise import regression
 
@@ -13,7 +13,7 @@ SAMPLES = 3000
 
 def moments(pipe: object, run: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of each channel's pixels of the final samples."""
-    x = torch.cat([batch for _, batch in sample(pipe, run, output="latent")])  # type: ignore[arg-type]
+    x = torch.cat([batch for _, batch in sample(pipe, run, output="latent")])
     return x.mean((0, 2, 3)), x.var((0, 2, 3))
 
 
@@ -73,9 +73,9 @@ def test_a_deterministic_sampler_is_corrected_in_the_mean() -> None:
 
 
 def test_noise_correlated_with_the_sample_is_not_fresh_variance() -> None:
-    """Noise ``c x_t`` is a linear function of eps too, here; with one k for channels of different variance, part of it
-    stays in the residual. That part repeats from step to step, so it does not add up like fresh noise: VSC, which counts
-    it as such, leaves the variance wrong although the residual's variance is measured exactly.
+    """Noise ``c x_t`` is a linear function of eps too, here; but with one k for channels of different variance, part
+    of it stays in the residual. That part repeats from step to step, so it does not add up like fresh noise: VSC, which
+    counts it as such, leaves the variance wrong although the residual's variance is measured exactly.
     """
     std = (0.25, 1.6)
     exact, noisy = gaussian_pipeline(std=std), gaussian_pipeline(std=std, c=0.12)
@@ -88,7 +88,7 @@ def test_noise_correlated_with_the_sample_is_not_fresh_variance() -> None:
 
 
 def test_one_channel_alone_absorbs_noise_that_is_linear_in_the_sample(stats_and_truth: NoiseStats) -> None:
-    """For Gaussian data eps is linear in x_t: with equal channels, k and b explain ``c x_t`` but for the channels' means."""
+    """For Gaussian data eps is linear in x_t: with equal channels, k and b explain all of ``c x_t``."""
     stats = measure(gaussian_pipeline(), gaussian_pipeline(c=0.1), run_of(1.0, 50))
     fit = regression(stats.moments.mean(0), slope=True)
     assert fit["r2"].min() > 0.999

@@ -14,7 +14,9 @@ from ptqd.components import fingerprint
 from ptqd.noise import POWERS, normality_p_value, paired_moments
 
 
-def stats_of(eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, source: dict[str, Any] | None = None) -> NoiseStats:
+def stats_of(
+    eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, source: dict[str, Any] | None = None
+) -> NoiseStats:
     """Statistics of one step."""
     moments = paired_moments(eps, eps_q)[:, None]
     indices = torch.arange(first, first + len(eps))
@@ -92,7 +94,8 @@ def test_degenerate_statistics_are_defined() -> None:
     assert fit.k.value.item() == 0
     assert fit.r2.value.item() == 0
     assert fit.snr.value.item() == math.inf
-    same = stats_of(*[pair(3, 2)[0]] * 2).fit()
+    eps, _ = pair(3, 2)
+    same = stats_of(eps, eps).fit()
     assert same.variance.value.item() == 0
     assert not bool(torch.isnan(same.kurtosis.value).any())
     with pytest.raises(InputError, match="at least two samples"):
@@ -172,5 +175,5 @@ def test_nan_outputs_are_named(pipe: Any, run: Sampling) -> None:
 
     broken = tiny_pipeline()
     broken.unet.conv_out.bias.data[0] = math.nan
-    with pytest.raises(InputError, match="timestep .* is NaN or infinite"):
+    with pytest.raises(InputError, match=r"timestep .* is NaN or infinite"):
         measure(pipe, broken, run)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
 
+from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.bops import weight_bytes
 from ptqd.components import fingerprint
@@ -35,7 +35,9 @@ def test_size_on_disk_is_the_claimed_size(pipe: Any, qpipe: Any, tmp_path: Path)
     qpipe.save_pretrained(tmp_path)
     path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     codes = [v for k, v in load_file(path).items() if k.endswith(".codes")]
-    sizes = {n: m.weight.numel() for n, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    sizes = {
+        n: m.weight.numel() for n, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    }
     edges = ("conv_in", "conv_out")
     want = sum(math.ceil(count * (8 if name in edges else 4) / 8) for name, count in sizes.items())
     assert sum(v.numel() for v in codes) == want

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEDULE, tiny_pipeline
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
+from conftest import SCHEDULE, tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, load, measure
 from ptqd.components import with_components
 from ptqd.correction.scheduler import (
@@ -38,7 +38,7 @@ def test_an_empty_correction_is_bit_identical(qpipe: Any, run: Sampling, stats: 
 def test_each_method_changes_what_it_should(qpipe: Any, run: Sampling, stats: NoiseStats) -> None:
     plain = latents(qpipe, run)
     for methods in (("cnc",), ("bc",), ("vsc",)):
-        assert not torch.equal(latents(correct(qpipe, stats, methods), run), plain)  # type: ignore[arg-type]
+        assert not torch.equal(latents(correct(qpipe, stats, methods), run), plain)
     fit = stats.fit()
     eps_q = torch.randn(2, 4, 8, 8)
     bias = fit.bias.value[1].float().view(1, 4, 1, 1)
@@ -105,9 +105,7 @@ def test_the_output_coefficient_of_ddpm_is_the_numerical_one(prediction: str, in
     scheduler.set_timesteps(10)
     t = int(scheduler.timesteps[index])
     x, out = torch.randn(1, 1, 2, 2, dtype=torch.float64), torch.randn(1, 1, 2, 2, dtype=torch.float64)
-    step = [
-        scheduler.step(o, t, x, generator=torch.Generator().manual_seed(0)).prev_sample for o in (out, out + 1)
-    ]
+    step = [scheduler.step(o, t, x, generator=torch.Generator().manual_seed(0)).prev_sample for o in (out, out + 1)]
     s = int(scheduler.previous_timestep(t))
     a_t, a_s = scheduler.alphas_cumprod[t].item(), scheduler.alphas_cumprod[s].item() if s >= 0 else 1.0
     want = (step[1] - step[0]).mean().item()
@@ -138,7 +136,9 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
     a_t, a_s = base.alphas_cumprod[t].item(), base.alphas_cumprod[t - 100].item()
     removed = ddpm_output_coefficient(a_t, a_s, "epsilon") ** 2 * v
     z = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double().var().item()
-    if variance_type == "learned":  # diffusers takes a standard deviation from exp(variance / 2), of the variance as given
+    if (
+        variance_type == "learned"
+    ):  # diffusers takes a standard deviation from exp(variance / 2), of the variance as given
         assert draws[1] < draws[0]
     else:
         assert (draws[0] - draws[1]) / z == pytest.approx(removed, rel=2e-3)

@@ -83,9 +83,13 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypatch
 
 
 def test_a_failing_block_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "out") as temporary:
-        temporary.write_text("half")
-        _ = 1 / 0
+    def fail() -> None:
+        with replacing(tmp_path / "out") as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert not list(tmp_path.iterdir())
 
 

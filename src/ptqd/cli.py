@@ -141,12 +141,12 @@ def _cmd_run(args: argparse.Namespace) -> None:
 
 def _cmd_demo(args: argparse.Namespace) -> None:
     """The main job on the embedded fashion-ldm, in the paper's two settings."""
-    from ptqd.demo import FULL, QUICK, STANDARD
+    from ptqd.demo import SIZES, demo
     from ptqd.experiment import run_experiment
 
-    experiment = FULL if args.full else QUICK if args.quick else STANDARD
-    args.model, args.scheduler = "fashion-ldm", None
-    run_experiment(_pipeline(args, args.model), experiment, args.out, _judge("fashion"))
+    changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps}
+    size = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
+    run_experiment(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge("fashion"))
     args.run = args.out
     _cmd_report(args)
 
@@ -290,8 +290,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("demo", _cmd_demo)
     size = sub.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="within 2 minutes on two cores")
-    size.add_argument("--full", action="store_true", help="5,000 samples a row; hours")
+    for name, text in (("quick", "one recipe, within 2 minutes on two cores"), ("full", "5,000 samples a row; hours")):
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="standard", help=text)
+    sub.add_argument("--samples", type=int, help="samples a row instead of the size's")
+    sub.add_argument("--stochastic-steps", type=int, help="steps of the setting with eta 1 instead of the size's")
     sub.add_argument("--out", type=Path, default=Path("ptqd-demo"), help="run folder (default: %(default)s)")
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     return top

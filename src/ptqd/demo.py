@@ -1,12 +1,15 @@
 """What ``ptqd demo`` runs: the paper's two settings (He et al., arXiv 2305.10657, section 5) on fashion-ldm."""
 
+from typing import Any
+
 from ptqd.experiment import Experiment
 from ptqd.sampling import Sampling
 
 _LABELS = list(range(10))
 
 
-def _experiment(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str, ...]) -> Experiment:
+def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str, ...]) -> Experiment:
+    """The demo's experiment: 20 steps, eta 0, guidance 3; and ``stochastic_steps`` steps, eta 1, guidance 1.5."""
     shared = {"samples": samples, "batch": 100, "seed": 0}
     return Experiment(
         model="fashion-ldm",
@@ -19,6 +22,9 @@ def _experiment(samples: int, stochastic_steps: int, measured: int, recipes: tup
     )
 
 
-QUICK = _experiment(40, 50, 32, ("w8a8", "w4a8", "w4a4"))
-STANDARD = _experiment(160, 50, 64, ("w8a8", "w4a8", "w4a4"))
-FULL = _experiment(5000, 250, 256, ("w8a8", "w4a8", "w4a4"))
+RECIPES = ("w8a8", "w4a8", "w4a4")
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"samples": 100, "stochastic_steps": 50, "measured": 32, "recipes": ("w4a8",)},
+    "standard": {"samples": 200, "stochastic_steps": 50, "measured": 64, "recipes": RECIPES},
+    "full": {"samples": 5000, "stochastic_steps": 250, "measured": 256, "recipes": RECIPES},
+}

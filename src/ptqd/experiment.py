@@ -2,7 +2,7 @@
 
 import inspect
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,21 +68,17 @@ def run_experiment(
         The report, as also written to ``folder/report.json``: rows, per-step statistics, stages' seconds, versions.
     """
     run_folder = RunFolder(folder)
-    rows: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    stages: dict[str, float] = {}
-    for setting in experiment.settings:
-        part = _Setting(pipe, experiment, setting, run_folder, judge, progress, stages)
-        part.run(rows, steps)
-    report = {
-        "rows": rows,
-        "steps": steps,
-        "stages": stages,
+    report: dict[str, Any] = {
+        "rows": [],
+        "steps": [],
+        "stages": {},
         "judge": None if judge is None else judge.name,
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "processor": platform.machine(), "threads": torch.get_num_threads()},
     }
-    write_json(folder / "report.json", report)
+    for setting in experiment.settings:
+        for _ in _Setting(pipe, experiment, setting, run_folder, judge, progress, report).rows():
+            write_json(folder / "report.json", report)  # a long run can be read before its end
     return report
 
 
@@ -108,10 +104,10 @@ class _Setting:
         folder: RunFolder,
         judge: Judge | None,
         progress: bool,
-        stages: dict[str, float],
+        report: dict[str, Any],
     ) -> None:
         self.pipe, self.experiment, self.setting, self.folder = pipe, experiment, setting, folder
-        self.judge, self.progress, self.stages = judge, progress, stages
+        self.judge, self.progress, self.report = judge, progress, report
         self.name = setting_name(setting, type(pipe.scheduler).__name__)
         self.device = pipe.device
         self.source = {
@@ -128,15 +124,18 @@ class _Setting:
         cost = step_cost(pipe, setting)
         self.full_bops = sum(c.macs for c in cost) * FULL_BITS**2 * setting.steps
 
-    def run(self, rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    def rows(self) -> Iterator[None]:
+        """Add row after row to the report."""
+        rows: list[dict[str, Any]] = self.report["rows"]
         reference = self._sample("full-precision", self.pipe, {})
         rows.append(self._row("fp32", "none", reference, None, self.full_bops, self._bytes(self.pipe)))
+        yield
         for text in self.experiment.recipes:
             recipe = Recipe.parse(text)
             prefix = f"{self.name}/{Path(text).stem}"
             quantized = self._quantized(prefix, recipe)
             stats = self._measured(prefix, quantized)
-            steps.extend(self._step_rows(Path(text).stem, stats))
+            self.report["steps"].extend(self._step_rows(Path(text).stem, stats))
             bops = sum(c.bops for c in step_cost(quantized, self.setting)) * self.setting.steps
             images: Path | None = None
             for methods in self.experiment.corrections:
@@ -155,6 +154,7 @@ class _Setting:
                         Path(text).stem, correction_name(methods), images, reference, bops, self._bytes(quantized)
                     )
                 )
+                yield
 
     def _same_as_before(self, methods: Sequence[str]) -> bool:
         """VSC with nothing drawn: the images are those of the row before, bit for bit."""
@@ -239,7 +239,7 @@ class _Setting:
 
     def _stage(self, name: str, inputs: Mapping[str, Any], build: Any) -> Path:
         path = self.folder.stage(name, inputs, build)
-        self.stages[name] = self.folder.seconds(name)
+        self.report["stages"][name] = self.folder.seconds(name)
         return path
 
     def _run_facts(self, samples: int) -> dict[str, Any]:

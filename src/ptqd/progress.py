@@ -12,5 +12,6 @@ console = Console(stderr=True)
 
 
 def track(items: Sequence[T], title: str | None) -> Iterator[T]:
-    """Iterate, under a progress bar where there is a title."""
-    yield from items if title is None else rich_track(items, title, console=console, transient=True)
+    """Iterate, under a progress bar where there is a title and a terminal."""
+    shown = title is not None and console.is_terminal
+    yield from rich_track(items, title or "", console=console, transient=True) if shown else items

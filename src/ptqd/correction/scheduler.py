@@ -194,7 +194,13 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
         finally:
             self._removed = 0.0
 
-    body = {"__init__": __init__, "set_timesteps": set_timesteps, "step": step, "plain_class": base, "__doc__": base.__doc__}
+    body = {
+        "__init__": __init__,
+        "set_timesteps": set_timesteps,
+        "step": step,
+        "plain_class": base,
+        "__doc__": base.__doc__,
+    }
     name = _PREFIX + base.__name__
     return type(name, (mixin, base), {**body, "__module__": __name__})
 

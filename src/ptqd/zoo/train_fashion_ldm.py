@@ -189,7 +189,7 @@ def train_unet(args: argparse.Namespace) -> None:
     ema = EMAModel(both.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     run = Run(args.out, "unet", ("loss",))
     parts = {"model": both, "optimizer": optimizer, "ema": ema}
-    steps = args.steps or 12000
+    steps = args.steps or 10000
     start, batch, total = run.restore(parts), 64, 0.0
     for step in range(start, steps):
         optimizer.param_groups[0]["lr"] = 1.2e-3 * trapezoid(step, steps)

@@ -1,0 +1,219 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_pipeline
+from ptqd.cli import main
+
+SMALL = ["--steps", "3", "--samples", "4", "--batch", "2", "--guidance", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("recipes") / "small.toml"
+    path.write_text('calibration_samples = 2\n[weights]\nbits = 4\nrange = "minmax"\n[activations]\nrange = "minmax"\n')
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line on stderr of a call that must end with status 2."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ptqd: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_each_verb_in_turn(model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantized, noise, corrected = tmp_path / "q", tmp_path / "noise.safetensors", tmp_path / "c"
+    stochastic = [*SMALL, "--eta", "1"]
+
+    def call(*arguments: Any) -> str:
+        assert main([str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "layers and attention products quantized" in call(
+        "quantize", model, "--recipe", recipe, "--out", quantized, *stochastic
+    )
+    assert "4 samples, 3 steps" in call("measure", model, quantized, "--out", noise, *stochastic)
+    assert "corrects cnc,bc,vsc" in call("correct", quantized, noise, "--out", corrected)
+    call("sample", model, "--out", tmp_path / "full", *stochastic)
+    call("sample", corrected, "--out", tmp_path / "corrected", "--png", *stochastic)
+    assert len(list((tmp_path / "corrected").glob("0*.png"))) == 4
+    assert (tmp_path / "corrected" / "grid.png").exists()
+    out = tmp_path / "metrics.json"
+    call("evaluate", tmp_path / "corrected", "--against", tmp_path / "full", "--judge", "none", "--out", out)
+    assert set(json.loads(out.read_text())["psnr"]) == {"value", "low", "high"}
+
+
+def test_run_writes_a_report_and_skips_what_is_done(
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "4", *SMALL]
+    assert main([*command, "--eta", "1"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["recipe"], row["correction"]) for row in report["rows"]] == [
+        ("fp32", "none"),
+        ("small", "none"),
+        ("small", "cnc"),
+        ("small", "cnc+bc"),
+        ("small", "cnc+bc+vsc"),
+    ]
+    row = report["rows"][1]
+    assert set(row) >= {
+        "model", "setting", "recipe", "correction", "samples", "metrics", "bops", "bops_ratio", "bytes", "seconds"
+    }  # fmt: skip
+    assert row["setting"] == {"steps": 3, "eta": 1.0, "guidance": 2.0, "scheduler": "DDIMScheduler"}
+    assert row["bops_ratio"] == pytest.approx(report["rows"][0]["bops"] / row["bops"])
+    assert len(report["steps"]) == 3
+    assert set(report["steps"][0]["k"]) == {"value", "low", "high"}
+    assert "torch" in report["versions"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 5 + 1
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "+CNC +BC +VSC" in capsys.readouterr().out
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    for name in ("quantize", "measure", "sample_images", "judge_images"):
+        monkeypatch.setattr(f"ptqd.experiment.{name}", never)
+    assert main([*command, "--eta", "1"]) == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again == report
+
+
+def test_a_killed_run_resumes_with_the_same_images(
+    model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ptqd.sampling
+    from ptqd.experiment import load_images
+
+    command = ["run", str(model), "--recipe", str(recipe), "--measured", "4", *SMALL, "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    plain, left = ptqd.sampling.run_batch, [0]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr("ptqd.sampling.run_batch", killed)
+    monkeypatch.setattr("ptqd.noise.run_batch", killed)
+    for kill_at in (2, 4, 6, 3):
+        left[0] = kill_at
+        assert main([*command, str(tmp_path / "killed")]) == 130
+        assert "resumes" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("samples.safetensors"))
+    assert len(files) == 4  # full precision, none, cnc, cnc+bc; nothing is drawn, so vsc shares the last
+    for file in files:
+        assert torch.equal(load_images(tmp_path / "whole" / file), load_images(tmp_path / "killed" / file))
+
+
+def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
+    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "2", *SMALL]
+    assert main([*command, "--scheduler", "DDPMScheduler"]) == 0
+    row = json.loads((tmp_path / "report.json").read_text())["rows"][-1]
+    assert row["setting"]["scheduler"] == "DDPMScheduler"
+    assert row["correction"] == "cnc+bc+vsc"
+    assert row["metrics"]["psnr"]["value"] < 100
+
+
+def test_bad_models(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--recipe", "w8a8", "--out", tmp_path / "out", *SMALL]
+    assert "is no folder; give a diffusers pipeline's folder" in fails(capsys, "quantize", "/nowhere", *out)
+    assert "no model_index.json" in fails(capsys, "quantize", tmp_path, *out)
+    (tmp_path / "model_index.json").write_text("{")
+    assert "model_index.json is damaged" in fails(capsys, "quantize", tmp_path, *out)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    assert "cannot be loaded as a pipeline" in fails(capsys, "quantize", tmp_path, *out)
+    broken = tiny_pipeline()
+    broken.unet.conv_in.weight.data[0] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    assert "conv_in.weight holds NaN" in fails(capsys, "quantize", tmp_path / "nan", *out)
+    truncated = tmp_path / "truncated"
+    tiny_pipeline().save_pretrained(truncated)
+    weights = truncated / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded as a pipeline" in fails(capsys, "quantize", truncated, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_recipes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("bitz = 4")
+    out = ["--out", tmp_path / "out", *SMALL]
+    assert "unknown key 'bitz'" in fails(capsys, "quantize", model, "--recipe", path, *out)
+    path.write_text('[[rules]]\nmatch = "nowhere"')
+    assert "match='nowhere' matches no layer" in fails(capsys, "quantize", model, "--recipe", path, *out)
+    assert "bits must be 2 to 8; got 9" in fails(capsys, "quantize", model, "--recipe", "w9a8", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mismatched_statistics(model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantized, noise, corrected = tmp_path / "q", tmp_path / "noise.safetensors", tmp_path / "c"
+    assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *SMALL]) == 0
+    assert main(["measure", str(model), str(quantized), "--out", str(noise), *SMALL]) == 0
+    capsys.readouterr()
+    assert "another unet" in fails(capsys, "correct", model, noise, "--out", corrected)
+    other = ["--scheduler", "DDPMScheduler"]
+    assert "another scheduler" in fails(capsys, "correct", quantized, noise, "--out", corrected, *other)
+    assert "unknown correction" in fails(capsys, "correct", quantized, noise, "--out", corrected, "--methods", "x")
+    noise.write_bytes(noise.read_bytes()[:-8])
+    assert "no whole safetensors file" in fails(capsys, "correct", quantized, noise, "--out", corrected)
+    assert not corrected.exists()
+
+
+def test_bad_arguments(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", tmp_path / "out"]
+    assert "steps must be at least 1" in fails(capsys, "sample", model, *out, "--steps", 0)
+    assert "has no scheduler 'Nope'" in fails(capsys, "sample", model, *out, "--scheduler", "Nope")
+    assert "must be NAME=VALUE" in fails(capsys, "sample", model, *out, "--call", "x")
+    assert "is not JSON" in fails(capsys, "sample", model, *out, "--call", "prompt=a cat")
+    assert "takes no argument 'prompt'" in fails(capsys, "sample", model, *out, "--call", 'prompt=["a"]')
+    assert "does not exist" in fails(capsys, "evaluate", tmp_path / "none", "--judge", "none")
+    assert "cannot be read as JSON" in fails(capsys, "report", tmp_path / "none")
+
+
+def test_a_full_disk(
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ptqd.files.save_file", full)
+    out = tmp_path / "out"
+    assert "No space left on device; free some space" in fails(capsys, "sample", model, "--out", out, *SMALL)
+    assert not (out / "samples.safetensors").exists()
+    monkeypatch.undo()
+    assert main(["sample", str(model), "--out", str(out), *SMALL]) == 0
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, ptqd.cli; ptqd.cli.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    for verb in ("quantize", "measure", "correct", "sample", "evaluate", "report", "run", "demo"):
+        assert verb in text

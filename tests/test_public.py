@@ -1,0 +1,27 @@
+import ptqd
+
+
+def test_the_public_names_are_these() -> None:
+    assert ptqd.__all__ == [
+        "Correction",
+        "InputError",
+        "LatentClassPipeline",
+        "MismatchError",
+        "NoiseStats",
+        "PtqdError",
+        "Quantizer",
+        "Recipe",
+        "Rule",
+        "Sampling",
+        "correct",
+        "load",
+        "measure",
+        "quantize",
+        "sample",
+    ]
+
+
+def test_every_public_name_resolves_and_says_what_it_is() -> None:
+    for name in ptqd.__all__:
+        assert getattr(ptqd, name).__doc__, name
+    assert not hasattr(ptqd, "nonsense")
