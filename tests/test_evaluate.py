@@ -100,7 +100,7 @@ def test_frechet_intervals_cover_the_spread_over_repetitions() -> None:
 
 def test_leaving_blocks_out_is_recomputing_without_them() -> None:
     x, y = features(60, 4), features(50, 4, seed=1)
-    blocks = [torch.arange(b, 60, 20) for b in range(20)]
+    blocks = [torch.arange(3 * b, 3 * b + 3) for b in range(20)]
     kept = [x[[i for i in range(60) if i not in set(block.tolist())]] for block in blocks]
     values = [kernel_distance(k, y) for k in kept]
     error = math.sqrt(19 / 20 * sum((v - sum(values) / 20) ** 2 for v in values))

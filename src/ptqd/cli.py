@@ -111,11 +111,16 @@ def _cmd_report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ptqd.files import read_json
+    from ptqd.progress import busy
     from ptqd.report.page import write_page
-    from ptqd.report.table import terminal_table
+    from ptqd.report.table import markdown_table, terminal_table
 
-    page = write_page(args.run)
+    with busy("writing the report"):
+        page = write_page(args.run)
     rows = read_json(args.run / "report.json")["rows"]
+    if args.markdown:
+        print(markdown_table(rows))
+        return
     Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(rows))
     print(f"{args.run / 'report.json'}\n{page}")
 
@@ -135,7 +140,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
     run_experiment(
         pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model == "fashion-ldm" else "none"))
     )
-    args.run = args.out
+    args.run, args.markdown = args.out, False
     _cmd_report(args)
 
 
@@ -144,10 +149,11 @@ def _cmd_demo(args: argparse.Namespace) -> None:
     from ptqd.demo import SIZES, demo
     from ptqd.experiment import run_experiment
 
-    changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps}
+    recipes = tuple(args.recipe) if args.recipe else None
+    changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps, "recipes": recipes}
     size = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
     run_experiment(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge("fashion"))
-    args.run = args.out
+    args.run, args.markdown = args.out, False
     _cmd_report(args)
 
 
@@ -276,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("report", _cmd_report)
     sub.add_argument("run", type=Path, help="run folder with a report.json")
+    sub.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
     sub = verb("run", _cmd_run)
     sub.add_argument("model", help=MODEL_HELP)
@@ -293,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (("quick", "one recipe, within 2 minutes on two cores"), ("full", "5,000 samples a row; hours")):
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="standard", help=text)
     sub.add_argument("--samples", type=int, help="samples a row instead of the size's")
+    sub.add_argument("--recipe", action="append", help="recipe instead of the size's; may be given again")
     sub.add_argument("--stochastic-steps", type=int, help="steps of the setting with eta 1 instead of the size's")
     sub.add_argument("--out", type=Path, default=Path("ptqd-demo"), help="run folder (default: %(default)s)")
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")

@@ -21,7 +21,7 @@ from ptqd.evaluate.metrics import mean_metric, psnr
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.loading import load
 from ptqd.noise import Estimate, NoiseStats, measure
-from ptqd.progress import track
+from ptqd.progress import busy, track
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
@@ -200,10 +200,9 @@ class _Setting:
         inputs["judge"] = None if self.judge is None else self.judge.name
 
         def build(path: Path, scratch: Path) -> None:
-            metrics = judge_images(
-                load_images(images), self.judge, self.setting, None if reference is None else load_images(reference)
-            )
-            write_json(path, metrics)
+            same_seed = None if reference is None else load_images(reference)
+            with busy(f"evaluating {name}" if self.progress else None):
+                write_json(path, judge_images(load_images(images), self.judge, self.setting, same_seed))
 
         metrics = read_json(self._stage(f"{name}/metrics.json", inputs, build))
         return {

@@ -112,7 +112,7 @@ class QuantLayer(nn.Module):
     def freeze(self) -> None:
         """Fix the activation's range and turn the full-precision weight into codes (round to nearest)."""
         self.input.freeze()
-        rows = self.weight.detach().float().flatten(1)  # O,I
+        rows = self.weight.detach().cpu().float().flatten(1)  # O,I; not every device has float64
         spec = self.weights
         low, high = find_range(rows, spec.grid, spec.range, percentile=spec.percentile, p=spec.p)
         scale, zero = affine_parameters(low, high, spec.grid)

@@ -179,8 +179,8 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
         E[eps^i (eps_q - eps)^j] over the elements of a channel (N, C, 14), float64.
     """
     axis = channel_axis(eps)
-    e = eps.movedim(axis, 1).flatten(2).double()  # N,C,M
-    d = eps_q.movedim(axis, 1).flatten(2).double() - e
+    e = eps.cpu().movedim(axis, 1).flatten(2).double()  # N,C,M; not every device has float64
+    d = eps_q.cpu().movedim(axis, 1).flatten(2).double() - e
     powers_e, powers_d = [torch.ones_like(e)], [torch.ones_like(d)]
     for _ in range(4):
         powers_e.append(powers_e[-1] * e)
@@ -303,7 +303,7 @@ def measure(
             )
             if not bool(torch.isfinite(moments).all()):
                 raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
-            steps.append(moments.cpu())
+            steps.append(moments)
             elements = x[0].numel() // channels
         rows.append(torch.stack(steps, dim=1))  # n,T,C,14
     indices_done = torch.arange(start, run.samples)

@@ -17,6 +17,7 @@ from torch import nn
 from ptqd.components import denoiser_name, with_components
 from ptqd.errors import InputError
 from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from ptqd.progress import track
 from ptqd.recipe import Quantizer, Recipe
 from ptqd.sampling import Sampling, sample
 
@@ -138,7 +139,7 @@ def quantize(
     calibration = run.replace(samples=recipe.calibration_samples, seed=run.seed + 1)
     for _ in sample(quantized, calibration, output="latent", progress="calibrating" if progress else None):
         pass
-    for module in modules:
+    for module in track(modules, "finding ranges" if progress else None):
         module.freeze()
     PtqdQuantizer(PtqdConfig(recipe.to_dict())).adopt(model, coverage)
     return quantized

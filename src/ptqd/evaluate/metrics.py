@@ -4,7 +4,7 @@ Frechet distance (Heusel et al., arXiv 1706.08500), of pooled features; the same
 constructed (Nash et al., arXiv 2103.03841); kernel distance (Binkowski et al., arXiv 1801.01401). In features other
 than Inception's these are not FID, sFID or KID, and are never called so.
 
-Intervals are the delete-a-block jackknife's over samples: 20 blocks, Student's t.
+Intervals are the delete-a-block jackknife's over samples: 20 contiguous blocks, Student's t.
 """
 
 import math
@@ -107,7 +107,8 @@ def jackknife_metric(count: int, statistic: Callable[[torch.Tensor | None], floa
         raise InputError(f"a distance between sets needs at least two samples; got {count}")
     value = statistic(None)
     blocks = min(BLOCKS, count)
-    left_out = [statistic(torch.arange(b, count, blocks)) for b in range(blocks)]
+    # neighbours stay together: samples whose classes take turns are then left out in equal shares
+    left_out = [statistic(block) for block in torch.arange(count).tensor_split(blocks)]
     mean = sum(left_out) / blocks
     error = math.sqrt((blocks - 1) / blocks * sum((v - mean) ** 2 for v in left_out))
     half = float(scipy_stats.t.ppf(0.975, blocks - 1)) * error

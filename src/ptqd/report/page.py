@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader
 
 from ptqd.errors import InputError
 from ptqd.experiment import load_images
-from ptqd.files import read_json, write_text
-from ptqd.report.pictures import setting_strips, step_plots
+from ptqd.files import read_json, replacing, write_text
+from ptqd.report.pictures import overview, setting_strips, step_plots
 from ptqd.report.table import (
     COST_COLUMNS,
     METRICS,
@@ -23,7 +23,7 @@ from ptqd.report.table import (
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``report.html`` from a run folder's ``report.json`` and samples.
+    """Write ``report.html``, and its strips as ``strips.png``, from a run folder's ``report.json`` and samples.
 
     Returns:
         The page's path.
@@ -40,6 +40,7 @@ def write_page(folder: Path) -> Path:
         loader=PackageLoader("ptqd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    strips = setting_strips(rows, load_images, folder)
     page = environment.get_template("page.html").render(
         model=rows[0]["model"],
         samples=sorted({row["samples"] for row in rows}),
@@ -47,13 +48,15 @@ def write_page(folder: Path) -> Path:
         groups=[(text, _lines(group, metrics)) for text, group in by_setting(rows)],
         columns=[METRICS[name] for name in metrics],
         cost_columns=COST_COLUMNS,
-        strips=setting_strips(rows, load_images, folder),
+        strips=strips,
         plots=step_plots(report["steps"]),
         stages=_stage_seconds(report["stages"]),
         versions=report["versions"],
     )
     path = folder / "report.html"
     write_text(path, page)
+    with replacing(folder / "strips.png") as temporary:
+        temporary.write_bytes(overview(strips))
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,6 +61,26 @@ def setting_strips(
             labelled.append((f"{row['recipe']} {correction_label(row['correction'])}", png(grid([images], 2))))
         strips.append((text, labelled))
     return strips
+
+
+def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
+    """All strips with their labels on one sheet, as a PNG."""
+    margin, line = 190, 22
+    pictures = [Image.open(io.BytesIO(data)) for _, rows in strips for _, data in rows]
+    width = margin + max(picture.width for picture in pictures)
+    height = sum(picture.height + 3 for picture in pictures) + 2 * line * len(strips)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    y = 0
+    for title, rows in strips:
+        draw.text((margin, y + line // 2), title, "black", font)
+        y += 2 * line
+        for (label, _), picture in zip(rows, pictures, strict=False):
+            draw.text((margin - 10, y + picture.height // 2), label, "black", font, anchor="rm")
+            sheet.paste(picture, (margin, y))
+            y += picture.height + 3
+        pictures = pictures[len(rows) :]
+    return png(sheet)
 
 
 def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:

@@ -70,6 +70,19 @@ def cost_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
 COST_COLUMNS = ("GBOPs an image", "fewer", "denoiser KB", "s")
 
 
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One Markdown table of all settings."""
+    metrics = metric_columns(rows)
+    head = ["recipe", "correction", *(METRICS[m][0] for m in metrics), *COST_COLUMNS]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for text, group in by_setting(rows):
+        lines.append([f"**{text}**", *[""] * (len(head) - 1)])
+        for row in group:
+            cells = [" ".join(metric_cell(row, m)).strip() for m in metrics]
+            lines.append([row["recipe"], correction_label(row["correction"]), *cells, *cost_cells(row)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One table of all settings."""
     samples = sorted({row["samples"] for row in rows})

@@ -1,0 +1,67 @@
+"""What simulating and correcting cost, on fashion-ldm at batch 32 with guidance: ratios, measured in one run.
+
+    python bench/overhead.py
+
+Each round times every variant once, in turn; a ratio is the median over rounds of variant / full precision.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+import ptqd
+from ptqd.sampling import run_batch
+
+ROUNDS = 9
+RUN = ptqd.Sampling(10, 1.0, 32, 32, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    pipe = ptqd.load("fashion-ldm")
+    qpipe = ptqd.quantize(pipe, "w4a8", RUN)
+    stats = ptqd.measure(pipe, qpipe, RUN)
+    corrected = ptqd.correct(qpipe, stats)
+    variants: dict[str, Callable[[], object]] = {
+        "sampling, full precision": lambda: run_batch(pipe, RUN, range(32), "latent"),
+        "sampling, w4a8 simulated": lambda: run_batch(qpipe, RUN, range(32), "latent"),
+        "sampling, w4a8 corrected": lambda: run_batch(corrected, RUN, range(32), "latent"),
+        "measuring": lambda: ptqd.measure(pipe, qpipe, RUN),
+    }
+    for function in variants.values():
+        function()
+    rounds = [{name: seconds(function) for name, function in variants.items()} for _ in range(ROUNDS)]
+    base = "sampling, full precision"
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {ROUNDS} rounds, batch 32, 10 steps, guidance"
+    )
+    for name in variants:
+        ratio = statistics.median(r[name] / r[base] for r in rounds)
+        spread = sorted(r[name] / r[base] for r in rounds)
+        print(f"{name:28s} {ratio:5.2f} x full precision   ({spread[0]:.2f} to {spread[-1]:.2f})")
+
+    x = torch.randn(32, 4, 8, 8)
+    steps = {"plain": qpipe.scheduler, "corrected": corrected.scheduler}
+    cost = {}
+    for name, scheduler in steps.items():
+        scheduler.set_timesteps(RUN.steps)
+        step = partial(
+            scheduler.step, x, scheduler.timesteps[5], x, eta=1.0, generator=torch.Generator().manual_seed(0)
+        )
+        times = [seconds(step) for _ in range(300)]
+        cost[name] = statistics.median(times)
+    call = statistics.median(r["sampling, w4a8 simulated"] for r in rounds) / RUN.steps
+    extra = cost["corrected"] - cost["plain"]
+    print(f"correcting one step costs {extra / call * 100:.2f} % of a sampling step")
+
+
+if __name__ == "__main__":
+    main()
