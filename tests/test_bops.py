@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptqd import Quantizer, Sampling
-from ptqd.bops import LayerCost, counting, step_cost, weight_bytes
+from ptqd.bops import LayerCost, counting, image_cost, weight_bytes
 from ptqd.components import with_components
 from ptqd.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
 from ptqd.sampling import run_batch
@@ -50,7 +50,7 @@ def test_agrees_with_torchs_flop_counter(pipe: Any, guidance: float) -> None:
     run = Sampling(steps=1, samples=1, batch=1, call={"class_labels": [1], "guidance_scale": guidance})
     pipe = with_components(pipe, unet=copy.deepcopy(pipe.unet))
     pipe.unet.set_attn_processor(AttnProcessor())  # torch counts plain products, not the fused ones
-    macs = sum(c.macs for c in step_cost(pipe, run))
+    macs = sum(c.macs for c in image_cost(pipe, run))
     with FlopCounterMode(display=False) as counter:
         run_batch(pipe, run, range(1), "latent")
     assert 2 * macs == counter.get_total_flops()
@@ -58,10 +58,10 @@ def test_agrees_with_torchs_flop_counter(pipe: Any, guidance: float) -> None:
 
 def test_guidance_doubles_and_bits_divide(pipe: Any, qpipe: Any) -> None:
     run = Sampling(steps=3, call={"class_labels": [1], "guidance_scale": 1.0})
-    once = sum(c.bops for c in step_cost(pipe, run))
-    twice = sum(c.bops for c in step_cost(pipe, run.replace(call={"class_labels": [1], "guidance_scale": 2.0})))
+    once = sum(c.bops for c in image_cost(pipe, run))
+    twice = sum(c.bops for c in image_cost(pipe, run.replace(call={"class_labels": [1], "guidance_scale": 2.0})))
     assert twice == 2 * once
-    ratio = once / sum(c.bops for c in step_cost(qpipe, run))
+    ratio = once / sum(c.bops for c in image_cost(qpipe, run))
     assert 16 < ratio < 32  # w4a8 is 32 times fewer, but for the layers and products at 8 x 8
 
 

@@ -119,8 +119,8 @@ def test_psnr_and_means() -> None:
 
 
 def test_fewer_than_two_samples_are_refused() -> None:
-    with pytest.raises(InputError, match="at least two samples"):
-        frechet_metric(features(1, 3), torch.zeros(3), torch.eye(3))
+    with pytest.raises(InputError, match="at least three samples"):
+        frechet_metric(features(2, 3), torch.zeros(3), torch.eye(3))
     with pytest.raises(InputError, match="at least two images"):
         Reference.of(Features(*[torch.zeros(1, 3)] * 3))
 

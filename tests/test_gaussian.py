@@ -34,7 +34,9 @@ def test_estimates_hit_the_truth_within_their_intervals(stats_and_truth: NoiseSt
         inside = (estimate.low <= value) & (value <= estimate.high)
         # 95 % each: with 25 to 50 intervals, fewer than 80 % inside happens once in ten thousand times
         assert inside.double().mean() >= 0.8, name
-        assert torch.allclose(estimate.value, value.double().expand_as(estimate.value), atol=0.01), name
+        half = estimate.high - estimate.value
+        assert bool(((estimate.value - value).abs() < 2.5 * half).all()), name
+        assert half.median() < 0.005, name
     assert fit.normality.median() > 0.01  # the injected residual is Gaussian
     assert fit.kurtosis.value.abs().max() < 0.2
 

@@ -142,12 +142,6 @@ def test_only_statistics_that_belong_together_merge() -> None:
         NoiseStats.merge([a, a])
 
 
-def test_half_splits() -> None:
-    stats = stats_of(*pair(5, 1))
-    assert stats.half(0).indices.tolist() == [0, 2, 4]
-    assert stats.half(1).indices.tolist() == [1, 3]
-
-
 def test_powers_are_all_up_to_order_four() -> None:
     assert sorted(POWERS) == sorted((i, j) for i in range(5) for j in range(5) if 1 <= i + j <= 4)
 

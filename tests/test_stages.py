@@ -106,5 +106,5 @@ def test_unreadable_json_is_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the run folder"):
+    with pytest.raises(InputError, match="cannot make the folder"):
         RunFolder(tmp_path / "file" / "run")

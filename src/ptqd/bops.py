@@ -90,10 +90,10 @@ def counting(model: nn.Module) -> Iterator[list[LayerCost]]:
             handle.remove()
 
 
-def step_cost(pipe: DiffusionPipeline, run: Sampling) -> list[LayerCost]:
-    """The denoiser's cost of one sampling step of one sample, guidance included, from a real step."""
+def image_cost(pipe: DiffusionPipeline, run: Sampling) -> list[LayerCost]:
+    """Cost of all denoiser calls for one image, guidance included, counted while one is sampled."""
     with counting(getattr(pipe, denoiser_name(pipe))) as costs:
-        run_batch(pipe, run.replace(steps=1, samples=1, batch=1), range(1), "latent")
+        run_batch(pipe, run, range(1), "latent")
     return costs
 
 

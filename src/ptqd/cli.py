@@ -205,15 +205,18 @@ def _methods(text: str) -> tuple[Any, ...]:
 def _judge(name: str) -> "Judge | None":
     if name == "none":
         return None
+    from hashlib import sha256
+
+    from ptqd.components import fingerprint
     from ptqd.evaluate.features import Reference
     from ptqd.experiment import Judge
     from ptqd.zoo import CLASSIFIER, REFERENCE
     from ptqd.zoo.classifier import FashionClassifier
 
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    return Judge(
-        classifier, Reference.load(REFERENCE), "ptqd's Fashion-MNIST classifier, against the 10,000 test images"
-    )
+    key = f"{fingerprint(classifier)} {sha256(REFERENCE.read_bytes()).hexdigest()}"
+    name = "ptqd's Fashion-MNIST classifier, against the 10,000 test images"
+    return Judge(classifier, Reference.load(REFERENCE), name, key)
 
 
 def _samples_file(path: Path) -> Path:

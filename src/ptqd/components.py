@@ -50,7 +50,11 @@ def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
     """A hash of all that decides what a pipeline samples: its modules' weights and its scheduler's configuration."""
-    facts: dict[str, Any] = {"class": type(pipe).__name__, "scheduler": dict(pipe.scheduler.config)}
+    facts: dict[str, Any] = {
+        "class": type(pipe).__name__,
+        "schedule": schedule_of(pipe),
+        "correction": pipe.scheduler.config.get("correction"),
+    }
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module):
             facts[name] = fingerprint(component)

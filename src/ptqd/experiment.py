@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.bops import FULL_BITS, step_cost, weight_bytes
-from ptqd.components import denoiser_name, fingerprint, schedule_of
+from ptqd.bops import FULL_BITS, image_cost, weight_bytes
+from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.correction.ptqd import Method
-from ptqd.correction.scheduler import correct
+from ptqd.correction.scheduler import correct, vsc_applies
+from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
 from ptqd.evaluate.metrics import mean_metric, psnr
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
@@ -33,11 +34,12 @@ PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", 
 
 @dataclass(frozen=True)
 class Judge:
-    """How images are judged: an extractor with its reference, both named for the report."""
+    """How images are judged: an extractor with its reference, both named for the report; ``key`` changes with them."""
 
     extractor: Extractor
     reference: Reference
     name: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Experiment:
     recipes: tuple[str, ...]
     measured: int = 128
     corrections: tuple[tuple[Method, ...], ...] = ABLATION
+
+    def __post_init__(self) -> None:
+        names = ["full-precision", *(Path(text).stem for text in self.recipes)]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two recipes are called {name!r}; give their files names of their own")
 
 
 def run_experiment(
@@ -82,10 +90,16 @@ def run_experiment(
     return report
 
 
-def setting_name(setting: Sampling, scheduler: str) -> str:
+def guidance_of(pipe: DiffusionPipeline, setting: Sampling) -> float | None:
+    """The guidance scale a setting runs at, the pipeline's own where it says none; None where there is no guidance."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    return None if parameter is None else setting.call.get("guidance_scale", parameter.default)
+
+
+def setting_name(facts: Mapping[str, Any]) -> str:
     """A short name that is also a folder's: scheduler, steps, eta and guidance."""
-    guidance = setting.call.get("guidance_scale", 1.0)
-    return f"{scheduler.removesuffix('Scheduler').lower()}{setting.steps}-eta{setting.eta:g}-g{guidance:g}"
+    guidance = "" if facts["guidance"] is None else f"-g{facts['guidance']:g}"
+    return f"{facts['scheduler'].removesuffix('Scheduler').lower()}{facts['steps']}-eta{facts['eta']:g}{guidance}"
 
 
 def correction_name(methods: Sequence[str]) -> str:
@@ -108,21 +122,19 @@ class _Setting:
     ) -> None:
         self.pipe, self.experiment, self.setting, self.folder = pipe, experiment, setting, folder
         self.judge, self.progress, self.report = judge, progress, report
-        self.name = setting_name(setting, type(pipe.scheduler).__name__)
         self.device = pipe.device
         self.source = {
-            "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
-            **schedule_of(pipe),
+            "pipeline": pipeline_fingerprint(pipe),
             "ptqd": version("ptqd"),
         }
         self.facts = {
             "steps": setting.steps,
             "eta": setting.eta,
-            "guidance": setting.call.get("guidance_scale", 1.0),
+            "guidance": guidance_of(pipe, setting),
             "scheduler": type(pipe.scheduler).__name__,
         }
-        cost = step_cost(pipe, setting)
-        self.full_bops = sum(c.macs for c in cost) * FULL_BITS**2 * setting.steps
+        self.name = setting_name(self.facts)
+        self.full_bops = sum(c.macs for c in image_cost(pipe, setting)) * FULL_BITS**2
 
     def rows(self) -> Iterator[None]:
         """Add row after row to the report."""
@@ -136,30 +148,29 @@ class _Setting:
             quantized = self._quantized(prefix, recipe)
             stats = self._measured(prefix, quantized)
             self.report["steps"].extend(self._step_rows(Path(text).stem, stats))
-            bops = sum(c.bops for c in step_cost(quantized, self.setting)) * self.setting.steps
-            images: Path | None = None
-            for methods in self.experiment.corrections:
-                if images is None or not self._same_as_before(methods):
-                    images = self._sample(
-                        f"{Path(text).stem}/{correction_name(methods)}",
-                        correct(quantized, stats, methods) if methods else quantized,
-                        {
-                            "recipe": recipe.to_dict(),
-                            "noise": self.folder.key(f"{prefix}/noise.safetensors"),
-                            "methods": methods,
-                        },
-                    )
-                rows.append(
-                    self._row(
-                        Path(text).stem, correction_name(methods), images, reference, bops, self._bytes(quantized)
-                    )
-                )
+            bops = sum(c.bops for c in image_cost(quantized, self.setting))
+            images, before = reference, None
+            for methods in self._corrections():
+                if before is None or methods != (*before, "vsc") or not self._deterministic():
+                    inputs: dict[str, Any] = {"recipe": recipe.to_dict(), "methods": methods}
+                    if methods:
+                        inputs["noise"] = self.folder.key(f"{prefix}/noise.safetensors")
+                    corrected = correct(quantized, stats, methods) if methods else quantized
+                    images = self._sample(f"{Path(text).stem}/{correction_name(methods)}", corrected, inputs)
+                before = methods
+                size = self._bytes(quantized)
+                rows.append(self._row(Path(text).stem, correction_name(methods), images, reference, bops, size))
                 yield
 
-    def _same_as_before(self, methods: Sequence[str]) -> bool:
-        """VSC with nothing drawn: the images are those of the row before, bit for bit."""
-        deterministic = self.setting.eta == 0 and "eta" in inspect.signature(self.pipe.scheduler.step).parameters
-        return methods[-1:] == ("vsc",) and deterministic
+    def _corrections(self) -> Iterator[tuple[Method, ...]]:
+        """Those that the scheduler has a form of."""
+        for methods in self.experiment.corrections:
+            if "vsc" not in methods or vsc_applies(self.pipe.scheduler):
+                yield methods
+
+    def _deterministic(self) -> bool:
+        """Nothing is drawn: with VSC the images are those without, bit for bit."""
+        return self.setting.eta == 0 and "eta" in inspect.signature(self.pipe.scheduler.step).parameters
 
     def _quantized(self, prefix: str, recipe: Recipe) -> DiffusionPipeline:
         inputs = {**self.source, "recipe": recipe.to_dict(), "setting": self._run_facts(samples=0)}
@@ -171,7 +182,7 @@ class _Setting:
         return load(path).to(self.device)
 
     def _measured(self, prefix: str, quantized: DiffusionPipeline) -> NoiseStats:
-        run = self.setting.replace(samples=self.experiment.measured, seed=self.setting.seed + 2)
+        run = self.setting.replace(samples=self.experiment.measured)
         inputs = {**self.source, "setting": run.to_dict(), "quantized": self.folder.key(f"{prefix}/quantized")}
 
         def build(path: Path, scratch: Path) -> None:
@@ -197,7 +208,7 @@ class _Setting:
         inputs: dict[str, Any] = {"images": self.folder.key(f"{name}/samples.safetensors")}
         if reference is not None:
             inputs["reference"] = self.folder.key(f"{self.name}/full-precision/samples.safetensors")
-        inputs["judge"] = None if self.judge is None else self.judge.name
+        inputs["judge"] = None if self.judge is None else self.judge.key
 
         def build(path: Path, scratch: Path) -> None:
             same_seed = None if reference is None else load_images(reference)

@@ -1,6 +1,7 @@
 """Files: written under a temporary name and renamed, read without pickle."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,25 +23,38 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full or the folder not writable; nothing is left behind.
     """
+    path = path.absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.is_dir() and temporary.is_dir():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
+        for leftover in (temporary, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}; choose another") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,8 +64,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file atomically; what is infinite or NaN becomes null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

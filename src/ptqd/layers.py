@@ -131,8 +131,7 @@ class QuantLayer(nn.Module):
         column = (-1, *[1] * (len(self.shape) - 1))
         zero = torch.zeros_like(self.scale, dtype=torch.int16) if self.zero_point is None else self.zero_point
         weight = dequantize_affine(self.integer_weight(), self.scale.view(column), zero.to(torch.int16).view(column))
-        dtype = weight.dtype if self.bias is None else self.bias.dtype
-        self.weight = weight.to(dtype)
+        self.weight = weight.to(self.weight.dtype)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -14,10 +14,10 @@ and the residual's skewness and kurtosis are known for any k.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -78,8 +78,8 @@ class NoiseStats:
         moments: E[eps^i delta^j] over each sample's elements (N, T, C, 14), float64, columns as in ``POWERS``.
         elements: elements of one channel of one sample.
         source: plain facts of what was measured: the models' fingerprints, the scheduler and its
-            configuration, steps, eta, call arguments. Statistics only merge with, and corrections only apply to,
-            the same.
+            configuration, steps, eta, call arguments. Statistics only merge with the same; corrections only apply to
+            the same model, scheduler, steps and eta.
     """
 
     timesteps: torch.Tensor
@@ -109,24 +109,18 @@ class NoiseStats:
         left_out = (n * mean - self.moments) / (n - 1)  # N,T,C,14
         quantile = float(scipy_stats.t.ppf(0.975, n - 1))
 
-        def estimate(statistic: Callable[[torch.Tensor], torch.Tensor]) -> Estimate:
-            value, jackknife = statistic(mean), statistic(left_out)
-            error = ((n - 1) * jackknife.var(0, unbiased=False)).sqrt() * quantile
-            return Estimate(value, value - error, value + error)
+        values, jackknife = regression(mean, slope=slope), regression(left_out, slope=slope)
 
-        def part(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-            return lambda m: regression(m, slope=slope)[name]
+        def estimate(name: str) -> Estimate:
+            error = ((n - 1) * jackknife[name].var(0, unbiased=False)).sqrt() * quantile
+            return Estimate(values[name], values[name] - error, values[name] + error)
 
-        values = regression(mean, slope=slope)
         count = n * self.elements * mean.shape[1]
         pairs = zip(values["skewness"].tolist(), values["kurtosis"].tolist(), strict=True)
         normality = [normality_p_value(skewness, kurtosis, count) for skewness, kurtosis in pairs]
-        parts = {name: estimate(part(name)) for name in values}
-        return NoiseFit(**parts, normality=torch.tensor(normality, dtype=torch.float64))
-
-    def half(self, which: Literal[0, 1]) -> "NoiseStats":
-        """Every second sample, to fit on one half and judge on the other."""
-        return NoiseStats(self.timesteps, self.indices[which::2], self.moments[which::2], self.elements, self.source)
+        return NoiseFit(
+            **{name: estimate(name) for name in values}, normality=torch.tensor(normality, dtype=torch.float64)
+        )
 
     @classmethod
     def merge(cls, parts: Sequence["NoiseStats"]) -> "NoiseStats":
@@ -268,7 +262,8 @@ def measure(
     Args:
         pipe: full precision.
         qpipe: the same pipeline, quantized by any means.
-        run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time.
+        run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time. Their seeds
+            are derived from the run's, and are not those of its images.
         start: first sample, to share the work or resume.
         progress: show a bar.
 
@@ -276,14 +271,15 @@ def measure(
         MismatchError: the two pipelines do not take the same steps.
         InputError: the denoiser's output is NaN or infinite at some step.
     """
-    per_sample = {k: v for k, v in run.to_dict()["call"].items() if not isinstance(v, list)}
+    run = run.apart("measuring")
+    shared = {k: v for k, v in run.to_dict()["call"].items() if not isinstance(v, list)}
     source = {
         "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
         "quantized": fingerprint(getattr(qpipe, denoiser_name(qpipe))),
         **schedule_of(pipe),
         "steps": run.steps,
         "eta": run.eta,
-        "call": per_sample,
+        "call": shared,
         "seed": run.seed,
     }
     rows: list[torch.Tensor] = []

@@ -87,7 +87,7 @@ def _search(
 
 
 class Observer:
-    """Collects what a per-tensor quantizer sees over many batches: bounded memory, in any order the same result.
+    """Collects what a per-tensor quantizer sees over many batches, in any order: bounded memory.
 
     The extremes are exact. For percentile and p-norm, values (of a large batch an evenly strided subset) are counted
     in a histogram over [-2^e, 2^e], whose e grows with the extremes by merging neighbouring bins.
@@ -114,9 +114,11 @@ class Observer:
         self.low, self.high = min(self.low, low), max(self.high, high)
         while max(abs(low), abs(high)) > 2.0**self.exponent:
             self._widen(max(abs(low), abs(high)))
-        flat = flat[:: -(-flat.numel() // _PER_CALL)].float()
+        stride = -(-flat.numel() // _PER_CALL)
+        while math.gcd(stride, flat.numel()) > 1:  # coprime: no channel or column is passed over
+            stride += 1
         edge = 2.0**self.exponent
-        self.counts += torch.histc(flat, _BINS, -edge, edge).double().cpu()
+        self.counts += torch.histc(flat[::stride].float(), _BINS, -edge, edge).cpu().double()
 
     def _widen(self, largest: float) -> None:
         if not self.counts.any():

@@ -132,11 +132,11 @@ def quantize(
     check_weights(getattr(pipe, name), name)
     model = copy.deepcopy(getattr(pipe, name))
     coverage = insert_quantizers(model, recipe)
-    quantized = with_components(pipe, **{name: model})
+    quantized = with_components(pipe, **{name: model}, scheduler=copy.deepcopy(pipe.scheduler))
     modules = quant_modules(model)
     for module in modules:
         module.observe()
-    calibration = run.replace(samples=recipe.calibration_samples, seed=run.seed + 1)
+    calibration = run.apart("calibration").replace(samples=recipe.calibration_samples)
     for _ in sample(quantized, calibration, output="latent", progress="calibrating" if progress else None):
         pass
     for module in track(modules, "finding ranges" if progress else None):
@@ -190,6 +190,12 @@ class PtqdQuantizer(DiffusersQuantizer):
         model.is_quantized = True
         model.quantization_method = self.quantization_config.quant_method
 
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse a file that lacks some of the model's tensors."""
+        if missing_keys:
+            raise InputError(f"the saved model lacks {missing_keys[0]!r}; the file is damaged or of another model")
+        return missing_keys
+
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         """False: codes and scales are ordinary buffers."""
         return False
@@ -199,9 +205,6 @@ class PtqdQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if value.is_meta and not name.endswith(".weight"):
-                raise InputError(f"the saved model lacks {name!r}; the file is damaged or of another model")
         for module in model.modules():
             if isinstance(module, QuantLayer | ActivationQuantizer):
                 module.refresh()

@@ -88,6 +88,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[list[tor
                 f"replay: the sample at step {i} is not the recorded one; use the same seeds and inputs"
             )
         outputs.append(model_output.detach())
+        plain(model_output, timestep, sample, *args, **kw)  # many schedulers count their steps
         return trajectory.results[i]
 
     with _stepping(pipe, step):

@@ -42,8 +42,9 @@ class Sampling:
         for name in ("steps", "samples", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.eta < 0:
-            raise InputError(f"eta must be at least 0; got {self.eta}")
+        for name in ("eta", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
         for name, value in self.call.items():
             if isinstance(value, list | tuple | torch.Tensor) and len(value) == 0:
                 raise InputError(f"call argument {name!r} is an empty list; give one value a sample")
@@ -51,6 +52,11 @@ class Sampling:
     def replace(self, **changes: Any) -> "Sampling":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def apart(self, purpose: str) -> "Sampling":
+        """A copy with a seed of its own, so that what is fitted never sees the samples it is judged on."""
+        derived = np.random.SeedSequence([self.seed, *purpose.encode()]).generate_state(1, np.uint32)[0]
+        return self.replace(seed=int(derived))
 
     def batches(self, start: int = 0) -> Iterator[range]:
         """The sample indices of each batch, from sample ``start`` on."""
@@ -103,9 +109,23 @@ def run_batch(pipe: DiffusionPipeline, run: Sampling, indices: range, output: Li
             raise InputError(
                 f"{type(pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(accepted)[1:])}"
             )
+    if run.eta > 0 and "eta" not in accepted:
+        raise InputError(f"{type(pipe).__name__} takes no eta; leave it at 0")
     given = {k: v for k, v in arguments.items() if k in accepted} | call
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**given).images
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        images = pipe(**given).images
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
+    finally:
+        pipe.set_progress_bar_config(**bar)
+    if len(images) != len(indices):
+        raise InputError(
+            f"{type(pipe).__name__} gave {len(images)} images for {len(indices)} samples; "
+            "give its arguments as lists of one value a sample"
+        )
+    return images
 
 
 def sample(

@@ -1,5 +1,6 @@
 """A run folder: stages that are skipped when their inputs are unchanged, written atomically, resumed after a kill."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqd.errors import InputError
-from ptqd.files import read_json, replacing, write_json
+from ptqd.files import make_folder, read_json, replacing, write_json
 
 Build = Callable[[Path, Path], None]
 
@@ -23,10 +24,9 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the run folder {folder}: {error.strerror}; choose another") from error
+        make_folder(folder)
+        for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Build) -> Path:
         """The result of a stage, made now if it is missing or was made from other inputs.
@@ -44,16 +44,17 @@ class RunFolder:
         if target.exists() and record.exists() and read_json(record).get("key") == key:
             return target
         scratch = self.folder / ".partial" / f"{name.replace('/', '-')}-{key[:16]}"
-        scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(scratch)
         spent = scratch / "seconds.json"
-        before = read_json(spent) if spent.exists() else 0.0
+        before = _seconds_in(spent)
         started = time.monotonic()
+        record.unlink(missing_ok=True)  # from here on, what is there counts for nothing
         try:
             with replacing(target) as temporary:
                 build(temporary, scratch)
         except BaseException:
-            if scratch.exists():
-                spent.write_text(json.dumps(before + time.monotonic() - started))
+            with contextlib.suppress(InputError):
+                write_json(spent, before + time.monotonic() - started)
             raise
         write_json(record, {"key": key, "inputs": inputs, "seconds": before + time.monotonic() - started})
         shutil.rmtree(scratch)
@@ -70,3 +71,10 @@ class RunFolder:
 
     def _record(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def _seconds_in(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError):
+        return 0.0

@@ -16,15 +16,13 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ptqd.components import denoiser_name, fingerprint, schedule_of, with_components
 from ptqd.correction.ptqd import METHODS, Correction, Method
 from ptqd.errors import InputError, MismatchError
 from ptqd.noise import NoiseStats, channel_axis
-
-__all__ = ["ModelMixin", "correct", "corrected_class", "ddim_output_coefficient", "ddpm_output_coefficient"]
 
 _PREFIX = "Corrected"
 
@@ -72,14 +70,11 @@ class CorrectedStep:
 
     correction: Correction
     plain_class: ClassVar[type[SchedulerMixin]]
-    _index: dict[float, int]
+    _position: int = 0
     _removed: float = 0.0
 
-    def _adopt(self, correction: Correction) -> None:
-        self.correction = correction
-        self._index = {t: i for i, t in enumerate(correction.timesteps)}
-
-    def _check_timesteps(self) -> None:
+    def _start(self) -> None:
+        self._position = 0
         wanted = [float(t) for t in self.timesteps]  # type: ignore[attr-defined]
         if wanted != list(self.correction.timesteps):
             raise MismatchError(
@@ -89,10 +84,20 @@ class CorrectedStep:
                 "sample with the same steps, or measure again with these"
             )
 
+    def _next_index(self, t: float) -> int:
+        """Which step of the correction this is; a schedule may repeat a timestep."""
+        try:
+            index = self.correction.timesteps.index(t, self._position)
+        except ValueError as error:
+            message = f"the correction knows no step at timestep {t:g} here; measure this schedule"
+            raise MismatchError(message) from error
+        self._position = index + 1
+        return index
+
     def _corrected_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``step``, with its output corrected and its noise calibrated."""
         output, sample, t = arguments["model_output"], arguments["sample"], arguments["timestep"]
-        index = self._index[float(t)]
+        index = self._next_index(float(t))
         axis = channel_axis(sample)
         channels = sample.shape[axis]  # a learned variance may follow them
         mean = self.correction.correct(output.narrow(axis, 0, channels), index)
@@ -171,7 +176,7 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
     def __init__(self: Any, *args: Any, correction: dict[str, Any], **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(correction=correction)
-        self._adopt(Correction.from_dict(correction))
+        self.correction = Correction.from_dict(correction)
 
     parameters = list(inspect.signature(base.__init__).parameters.values())
     extra = inspect.Parameter("correction", inspect.Parameter.KEYWORD_ONLY)
@@ -180,7 +185,7 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
-        self._check_timesteps()
+        self._start()
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +218,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def vsc_applies(scheduler: SchedulerMixin) -> bool:
+    """Whether VSC knows the noise that a scheduler draws."""
+    return getattr(scheduler, "plain_class", type(scheduler)) in (DDIMScheduler, DDPMScheduler)
+
+
 def correct(
     qpipe: DiffusionPipeline,
     correction: Correction | NoiseStats,
@@ -240,7 +250,7 @@ def correct(
     base: type[SchedulerMixin] = type(qpipe.scheduler)
     if issubclass(base, CorrectedStep):
         base = base.plain_class
-    if "vsc" in correction.methods and base not in (DDIMScheduler, DDPMScheduler):
+    if "vsc" in correction.methods and not vsc_applies(qpipe.scheduler):
         raise InputError(f"vsc knows DDIM and DDPM, not {base.__name__}; use methods cnc and bc")
     corrected = corrected_class(base)  # type: ignore[arg-type]  # classes are hashable
     scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.metrics import Metric, frechet_metric, kernel_metric, mean_metric, psnr
+from ptqd.evaluate.metrics import Metric, frechet_metric, kernel_metric, mean_metric, psnr, share_metric
 from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
 
@@ -89,7 +89,7 @@ class Reference:
         """
         tensors, metadata = read_tensors(path)
         if "ptqd.reference" not in metadata:
-            raise InputError(f"{path} is no reference; make one with 'ptqd evaluate --save-reference'")
+            raise InputError(f"{path} is no reference; make one with Reference.of(features).save(path)")
         return cls(
             tensors["mean"],
             _full(tensors["covariance"], len(tensors["mean"])),
@@ -143,7 +143,7 @@ def evaluate(
         "kernel_distance": kernel_metric(features.pooled, reference.sample),
     }
     if labels is not None:
-        metrics["class_agreement"] = mean_metric((features.logits.argmax(1) == labels).double())
+        metrics["class_agreement"] = share_metric(features.logits.argmax(1) == labels)
     if same_seed is not None:
         metrics["psnr"] = mean_metric(psnr(images / 255, same_seed / 255))
     return metrics

@@ -93,6 +93,13 @@ def mean_metric(values: torch.Tensor) -> Metric:
     return Metric(mean, mean - half, mean + half)
 
 
+def share_metric(hits: torch.Tensor) -> Metric:
+    """Share of hits (N,), bool, with Wilson's interval."""
+    test = scipy_stats.binomtest(int(hits.sum()), len(hits))
+    interval = test.proportion_ci(method="wilson")
+    return Metric(float(test.statistic), float(interval.low), float(interval.high))
+
+
 def jackknife_metric(count: int, statistic: Callable[[torch.Tensor | None], float]) -> Metric:
     """A statistic of a set of samples, with the delete-a-block jackknife's interval.
 
@@ -101,10 +108,10 @@ def jackknife_metric(count: int, statistic: Callable[[torch.Tensor | None], floa
         statistic: its value without the samples of an index tensor; without none, for None.
 
     Raises:
-        InputError: fewer than two samples.
+        InputError: fewer than three samples.
     """
-    if count < 2:
-        raise InputError(f"a distance between sets needs at least two samples; got {count}")
+    if count < 3:
+        raise InputError(f"a distance between sets needs at least three samples; got {count}")
     value = statistic(None)
     blocks = min(BLOCKS, count)
     # neighbours stay together: samples whose classes take turns are then left out in equal shares
@@ -140,8 +147,6 @@ def kernel_metric(features: torch.Tensor, reference: torch.Tensor) -> Metric:
             n -= len(left_out)
             total = total - 2 * rows[left_out].sum() + within[left_out][:, left_out].sum()
             trace, cross = trace - diagonal[left_out].sum(), cross - across_rows[left_out].sum()
-        if n < 2:
-            return math.nan
         return ((total - trace) / (n * (n - 1)) + of_reference - 2 * cross / (n * len(y))).item()
 
     return jackknife_metric(len(x), statistic)

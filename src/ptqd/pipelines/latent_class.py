@@ -97,9 +97,8 @@ class LatentClassPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise InputError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
-        x = latents.to(device) * self.scheduler.init_noise_sigma
-
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = latents.to(device) * self.scheduler.init_noise_sigma
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
         for t in self.progress_bar(self.scheduler.timesteps):

@@ -92,7 +92,10 @@ def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
             for recipe in dict.fromkeys(step["recipe"] for step in group):
                 mine = [step for step in group if step["recipe"] == recipe]
                 x = [step["step"] for step in mine]
-                parts = {part: [step[name][part] for step in mine] for part in ("value", "low", "high")}
+                parts = {
+                    part: np.array([step[name][part] for step in mine], dtype=float)
+                    for part in ("value", "low", "high")
+                }
                 (line,) = axis.plot(
                     x, parts["value"], label=recipe, marker="o" if len(x) <= 50 else None, markersize=2.5
                 )
@@ -100,8 +103,9 @@ def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
                 axis.fill_between(x, np.maximum(parts["low"], floor), parts["high"], color=line.get_color(), alpha=0.2)
             axis.set_yscale(scale)
             if scale == "log":
-                values = [step[name]["value"] for step in group if step[name]["value"] > 0]
-                axis.set_ylim(min(values) / 2, max(values) * 2)
+                values = [step[name]["value"] for step in group if (step[name]["value"] or 0) > 0]
+                if values:
+                    axis.set_ylim(min(values) / 2, max(values) * 2)
             axis.set_xlabel("sampling step")
             axis.set_title(label, fontsize=10)
             axis.grid(alpha=0.3)

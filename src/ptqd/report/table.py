@@ -52,9 +52,11 @@ def metric_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
     if metric is None:
         return "-", ""
     factor = _FACTOR.get(name, 1.0)
-    half = (metric["high"] - metric["low"]) / 2 * factor
     digits = 1 if name == "class_agreement" else 2
-    return f"{metric['value'] * factor:.{digits}f}", f"±{half:.{digits}f}"
+    value = f"{metric['value'] * factor:.{digits}f}"
+    if metric["low"] is None or metric["high"] is None:
+        return value, ""
+    return value, f"±{(metric['high'] - metric['low']) / 2 * factor:.{digits}f}"
 
 
 def cost_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
