@@ -10,7 +10,8 @@ import torch
 from conftest import tiny_pipeline
 from ptqd.cli import main
 
-SMALL = ["--steps", "3", "--samples", "4", "--batch", "2", "--guidance", "2"]
+QUANTIZE = ["--steps", "3", "--batch", "2", "--guidance", "2"]
+SMALL = [*QUANTIZE, "--samples", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_each_verb_in_turn(model: Path, recipe: Path, tmp_path: Path, capsys: py
         return capsys.readouterr().out
 
     assert "layers and attention products quantized" in call(
-        "quantize", model, "--recipe", recipe, "--out", quantized, *stochastic
+        "quantize", model, "--recipe", recipe, "--out", quantized, *QUANTIZE, "--eta", "1"
     )
     assert "4 samples, 3 steps" in call("measure", model, quantized, "--out", noise, *stochastic)
     assert "corrects cnc,bc,vsc" in call("correct", quantized, noise, "--out", corrected)
@@ -136,7 +137,7 @@ def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_bad_models(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--recipe", "w8a8", "--out", tmp_path / "out", *SMALL]
+    out = ["--recipe", "w8a8", "--out", tmp_path / "out", *QUANTIZE]
     assert "is no folder; give a diffusers pipeline's folder" in fails(capsys, "quantize", "/nowhere", *out)
     assert "no model_index.json" in fails(capsys, "quantize", tmp_path, *out)
     (tmp_path / "model_index.json").write_text("{")
@@ -158,7 +159,7 @@ def test_bad_models(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_bad_recipes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.toml"
     path.write_text("bitz = 4")
-    out = ["--out", tmp_path / "out", *SMALL]
+    out = ["--out", tmp_path / "out", *QUANTIZE]
     assert "unknown key 'bitz'" in fails(capsys, "quantize", model, "--recipe", path, *out)
     path.write_text('[[rules]]\nmatch = "nowhere"')
     assert "match='nowhere' matches no layer" in fails(capsys, "quantize", model, "--recipe", path, *out)
@@ -168,7 +169,7 @@ def test_bad_recipes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_mismatched_statistics(model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantized, noise, corrected = tmp_path / "q", tmp_path / "noise.safetensors", tmp_path / "c"
-    assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *SMALL]) == 0
+    assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *QUANTIZE]) == 0
     assert main(["measure", str(model), str(quantized), "--out", str(noise), *SMALL]) == 0
     capsys.readouterr()
     assert "another unet" in fails(capsys, "correct", model, noise, "--out", corrected)
@@ -189,6 +190,63 @@ def test_bad_arguments(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "takes no argument 'prompt'" in fails(capsys, "sample", model, *out, "--call", 'prompt=["a"]')
     assert "does not exist" in fails(capsys, "evaluate", tmp_path / "none", "--judge", "none")
     assert "cannot be read as JSON" in fails(capsys, "report", tmp_path / "none")
+    assert "seed must be at least 0" in fails(capsys, "sample", model, *out, "--seed", -1)
+    assert "refuses its arguments" in fails(capsys, "sample", model, *out, "--steps", 2000)
+    assert "refuses its arguments" in fails(capsys, "sample", model, *out, "--call", 'guidance_scale="a"')
+    assert "gave 1 images for 2 samples" in fails(
+        capsys, "sample", model, *out, "--steps", 1, "--samples", 2, "--call", "class_labels=3"
+    )
+    assert "has no scheduler 'UNet2DModel'" in fails(capsys, "sample", model, *out, "--scheduler", "UNet2DModel")
+    assert "the device 'nowhere' cannot be used" in fails(capsys, "sample", model, *out, "--device", "nowhere")
+    assert "unknown correction 'x'" in fails(
+        capsys, "run", model, *out, "--recipe", "w8a8", "--methods", "x", "--samples", 2
+    )
+
+
+def test_files_that_are_something_else(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, foreign)
+    assert "holds no samples" in fails(capsys, "evaluate", foreign, "--judge", "none")
+    assert "holds no noise statistics" in fails(capsys, "correct", model, foreign, "--out", tmp_path / "out")
+    for name, count in (("a", 2), ("b", 3)):
+        assert main(["sample", str(model), "--out", str(tmp_path / name), "--samples", str(count), "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert "differ in number or size" in fails(
+        capsys, "evaluate", tmp_path / "a", "--against", tmp_path / "b", "--judge", "none"
+    )
+    assert "takes images of shape (32, 32, 1)" in fails(capsys, "evaluate", tmp_path / "a")
+    (tmp_path / "report.json").write_text('{"rows": [{}]}')
+    assert "is no report" in fails(capsys, "report", tmp_path)
+    swapped = tmp_path / "swapped"
+    tiny_pipeline().save_pretrained(swapped)
+    save_file({"x": torch.zeros(1)}, swapped / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert "the file of unet lacks" in fails(capsys, "sample", swapped, "--out", tmp_path / "c")
+
+
+def test_a_folder_of_other_things_is_never_written_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    command = ("quantize", model, "--recipe", "w8a8", "--out", tmp_path, *QUANTIZE)
+    assert "holds other things than a pipeline" in fails(capsys, *command)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_methods_of_one_row(model: Path, recipe: Path, tmp_path: Path) -> None:
+    """At eta 0 the one corrected row is corrected, though vsc has nothing to shrink."""
+    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "4", *SMALL]
+    assert main([*command, "--methods", "vsc,bc,cnc"]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["correction"] for row in rows] == ["none", "none", "cnc+bc+vsc"]
+    assert rows[1]["images"] != rows[2]["images"]
+    assert rows[1]["metrics"]["psnr"]["value"] != rows[2]["metrics"]["psnr"]["value"]
+
+
+def test_two_recipes_of_one_name_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("run", model, "--recipe", "w8a8", "--recipe", "w8a8", "--out", tmp_path / "out", *SMALL)
+    assert "two recipes are called 'w8a8'" in fails(capsys, *command)
 
 
 def test_a_full_disk(

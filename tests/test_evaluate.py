@@ -18,6 +18,7 @@ from ptqd.evaluate.metrics import (
     kernel_metric,
     mean_metric,
     psnr,
+    share_metric,
 )
 from ptqd.evaluate.moments import Moments
 
@@ -98,6 +99,25 @@ def test_frechet_intervals_cover_the_spread_over_repetitions() -> None:
     assert np.mean(halves) == pytest.approx(2.09 * np.std(values, ddof=1), rel=0.35)
 
 
+def test_intervals_are_right_for_samples_whose_classes_take_turns() -> None:
+    """Class means far apart: a block that held one class alone would make the interval many times too wide."""
+    centres = 3 * features(10, 6, seed=7)
+    reference = Moments.of(features(20_000, 6, seed=5) + centres.repeat(2000, 1) + 0.4)
+    values, halves = [], []
+    for seed in range(40):
+        x = features(400, 6, seed=10 + seed) + centres.repeat(40, 1)
+        metric = frechet_metric(x, reference.mean, reference.covariance)
+        values.append(metric.value)
+        halves.append((metric.high - metric.low) / 2)
+    assert np.mean(halves) == pytest.approx(2.09 * np.std(values, ddof=1), rel=0.35)
+
+
+def test_shares_have_wilsons_interval() -> None:
+    metric = share_metric(torch.tensor([True] * 20))
+    assert metric.value == metric.high == 1
+    assert metric.low == pytest.approx(1 / (1 + 1.96**2 / 20), abs=1e-3)
+
+
 def test_leaving_blocks_out_is_recomputing_without_them() -> None:
     x, y = features(60, 4), features(50, 4, seed=1)
     blocks = [torch.arange(3 * b, 3 * b + 3) for b in range(20)]
@@ -127,6 +147,8 @@ def test_fewer_than_two_samples_are_refused() -> None:
 
 class Pixels:
     """An extractor whose features are a few pixels."""
+
+    image_shape = (4, 4, 1)
 
     def features(self, images: torch.Tensor) -> Features:
         flat = images.flatten(1)

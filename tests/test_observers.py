@@ -83,3 +83,13 @@ def test_degenerate_input_is_named() -> None:
         find_range(torch.tensor([[math.inf]]), AFFINE, "pnorm")
     with pytest.raises(InputError, match="at least one value"):
         find_range(torch.empty(1, 0), AFFINE, "pnorm")
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 64, 64), 2), ((64, 32, 8, 8), 1), ((2, 4096, 320), 2)])
+def test_no_channel_of_a_large_batch_is_passed_over(shape: tuple[int, ...], axis: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    x.select(axis, 5).mul_(100)
+    observer = Observer()
+    observer.update(x)
+    _, high = observer.range(AFFINE, "percentile", 99.8, 2.4)
+    assert high.item() == pytest.approx(x.flatten().sort().values[int(0.999 * x.numel())].item(), rel=0.25)

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,22 @@ def test_a_file_that_lacks_codes_is_named(qpipe: Any, tmp_path: Path) -> None:
 
     qpipe.save_pretrained(tmp_path)
     path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    del tensors["conv_in.codes"]
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match=r"conv_in\.codes"):
-        load(tmp_path)
+    whole = load_file(path)
+    for name in ("conv_in.codes", "conv_in.input.scale", "conv_norm_out.weight"):
+        save_file({k: v for k, v in whole.items() if k != name}, path, {"format": "pt"})
+        with pytest.raises(InputError, match=re.escape(name)):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_pipelines(run: Sampling, tmp_path: Path, dtype: torch.dtype) -> None:
+    half = tiny_pipeline().to(dtype)
+    quantized = quantize(half, recipe("w8a8"), run)
+    want = run_batch(quantized, run, range(2), "latent")
+    assert want.dtype == dtype
+    quantized.save_pretrained(tmp_path)
+    got = run_batch(load(tmp_path, dtype=dtype), run, range(2), "latent")
+    assert torch.equal(got, want)
 
 
 def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:

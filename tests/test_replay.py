@@ -2,9 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
-from ptqd import MismatchError, Sampling
+from ptqd import MismatchError, Sampling, measure
+from ptqd.components import with_components
 from ptqd.replay import record, replay
 from ptqd.sampling import run_batch
 
@@ -57,3 +58,12 @@ def test_pixel_pipelines_replay_too(pixel_pipe: DDIMPipeline) -> None:
     with replay(pixel_pipe, trajectory) as outputs:
         run_batch(pixel_pipe, run, range(2))
     assert torch.equal(outputs[-1], trajectory.outputs[-1])
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler])
+def test_schedulers_that_count_their_steps_are_replayed(kind: Any, pipe: Any, run: Sampling) -> None:
+    """The same pipeline twice: no noise at any step, repeated timesteps and second-order steps included."""
+    counting = with_components(pipe, scheduler=kind.from_config(pipe.scheduler.config, skip_prk_steps=True))
+    fit = measure(counting, counting, run).fit()
+    assert bool((fit.variance.value == 0).all())
+    assert bool(fit.snr.value.isinf().all())

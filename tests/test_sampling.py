@@ -23,12 +23,14 @@ def test_batch_size_does_not_change_images(pipe: Any, run: Sampling, batch: int)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
-def test_batch_size_does_not_change_quantized_images(qpipe: Any, run: Sampling, batch: int) -> None:
+def test_batch_size_does_not_change_quantized_images(pipe: Any, qpipe: Any, run: Sampling, batch: int) -> None:
     run = run.replace(samples=64, steps=2)
-    difference = np.abs(images(qpipe, run.replace(batch=batch)) - images(qpipe, run.replace(batch=64)))
-    # float rounding may move an activation to the neighbouring code: seldom, and by little
-    assert np.quantile(difference, 0.99) < 1e-3
-    assert difference.max() < 2e-2
+    want = images(qpipe, run.replace(batch=64))
+    difference = np.abs(images(qpipe, run.replace(batch=batch)) - want)
+    # float rounding moves an activation to the neighbouring code now and then: far less than quantization does
+    noise = np.abs(want - images(pipe, run.replace(batch=64)))
+    assert np.median(difference) < 1e-6
+    assert difference.mean() < noise.mean() / 50
 
 
 def test_every_sample_has_its_own_seed() -> None:

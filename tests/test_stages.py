@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 from pathlib import Path
@@ -36,7 +37,8 @@ def test_a_stage_is_made_once_and_again_when_its_inputs_change(tmp_path: Path) -
 
 def test_a_killed_stage_leaves_no_result_and_resumes_from_its_scratch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    made = []
+    made: list[int] = []
+    killed: list[bool] = []
 
     def build(path: Path, scratch: Path) -> None:
         for i in range(4):
@@ -44,7 +46,8 @@ def test_a_killed_stage_leaves_no_result_and_resumes_from_its_scratch(tmp_path: 
             if not shard.exists():
                 made.append(i)
                 write_json(shard, i)
-            if len(made) == 2 and i == 1:
+            if i == 1 and not killed:
+                killed.append(True)
                 raise KeyboardInterrupt
         path.write_text(str([read_json(scratch / f"{i}.json") for i in range(4)]))
 
@@ -55,6 +58,50 @@ def test_a_killed_stage_leaves_no_result_and_resumes_from_its_scratch(tmp_path: 
     assert path.read_text() == "[0, 1, 2, 3]"
     assert made == [0, 1, 2, 3]
     assert not list((tmp_path / ".partial").iterdir())
+
+
+@pytest.mark.parametrize("kill_at", range(1, 7))
+def test_a_kill_at_any_write_never_leaves_a_stale_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    """Made from 1; remade from 2 and killed at the n-th rename; asked for 1 again: never the result of 2."""
+    calls: list[str] = []
+    count_builds(RunFolder(tmp_path), {"x": 1}, calls, "one")
+    plain, left = Path.replace, [kill_at]
+
+    def killed(self: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        count_builds(RunFolder(tmp_path), {"x": 2}, calls, "two")
+    monkeypatch.undo()
+    assert count_builds(RunFolder(tmp_path), {"x": 1}, calls, "one").read_text() == "one"
+    assert count_builds(RunFolder(tmp_path), {"x": 2}, calls, "two").read_text() == "two"
+
+
+def test_what_a_hard_kill_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".result.txt.99999.tmp").write_text("half")
+    (tmp_path / ".quantized.99999.old.tmp").mkdir()
+    RunFolder(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a"]
+
+
+def test_an_unreadable_note_of_seconds_blocks_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def fail(path: Path, scratch: Path) -> None:
+        (scratch / "seconds.json").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.stage("a/result.txt", {}, fail)
+    next((tmp_path / ".partial").iterdir()).joinpath("seconds.json").write_text("")
+    assert count_builds(folder, {}, []).exists()
 
 
 def test_folders_replace_folders(tmp_path: Path) -> None:

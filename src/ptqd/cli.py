@@ -24,6 +24,7 @@ def _cmd_quantize(args: argparse.Namespace) -> None:
     from ptqd.quantization import coverage_of, quantize
     from ptqd.recipe import Recipe
 
+    _check_replaceable(args.out)
     recipe = Recipe.parse(args.recipe)
     pipe = _pipeline(args, args.model)
     quantized = quantize(pipe, recipe, _sampling(args, pipe), progress=True)
@@ -57,6 +58,7 @@ def _cmd_correct(args: argparse.Namespace) -> None:
     from ptqd.files import replacing
     from ptqd.noise import NoiseStats
 
+    _check_replaceable(args.out)
     corrected = correct(_pipeline(args, args.quantized), NoiseStats.load(args.noise), _methods(args.methods))
     with replacing(args.out) as temporary:
         corrected.save_pretrained(temporary)
@@ -166,12 +168,16 @@ def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline
     pipe = load(model)
     if getattr(args, "scheduler", None):
         scheduler: Any = getattr(diffusers, args.scheduler, None)
-        if not hasattr(scheduler, "from_config"):
+        if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
             raise InputError(
                 f"diffusers has no scheduler {args.scheduler!r}; name one such as DDIMScheduler or DDPMScheduler"
             )
-        pipe = with_components(pipe, scheduler=scheduler.from_config(pipe.scheduler.config))
-    return pipe.to(args.device or best_device())
+        make: Any = scheduler.from_config  # type: ignore[attr-defined]
+        pipe = with_components(pipe, scheduler=make(pipe.scheduler.config))
+    try:
+        return pipe.to(args.device or best_device())
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline") -> "Sampling":
@@ -198,8 +204,20 @@ def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline") -> "Sampling"
     return Sampling(args.steps, args.eta, args.samples, args.batch, args.seed, call)
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Only a pipeline's folder, or an empty one, is written over."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} holds other things than a pipeline; choose an empty or a new folder")
+
+
 def _methods(text: str) -> tuple[Any, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    from ptqd.correction.ptqd import METHODS
+
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    for method in given:
+        if method not in METHODS:
+            raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
+    return tuple(method for method in METHODS if method in given)
 
 
 def _judge(name: str) -> "Judge | None":
@@ -223,12 +241,15 @@ def _samples_file(path: Path) -> Path:
     return path / "samples.safetensors" if path.is_dir() else path
 
 
-def _add_sampling(parser: argparse.ArgumentParser, samples: int) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     group.add_argument("--eta", type=float, default=0.0, help="noise of DDIM's step (default: %(default)s)")
     group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    group.add_argument("--samples", type=int, default=samples, help="how many (default: %(default)s)")
+    if samples is None:
+        group.set_defaults(samples=1)
+    else:
+        group.add_argument("--samples", type=int, default=samples, help="how many (default: %(default)s)")
     group.add_argument("--batch", type=int, default=64, help="at once; never changes results (default: %(default)s)")
     group.add_argument(
         "--seed", type=int, default=0, help="sample i's seed comes from this and i (default: %(default)s)"
@@ -252,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=MODEL_HELP)
     sub.add_argument("--recipe", required=True, help="shorthand such as w4a8, or a TOML file")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    _add_sampling(sub, 32)
+    _add_sampling(sub, None)
 
     sub = verb("measure", _cmd_measure)
     sub.add_argument("model", help=MODEL_HELP)
@@ -317,6 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.function(args)
     except PtqdError as error:
         print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"ptqd: {error.filename or 'a file'}: {error.strerror or error}; check the disk and the path",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("ptqd: interrupted; the same command resumes where it stopped", file=sys.stderr)

@@ -287,20 +287,34 @@ def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: P
     done = len(list(scratch.glob("*.safetensors")))
     for indices, images in sample(pipe, run, start=done * run.batch, progress=title):
         pixels = torch.from_numpy(np.rint(images * 255).astype(np.uint8))
-        write_tensors(scratch / f"{indices.start:08d}.safetensors", {"images": pixels}, {})
-    shards = [read_tensors(shard)[0]["images"] for shard in sorted(scratch.glob("*.safetensors"))]
+        write_tensors(scratch / f"{indices.start:08d}.safetensors", {"images": pixels}, {"ptqd.samples": "part"})
+    shards = [load_images(shard) for shard in sorted(scratch.glob("*.safetensors"))]
     write_tensors(path, {"images": torch.cat(shards)}, {"ptqd.samples": str(run.samples)})
 
 
 def load_images(path: Path) -> torch.Tensor:
-    """uint8 images (N, H, W, C) that :func:`sample_images` wrote."""
-    return read_tensors(path)[0]["images"]
+    """uint8 images (N, H, W, C) that :func:`sample_images` wrote.
+
+    Raises:
+        InputError: the file is missing, truncated, or something else.
+    """
+    tensors, metadata = read_tensors(path)
+    if "ptqd.samples" not in metadata:
+        raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
+    return tensors["images"]
 
 
 def judge_images(
     images: torch.Tensor, judge: Judge | None, run: Sampling, same_seed: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The metrics of one row as plain values; without a judge only the distance to the same seeds."""
+    """The metrics of one row as plain values; without a judge only the distance to the same seeds.
+
+    Raises:
+        InputError: the images are not of the shape of those of the same seeds, or not what the judge takes.
+    """
+    if same_seed is not None and same_seed.shape != images.shape:
+        shapes = f"{tuple(images.shape)} against {tuple(same_seed.shape)}"
+        raise InputError(f"images and those of the same seeds differ in number or size: {shapes}; sample both alike")
     labels = run.call.get("class_labels")
     wanted = None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(len(images))])
     if judge is None:

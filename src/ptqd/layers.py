@@ -126,12 +126,12 @@ class QuantLayer(nn.Module):
         """The weight's codes, unpacked: int16, of the weight's shape."""
         return unpack(self.codes, self.weights.grid, math.prod(self.shape)).view(self.shape)
 
-    def refresh(self) -> None:
-        """Derive the float weight from the codes, after they changed."""
+    def refresh(self, dtype: torch.dtype | None = None) -> None:
+        """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
         column = (-1, *[1] * (len(self.shape) - 1))
         zero = torch.zeros_like(self.scale, dtype=torch.int16) if self.zero_point is None else self.zero_point
         weight = dequantize_affine(self.integer_weight(), self.scale.view(column), zero.to(torch.int16).view(column))
-        self.weight = weight.to(self.weight.dtype)
+        self.weight = weight.to(dtype or self.weight.dtype)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -7,6 +7,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from torch import nn
 
 import ptqd.correction.scheduler  # registers what saved pipelines refer to
 import ptqd.quantization  # noqa: F401
@@ -51,10 +52,24 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         pipe = pipeline_class.from_pretrained(folder if local else str(model), torch_dtype=dtype)
     except PtqdError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
         diffusers.utils.logging.enable_progress_bar()
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            missing = [key for key, value in component.state_dict().items() if value.is_meta]
+            if missing:
+                raise InputError(f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model")
     return pipe
 
 

@@ -156,7 +156,7 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        if "ptqd.noise" not in metadata:
+        if "ptqd.noise" not in metadata or not {"timesteps", "indices", "moments"} <= set(tensors):
             raise InputError(f"{path} holds no noise statistics; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])
         return cls(tensors["timesteps"], tensors["indices"], tensors["moments"], facts["elements"], facts["source"])

@@ -201,12 +201,15 @@ class PtqdQuantizer(DiffusersQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+        kwargs["keep_in_fp32_modules"].append("scale")  # half precision has not the range for them
         self.coverage = insert_quantizers(model, Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"))
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         for module in model.modules():
-            if isinstance(module, QuantLayer | ActivationQuantizer):
+            if isinstance(module, QuantLayer):
+                module.refresh(model.dtype)
+            elif isinstance(module, ActivationQuantizer):
                 module.refresh()
 
     @property

@@ -185,7 +185,8 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
-        self._start()
+        if "correction" in vars(self):  # some schedules are set while the scheduler is made
+            self._start()
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:

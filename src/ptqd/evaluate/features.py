@@ -24,13 +24,24 @@ class Features(NamedTuple):
 class Extractor(Protocol):
     """Anything that turns images (N, C, H, W) in [-1, 1] into features."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images it takes."""
+
     def features(self, images: torch.Tensor) -> Features:
         """Pooled and spatial features and class logits."""
 
 
 @torch.no_grad()
 def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Features:
-    """Features of uint8 images (N, H, W, C), in batches."""
+    """Features of uint8 images (N, H, W, C), in batches.
+
+    Raises:
+        InputError: the extractor takes images of another shape.
+    """
+    shape = tuple(images.shape[1:])
+    if shape != extractor.image_shape:
+        raise InputError(f"the extractor takes images of shape {extractor.image_shape}; these are {shape}")
 
     def batches() -> Iterator[Features]:
         for part in images.split(batch):

@@ -32,7 +32,8 @@ def write_page(folder: Path) -> Path:
         InputError: ``report.json`` is missing or not a report.
     """
     report: Mapping[str, Any] = read_json(folder / "report.json")
-    if not isinstance(report, dict) or not report.get("rows"):
+    needed = {"rows", "steps", "stages", "versions"}
+    if not isinstance(report, dict) or not needed <= set(report) or not report["rows"]:
         raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
     rows = report["rows"]
     metrics = metric_columns(rows)

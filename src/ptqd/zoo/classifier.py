@@ -49,6 +49,8 @@ class FashionClassifier(ModelMixin, ConfigMixin):
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(c, classes)
 
+    image_shape = (32, 32, 1)
+
     def features(self, images: torch.Tensor) -> Features:
         """Features of images (N, 1, 32, 32) in [-1, 1]."""
         middle = self.stage2(self.down2(self.stage1(self.down1(images))))  # N,b,8,8

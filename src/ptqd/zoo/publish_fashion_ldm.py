@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+from ptqd.components import pipeline_fingerprint
 from ptqd.evaluate.features import Features, Reference, evaluate, extract
 from ptqd.evaluate.metrics import Metric
 from ptqd.experiment import load_images, sample_images
@@ -23,6 +24,7 @@ from ptqd.files import replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.report.pictures import grid
 from ptqd.sampling import Sampling
+from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
 from ptqd.zoo.classifier import FashionClassifier
 
@@ -42,10 +44,13 @@ def save_half(module: nn.Module, folder: Path) -> None:
 
 def sampled(run: Sampling, card: Path) -> torch.Tensor:
     """Images of the published model, kept beside the card while it is made."""
-    scratch = card / ".scratch" / f"g{run.call['guidance_scale']}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    path = scratch / "samples.safetensors"
-    sample_images(load("fashion-ldm"), run, path, scratch, title="sampling")
+    pipe = load("fashion-ldm")
+    inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
+    path = RunFolder(card / ".samples").stage(
+        f"g{run.call['guidance_scale']}.safetensors",
+        inputs,
+        lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling"),
+    )
     return load_images(path)
 
 
@@ -132,7 +137,7 @@ def main() -> None:
     }
     write_json(args.card / "metrics.json", facts)
     write_text(args.card / "README.md", card_text(facts, judged))
-    shutil.rmtree(args.card / ".scratch")
+    shutil.rmtree(args.card / ".samples")
 
 
 def card_text(facts: dict[str, Any], judged: dict[str, dict[str, Metric]]) -> str:
