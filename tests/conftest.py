@@ -1,6 +1,5 @@
 """Small pipelines with random weights, and runs on them."""
 
-import warnings
 from typing import Any
 
 import pytest
@@ -18,11 +17,6 @@ SCHEDULE: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet_third_parties() -> None:
-    warnings.filterwarnings("ignore", module="diffusers")
 
 
 def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:

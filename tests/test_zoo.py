@@ -79,7 +79,7 @@ def test_bad_idx_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is missing; put the four original"):
         fashion_mnist.read_idx(path)
     path.write_bytes(gzip.compress(b"hello"))
-    with pytest.raises(InputError, match="no idx file"):
+    with pytest.raises(InputError, match="is not an idx file"):
         fashion_mnist.read_idx(path)
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + struct.pack(">i", 5) + b"abc"))
     with pytest.raises(InputError, match="truncated"):

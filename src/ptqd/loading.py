@@ -49,7 +49,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
             pipeline_class = LatentClassPipeline
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = pipeline_class.from_pretrained(folder if local else str(model), torch_dtype=dtype)
+        pipe = pipeline_class.from_pretrained(folder if local else str(model), dtype=dtype)
     except PtqdError:
         raise
     except (

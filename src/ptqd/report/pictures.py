@@ -58,7 +58,8 @@ def setting_strips(
         labelled = []
         for row in group:
             images = load(folder / row["images"])[:columns]
-            labelled.append((f"{row['recipe']} {correction_label(row['correction'])}", png(grid([images], 2))))
+            correction = "" if row["correction"] == "none" else f" {correction_label(row['correction'])}"
+            labelled.append((row["recipe"] + correction, png(grid([images], 2))))
         strips.append((text, labelled))
     return strips
 
