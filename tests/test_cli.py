@@ -136,6 +136,15 @@ def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
     assert row["metrics"]["psnr"]["value"] < 100
 
 
+def test_a_pixel_space_pipeline_without_guidance(pixel_pipe: Any, recipe: Path, tmp_path: Path) -> None:
+    pixel_pipe.save_pretrained(tmp_path / "pixel")
+    command = ["run", str(tmp_path / "pixel"), "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    assert main([*command, "--steps", "2", "--samples", "3", "--measured", "2", "--eta", "0.5"]) == 0
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert rows[0]["setting"] == {"steps": 2, "eta": 0.5, "guidance": None, "scheduler": "DDIMScheduler"}
+    assert "DDIM, 2 steps, eta 0.5<" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_bad_models(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--recipe", "w8a8", "--out", tmp_path / "out", *QUANTIZE]
     assert "is no folder; give a diffusers pipeline's folder" in fails(capsys, "quantize", "/nowhere", *out)

@@ -84,3 +84,13 @@ def test_bad_idx_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + struct.pack(">i", 5) + b"abc"))
     with pytest.raises(InputError, match="truncated"):
         fashion_mnist.read_idx(path)
+
+
+@pytest.mark.slow
+def test_nine_of_ten_samples_are_of_the_asked_for_class(fashion: Any) -> None:
+    """The figure of the model card: guidance 1.5, 50 steps."""
+    run = Sampling(50, 0.0, 1000, 100, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
+    pixels = torch.cat([torch.from_numpy((x * 255).round()).to(torch.uint8) for _, x in sample(fashion, run)])
+    classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
+    metrics = evaluate(pixels, classifier, Reference.load(REFERENCE), labels=torch.arange(1000) % 10)
+    assert metrics["class_agreement"].value >= 0.9

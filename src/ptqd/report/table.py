@@ -22,7 +22,8 @@ def heading(setting: Mapping[str, Any]) -> str:
     'DDIM, 20 steps, eta 0, guidance 3'
     """
     scheduler = setting["scheduler"].removesuffix("Scheduler")
-    return f"{scheduler}, {setting['steps']} steps, eta {setting['eta']:g}, guidance {setting['guidance']:g}"
+    guidance = "" if setting["guidance"] is None else f", guidance {setting['guidance']:g}"
+    return f"{scheduler}, {setting['steps']} steps, eta {setting['eta']:g}{guidance}"
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
