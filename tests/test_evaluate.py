@@ -170,6 +170,11 @@ def test_evaluate_and_a_reference_that_is_saved(tmp_path: Path) -> None:
     assert metrics["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-4)
     assert metrics["class_agreement"].value == 1
     assert metrics["psnr"].value == 100
+    assert metrics["frechet_distance_to_full_precision"].value == pytest.approx(0, abs=1e-6)
+    darker = evaluate(images // 2, Pixels(), reference, same_seed=images)["frechet_distance_to_full_precision"]
+    a, b = Moments.of(extract(Pixels(), images // 2).pooled), Moments.of(real.pooled)
+    assert darker.value == pytest.approx(frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
+    assert darker.low < darker.value < darker.high
     worse = evaluate(images // 2, Pixels(), reference)
     assert worse["frechet_distance"].value > 0.1
     assert worse["kernel_distance"].value > metrics["kernel_distance"].value

@@ -8,7 +8,15 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.metrics import Metric, frechet_metric, kernel_metric, mean_metric, psnr, share_metric
+from ptqd.evaluate.metrics import (
+    Metric,
+    frechet_metric,
+    kernel_metric,
+    mean_metric,
+    paired_frechet_metric,
+    psnr,
+    share_metric,
+)
 from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
 
@@ -139,11 +147,12 @@ def evaluate(
         extractor: gives the features.
         reference: in the same extractor's features.
         labels: asked-for classes (N,); adds ``class_agreement``.
-        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB.
+        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB, and
+            ``frechet_distance_to_full_precision``, between the two sets.
 
     Returns:
         ``frechet_distance``, ``spatial_frechet_distance``, ``kernel_distance`` (all in the extractor's features), and
-        the two above, each with a 95 % interval.
+        those above, each with a 95 % interval.
     """
     features = extract(extractor, images)
     metrics = {
@@ -156,5 +165,7 @@ def evaluate(
     if labels is not None:
         metrics["class_agreement"] = share_metric(features.logits.argmax(1) == labels)
     if same_seed is not None:
+        theirs = extract(extractor, same_seed).pooled
+        metrics["frechet_distance_to_full_precision"] = paired_frechet_metric(features.pooled, theirs)
         metrics["psnr"] = mean_metric(psnr(images / 255, same_seed / 255))
     return metrics

@@ -133,6 +133,19 @@ def frechet_metric(features: torch.Tensor, mean: torch.Tensor, covariance: torch
     return jackknife_metric(len(features), statistic)
 
 
+def paired_frechet_metric(features: torch.Tensor, reference: torch.Tensor) -> Metric:
+    """Frechet distance of features (N, D) to those of other images of the same seeds (N, D), left out together."""
+    a, b = Moments.of(features), Moments.of(reference)
+
+    def statistic(left_out: torch.Tensor | None) -> float:
+        if left_out is None:
+            return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        x, y = a - Moments.of(features[left_out]), b - Moments.of(reference[left_out])
+        return frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+
+    return jackknife_metric(len(features), statistic)
+
+
 def kernel_metric(features: torch.Tensor, reference: torch.Tensor) -> Metric:
     """Kernel distance of features (N, D) to a reference set's (M, D)."""
     x, y = features.double(), reference.double()

@@ -9,6 +9,7 @@ METRICS = {
     "frechet_distance": ("Frechet", "lower"),
     "spatial_frechet_distance": ("spatial Frechet", "lower"),
     "kernel_distance": ("kernel x 1000", "lower"),
+    "frechet_distance_to_full_precision": ("Frechet to FP", "lower"),
     "class_agreement": ("class agreement %", "higher"),
     "psnr": ("PSNR to FP dB", "higher"),
 }
