@@ -1,5 +1,6 @@
-"""Progress bars, on stderr."""
+"""Progress on stderr: a bar on a terminal; in a log, a line a minute."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -9,13 +10,25 @@ from rich.progress import track as rich_track
 
 T = TypeVar("T")
 
+SECONDS_BETWEEN_LINES = 60.0
+
 console = Console(stderr=True)
 
 
 def track(items: Sequence[T], title: str | None) -> Iterator[T]:
-    """Iterate, under a progress bar where there is a title and a terminal."""
-    shown = title is not None and console.is_terminal
-    yield from rich_track(items, title or "", console=console, transient=True) if shown else items
+    """Iterate and show how far it got; nothing is shown where there is no title."""
+    if title is None:
+        yield from items
+    elif console.is_terminal:
+        yield from rich_track(items, title, console=console, transient=True)
+    else:
+        last = time.monotonic()
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                console.print(f"{title}: {done} of {len(items)}", highlight=False)
+            yield item
 
 
 def busy(title: str | None) -> AbstractContextManager[Any]:
