@@ -14,6 +14,7 @@ METRICS = {
     "psnr": ("PSNR to FP dB", "higher"),
 }
 _FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0}
+_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3}
 
 
 def heading(setting: Mapping[str, Any]) -> str:
@@ -54,7 +55,7 @@ def metric_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
     if metric is None:
         return "-", ""
     factor = _FACTOR.get(name, 1.0)
-    digits = 1 if name == "class_agreement" else 2
+    digits = _DIGITS.get(name, 2)
     value = f"{metric['value'] * factor:.{digits}f}"
     if metric["low"] is None or metric["high"] is None:
         return value, ""
