@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, measure
 from ptqd.components import fingerprint
 from ptqd.noise import POWERS, normality_p_value, paired_moments
+from ptqd.response import Response
 
 
 def stats_of(
@@ -21,7 +22,10 @@ def stats_of(
     moments = paired_moments(eps, eps_q)[:, None]
     indices = torch.arange(first, first + len(eps))
     timesteps = torch.tensor([1.0], dtype=torch.float64)
-    return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {})
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return NoiseStats(
+        timesteps, indices, moments, eps[0, 0].numel(), source or {}, Response(one, one.clone(), exact=True)
+    )
 
 
 def pair(n: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ Together ``eps_c = (eps_q - b) / (1 + k) = eps + r / (1 + k)``. Without CNC the 
 is then the noise's mean and the residual all the rest.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,6 +17,9 @@ import torch
 
 from ptqd.errors import InputError
 from ptqd.noise import NoiseStats, channel_axis
+from ptqd.response import noise_scales
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["cnc", "bc", "vsc"]
 METHODS: tuple[Method, ...] = ("cnc", "bc", "vsc")
@@ -30,7 +34,7 @@ class Correction:
         timesteps: the schedule it was measured on (T,).
         k: correlated part (T,); 0 without CNC.
         bias: per channel (T, C); 0 without BC.
-        variance: of the residual after the mean is corrected, ``V / (1 + k)^2`` (T,); 0 without VSC.
+        noise: share of the drawn noise's standard deviation that is left to draw (T,); 1 without VSC.
         eta: DDIM's noise it was measured at.
         source: what the statistics were measured on.
     """
@@ -39,7 +43,7 @@ class Correction:
     timesteps: tuple[float, ...]
     k: tuple[float, ...]
     bias: tuple[tuple[float, ...], ...]
-    variance: tuple[float, ...]
+    noise: tuple[float, ...]
     eta: float
     source: Mapping[str, Any]
 
@@ -64,13 +68,21 @@ class Correction:
             t = stats.timesteps[int((1 + k).argmin())].item()
             raise InputError(f"at timestep {t:g} the noise undoes the output (1 + k <= 0); quantize with more bits")
         bias = fit.bias.value if "bc" in methods else torch.zeros_like(fit.bias.value)
-        variance = fit.variance.value / (1 + k) ** 2 if "vsc" in methods else torch.zeros_like(k)
+        noise = [1.0] * len(k)
+        if "vsc" in methods:
+            name = stats.source.get("scheduler", "the scheduler")
+            if not stats.response.exact:
+                logger.warning("vsc is left out: how %s draws its noise is not known; its mean is corrected", name)
+            elif not stats.response.draws:
+                logger.warning("vsc changes nothing here: %s draws no noise", name)
+            else:
+                noise = noise_scales(stats.response, fit.variance.value / (1 + k) ** 2)
         return cls(
             methods=tuple(m for m in METHODS if m in methods),
             timesteps=tuple(stats.timesteps.tolist()),
             k=tuple(k.tolist()),
             bias=tuple(map(tuple, bias.tolist())),
-            variance=tuple(variance.tolist()),
+            noise=tuple(noise),
             eta=float(stats.source.get("eta", 0.0)),
             source=dict(stats.source),
         )
@@ -83,7 +95,7 @@ class Correction:
     def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
         """The inverse of :meth:`to_dict`, also after JSON made lists of its tuples."""
         plain = dict(values)
-        for name in ("methods", "timesteps", "k", "variance"):
+        for name in ("methods", "timesteps", "k", "noise"):
             plain[name] = tuple(plain[name])
         plain["bias"] = tuple(map(tuple, plain["bias"]))
         return cls(**plain)
