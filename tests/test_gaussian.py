@@ -91,6 +91,25 @@ def test_noise_correlated_with_the_sample_is_not_fresh_variance() -> None:
     _, want_var = moments(exact, run)
     _, var = moments(correct(noisy, stats), run)
     assert (var / want_var - 1).abs().max() > 0.1
+    _, var = moments(correct(noisy, stats, ("joint",)), run)  # knows the sample
+    assert (var / want_var - 1).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_joint_estimate_restores_mean_and_variance(eta: float) -> None:
+    """Noise of every kind at once; at eta 0 the fresh part, which nothing can take away, is small."""
+    v = 0.001 if eta == 0 else V
+    exact, noisy = gaussian_pipeline(std=(0.25, 1.6)), gaussian_pipeline(std=(0.25, 1.6), k=K, bias=BIAS, v=v, c=0.12)
+    stats = measure(exact, noisy, run_of(eta, 400, seed=7))
+    run = run_of(eta, SAMPLES)
+    want_mean, want_var = moments(exact, run)
+    bad_mean, bad_var = moments(noisy, run)
+    mean, var = moments(correct(noisy, stats, ("joint",)), run)
+    error = (want_var / (SAMPLES * 16)).sqrt()
+    assert bool(((mean - want_mean).abs() < 6 * error).all())
+    assert bool(((bad_mean - want_mean).abs() > 20 * error).all())
+    assert (var / want_var - 1).abs().max() < 0.04
+    assert (bad_var / want_var - 1).abs().max() > 0.3
 
 
 def test_one_channel_alone_absorbs_noise_that_is_linear_in_the_sample(stats_and_truth: NoiseStats) -> None:

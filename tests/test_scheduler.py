@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from conftest import tiny_pipeline
-from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, load, measure
+from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
 from ptqd.components import with_components
 from ptqd.correction.scheduler import corrected_class
 from ptqd.response import linear_response, noise_scales
@@ -33,22 +33,23 @@ def latents(pipe: Any, run: Sampling) -> torch.Tensor:
 
 def test_an_empty_correction_is_bit_identical(qpipe: Any, run: Sampling, stats: NoiseStats) -> None:
     assert torch.equal(latents(correct(qpipe, stats, ()), run), latents(qpipe, run))
-    zeros = Correction.from_dict({**Correction.fit(stats, ()).to_dict(), "methods": ["cnc", "bc", "vsc"]})
-    assert torch.equal(latents(correct(qpipe, zeros), run), latents(qpipe, run))
+    nothing = [[0.0] * 4] * 4
+    zeros = {**fit_correction(stats, ()).to_dict(), "output": nothing, "bias": nothing, "noise": [1.0] * 4}
+    assert torch.equal(latents(correct(qpipe, Correction.from_dict(zeros)), run), latents(qpipe, run))
 
 
 def test_each_method_changes_what_it_should(qpipe: Any, run: Sampling, stats: NoiseStats) -> None:
     plain = latents(qpipe, run)
-    for methods in (("cnc",), ("bc",), ("vsc",)):
+    for methods in (("cnc",), ("bc",), ("vsc",), ("joint",)):
         assert not torch.equal(latents(correct(qpipe, stats, methods), run), plain)
     fit = stats.fit()
     eps_q = torch.randn(2, 4, 8, 8)
     bias = fit.bias.value[1].float().view(1, 4, 1, 1)
     want = (eps_q - bias) / (1 + fit.k.value[1].item())
-    assert torch.allclose(Correction.fit(stats).correct(eps_q, 1), want, atol=1e-6)
-    alone = Correction.fit(stats, ("bc",))
+    assert torch.allclose(fit_correction(stats).correct(eps_q, eps_q, 1), want, atol=1e-6)
+    alone = fit_correction(stats, ("bc",))
     assert torch.allclose(torch.tensor(alone.bias), stats.fit(slope=False).bias.value.float(), atol=1e-6)
-    assert set(alone.k) == {0.0}
+    assert alone.output == ()
 
 
 def test_a_corrected_scheduler_is_still_the_users_own(qpipe: Any, stats: NoiseStats) -> None:
@@ -61,8 +62,11 @@ def test_a_corrected_scheduler_is_still_the_users_own(qpipe: Any, stats: NoiseSt
     assert type(qpipe.scheduler) is DDIMScheduler
 
 
-def test_a_corrected_pipeline_saves_and_loads(qpipe: Any, run: Sampling, stats: NoiseStats, tmp_path: Path) -> None:
-    corrected = correct(qpipe, stats)
+@pytest.mark.parametrize("methods", [("cnc", "bc", "vsc"), ("joint",)])
+def test_a_corrected_pipeline_saves_and_loads(
+    qpipe: Any, run: Sampling, stats: NoiseStats, tmp_path: Path, methods: tuple[str, ...]
+) -> None:
+    corrected = correct(qpipe, stats, methods)
     corrected.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert again.scheduler.correction == corrected.scheduler.correction
@@ -89,7 +93,7 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
     learned = variance_type.startswith("learned")
     response = linear_response(base, DDPMScheduler.step, list(base.timesteps), {}, learned_variance=learned)
     noise = noise_scales(response, torch.full((10,), v))
-    correction = Correction(("vsc",), tuple(steps), (0.0,) * 10, ((0.0,),) * 10, tuple(noise), 1.0, {})
+    correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), 1.0, {})
     corrected = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     corrected.set_timesteps(10)
     t = int(steps[index])
@@ -149,7 +153,7 @@ def test_a_learned_variance_is_left_alone(stats: NoiseStats) -> None:
     base = DDPMScheduler(variance_type="learned_range")
     base.set_timesteps(4)
     steps = tuple(float(t) for t in base.timesteps)
-    correction = Correction(("bc",), steps, (0.0,) * 4, ((0.5,),) * 4, (1.0,) * 4, 1.0, {})
+    correction = Correction(("bc",), steps, (), (), ((0.5,),) * 4, (), 1.0, {})
     corrected: Any = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     out = torch.randn(1, 2, 3, 3)
     arguments, _ = corrected._corrected(
@@ -161,12 +165,14 @@ def test_a_learned_variance_is_left_alone(stats: NoiseStats) -> None:
 
 def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> None:
     with pytest.raises(InputError, match="unknown correction 'bic'"):
-        Correction.fit(stats, ("bic",))  # type: ignore[arg-type]
+        fit_correction(stats, ("bic",))
+    with pytest.raises(InputError, match="give it alone"):
+        fit_correction(stats, ("joint", "vsc"))
     eps = torch.randn(4, 1, 8, 8)
     from test_noise import stats_of
 
     with pytest.raises(InputError, match="1 \\+ k <= 0"):
-        Correction.fit(stats_of(eps, -0.5 * eps))
+        fit_correction(stats_of(eps, -0.5 * eps))
 
 
 def test_names_resolve_for_schedulers_only() -> None:

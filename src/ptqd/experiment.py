@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 
 from ptqd.bops import FULL_BITS, image_cost, weight_bytes
 from ptqd.components import denoiser_name, pipeline_fingerprint
-from ptqd.correction.ptqd import Method
 from ptqd.correction.scheduler import correct
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
@@ -28,7 +27,7 @@ from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
 from ptqd.stages import RunFolder
 
-ABLATION: tuple[tuple[Method, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
+ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
 PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", "numpy")
 
 
@@ -58,7 +57,7 @@ class Experiment:
     settings: tuple[Sampling, ...]
     recipes: tuple[str, ...]
     measured: int = 128
-    corrections: tuple[tuple[Method, ...], ...] = ABLATION
+    corrections: tuple[tuple[str, ...], ...] = ABLATION
 
     def __post_init__(self) -> None:
         names = ["full-precision", *(Path(text).stem for text in self.recipes)]

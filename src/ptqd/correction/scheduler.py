@@ -7,6 +7,7 @@ Nothing else of the step changes: its coefficients keep the original noise.
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import diffusers
@@ -15,7 +16,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ptqd.components import denoiser_name, fingerprint, schedule_of, with_components
-from ptqd.correction.ptqd import METHODS, Correction, Method
+from ptqd.correction.correction import Correction
+from ptqd.correction.fit import DEFAULT, fit_correction
 from ptqd.errors import MismatchError
 from ptqd.noise import NoiseStats, channel_axis
 from ptqd.response import step_with_noise
@@ -58,7 +60,7 @@ class CorrectedStep:
         index = self._next_index(float(t))
         axis = channel_axis(sample)
         channels = sample.shape[axis]  # a learned variance may follow them
-        mean = self.correction.correct(output.narrow(axis, 0, channels), index)
+        mean = self.correction.correct(output.narrow(axis, 0, channels), sample, index)
         if output.shape[axis] != channels:
             mean = torch.cat([mean, output.narrow(axis, channels, output.shape[axis] - channels)], dim=axis)
         arguments["model_output"] = mean
@@ -67,7 +69,7 @@ class CorrectedStep:
                 f"the correction was measured at eta {self.correction.eta:g}, "
                 f"the pipeline runs at {arguments['eta']:g}; sample at the same eta, or measure again"
             )
-        return arguments, self.correction.noise[index]
+        return arguments, self.correction.noise[index] if self.correction.noise else 1.0
 
 
 @functools.cache
@@ -130,7 +132,7 @@ def __getattr__(name: str) -> Any:
 def correct(
     qpipe: DiffusionPipeline,
     correction: Correction | NoiseStats,
-    methods: tuple[Method, ...] = METHODS,
+    methods: Sequence[str] = DEFAULT,
 ) -> DiffusionPipeline:
     """A quantized pipeline whose scheduler corrects; everything else is shared and untouched.
 
@@ -141,10 +143,10 @@ def correct(
 
     Raises:
         MismatchError: the statistics are of another model or scheduler.
-        InputError: the statistics give no correction; see :meth:`ptqd.Correction.fit`.
+        InputError: the statistics give no correction; see :func:`ptqd.fit_correction`.
     """
     if isinstance(correction, NoiseStats):
-        correction = Correction.fit(correction, methods)
+        correction = fit_correction(correction, methods)
     name = denoiser_name(qpipe)
     found = {"quantized": fingerprint(getattr(qpipe, name)), **schedule_of(qpipe)}
     for fact, value in found.items():
