@@ -1,9 +1,17 @@
 """Diffusion of Gaussian data, whose exact denoiser is known, with quantization noise of known k, bias and variance."""
 
+import copy
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
@@ -11,6 +19,13 @@ from torch import nn
 SHAPE = (2, 4, 4)
 MEAN = torch.tensor([1.0, -0.5])
 SCHEDULE: dict[str, Any] = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+SCHEDULERS: dict[str, SchedulerMixin] = {
+    "ddim": DDIMScheduler(**SCHEDULE, clip_sample=False),
+    "ddpm": DDPMScheduler(**SCHEDULE, clip_sample=False),
+    "euler ancestral": EulerAncestralDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
+    "sde-dpmsolver++ 1": DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="sde-dpmsolver++", solver_order=1),
+    "sde-dpmsolver++ 2": DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="sde-dpmsolver++", solver_order=2),
+}
 
 
 class GaussianDenoiser(nn.Module):
@@ -54,11 +69,12 @@ class GaussianPipeline(DiffusionPipeline):
         output_type: str = "latent",
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
-        x = randn_tensor((batch_size, *SHAPE), generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
+        x = randn_tensor((batch_size, *SHAPE), generator=generator) * self.scheduler.init_noise_sigma
         extra = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.unet(x, t), t, x, generator=generator, **extra).prev_sample
+            out = self.unet(self.scheduler.scale_model_input(x, t), t)
+            x = self.scheduler.step(out, t, x, generator=generator, **extra).prev_sample
         return ImagePipelineOutput(images=x)
 
 
@@ -70,5 +86,4 @@ def gaussian_pipeline(
     v: float = 0.0,
     c: float = 0.0,
 ) -> GaussianPipeline:
-    kind = DDIMScheduler if scheduler == "ddim" else DDPMScheduler
-    return GaussianPipeline(GaussianDenoiser(std, k, bias, v, c), kind(**SCHEDULE, clip_sample=False))
+    return GaussianPipeline(GaussianDenoiser(std, k, bias, v, c), copy.deepcopy(SCHEDULERS[scheduler]))

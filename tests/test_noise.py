@@ -11,7 +11,9 @@ from scipy import stats as scipy_stats
 
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, measure
 from ptqd.components import fingerprint
+from ptqd.joint import fold_sums, joint_moments
 from ptqd.noise import POWERS, normality_p_value, paired_moments
+from ptqd.response import Response
 
 
 def stats_of(
@@ -21,7 +23,9 @@ def stats_of(
     moments = paired_moments(eps, eps_q)[:, None]
     indices = torch.arange(first, first + len(eps))
     timesteps = torch.tensor([1.0], dtype=torch.float64)
-    return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {})
+    response = Response(torch.ones(1, 1), torch.ones(1, 1), exact=True)
+    joint = fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None]
+    return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {}, response, joint)
 
 
 def pair(n: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqd.correction.ptqd import Correction
+    from ptqd.correction.correction import Correction
+    from ptqd.correction.fit import fit_correction
     from ptqd.correction.scheduler import correct
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ptqd.sampling import Sampling, sample
 
 _HOMES = {
-    "Correction": "ptqd.correction.ptqd",
+    "Correction": "ptqd.correction.correction",
     "InputError": "ptqd.errors",
     "LatentClassPipeline": "ptqd.pipelines.latent_class",
     "MismatchError": "ptqd.errors",
@@ -30,6 +31,7 @@ _HOMES = {
     "Rule": "ptqd.recipe",
     "Sampling": "ptqd.sampling",
     "correct": "ptqd.correction.scheduler",
+    "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
     "measure": "ptqd.noise",
     "quantize": "ptqd.quantization",
@@ -48,6 +50,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "correct",
+    "fit_correction",
     "load",
     "measure",
     "quantize",

@@ -211,7 +211,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _methods(text: str) -> tuple[Any, ...]:
-    from ptqd.correction.ptqd import METHODS
+    from ptqd.correction.fit import METHODS
 
     given = [part.strip() for part in text.split(",") if part.strip()]
     for method in given:

@@ -14,8 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ptqd.bops import FULL_BITS, image_cost, weight_bytes
 from ptqd.components import denoiser_name, pipeline_fingerprint
-from ptqd.correction.ptqd import Method
-from ptqd.correction.scheduler import correct, vsc_applies
+from ptqd.correction.scheduler import correct
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
 from ptqd.evaluate.metrics import mean_metric, psnr
@@ -28,7 +27,7 @@ from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
 from ptqd.stages import RunFolder
 
-ABLATION: tuple[tuple[Method, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
+ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
 PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", "numpy")
 
 
@@ -58,7 +57,7 @@ class Experiment:
     settings: tuple[Sampling, ...]
     recipes: tuple[str, ...]
     measured: int = 128
-    corrections: tuple[tuple[Method, ...], ...] = ABLATION
+    corrections: tuple[tuple[str, ...], ...] = ABLATION
 
     def __post_init__(self) -> None:
         names = ["full-precision", *(Path(text).stem for text in self.recipes)]
@@ -150,8 +149,10 @@ class _Setting:
             self.report["steps"].extend(self._step_rows(Path(text).stem, stats))
             bops = sum(c.bops for c in image_cost(quantized, self.setting))
             images, before = reference, None
-            for methods in self._corrections():
-                if before is None or methods != (*before, "vsc") or not self._deterministic():
+            for methods in self.experiment.corrections:
+                if "vsc" in methods and not stats.response.exact:
+                    continue  # unknown noise
+                if before is None or methods != (*before, "vsc") or stats.response.draws:
                     inputs: dict[str, Any] = {"recipe": recipe.to_dict(), "methods": methods}
                     if methods:
                         inputs["noise"] = self.folder.key(f"{prefix}/noise.safetensors")
@@ -161,16 +162,6 @@ class _Setting:
                 size = self._bytes(quantized)
                 rows.append(self._row(Path(text).stem, correction_name(methods), images, reference, bops, size))
                 yield
-
-    def _corrections(self) -> Iterator[tuple[Method, ...]]:
-        """Those that the scheduler has a form of."""
-        for methods in self.experiment.corrections:
-            if "vsc" not in methods or vsc_applies(self.pipe.scheduler):
-                yield methods
-
-    def _deterministic(self) -> bool:
-        """Nothing is drawn: with VSC the images are those without, bit for bit."""
-        return self.setting.eta == 0 and "eta" in inspect.signature(self.pipe.scheduler.step).parameters
 
     def _quantized(self, prefix: str, recipe: Recipe) -> DiffusionPipeline:
         inputs = {**self.source, "recipe": recipe.to_dict(), "setting": self._run_facts(samples=0)}

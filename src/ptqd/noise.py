@@ -26,8 +26,10 @@ from scipy import stats as scipy_stats
 from ptqd.components import denoiser_name, fingerprint, schedule_of
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
+from ptqd.joint import fold_sums, joint_moments
 from ptqd.progress import track
-from ptqd.replay import record, replay
+from ptqd.replay import Trajectory, record, replay
+from ptqd.response import Response, linear_response
 from ptqd.sampling import Sampling, run_batch
 
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
@@ -80,6 +82,9 @@ class NoiseStats:
         source: plain facts of what was measured: the models' fingerprints, the scheduler and its
             configuration, steps, eta, call arguments. Statistics only merge with the same; corrections only apply to
             the same model, scheduler, steps and eta.
+        response: how the run's samples answer to its outputs and its noise.
+        joint: second moments of (1, eps_q, x_t, eps), summed over each fold's samples (16, T, G, K, K), float64; see
+            :mod:`ptqd.joint`.
     """
 
     timesteps: torch.Tensor
@@ -87,6 +92,8 @@ class NoiseStats:
     moments: torch.Tensor
     elements: int
     source: Mapping[str, Any]
+    response: Response
+    joint: torch.Tensor
 
     @property
     def samples(self) -> int:
@@ -140,12 +147,22 @@ class NoiseStats:
         if len(indices.unique()) != len(indices):
             raise MismatchError("statistics share samples; give each process its own range")
         moments = torch.cat([part.moments for part in parts])[order]
-        return cls(first.timesteps, indices[order], moments, first.elements, first.source)
+        joint = torch.stack([part.joint for part in parts]).sum(0)
+        return cls(first.timesteps, indices[order], moments, first.elements, first.source, first.response, joint)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        tensors = {"timesteps": self.timesteps, "indices": self.indices, "moments": self.moments}
-        facts = json.dumps({"elements": self.elements, "source": dict(self.source)}, sort_keys=True)
+        tensors = {
+            "timesteps": self.timesteps,
+            "indices": self.indices,
+            "moments": self.moments,
+            "response_outputs": self.response.outputs,
+            "response_noise": self.response.noise,
+            "joint": self.joint,
+        }
+        facts = json.dumps(
+            {"elements": self.elements, "exact": self.response.exact, "source": dict(self.source)}, sort_keys=True
+        )
         write_tensors(path, tensors, {"ptqd.noise": facts})
 
     @classmethod
@@ -156,10 +173,13 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        if "ptqd.noise" not in metadata or not {"timesteps", "indices", "moments"} <= set(tensors):
+        names = {"timesteps", "indices", "moments", "response_outputs", "response_noise", "joint"}
+        if "ptqd.noise" not in metadata or not names <= set(tensors):
             raise InputError(f"{path} holds no noise statistics; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])
-        return cls(tensors["timesteps"], tensors["indices"], tensors["moments"], facts["elements"], facts["source"])
+        response = Response(tensors["response_outputs"], tensors["response_noise"], facts["exact"])
+        timesteps, indices, moments = (tensors[name] for name in ("timesteps", "indices", "moments"))
+        return cls(timesteps, indices, moments, facts["elements"], facts["source"], response, tensors["joint"])
 
 
 def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
@@ -285,22 +305,40 @@ def measure(
     rows: list[torch.Tensor] = []
     timesteps: list[float] = []
     elements = 0
+    response: Response | None = None
+    joint: torch.Tensor | None = None
     for indices in track(list(run.batches(start)), "measuring" if progress else None):
         with record(pipe) as trajectory:
             run_batch(pipe, run, indices, "latent")
         with replay(qpipe, trajectory) as outputs:
             run_batch(qpipe, run, indices, "latent")
-        timesteps = trajectory.timesteps
-        steps = []
+        timesteps = [float(t) for t in trajectory.timesteps]
+        response = response or _response(trajectory)
+        steps, tables = [], []
         for t, x, eps, eps_q in zip(timesteps, trajectory.samples, trajectory.outputs, outputs, strict=True):
             channels = x.shape[channel_axis(x)]  # a learned variance follows the mean
-            moments = paired_moments(
-                eps.narrow(channel_axis(x), 0, channels), eps_q.narrow(channel_axis(x), 0, channels)
-            )
+            mean, mean_q = (e.narrow(channel_axis(x), 0, channels) for e in (eps, eps_q))
+            moments = paired_moments(mean, mean_q)
             if not bool(torch.isfinite(moments).all()):
                 raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
             steps.append(moments)
+            tables.append(fold_sums(joint_moments(x, mean, mean_q, channel_axis(x)), torch.tensor(list(indices))))
             elements = x[0].numel() // channels
         rows.append(torch.stack(steps, dim=1))  # n,T,C,14
-    indices_done = torch.arange(start, run.samples)
-    return NoiseStats(torch.tensor(timesteps, dtype=torch.float64), indices_done, torch.cat(rows), elements, source)
+        folds = torch.stack(tables, dim=1)  # 16,T,G,K,K
+        joint = folds if joint is None else joint + folds
+    if response is None or joint is None:
+        raise InputError(f"no samples to measure from {start} to {run.samples}; ask for more")
+    steps_taken, indices_done = torch.tensor(timesteps, dtype=torch.float64), torch.arange(start, run.samples)
+    return NoiseStats(steps_taken, indices_done, torch.cat(rows), elements, source, response, joint)
+
+
+def _response(trajectory: Trajectory) -> Response:
+    scheduler, output, sample = trajectory.scheduler, trajectory.outputs[0], trajectory.samples[0]
+    return linear_response(
+        scheduler,
+        getattr(scheduler, "plain_class", type(scheduler)).step,
+        trajectory.timesteps,
+        trajectory.keywords,
+        learned_variance=output.shape[channel_axis(sample)] != sample.shape[channel_axis(sample)],
+    )

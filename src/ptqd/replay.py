@@ -5,7 +5,9 @@ pipeline; replay it on another, which is then handed the *recorded* next sample 
 outputs can be paired with the recorded ones, whatever its guidance, conditioning or network.
 """
 
+import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ptqd.errors import MismatchError
+
+_CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"}
 
 
 @dataclass
@@ -26,12 +30,16 @@ class Trajectory:
         samples: ``x_t`` before each step.
         outputs: the denoiser's output, after guidance.
         results: what ``step`` returned.
+        scheduler: a copy of it, as it was before the first step.
+        keywords: arguments of ``step`` that are the same at every step, such as ``eta``.
     """
 
-    timesteps: list[float] = field(default_factory=list)
+    timesteps: list[Any] = field(default_factory=list)
     samples: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
+    scheduler: Any = None
+    keywords: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -57,8 +65,13 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
     trajectory = Trajectory()
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        if trajectory.scheduler is None:
+            trajectory.scheduler = copy.deepcopy(pipe.scheduler)
+            del trajectory.scheduler.__dict__["step"]  # this function
+            given = inspect.signature(plain).bind(model_output, timestep, sample, *args, **kw).arguments
+            trajectory.keywords = {k: v for k, v in given.items() if k not in _CHANGING}
         result = plain(model_output, timestep, sample, *args, **kw)
-        trajectory.timesteps.append(float(timestep))
+        trajectory.timesteps.append(timestep)
         trajectory.samples.append(sample.detach())
         trajectory.outputs.append(model_output.detach())
         trajectory.results.append(result)
@@ -79,7 +92,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[list[tor
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         i = len(outputs)
-        if i >= len(trajectory.timesteps) or trajectory.timesteps[i] != float(timestep):
+        if i >= len(trajectory.timesteps) or float(trajectory.timesteps[i]) != float(timestep):
             raise MismatchError(
                 f"replay: step {i} is at timestep {float(timestep):g}, not at the recorded one; use the same steps"
             )

@@ -1,0 +1,91 @@
+"""A Correction: for every step a linear map of what the step knows, and how much noise it draws."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ptqd.noise import channel_axis
+
+Rows = tuple[tuple[float, ...], ...]
+Matrix = tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What the sampler does about quantization noise, step by step; plain numbers, so that it saves as JSON.
+
+        eps_c = eps_q - D_q eps_q - D_x x_t - b
+
+    Attributes:
+        methods: what it was made by.
+        timesteps: the schedule it was measured on (T,).
+        output: ``D_q``, one number a channel (T, C) or a map across channels (T, C, C); empty where there is none.
+        sample: ``D_x``, likewise.
+        bias: ``b`` (T, C); empty where there is none.
+        noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
+        eta: DDIM's noise it was measured at.
+        source: what the statistics were measured on.
+    """
+
+    methods: tuple[str, ...]
+    timesteps: tuple[float, ...]
+    output: Rows | Matrix
+    sample: Rows | Matrix
+    bias: Rows
+    noise: tuple[float, ...]
+    eta: float
+    source: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a scheduler's configuration."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
+        """The inverse of :meth:`to_dict`, also after JSON made lists of its tuples."""
+        plain = {name: _tuples(value) for name, value in values.items() if name != "source"}
+        return cls(**plain, source=dict(values["source"]))
+
+    def correct(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
+        """One step's output (N, C, ...) or (N, L, C), corrected.
+
+        Args:
+            eps_q: the quantized denoiser's output.
+            x: the sample it was asked about, of the same shape.
+            step: index into ``timesteps``.
+        """
+        axis = channel_axis(eps_q)
+        noise: torch.Tensor | None = None  # what is taken for quantization noise
+        for table, known in ((self.output, eps_q), (self.sample, x)):
+            if table:
+                part = _apply(eps_q.new_tensor(table[step]), known, axis)
+                noise = part if noise is None else noise + part
+        if self.bias:
+            bias = _along(eps_q.new_tensor(self.bias[step]), eps_q.ndim, axis)
+            noise = bias if noise is None else noise + bias
+        return eps_q if noise is None else eps_q - noise
+
+
+def _apply(weights: torch.Tensor, known: torch.Tensor, axis: int) -> torch.Tensor:
+    """One number a channel (C,), or a 1 x 1 convolution (C, C): rows are outputs."""
+    if weights.ndim == 1:
+        return _along(weights, known.ndim, axis) * known
+    mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
+    return mixed.movedim(-1, axis)
+
+
+def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
+    shape = [1] * ndim
+    shape[axis] = len(values)
+    return values.view(shape)
+
+
+def rows(values: torch.Tensor) -> Any:
+    """A tensor as nested tuples."""
+    return _tuples(values.tolist())
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,151 @@
+"""How a sampler's samples answer to the denoiser's outputs and to the noise it draws.
+
+With clipping off, every step of the schedulers people use is linear in the sample, the outputs (its own and those a
+multistep method remembers) and the noise. So a whole run is
+
+    x_{i+1} = X_i x_0 + sum_j O_ij out_j + sum_j Z_ij z_j,        j <= i,
+
+and X, O, Z are read off the scheduler's own ``step``, run once on unit inputs: T calls on 2 T + 3 numbers, for any
+scheduler, its history, predictor-corrector and Runge-Kutta stages included. The network's answer to a changed sample is
+not part of it.
+
+On the diagonal stand the coefficients that papers state. With ``a`` the cumulative alpha product of this step and of
+the next one (``_s``), ``x_0 = (x - sqrt(1 - a) out) / sqrt(a)`` for epsilon (``D = d x_0 / d out`` is then ``-sqrt((1 -
+a) / a)``; for v_prediction ``-sqrt(1 - a)``, for sample 1, for flow ``-sigma``):
+
+    DDIM                O = sqrt(a_s) D + sqrt(1 - a_s - sigma^2) E,    E = d eps / d out = -sqrt(a / (1 - a)) D
+                        Z = sigma = eta sqrt((1 - a_s) / (1 - a)) sqrt(1 - a / a_s)           (arXiv 2010.02502, eq. 12)
+    DDPM                O = sqrt(a_s) (1 - a / a_s) / (1 - a) D,    Z^2 = (1 - a_s) / (1 - a) (1 - a / a_s)
+                                                                                              (arXiv 2006.11239, eq. 7)
+    Euler               O = (sigma_s - sigma) / sigma (-D'),  D' = d x_0 / d out for x = x_0 + sigma eps:
+                        -sigma, -sigma / sqrt(sigma^2 + 1) or 1                               (arXiv 2206.00364)
+    Euler ancestral     as Euler, to sigma_down;    Z = sigma_up,
+                        sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma^2), sigma_down^2 = sigma_s^2 - sigma_up^2
+    DPM-Solver++ (SDE)  first order: O = sqrt(a_s) (1 - exp(-2 h)) D,    Z = sqrt(1 - a_s) sqrt(1 - exp(-2 h)),
+                        h the step in log-SNR / 2; second order (midpoint): O times 1 + 1 / (2 r), and
+                        -1 / (2 r) of it reaches this step from the output before           (arXiv 2211.01095, sec. 5)
+    DPM-Solver++ (ODE)  first order: O = sqrt(a_s) (1 - exp(-h)) D
+    LCM                 O = sqrt(a_s) c_out D,    Z = sqrt(1 - a_s)                           (arXiv 2310.04378)
+    flow matching       O = sigma_s - sigma                                                   (arXiv 2210.02747)
+"""
+
+import copy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+Draw = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A run's linear response; float64, 0 above the diagonal.
+
+    Attributes:
+        outputs: ``O``, d x_{i+1} / d out_j (T, T).
+        noise: ``Z``, d x_{i+1} / d z_j (T, T).
+        exact: a random input's run was the sum of its parts: the step is linear, and all its noise was seen. Where it
+            is False the matrices mean nothing.
+    """
+
+    outputs: torch.Tensor
+    noise: torch.Tensor
+    exact: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether any step draws noise."""
+        return not self.exact or bool(self.noise.any())
+
+
+def step_with_noise(step: Any, draw: Draw) -> Any:
+    """A scheduler's ``step`` that draws its noise from ``draw`` instead of diffusers' ``randn_tensor``.
+
+    It is the same code with its own globals: nothing shared with other schedulers or threads is touched.
+    """
+    if not isinstance(step, types.FunctionType):
+        return step
+    changed = types.FunctionType(
+        step.__code__, {**step.__globals__, "randn_tensor": draw}, step.__name__, step.__defaults__, step.__closure__
+    )
+    changed.__kwdefaults__ = step.__kwdefaults__
+    return changed
+
+
+def linear_response(
+    scheduler: SchedulerMixin,
+    step: Any,
+    timesteps: Sequence[torch.Tensor],
+    keywords: Mapping[str, Any],
+    *,
+    learned_variance: bool = False,
+) -> Response:
+    """The response of a run over ``timesteps``.
+
+    Args:
+        scheduler: its timesteps set, no step taken; it is copied, not changed.
+        step: the class's plain ``step``.
+        timesteps: those that will be taken.
+        keywords: further arguments of ``step``, such as ``eta``.
+        learned_variance: outputs have twice the sample's channels; the largest variance they can ask for is taken, so
+            that VSC never removes more than the residual adds.
+    """
+    probe: Any = copy.deepcopy(scheduler)
+    clipping = {name: False for name in ("clip_sample", "thresholding") if probe.config.get(name)}
+    if clipping:
+        probe.register_to_config(**clipping)
+    steps = len(timesteps)
+    zero, unit_outputs, unit_noise, start, mixed = 0, 1, 1 + steps, 1 + 2 * steps, 2 + 2 * steps
+    mix = torch.randn(2 * steps + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.zeros(mixed + 1, 1, 1, 1, dtype=torch.float64)
+    x[start], x[mixed] = 1, mix[-1]
+    rows = []
+    with torch.random.fork_rng(devices=[]):  # a scheduler that draws elsewhere must not move the user's generator
+        for j, t in enumerate(timesteps):
+            out, z = torch.zeros_like(x), torch.zeros_like(x)
+            out[unit_outputs + j], out[mixed] = 1, mix[j]
+            z[unit_noise + j], z[mixed] = 1, mix[steps + j]
+            if learned_variance:
+                out = torch.cat([out, torch.ones_like(out)], dim=1)
+            if hasattr(probe, "scale_model_input"):
+                probe.scale_model_input(x, t)  # some count their steps here
+
+            def draw(shape: Any, z: torch.Tensor = z, **_: Any) -> torch.Tensor:
+                return z
+
+            x = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0].double()
+            rows.append(x.flatten())
+    table = torch.stack(rows)  # T, 2T + 3
+    table = table - table[:, [zero]]
+    outputs, noise = table[:, unit_outputs:unit_noise], table[:, unit_noise:start]
+    parts = torch.cat([outputs, noise, table[:, [start]]], dim=1)
+    error = (parts @ mix - table[:, mixed]).abs()
+    size = (parts.abs() @ mix.abs()).clamp(min=1e-12)
+    exact = bool(torch.isfinite(table).all()) and bool((error <= 1e-3 * size).all())
+    return Response(outputs.clone(), noise.clone(), exact)
+
+
+def noise_scales(response: Response, variance: torch.Tensor) -> list[float]:
+    """What is left to draw at each step, as a share of the standard deviation, once residuals count as drawn noise.
+
+    Step i draws so much less that, with independent residuals of variance ``V``, the sample's variance is what it would
+    be without them: ``Z_ii^2 (1 - s_i^2) = sum_j O_ij^2 V_j - sum_{j<i} Z_ij^2 (1 - s_j^2)``. Without history the
+    sums cancel but for ``O_ii^2 V_i``: PTQD's VSC (arXiv 2305.10657, section 4.2). What a step has too little noise to
+    give back, ``s < 0``, is not asked of the next: the network has answered by then.
+
+    Args:
+        response: of the run.
+        variance: of each step's corrected residual (T,).
+    """
+    v = variance.double()
+    squared_outputs, squared_noise = response.outputs**2, response.noise**2
+    removed = torch.zeros_like(v)  # 1 - s^2
+    for i in range(len(v)):
+        if squared_noise[i, i] > 0:
+            excess = squared_outputs[i, : i + 1] @ v[: i + 1] - squared_noise[i, :i] @ removed[:i]
+            removed[i] = excess / squared_noise[i, i]
+    return [float(s) for s in (1 - removed).clamp(min=0).sqrt()]
