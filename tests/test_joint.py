@@ -3,7 +3,15 @@ import pytest
 import torch
 
 from ptqd.correction.correction import Correction
-from ptqd.joint import FOLDS, MAX_CHANNELS, estimate_output, fold_sums, joint_moments
+from ptqd.joint import (
+    FOLDS,
+    MAX_CHANNELS,
+    estimate_output,
+    fold_sums,
+    held_out_gain,
+    joint_moments,
+    output_error,
+)
 
 N, C = 40, 3
 
@@ -84,6 +92,32 @@ def test_noise_that_is_a_function_of_what_is_known_is_taken_away_whole() -> None
     x, eps, eps_q = triple(noise=0.0)
     for coherence in (1.0, 8.0):
         assert torch.allclose(apply(table_of(x, eps, eps_q), coherence, x, eps_q), eps, atol=1e-6)
+
+
+def test_the_error_on_a_table_is_the_error_on_its_samples() -> None:
+    x, eps, eps_q = triple()
+    table = table_of(x, eps, eps_q)
+    want = ((apply(table, 3.0, x, eps_q) - eps) ** 2).mean().item()
+    assert output_error(table, estimate_output(table, 3.0)).item() == pytest.approx(want)
+
+
+def test_a_gain_is_judged_on_samples_that_were_not_fitted() -> None:
+    """With noise that is independent of all that is known, fitting finds something, and the other half refutes it."""
+    g = torch.Generator().manual_seed(0)
+    x, eps, r = (torch.randn(N, C, 2, 2, generator=g, dtype=torch.float64) for _ in range(3))
+    indices = torch.arange(N)
+    samples = torch.bincount(indices % FOLDS, minlength=FOLDS)
+
+    def gains(eps_q: torch.Tensor) -> tuple[float, float]:
+        gain, half = held_out_gain(fold_sums(joint_moments(x, eps, eps_q, 1), indices)[:, None], samples, 1e9)
+        return gain.item(), half.item()
+
+    gain, half = gains(eps + r)
+    assert gain < half
+    table = table_of(x, eps, eps + r)
+    assert output_error(table, estimate_output(table, 1.0)) < 0.9 * (r**2).mean()  # on its own samples it looks good
+    gain, half = gains(1.3 * eps + 0.1 * r + 0.2)
+    assert gain > half > 0
 
 
 def test_many_channels_get_a_table_each() -> None:

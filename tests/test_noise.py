@@ -23,7 +23,8 @@ def stats_of(
     moments = paired_moments(eps, eps_q)[:, None]
     indices = torch.arange(first, first + len(eps))
     timesteps = torch.tensor([1.0], dtype=torch.float64)
-    response = Response(torch.ones(1, 1), torch.ones(1, 1), exact=True)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    response = Response(one, one.clone(), exact=True)
     joint = fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None]
     return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {}, response, joint)
 

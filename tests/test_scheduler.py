@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from diffusers import (
 from conftest import tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
 from ptqd.components import with_components
+from ptqd.correction.joint import fit_joint
 from ptqd.correction.scheduler import corrected_class
+from ptqd.joint import fold_sums, held_out_gain, joint_moments
 from ptqd.response import linear_response, noise_scales
 from ptqd.sampling import run_batch
 
@@ -173,6 +176,42 @@ def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> Non
 
     with pytest.raises(InputError, match="1 \\+ k <= 0"):
         fit_correction(stats_of(eps, -0.5 * eps))
+
+
+def step_stats(eps: torch.Tensor, eps_q: torch.Tensor, x: torch.Tensor) -> NoiseStats:
+    """Statistics of one step with that sample."""
+    from test_noise import stats_of
+
+    plain = stats_of(eps, eps_q)
+    joint = fold_sums(joint_moments(x, eps, eps_q, 1), plain.indices)[:, None]
+    return dataclasses.replace(plain, joint=joint)
+
+
+def test_a_step_that_the_joint_estimate_does_not_help_is_left_alone() -> None:
+    """A bias that changes sign from one half of the folds to the other does not hold on the other half."""
+    g = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(32, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    sign = torch.tensor([1.0, -1.0] * 16).view(-1, 1, 1, 1)
+    refuted = fit_correction(step_stats(eps, eps + sign, x), ("joint",))
+    assert torch.equal(refuted.correct(eps, x, 0), eps)
+    held = fit_correction(step_stats(eps, eps + 1, x), ("joint",))
+    assert torch.allclose(held.correct(eps + 1, x, 0), eps, atol=1e-4)
+
+
+def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
+    """Against strong noise: unbiased, the estimate is worse than none; withholding a little, it is better."""
+    g = torch.Generator().manual_seed(0)
+    x, eps, r = (torch.randn(64, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    stats = step_stats(eps, 0.2 * eps + 0.5 * r, x)
+    chosen = fit_joint(stats)
+    gains = [held_out_gain(stats.joint, stats.fold_samples, c) for c in (1.0, 2.0, 4.0, 8.0)]
+    helps = [bool(gain > half) for gain, half in gains]
+    assert helps[0]
+    assert not helps[-1]
+    best = (1.0, 2.0, 4.0, 8.0)[max(i for i, good in enumerate(helps) if good)]
+    assert chosen.output == fit_joint(stats, (best,)).output
+    with pytest.raises(InputError, match="3 samples cannot be fitted and judged apart"):
+        fit_joint(step_stats(eps[:3], eps[:3], x[:3]))
 
 
 def test_names_resolve_for_schedulers_only() -> None:

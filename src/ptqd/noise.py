@@ -26,7 +26,7 @@ from scipy import stats as scipy_stats
 from ptqd.components import denoiser_name, fingerprint, schedule_of
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import fold_sums, joint_moments
+from ptqd.joint import FOLDS, fold_sums, joint_moments
 from ptqd.progress import track
 from ptqd.replay import Trajectory, record, replay
 from ptqd.response import Response, linear_response
@@ -99,6 +99,11 @@ class NoiseStats:
     def samples(self) -> int:
         """How many samples were measured."""
         return len(self.indices)
+
+    @property
+    def fold_samples(self) -> torch.Tensor:
+        """How many samples each fold of ``joint`` holds (16,)."""
+        return torch.bincount(self.indices % FOLDS, minlength=FOLDS)
 
     def fit(self, *, slope: bool = True) -> NoiseFit:
         """The regression per step, with jackknife intervals over samples.

@@ -7,24 +7,46 @@ is a 1 x 1 convolution from 2 C to C channels.
 
 Where a step draws noise, it draws as much less (or more) as the estimate's variance exceeds (or lacks) that of eps: the
 next sample then has the second moments that it has in full precision.
+
+Every step is gated: it takes the largest of the weights L at which the estimate still lowers the error of samples it
+was not fitted on, beyond the 95 % interval, and none where none does.
 """
 
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import torch
+
 from ptqd.correction.correction import Correction, rows
-from ptqd.joint import estimate_output
+from ptqd.errors import InputError
+from ptqd.joint import OutputEstimate, estimate_output, held_out_gain
 from ptqd.noise import NoiseStats
 from ptqd.response import noise_scales
 
-COHERENCE = 8.0
+COHERENCES = (1.0, 2.0, 4.0, 8.0)
+MIN_SAMPLES = 4
 
 
-def fit_joint(stats: NoiseStats, coherence: float = COHERENCE) -> Correction:
+def fit_joint(stats: NoiseStats, coherences: Sequence[float] = COHERENCES) -> Correction:
     """The estimate from ``stats``.
 
     Args:
         stats: measured on the pipeline to correct.
-        coherence: over how many times as many steps withheld signal adds up as residual noise does; at least 1.
+        coherences: the weights L to choose from, at least 1: over how many times as many steps withheld signal adds up
+            as residual noise does.
+
+    Raises:
+        InputError: fewer than four samples.
     """
-    estimate = estimate_output(stats.joint.sum(0) / stats.samples, coherence)
+    if stats.samples < MIN_SAMPLES:
+        raise InputError(f"{stats.samples} samples cannot be fitted and judged apart; measure at least {MIN_SAMPLES}")
+    table = stats.joint.sum(0) / stats.samples  # T,G,K,K
+    parts = [torch.zeros_like(part) for part in astuple(estimate_output(table, 1.0))]
+    for coherence in sorted(coherences):
+        gain, half_width = held_out_gain(stats.joint, stats.fold_samples, coherence)
+        for part, better in zip(parts, astuple(estimate_output(table, coherence)), strict=True):
+            part[gain > half_width] = better[gain > half_width]
+    estimate = OutputEstimate(*parts)
     if estimate.bias.shape[1] == 1:  # one group of C channels
         output, sample, bias = estimate.output[:, 0], estimate.sample[:, 0], estimate.bias[:, 0]
     else:  # C groups of one
