@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def main() -> None:
     pipe = ptqd.load("fashion-ldm")
     qpipe = ptqd.quantize(pipe, "w4a8", RUN)
     stats = ptqd.measure(pipe, qpipe, RUN)
-    corrected = ptqd.correct(qpipe, stats)
+    corrected, joint = ptqd.correct(qpipe, stats), ptqd.correct(qpipe, stats, ["joint"])
     variants: dict[str, Callable[[], object]] = {
         "sampling, full precision": lambda: run_batch(pipe, RUN, range(32), "latent"),
         "sampling, w4a8 simulated": lambda: run_batch(qpipe, RUN, range(32), "latent"),
@@ -49,18 +50,20 @@ def main() -> None:
         print(f"{name:28s} {ratio:5.2f} x full precision   ({spread[0]:.2f} to {spread[-1]:.2f})")
 
     x = torch.randn(32, 4, 8, 8)
-    steps = {"plain": qpipe.scheduler, "corrected": corrected.scheduler}
-    cost = {}
-    for name, scheduler in steps.items():
+
+    def whole_run(scheduler: Any) -> None:
         scheduler.set_timesteps(RUN.steps)
-        step = partial(
-            scheduler.step, x, scheduler.timesteps[5], x, eta=1.0, generator=torch.Generator().manual_seed(0)
-        )
-        times = [seconds(step) for _ in range(300)]
-        cost[name] = statistics.median(times)
-    call = statistics.median(r["sampling, w4a8 simulated"] for r in rounds) / RUN.steps
-    extra = cost["corrected"] - cost["plain"]
-    print(f"correcting one step costs {extra / call * 100:.2f} % of a sampling step")
+        noise = torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            scheduler.step(x, t, x, eta=1.0, generator=noise)
+
+    cost = {
+        name: statistics.median(seconds(partial(whole_run, p.scheduler)) for _ in range(100))
+        for name, p in (("plain", qpipe), ("cnc+bc+vsc", corrected), ("joint", joint))
+    }
+    call = statistics.median(r["sampling, w4a8 simulated"] for r in rounds)
+    for name in ("cnc+bc+vsc", "joint"):
+        print(f"correcting by {name} costs {(cost[name] - cost['plain']) / call * 100:.2f} % of a sampling step")
 
 
 if __name__ == "__main__":
