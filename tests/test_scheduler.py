@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -176,6 +177,46 @@ def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> Non
 
     with pytest.raises(InputError, match="1 \\+ k <= 0"):
         fit_correction(stats_of(eps, -0.5 * eps))
+
+
+def test_a_step_that_was_not_measured_is_refused(qpipe: Any, stats: NoiseStats) -> None:
+    scheduler = correct(qpipe, stats).scheduler
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 4, 8, 8)
+    with pytest.raises(MismatchError, match="knows no step at timestep 7 here"):
+        scheduler.step(x, 7, x, eta=1.0)
+
+
+def test_noise_that_the_caller_draws_is_calibrated_too(qpipe: Any, stats: NoiseStats) -> None:
+    x = torch.randn(1, 4, 8, 8)
+    results = []
+    for given in (True, False):
+        scheduler = correct(qpipe, stats).scheduler
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(0)
+        source = {"variance_noise": torch.randn(x.shape, generator=generator)} if given else {"generator": generator}
+        results.append(scheduler.step(x, scheduler.timesteps[0], x, eta=1.0, **source).prev_sample)
+    assert torch.equal(*results)
+    assert scheduler.correction.noise[0] < 1
+
+
+def test_where_the_noise_cannot_be_followed_the_mean_is_corrected(
+    stats: NoiseStats, caplog: pytest.LogCaptureFixture
+) -> None:
+    unknown = dataclasses.replace(stats, response=dataclasses.replace(stats.response, exact=False))
+    with caplog.at_level("WARNING"):
+        correction = fit_correction(unknown)
+    assert "vsc is left out: how DDIMScheduler draws its noise is not known" in caplog.text
+    assert correction == dataclasses.replace(fit_correction(stats), noise=())
+
+
+def test_many_channels_are_estimated_one_by_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(32, 20, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    eps_q = 1.2 * eps + 0.3 * x - 0.1
+    correction = fit_joint(step_stats(eps, eps_q, x))
+    assert np.shape(correction.output) == (1, 20)
+    assert torch.allclose(correction.correct(eps_q, x, 0), eps, atol=1e-6)
 
 
 def step_stats(eps: torch.Tensor, eps_q: torch.Tensor, x: torch.Tensor) -> NoiseStats:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-import sys
+import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,11 +14,6 @@ from typing import Any, Literal, TypeVar
 from ptqd.affine import Grid
 from ptqd.errors import InputError
 from ptqd.observers import RangeMethod
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 T = TypeVar("T")
 
