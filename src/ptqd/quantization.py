@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -157,7 +157,7 @@ def coverage_of(pipe: DiffusionPipeline) -> Coverage:
     return quantizer.coverage
 
 
-class _Method(str, Enum):
+class _Method(StrEnum):
     PTQD = "ptqd"
 
 
