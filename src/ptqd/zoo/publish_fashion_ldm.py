@@ -20,7 +20,7 @@ from ptqd.components import pipeline_fingerprint
 from ptqd.evaluate.features import Features, Reference, evaluate, extract
 from ptqd.evaluate.metrics import Metric
 from ptqd.experiment import load_images, sample_images
-from ptqd.files import replacing, write_json, write_text
+from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.report.pictures import grid
 from ptqd.sampling import Sampling
@@ -37,8 +37,11 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_half(module: nn.Module, folder: Path) -> None:
-    """Save a diffusers module in half precision."""
+    """Save a diffusers module in half precision, without the path it was loaded from."""
     module.half().save_pretrained(folder)  # type: ignore[operator]
+    config = read_json(folder / "config.json")
+    config.pop("_name_or_path", None)
+    write_json(folder / "config.json", config)
     module.float()
 
 
