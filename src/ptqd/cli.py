@@ -284,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("correct", _cmd_correct)
     sub.add_argument("quantized", help="the quantized pipeline's folder")
     sub.add_argument("noise", type=Path, help="statistics that 'ptqd measure' wrote")
-    sub.add_argument("--methods", default="cnc,bc,vsc", help="of cnc, bc and vsc; or joint alone (default: %(default)s)")
+    sub.add_argument("--methods", default="cnc,bc,vsc", help="of cnc, bc, vsc; or joint (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--scheduler", help="the scheduler class the statistics were measured with")
     sub.add_argument("--device", help=argparse.SUPPRESS)
