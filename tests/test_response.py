@@ -199,6 +199,18 @@ def test_a_step_that_is_not_linear_is_known_as_such() -> None:
     assert not linear_response(scheduler, Squaring.step, list(scheduler.timesteps), {}).exact
 
 
+def test_a_step_that_refuses_to_be_probed_is_known_as_such() -> None:
+    class Particular(DDIMScheduler):
+        def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if model_output.shape[1] != 4:
+                raise ValueError("four channels, please")
+            return super().step(model_output, *args, **kwargs)
+
+    scheduler = Particular(**BETAS)
+    scheduler.set_timesteps(STEPS)
+    assert not linear_response(scheduler, Particular.step, list(scheduler.timesteps), {}).exact
+
+
 def test_probing_leaves_the_scheduler_as_it_was_and_looks_behind_clipping() -> None:
     clipped = DDIMScheduler(**BETAS, clip_sample=True)
     free = DDIMScheduler(**BETAS, clip_sample=False)

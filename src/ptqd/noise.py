@@ -346,4 +346,5 @@ def _response(trajectory: Trajectory) -> Response:
         trajectory.timesteps,
         trajectory.keywords,
         learned_variance=output.shape[channel_axis(sample)] != sample.shape[channel_axis(sample)],
+        device=sample.device,
     )

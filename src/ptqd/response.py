@@ -83,8 +83,9 @@ def linear_response(
     keywords: Mapping[str, Any],
     *,
     learned_variance: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Response:
-    """The response of a run over ``timesteps``.
+    """The response of a run over ``timesteps``; not exact where the scheduler refuses such a run.
 
     Args:
         scheduler: its timesteps set, no step taken; it is copied, not changed.
@@ -93,7 +94,24 @@ def linear_response(
         keywords: further arguments of ``step``, such as ``eta``.
         learned_variance: outputs have twice the sample's channels; the largest variance they can ask for is taken, so
             that VSC never removes more than the residual adds.
+        device: where the scheduler's own tensors are.
     """
+    nothing = torch.zeros(len(timesteps), len(timesteps), dtype=torch.float64)
+    try:
+        return _probe(scheduler, step, timesteps, keywords, learned_variance, torch.device(device))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return Response(nothing, nothing.clone(), exact=False)  # a step that takes only its own pipeline's samples
+
+
+def _probe(
+    scheduler: SchedulerMixin,
+    step: Any,
+    timesteps: Sequence[torch.Tensor],
+    keywords: Mapping[str, Any],
+    learned_variance: bool,
+    device: torch.device,
+) -> Response:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     probe: Any = copy.deepcopy(scheduler)
     clipping = {name: False for name in ("clip_sample", "thresholding") if probe.config.get(name)}
     if clipping:
@@ -101,10 +119,12 @@ def linear_response(
     steps = len(timesteps)
     zero, unit_outputs, unit_noise, start, mixed = 0, 1, 1 + steps, 1 + 2 * steps, 2 + 2 * steps
     mix = torch.randn(2 * steps + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = torch.zeros(mixed + 1, 1, 1, 1, dtype=torch.float64)
+    x = torch.zeros(mixed + 1, 1, 1, 1, dtype=dtype, device=device)
     x[start], x[mixed] = 1, mix[-1]
     rows = []
-    with torch.random.fork_rng(devices=[]):  # a scheduler that draws elsewhere must not move the user's generator
+    with torch.random.fork_rng(
+        devices=[device] if device.type == "cuda" else []
+    ):  # a scheduler that draws elsewhere must not move the user's generator
         for j, t in enumerate(timesteps):
             out, z = torch.zeros_like(x), torch.zeros_like(x)
             out[unit_outputs + j], out[mixed] = 1, mix[j]
@@ -117,8 +137,8 @@ def linear_response(
             def draw(shape: Any, z: torch.Tensor = z, **_: Any) -> torch.Tensor:
                 return z
 
-            x = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0].double()
-            rows.append(x.flatten())
+            x = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0].to(dtype)
+            rows.append(x.flatten().cpu().double())
     table = torch.stack(rows)  # T, 2T + 3
     table = table - table[:, [zero]]
     outputs, noise = table[:, unit_outputs:unit_noise], table[:, unit_noise:start]
