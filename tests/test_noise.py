@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -5,15 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from ptqd import InputError, MismatchError, NoiseStats, Sampling, measure
-from ptqd.components import fingerprint
+from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measure
+from ptqd.components import fingerprint, with_components
 from ptqd.joint import fold_sums, joint_moments
-from ptqd.noise import POWERS, normality_p_value, paired_moments
+from ptqd.noise import POWERS, normality_p_value, paired_moments, per_sample
 from ptqd.response import Response
+from ptqd.sampling import run_batch
 
 
 def stats_of(
@@ -183,3 +186,36 @@ def test_nan_outputs_are_named(pipe: Any, run: Sampling) -> None:
     broken.unet.conv_out.bias.data[0] = math.nan
     with pytest.raises(InputError, match=r"timestep .* is NaN or infinite"):
         measure(pipe, broken, run)
+
+
+def test_a_pipeline_that_steps_a_doubled_batch_and_a_learned_variance() -> None:
+    """DiT steps both halves of a guided batch, and its outputs have a variance behind the mean."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=4,
+        num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+    )
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
+    scaled = copy.deepcopy(transformer)
+    scaled.proj_out_2.weight.data *= 1.2
+    scaled.proj_out_2.bias.data.mul_(1.2)
+    noisy = with_components(pipe, transformer=scaled)
+    run = Sampling(steps=3, samples=5, batch=3, call={"class_labels": [1, 2, 3], "guidance_scale": 2.0})
+    stats = measure(pipe, noisy, run)
+    assert stats.samples == 5
+    assert torch.allclose(stats.fit().k.value, torch.tensor(0.2, dtype=torch.float64), atol=1e-4)
+    want, plain, corrected = (run_batch(p, run, range(3)) for p in (pipe, noisy, correct(noisy, stats, ("cnc", "bc"))))
+    assert np.abs(corrected - want).max() < 0.01 * np.abs(plain - want).max()
+
+
+def test_rows_that_belong_to_no_sample_are_named() -> None:
+    with pytest.raises(InputError, match="steps 5 rows for 3 samples"):
+        per_sample(torch.zeros(5, 4, 14), 3)

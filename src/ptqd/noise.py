@@ -207,6 +207,17 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
     return torch.stack([(powers_e[i] * powers_d[j]).mean(2) for i, j in POWERS], dim=2)
 
 
+def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
+    """Moments (samples, ...) of a step's rows (m samples, ...): some pipelines step both halves of a guided batch.
+
+    Raises:
+        InputError: the rows are not a whole number of batches.
+    """
+    if len(moments) % samples:
+        raise InputError(f"the pipeline steps {len(moments)} rows for {samples} samples; ask for one image a sample")
+    return moments.view(-1, samples, *moments.shape[1:]).mean(0)
+
+
 def channel_axis(x: torch.Tensor) -> int:
     """Where the channels are: second in images and video, last in tokens (N, L, C)."""
     return x.ndim - 1 if x.ndim == 3 else 1
@@ -326,8 +337,9 @@ def measure(
             moments = paired_moments(mean, mean_q)
             if not bool(torch.isfinite(moments).all()):
                 raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
-            steps.append(moments)
-            tables.append(fold_sums(joint_moments(x, mean, mean_q, channel_axis(x)), torch.tensor(list(indices))))
+            steps.append(per_sample(moments, len(indices)))
+            tables_of_samples = per_sample(joint_moments(x, mean, mean_q, channel_axis(x)), len(indices))
+            tables.append(fold_sums(tables_of_samples, torch.tensor(list(indices))))
             elements = x[0].numel() // channels
         rows.append(torch.stack(steps, dim=1))  # n,T,C,14
         folds = torch.stack(tables, dim=1)  # 16,T,G,K,K
