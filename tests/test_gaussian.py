@@ -42,9 +42,7 @@ def test_estimates_hit_the_truth_within_their_intervals(stats_and_truth: NoiseSt
     assert fit.kurtosis.value.abs().max() < 0.2
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "eta"), [("ddim", 1.0), ("ddim", 0.5), *((name, 0.0) for name in SCHEDULERS if name != "ddim")]
-)
+@pytest.mark.parametrize(("scheduler", "eta"), STOCHASTIC)
 def test_corrected_samples_have_the_full_precision_mean_and_variance(scheduler: str, eta: float) -> None:
     exact = gaussian_pipeline(scheduler)
     noisy = gaussian_pipeline(scheduler, k=K, bias=BIAS, v=V)

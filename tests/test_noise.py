@@ -27,7 +27,7 @@ def stats_of(
     indices = torch.arange(first, first + len(eps))
     timesteps = torch.tensor([1.0], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
-    response = Response(one, one.clone(), exact=True)
+    response = Response(one, one.clone(), one.clone(), exact=True)
     joint = fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None]
     return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {}, response, joint)
 
@@ -76,6 +76,7 @@ def test_any_split_and_order_gives_the_same_statistics(order: list[int], cut: in
     assert torch.equal(merged.indices, whole.indices)
     assert torch.allclose(merged.moments, whole.moments, rtol=1e-12)
     assert torch.allclose(merged.fit().k.high, whole.fit().k.high, rtol=1e-9)
+    assert torch.allclose(merged.joint, whole.joint, rtol=1e-12)
 
 
 def test_tokens_have_their_channels_last() -> None:
@@ -125,6 +126,9 @@ def test_saved_statistics_load_again(tmp_path: Path) -> None:
     assert torch.equal(again.moments, stats.moments)
     assert again.source == stats.source
     assert again.elements == stats.elements
+    assert torch.equal(again.joint, stats.joint)
+    assert torch.equal(again.response.state, stats.response.state)
+    assert again.response.exact
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
@@ -188,8 +192,8 @@ def test_nan_outputs_are_named(pipe: Any, run: Sampling) -> None:
         measure(pipe, broken, run)
 
 
-def test_a_pipeline_that_steps_a_doubled_batch_and_a_learned_variance() -> None:
-    """DiT steps both halves of a guided batch, and its outputs have a variance behind the mean."""
+def test_a_pipeline_that_steps_a_doubled_batch() -> None:
+    """DiT steps both halves of a guided batch."""
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     transformer = DiTTransformer2DModel(

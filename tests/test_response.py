@@ -158,9 +158,37 @@ def test_flow_matching() -> None:
     ],
 )
 def test_every_run_is_the_sum_of_its_parts(name: str, config: dict[str, Any], draws: bool) -> None:
-    """With random outputs, sample and noise, the scheduler's own run is what the response says."""
+    """Started at 0 with random outputs, the scheduler's own run is what the response says, but for what it draws."""
     scheduler = getattr(diffusers, name)(**BETAS, **config)
-    assert response_of(scheduler).draws == draws
+    response = response_of(scheduler)
+    assert response.draws == draws
+    g = torch.Generator().manual_seed(1)
+    steps = len(scheduler.timesteps)
+    outputs = torch.randn(2, steps, generator=g, dtype=torch.float64)
+    ends = []
+    for row in outputs:  # two runs of the same noise: their difference has none
+        run = getattr(diffusers, name)(**BETAS, **config)
+        run.set_timesteps(STEPS)
+        noise = {"generator": torch.Generator().manual_seed(2)} if draws else {}
+        x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        for t, out in zip(run.timesteps, row, strict=True):
+            run.scale_model_input(x, t)
+            x = run.step(out.view(1, 1, 1, 1), t, x, return_dict=False, **noise)[0]
+        ends.append(x.item())
+    want = (response.outputs[-1] @ (outputs[0] - outputs[1])).item()
+    assert ends[0] - ends[1] == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+def test_a_step_that_draws_nothing_answers_for_its_own_residual() -> None:
+    """Whether it draws nothing or next to nothing, the step after it draws the same."""
+    triangle = torch.ones(3, 3, dtype=torch.float64).tril()
+    variance = torch.full((3,), 0.1)
+    shares = []
+    for drawn in (0.0, 1e-6):
+        noise = triangle * torch.tensor([drawn, drawn, 1.0])
+        shares.append(noise_scales(Response(triangle, noise, triangle, exact=True), variance)[2])
+    assert shares[0] == pytest.approx(math.sqrt(0.9))
+    assert shares[1] == pytest.approx(shares[0])
 
 
 def test_the_flow_form_of_heun() -> None:
@@ -185,7 +213,7 @@ def test_a_scheduler_that_draws_out_of_reach_is_known_as_such() -> None:
     state = torch.random.get_rng_state()
     response = linear_response(scheduler, Drawing.step, list(scheduler.timesteps), {})
     assert not response.exact
-    assert response.draws
+    assert not response.draws
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

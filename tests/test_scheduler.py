@@ -13,6 +13,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    TCDScheduler,
 )
 
 from conftest import tiny_pipeline
@@ -20,7 +21,7 @@ from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, co
 from ptqd.components import with_components
 from ptqd.correction.joint import fit_joint
 from ptqd.correction.scheduler import corrected_class
-from ptqd.joint import fold_sums, held_out_gain, joint_moments
+from ptqd.joint import fold_of, fold_sums, held_out_gain, joint_moments
 from ptqd.response import linear_response, noise_scales
 from ptqd.sampling import run_batch
 
@@ -207,7 +208,7 @@ def test_where_the_noise_cannot_be_followed_the_mean_is_corrected(
     with caplog.at_level("WARNING"):
         correction = fit_correction(unknown)
     assert "vsc is left out: how DDIMScheduler draws its noise is not known" in caplog.text
-    assert correction == dataclasses.replace(fit_correction(stats), noise=())
+    assert correction == fit_correction(stats, ("cnc", "bc"))
 
 
 def test_many_channels_are_estimated_one_by_one() -> None:
@@ -232,7 +233,7 @@ def test_a_step_that_the_joint_estimate_does_not_help_is_left_alone() -> None:
     """A bias that changes sign from one half of the folds to the other does not hold on the other half."""
     g = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(32, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
-    sign = torch.tensor([1.0, -1.0] * 16).view(-1, 1, 1, 1)
+    sign = (1.0 - 2 * (fold_of(torch.arange(32)) % 2)).view(-1, 1, 1, 1)
     refuted = fit_correction(step_stats(eps, eps + sign, x), ("joint",))
     assert torch.equal(refuted.correct(eps, x, 0), eps)
     held = fit_correction(step_stats(eps, eps + 1, x), ("joint",))
@@ -253,6 +254,22 @@ def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
     assert chosen.output == fit_joint(stats, (best,)).output
     with pytest.raises(InputError, match="3 samples cannot be fitted and judged apart"):
         fit_joint(step_stats(eps[:3], eps[:3], x[:3]))
+
+
+def test_a_correction_of_another_version_is_named(stats: NoiseStats) -> None:
+    with pytest.raises(InputError, match="another version of ptqd"):
+        Correction.from_dict({**fit_correction(stats).to_dict(), "k": [0.0]})
+
+
+def test_a_scheduler_with_an_eta_of_its_own(qpipe: Any, pipe: Any, run: Sampling) -> None:
+    """TCD's step takes eta 0.3 where nobody gives it one."""
+    plain, noisy = (
+        with_components(p, scheduler=TCDScheduler.from_config(pipe.scheduler.config)) for p in (pipe, qpipe)
+    )
+    run = run.replace(eta=0.3)
+    stats = measure(plain, noisy, run)
+    assert stats.source["eta"] == pytest.approx(0.3)
+    latents(correct(noisy, stats), run)
 
 
 def test_names_resolve_for_schedulers_only() -> None:

@@ -62,7 +62,7 @@ def _cmd_correct(args: argparse.Namespace) -> None:
     corrected = correct(_pipeline(args, args.quantized), NoiseStats.load(args.noise), _methods(args.methods))
     with replacing(args.out) as temporary:
         corrected.save_pretrained(temporary)
-    print(f"{args.out}: corrects {args.methods}")
+    print(f"{args.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")
 
 
 def _cmd_sample(args: argparse.Namespace) -> None:

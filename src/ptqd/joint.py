@@ -1,8 +1,9 @@
 """Second moments of all that a step knows: one table from which every linear correction follows.
 
 With ``u = (1, eps_q, x_t, eps)``, all channels at one pixel, the table is ``E[u u^T]`` over pixels, summed over the
-samples of a fold. Folds are what intervals and held-out halves are made of: sample i is in fold ``i mod 16``, whatever
-the batch or process that measured it, so tables add up, and their size does not grow with the number of samples.
+samples of a fold. Folds are what intervals and held-out halves are made of: a sample's fold follows from its index,
+whatever the batch or process that measured it, so tables add up, and their size does not grow with the number of
+samples.
 
 Beyond 16 channels a table across channels would outgrow the samples it is made from; there is then one small table a
 channel.
@@ -12,6 +13,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 from scipy import stats as scipy_stats
+
+from ptqd.errors import InputError
 
 FOLDS = 16
 MAX_CHANNELS = 16
@@ -39,10 +42,19 @@ def joint_moments(x: torch.Tensor, eps: torch.Tensor, eps_q: torch.Tensor, axis:
     return u @ u.transpose(2, 3) / pixels
 
 
+def fold_of(indices: torch.Tensor) -> torch.Tensor:
+    """The fold of each sample (N,), of their indices (N,): every 16 in a row fill all folds once.
+
+    Each sixteen is rotated by a hash of its number: classes and prompts that are taken in turn must not end up in folds
+    of their own.
+    """
+    return (indices + (indices // FOLDS * 2654435761 >> 15)) % FOLDS
+
+
 def fold_sums(moments: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Sums over the samples of each fold (16, ...), of samples' moments (N, ...) and their indices (N,)."""
     sums = torch.zeros(FOLDS, *moments.shape[1:], dtype=moments.dtype)
-    return sums.index_add_(0, indices % FOLDS, moments)
+    return sums.index_add_(0, fold_of(indices), moments)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,12 @@ def estimate_output(table: torch.Tensor, coherence: float) -> OutputEstimate:
     Args:
         table: mean moments (..., K, K).
         coherence: L, at least 1.
+
+    Raises:
+        InputError: L below 1.
     """
+    if coherence < 1:
+        raise InputError(f"the weight of withheld signal must be at least 1; got {coherence:g}")
     channels = (table.shape[-1] - 1) // 3
     q, x, e = (slice(i * channels, (i + 1) * channels) for i in range(3))
     mean = table[..., 0, 1:]

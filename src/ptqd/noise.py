@@ -26,13 +26,14 @@ from scipy import stats as scipy_stats
 from ptqd.components import denoiser_name, fingerprint, schedule_of
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import FOLDS, fold_sums, joint_moments
+from ptqd.joint import FOLDS, fold_of, fold_sums, joint_moments
 from ptqd.progress import track
 from ptqd.replay import Trajectory, record, replay
 from ptqd.response import Response, linear_response
 from ptqd.sampling import Sampling, run_batch
 
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
+RESPONSE = ("response_outputs", "response_noise", "response_state")
 _COLUMN = {power: n for n, power in enumerate(POWERS)}
 
 
@@ -103,7 +104,7 @@ class NoiseStats:
     @property
     def fold_samples(self) -> torch.Tensor:
         """How many samples each fold of ``joint`` holds (16,)."""
-        return torch.bincount(self.indices % FOLDS, minlength=FOLDS)
+        return torch.bincount(fold_of(self.indices), minlength=FOLDS)
 
     def fit(self, *, slope: bool = True) -> NoiseFit:
         """The regression per step, with jackknife intervals over samples.
@@ -136,7 +137,7 @@ class NoiseStats:
 
     @classmethod
     def merge(cls, parts: Sequence["NoiseStats"]) -> "NoiseStats":
-        """One of several, measured apart; the result depends on neither their split nor their order.
+        """One of several, measured apart; but for rounding, the result depends on neither split nor order.
 
         Raises:
             MismatchError: they were not measured on the same models and schedule, or share a sample.
@@ -152,7 +153,7 @@ class NoiseStats:
         if len(indices.unique()) != len(indices):
             raise MismatchError("statistics share samples; give each process its own range")
         moments = torch.cat([part.moments for part in parts])[order]
-        joint = torch.stack([part.joint for part in parts]).sum(0)
+        joint = sum((part.joint for part in parts), torch.zeros_like(first.joint))
         return cls(first.timesteps, indices[order], moments, first.elements, first.source, first.response, joint)
 
     def save(self, path: Path) -> None:
@@ -163,6 +164,7 @@ class NoiseStats:
             "moments": self.moments,
             "response_outputs": self.response.outputs,
             "response_noise": self.response.noise,
+            "response_state": self.response.state,
             "joint": self.joint,
         }
         facts = json.dumps(
@@ -178,11 +180,12 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        names = {"timesteps", "indices", "moments", "response_outputs", "response_noise", "joint"}
+        names = {"timesteps", "indices", "moments", "joint", *RESPONSE}
         if "ptqd.noise" not in metadata or not names <= set(tensors):
-            raise InputError(f"{path} holds no noise statistics; write them with 'ptqd measure'")
+            raise InputError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])
-        response = Response(tensors["response_outputs"], tensors["response_noise"], facts["exact"])
+        outputs, noise, state = (tensors[name] for name in RESPONSE)
+        response = Response(outputs, noise, state, facts["exact"])
         timesteps, indices, moments = (tensors[name] for name in ("timesteps", "indices", "moments"))
         return cls(timesteps, indices, moments, facts["elements"], facts["source"], response, tensors["joint"])
 
@@ -314,7 +317,7 @@ def measure(
         "quantized": fingerprint(getattr(qpipe, denoiser_name(qpipe))),
         **schedule_of(pipe),
         "steps": run.steps,
-        "eta": run.eta,
+        "eta": 0.0,
         "call": shared,
         "seed": run.seed,
     }
@@ -329,6 +332,7 @@ def measure(
         with replay(qpipe, trajectory) as outputs:
             run_batch(qpipe, run, indices, "latent")
         timesteps = [float(t) for t in trajectory.timesteps]
+        source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
         response = response or _response(trajectory)
         steps, tables = [], []
         for t, x, eps, eps_q in zip(timesteps, trajectory.samples, trajectory.outputs, outputs, strict=True):

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ptqd.errors import MismatchError
 
-_CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"}
+_CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
 
 
 @dataclass
@@ -68,8 +68,9 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
         if trajectory.scheduler is None:
             trajectory.scheduler = copy.deepcopy(pipe.scheduler)
             del trajectory.scheduler.__dict__["step"]  # this function
-            given = inspect.signature(plain).bind(model_output, timestep, sample, *args, **kw).arguments
-            trajectory.keywords = {k: v for k, v in given.items() if k not in _CHANGING}
+            bound = inspect.signature(plain).bind(model_output, timestep, sample, *args, **kw)
+            bound.apply_defaults()
+            trajectory.keywords = {k: v for k, v in bound.arguments.items() if k not in _CHANGING}
         result = plain(model_output, timestep, sample, *args, **kw)
         trajectory.timesteps.append(timestep)
         trajectory.samples.append(sample.detach())

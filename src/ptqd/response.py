@@ -3,11 +3,11 @@
 With clipping off, every step of the schedulers people use is linear in the sample, the outputs (its own and those a
 multistep method remembers) and the noise. So a whole run is
 
-    x_{i+1} = X_i x_0 + sum_j O_ij out_j + sum_j Z_ij z_j,        j <= i,
+    x_{i+1} = X_i x_0 + sum_j O_ij out_j + sum_j Z_ij z_j + sum_j S_ij d_j,        j <= i,
 
-and X, O, Z are read off the scheduler's own ``step``, run once on unit inputs: T calls on 2 T + 3 numbers, for any
-scheduler, its history, predictor-corrector and Runge-Kutta stages included. The network's answer to a changed sample is
-not part of it.
+``d_j`` being any change of the sample after step j; and all of them are read off the scheduler's own ``step``, run
+once on unit inputs: T calls on 3 T + 3 numbers, for any scheduler, its history, predictor-corrector and Runge-Kutta
+stages included. The network's answer to a changed sample is not part of it.
 
 On the diagonal stand the coefficients that papers state. With ``a`` the cumulative alpha product of this step and of
 the next one (``_s``), ``x_0 = (x - sqrt(1 - a) out) / sqrt(a)`` for epsilon (``D = d x_0 / d out`` is then ``-sqrt((1 -
@@ -22,8 +22,9 @@ a) / a)``; for v_prediction ``-sqrt(1 - a)``, for sample 1, for flow ``-sigma``)
     Euler ancestral     as Euler, to sigma_down;    Z = sigma_up,
                         sigma_up^2 = sigma_s^2 (1 - sigma_s^2 / sigma^2), sigma_down^2 = sigma_s^2 - sigma_up^2
     DPM-Solver++ (SDE)  first order: O = sqrt(a_s) (1 - exp(-2 h)) D,    Z = sqrt(1 - a_s) sqrt(1 - exp(-2 h)),
-                        h the step in log-SNR / 2; second order (midpoint): O times 1 + 1 / (2 r), and
-                        -1 / (2 r) of it reaches this step from the output before           (arXiv 2211.01095, sec. 5)
+                        h the step in log-SNR / 2; second order (midpoint): O times 1 + 1 / (2 r) with r the
+                        previous h over this one, and the output before enters once more, by -1 / (2 r) times
+                        this step's sqrt(a_s) (1 - exp(-2 h)) and its own D                 (arXiv 2211.01095, sec. 5)
     DPM-Solver++ (ODE)  first order: O = sqrt(a_s) (1 - exp(-h)) D
     LCM                 O = sqrt(a_s) c_out D,    Z = sqrt(1 - a_s)                           (arXiv 2310.04378)
     flow matching       O = sigma_s - sigma                                                   (arXiv 2210.02747)
@@ -48,18 +49,20 @@ class Response:
     Attributes:
         outputs: ``O``, d x_{i+1} / d out_j (T, T).
         noise: ``Z``, d x_{i+1} / d z_j (T, T).
+        state: ``S``, d x_{i+1} / d d_j (T, T), of a change after step j; 1 on the diagonal.
         exact: a random input's run was the sum of its parts: the step is linear, and all its noise was seen. Where it
             is False the matrices mean nothing.
     """
 
     outputs: torch.Tensor
     noise: torch.Tensor
+    state: torch.Tensor
     exact: bool
 
     @property
     def draws(self) -> bool:
-        """Whether any step draws noise."""
-        return not self.exact or bool(self.noise.any())
+        """Whether any step is known to draw noise."""
+        return self.exact and bool(self.noise.any())
 
 
 def step_with_noise(step: Any, draw: Draw) -> Any:
@@ -99,8 +102,9 @@ def linear_response(
     nothing = torch.zeros(len(timesteps), len(timesteps), dtype=torch.float64)
     try:
         return _probe(scheduler, step, timesteps, keywords, learned_variance, torch.device(device))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return Response(nothing, nothing.clone(), exact=False)  # a step that takes only its own pipeline's samples
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        # a step that takes only its own pipeline's samples
+        return Response(nothing, nothing.clone(), nothing.clone(), exact=False)
 
 
 def _probe(
@@ -113,22 +117,23 @@ def _probe(
 ) -> Response:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     probe: Any = copy.deepcopy(scheduler)
-    clipping = {name: False for name in ("clip_sample", "thresholding") if probe.config.get(name)}
+    clipping = {name: False for name in ("clip_sample", "clip_denoised", "thresholding") if probe.config.get(name)}
     if clipping:
         probe.register_to_config(**clipping)
     steps = len(timesteps)
-    zero, unit_outputs, unit_noise, start, mixed = 0, 1, 1 + steps, 1 + 2 * steps, 2 + 2 * steps
-    mix = torch.randn(2 * steps + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zero, unit_outputs, unit_noise, unit_state = 0, 1, 1 + steps, 1 + 2 * steps
+    start, mixed = 1 + 3 * steps, 2 + 3 * steps
+    mix = torch.randn(3 * steps + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.zeros(mixed + 1, 1, 1, 1, dtype=dtype, device=device)
     x[start], x[mixed] = 1, mix[-1]
     rows = []
-    with torch.random.fork_rng(
-        devices=[device] if device.type == "cuda" else []
-    ):  # a scheduler that draws elsewhere must not move the user's generator
+    # a scheduler that draws elsewhere must not move the user's generator
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for j, t in enumerate(timesteps):
-            out, z = torch.zeros_like(x), torch.zeros_like(x)
+            out, z, change = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
             out[unit_outputs + j], out[mixed] = 1, mix[j]
             z[unit_noise + j], z[mixed] = 1, mix[steps + j]
+            change[unit_state + j], change[mixed] = 1, mix[2 * steps + j]
             if learned_variance:
                 out = torch.cat([out, torch.ones_like(out)], dim=1)
             if hasattr(probe, "scale_model_input"):
@@ -137,35 +142,37 @@ def _probe(
             def draw(shape: Any, z: torch.Tensor = z, **_: Any) -> torch.Tensor:
                 return z
 
-            x = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0].to(dtype)
+            stepped = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0]
+            x = stepped.to(dtype) + change
             rows.append(x.flatten().cpu().double())
-    table = torch.stack(rows)  # T, 2T + 3
+    table = torch.stack(rows)  # T, 3T + 3
     table = table - table[:, [zero]]
-    outputs, noise = table[:, unit_outputs:unit_noise], table[:, unit_noise:start]
-    parts = torch.cat([outputs, noise, table[:, [start]]], dim=1)
+    parts = table[:, unit_outputs:mixed]
     error = (parts @ mix - table[:, mixed]).abs()
     size = (parts.abs() @ mix.abs()).clamp(min=1e-12)
     exact = bool(torch.isfinite(table).all()) and bool((error <= 1e-3 * size).all())
-    return Response(outputs.clone(), noise.clone(), exact)
+    outputs, noise, state = (parts[:, i * steps : (i + 1) * steps].clone() for i in range(3))
+    return Response(outputs, noise, state, exact)
 
 
 def noise_scales(response: Response, variance: torch.Tensor) -> list[float]:
     """What is left to draw at each step, as a share of the standard deviation, once residuals count as drawn noise.
 
-    Step i draws so much less that, with independent residuals of variance ``V``, the sample's variance is what it would
-    be without them: ``Z_ii^2 (1 - s_i^2) = sum_j O_ij^2 V_j - sum_{j<i} Z_ij^2 (1 - s_j^2)``. Without history the
-    sums cancel but for ``O_ii^2 V_i``: PTQD's VSC (arXiv 2305.10657, section 4.2). What a step has too little noise to
-    give back, ``s < 0``, is not asked of the next: the network has answered by then.
+    Step i has to give back the variance ``u_i`` that residuals add to its sample beyond what earlier steps have
+    answered for, ``u_i = sum_j O_ij^2 V_j - sum_{j<i} S_ij^2 u_j``, with independent residuals of variance V; it draws
+    ``s_i^2 = 1 - u_i / Z_ii^2``. Without history the sums cancel but for ``u_i = O_ii^2 V_i``: PTQD's VSC (arXiv
+    2305.10657, section 4.2). What a step has too little noise to give back is not asked of the next: the network has
+    answered by then.
 
     Args:
         response: of the run.
         variance: of each step's corrected residual (T,).
     """
     v = variance.double()
-    squared_outputs, squared_noise = response.outputs**2, response.noise**2
-    removed = torch.zeros_like(v)  # 1 - s^2
+    squared_outputs, squared_state = response.outputs**2, response.state**2
+    drawn = response.noise.diagonal() ** 2
+    given_back = torch.zeros_like(v)
     for i in range(len(v)):
-        if squared_noise[i, i] > 0:
-            excess = squared_outputs[i, : i + 1] @ v[: i + 1] - squared_noise[i, :i] @ removed[:i]
-            removed[i] = excess / squared_noise[i, i]
-    return [float(s) for s in (1 - removed).clamp(min=0).sqrt()]
+        given_back[i] = squared_outputs[i, : i + 1] @ v[: i + 1] - squared_state[i, :i] @ given_back[:i]
+    share = 1 - given_back / torch.where(drawn > 0, drawn, 1.0)
+    return [float(s) for s in torch.where(drawn > 0, share, 1.0).clamp(min=0).sqrt()]

@@ -1,11 +1,12 @@
 """A Correction: for every step a linear map of what the step knows, and how much noise it draws."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
+from ptqd.errors import InputError
 from ptqd.noise import channel_axis
 
 Rows = tuple[tuple[float, ...], ...]
@@ -44,7 +45,13 @@ class Correction:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
-        """The inverse of :meth:`to_dict`, also after JSON made lists of its tuples."""
+        """The inverse of :meth:`to_dict`, also after JSON made lists of its tuples.
+
+        Raises:
+            InputError: it was written by another version.
+        """
+        if set(values) != {f.name for f in fields(cls)}:
+            raise InputError("the correction was written by another version of ptqd; fit it again with 'ptqd correct'")
         plain = {name: _tuples(value) for name, value in values.items() if name != "source"}
         return cls(**plain, source=dict(values["source"]))
 

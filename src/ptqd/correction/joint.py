@@ -3,15 +3,17 @@
 Noise that is uncorrelated with ``eps`` can still be correlated with ``x_t``; then it is no fresh variance, and the
 sampler adds it up coherently. What an estimate withholds adds up likewise. :func:`ptqd.joint.estimate_output` weighs
 both; CNC, BC and the observable regression of D2-DPM (arXiv 2501.08180) are special cases of its form. At run time it
-is a 1 x 1 convolution from 2 C to C channels.
+is a 1 x 1 convolution from 2 C to C channels; beyond 16 channels, two numbers a channel.
 
-Where a step draws noise, it draws as much less (or more) as the estimate's variance exceeds (or lacks) that of eps: the
-next sample then has the second moments that it has in full precision.
+Where a step draws noise, it draws as much less (or more) as the estimate's variance exceeds (or lacks) that of eps, on
+average over the channels: the next sample then has the variance that it has in full precision, as far as the step's
+noise goes.
 
 Every step is gated: it takes the largest of the weights L at which the estimate still lowers the error of samples it
 was not fitted on, beyond the 95 % interval, and none where none does.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import astuple
 
@@ -22,6 +24,8 @@ from ptqd.errors import InputError
 from ptqd.joint import OutputEstimate, estimate_output, held_out_gain
 from ptqd.noise import NoiseStats
 from ptqd.response import noise_scales
+
+logger = logging.getLogger(__name__)
 
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
 MIN_SAMPLES = 4
@@ -51,14 +55,15 @@ def fit_joint(stats: NoiseStats, coherences: Sequence[float] = COHERENCES) -> Co
         output, sample, bias = estimate.output[:, 0], estimate.sample[:, 0], estimate.bias[:, 0]
     else:  # C groups of one
         output, sample, bias = estimate.output[..., 0, 0], estimate.sample[..., 0, 0], estimate.bias[..., 0]
-    known = stats.response.exact and stats.response.draws
+    if not stats.response.exact:
+        logger.warning("the drawn noise stays as it is: how %s draws it is not known", stats.source.get("scheduler"))
     return Correction(
         methods=("joint",),
         timesteps=tuple(stats.timesteps.tolist()),
         output=rows(output),
         sample=rows(sample),
         bias=rows(bias),
-        noise=tuple(noise_scales(stats.response, estimate.excess.mean(1))) if known else (),
+        noise=tuple(noise_scales(stats.response, estimate.excess.mean(1))) if stats.response.draws else (),
         eta=float(stats.source.get("eta", 0.0)),
         source=dict(stats.source),
     )

@@ -44,7 +44,7 @@ def fit_ptqd(stats: NoiseStats, methods: Sequence[str]) -> Correction:
             noise = tuple(noise_scales(stats.response, fit.variance.value / (1 + k) ** 2))
     divided = (k / (1 + k))[:, None].expand_as(fit.bias.value)
     return Correction(
-        methods=tuple(m for m in METHODS if m in methods),
+        methods=tuple(m for m in METHODS if m in methods and (m != "vsc" or noise)),
         timesteps=tuple(stats.timesteps.tolist()),
         output=rows(divided) if "cnc" in methods else (),
         sample=(),

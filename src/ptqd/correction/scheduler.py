@@ -139,7 +139,7 @@ def correct(
     Args:
         qpipe: the pipeline the statistics were measured on; one that already corrects gets this correction instead.
         correction: what to do, or statistics to derive it from.
-        methods: of ``"cnc"``, ``"bc"``, ``"vsc"``, when statistics are given.
+        methods: when statistics are given, which corrections to derive; see :func:`ptqd.fit_correction`.
 
     Raises:
         MismatchError: the statistics are of another model or scheduler.
