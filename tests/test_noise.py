@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measure
 from ptqd.components import fingerprint, with_components
 from ptqd.joint import fold_sums, joint_moments
-from ptqd.noise import POWERS, normality_p_value, paired_moments, per_sample
+from ptqd.noise import POWERS, cross_moments, normality_p_value, paired_moments, per_sample
 from ptqd.response import Response
 from ptqd.sampling import run_batch
 
@@ -27,9 +27,20 @@ def stats_of(
     indices = torch.arange(first, first + len(eps))
     timesteps = torch.tensor([1.0], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
-    response = Response(one, one.clone(), one.clone(), exact=True)
-    joint = fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None]
-    return NoiseStats(timesteps, indices, moments, eps[0, 0].numel(), source or {}, response, joint)
+    return NoiseStats(
+        timesteps=timesteps,
+        indices=indices,
+        moments=moments,
+        elements=eps[0, 0].numel(),
+        source={"scheduler": "DDIMScheduler", "config": {}} if source is None else source,
+        response=Response(one, one.clone(), one.clone(), one[0], exact=True),
+        levels=None,
+        joint=fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None],
+        cross=cross_moments([eps], [eps_q]),
+        moved=((eps_q - eps) ** 2).flatten(1).mean(1).sum().double()[None],
+        finals=eps[:0].float(),
+        final_indices=indices[:0],
+    )
 
 
 def pair(n: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +88,7 @@ def test_any_split_and_order_gives_the_same_statistics(order: list[int], cut: in
     assert torch.allclose(merged.moments, whole.moments, rtol=1e-12)
     assert torch.allclose(merged.fit().k.high, whole.fit().k.high, rtol=1e-9)
     assert torch.allclose(merged.joint, whole.joint, rtol=1e-12)
+    assert torch.allclose(merged.cross, whole.cross, rtol=1e-12)
 
 
 def test_tokens_have_their_channels_last() -> None:

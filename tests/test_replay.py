@@ -23,20 +23,20 @@ def test_recording_changes_nothing(pipe: Any, run: Sampling) -> None:
 def test_replaying_on_the_same_pipeline_gives_the_recorded_outputs(pipe: Any, run: Sampling) -> None:
     with record(pipe) as trajectory:
         want = run_batch(pipe, run, range(3), "latent")
-    with replay(pipe, trajectory) as outputs:
+    with replay(pipe, trajectory) as answer:
         got = run_batch(pipe, run, range(3), "latent")
     assert torch.equal(got, want)
-    for a, b in zip(outputs, trajectory.outputs, strict=True):
+    for a, b in zip(answer.outputs, trajectory.outputs, strict=True):
         assert torch.equal(a, b)
 
 
 def test_both_pipelines_see_the_same_samples(pipe: Any, qpipe: Any, run: Sampling) -> None:
     with record(pipe) as trajectory:
         want = run_batch(pipe, run, range(3), "latent")
-    with replay(qpipe, trajectory) as outputs:
+    with replay(qpipe, trajectory) as answer:
         got = run_batch(qpipe, run, range(3), "latent")
     assert torch.equal(got, want)  # teacher forcing: the end is the recorded one
-    assert all(not torch.equal(a, b) for a, b in zip(outputs, trajectory.outputs, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(answer.outputs, trajectory.outputs, strict=True))
 
 
 def test_replay_refuses_other_seeds_and_steps(pipe: Any, run: Sampling) -> None:
@@ -55,9 +55,9 @@ def test_pixel_pipelines_replay_too(pixel_pipe: DDIMPipeline) -> None:
     run = Sampling(steps=3, eta=0.5)
     with record(pixel_pipe) as trajectory:
         run_batch(pixel_pipe, run, range(2))
-    with replay(pixel_pipe, trajectory) as outputs:
+    with replay(pixel_pipe, trajectory) as answer:
         run_batch(pixel_pipe, run, range(2))
-    assert torch.equal(outputs[-1], trajectory.outputs[-1])
+    assert torch.equal(answer.outputs[-1], trajectory.outputs[-1])
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler])

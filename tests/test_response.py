@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ptqd.response import Response, linear_response, noise_scales
+from ptqd.response import Response, added_variance, linear_response, noise_scales
 
 BETAS: dict[str, Any] = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 STEPS = 12
@@ -186,7 +186,8 @@ def test_a_step_that_draws_nothing_answers_for_its_own_residual() -> None:
     shares = []
     for drawn in (0.0, 1e-6):
         noise = triangle * torch.tensor([drawn, drawn, 1.0])
-        shares.append(noise_scales(Response(triangle, noise, triangle, exact=True), variance)[2])
+        response = Response(triangle, noise, triangle, torch.ones(3), exact=True)
+        shares.append(noise_scales(response, added_variance(response, torch.diag(variance)))[2])
     assert shares[0] == pytest.approx(math.sqrt(0.9))
     assert shares[1] == pytest.approx(shares[0])
 
@@ -246,6 +247,10 @@ def test_probing_leaves_the_scheduler_as_it_was_and_looks_behind_clipping() -> N
     assert clipped.config.clip_sample
 
 
+def shares_of(response: Response, variance: torch.Tensor) -> list[float]:
+    return noise_scales(response, added_variance(response, torch.diag(variance)))
+
+
 def test_without_history_the_share_of_noise_is_ptqds() -> None:
     """``sigma_c^2 = max(0, sigma^2 - B^2 V)`` at every step, also after one that had too little."""
     scheduler = DDIMScheduler(**BETAS)
@@ -255,9 +260,9 @@ def test_without_history_the_share_of_noise_is_ptqds() -> None:
     b, sigma = response.outputs.diagonal(), response.noise.diagonal()
     want = ((sigma**2 - b**2 * variance).clamp(min=0) / sigma**2).sqrt()
     want[sigma == 0] = 1
-    assert torch.allclose(torch.tensor(noise_scales(response, variance), dtype=torch.float64), want, atol=1e-4)
+    assert torch.allclose(torch.tensor(shares_of(response, variance), dtype=torch.float64), want, atol=1e-4)
     assert want[5] == 0
-    assert noise_scales(response, torch.zeros(STEPS)) == [1.0] * STEPS
+    assert shares_of(response, torch.zeros(STEPS)) == [1.0] * STEPS
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -266,7 +271,7 @@ def test_with_history_the_samples_variance_is_kept(order: int) -> None:
     scheduler = DPMSolverMultistepScheduler(**BETAS, solver_order=order, algorithm_type="sde-dpmsolver++")
     response = response_of(scheduler)
     variance = torch.full((STEPS,), 1e-3, dtype=torch.float64)
-    scales = torch.tensor(noise_scales(response, variance), dtype=torch.float64)
+    scales = torch.tensor(shares_of(response, variance), dtype=torch.float64)
     drawn = response.noise.diagonal() > 0
     want = (response.noise**2).sum(1)
     have = response.noise**2 @ scales**2 + response.outputs**2 @ variance
@@ -274,3 +279,32 @@ def test_with_history_the_samples_variance_is_kept(order: int) -> None:
     assert scales[drawn].mean() < 1
     if order == 1:  # else what one step adds too much, remembered, the next takes back
         assert bool((scales[drawn] < 1).all())
+
+
+def test_residuals_that_repeat_add_up_to_what_their_sum_has() -> None:
+    """Of fully repeated residuals the amplitudes add up; of independent ones the variances."""
+    response = response_of(DDIMScheduler(**BETAS), eta=0.6)
+    size = torch.rand(STEPS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
+    repeated = added_variance(response, size[:, None] * size[None, :])
+    total = response.state**2 @ repeated
+    assert torch.allclose(total, (response.outputs @ size) ** 2, rtol=1e-6)
+    independent = added_variance(response, torch.diag(size**2))
+    assert torch.allclose(independent, response.outputs.diagonal() ** 2 * size**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "one_step"),
+    [
+        ("DDIMScheduler", True),
+        ("DDPMScheduler", True),
+        ("EulerDiscreteScheduler", True),
+        ("FlowMatchEulerDiscreteScheduler", True),
+        ("LMSDiscreteScheduler", False),
+        ("HeunDiscreteScheduler", False),
+        ("DPMSolverMultistepScheduler", False),
+        ("UniPCMultistepScheduler", False),
+    ],
+)
+def test_a_step_that_remembers_others_is_known_as_such(name: str, one_step: bool) -> None:
+    config = {} if name.startswith("FlowMatch") else BETAS
+    assert response_of(getattr(diffusers, name)(**config)).one_step == one_step

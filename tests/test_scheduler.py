@@ -19,10 +19,11 @@ from diffusers import (
 from conftest import tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
 from ptqd.components import with_components
-from ptqd.correction.joint import fit_joint
+from ptqd.correction.fit import compose, joint_estimators
+from ptqd.correction.gate import gated
 from ptqd.correction.scheduler import corrected_class
-from ptqd.joint import fold_of, fold_sums, held_out_gain, joint_moments
-from ptqd.response import linear_response, noise_scales
+from ptqd.joint import fold_of, fold_sums, joint_moments
+from ptqd.response import added_variance, linear_response, noise_scales
 from ptqd.sampling import run_batch
 
 
@@ -97,8 +98,8 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
     v, index = 0.002, 4
     learned = variance_type.startswith("learned")
     response = linear_response(base, DDPMScheduler.step, list(base.timesteps), {}, learned_variance=learned)
-    noise = noise_scales(response, torch.full((10,), v))
-    correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), 1.0, {})
+    noise = noise_scales(response, added_variance(response, torch.diag(torch.full((10,), v))))
+    correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), (), 1.0, {})
     corrected = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     corrected.set_timesteps(10)
     t = int(steps[index])
@@ -158,7 +159,7 @@ def test_a_learned_variance_is_left_alone(stats: NoiseStats) -> None:
     base = DDPMScheduler(variance_type="learned_range")
     base.set_timesteps(4)
     steps = tuple(float(t) for t in base.timesteps)
-    correction = Correction(("bc",), steps, (), (), ((0.5,),) * 4, (), 1.0, {})
+    correction = Correction(("bc",), steps, (), (), ((0.5,),) * 4, (), (), 1.0, {})
     corrected: Any = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     out = torch.randn(1, 2, 3, 3)
     arguments, _ = corrected._corrected(
@@ -171,8 +172,14 @@ def test_a_learned_variance_is_left_alone(stats: NoiseStats) -> None:
 def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> None:
     with pytest.raises(InputError, match="unknown correction 'bic'"):
         fit_correction(stats, ("bic",))
-    with pytest.raises(InputError, match="give it alone"):
-        fit_correction(stats, ("joint", "vsc"))
+    with pytest.raises(InputError, match="cnc and joint are each a whole correction of the mean"):
+        fit_correction(stats, ("joint", "cnc"))
+    with pytest.raises(InputError, match="vsc and dns both answer for the residual's variance"):
+        fit_correction(stats, ("vsc", "dns"))
+    with pytest.raises(InputError, match="dns is for steps that draw no noise; DDIMScheduler draws some: use vsc"):
+        fit_correction(stats, ("joint", "dns"))
+    with pytest.raises(InputError, match="statistics of 1 sample give no correction"):
+        fit_correction(dataclasses.replace(stats, indices=stats.indices[:1]))
     eps = torch.randn(4, 1, 8, 8)
     from test_noise import stats_of
 
@@ -215,8 +222,8 @@ def test_many_channels_are_estimated_one_by_one() -> None:
     g = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(32, 20, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
     eps_q = 1.2 * eps + 0.3 * x - 0.1
-    correction = fit_joint(step_stats(eps, eps_q, x))
-    assert np.shape(correction.output) == (1, 20)
+    correction = fit_correction(step_stats(eps, eps_q, x), ("joint",))
+    assert np.shape(correction.output) == (1, 20, 5)
     assert torch.allclose(correction.correct(eps_q, x, 0), eps, atol=1e-6)
 
 
@@ -245,15 +252,30 @@ def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
     g = torch.Generator().manual_seed(0)
     x, eps, r = (torch.randn(64, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(3))
     stats = step_stats(eps, 0.2 * eps + 0.5 * r, x)
-    chosen = fit_joint(stats)
-    gains = [held_out_gain(stats.joint, stats.fold_samples, c) for c in (1.0, 2.0, 4.0, 8.0)]
-    helps = [bool(gain > half) for gain, half in gains]
+    weights = (1.0, 2.0, 4.0, 8.0)
+    helps = [gated(stats, joint_estimators((w,)))[1][0].kept != "nothing" for w in weights]
     assert helps[0]
     assert not helps[-1]
-    best = (1.0, 2.0, 4.0, 8.0)[max(i for i, good in enumerate(helps) if good)]
-    assert chosen.output == fit_joint(stats, (best,)).output
+    best = max(w for w, good in zip(weights, helps, strict=True) if good)
+    _, steps = gated(stats, joint_estimators(weights))
+    assert steps[0].kept == f"joint L={best:g}"
+    assert steps[0].channels == 2
+    alone, _ = gated(stats, joint_estimators((best,)))
+    assert fit_correction(stats, ("joint",)).output == compose(stats, ("joint",), alone, None).output
     with pytest.raises(InputError, match="3 samples cannot be fitted and judged apart"):
-        fit_joint(step_stats(eps[:3], eps[:3], x[:3]))
+        fit_correction(step_stats(eps[:3], eps[:3], x[:3]), ("joint",))
+
+
+def test_a_channel_that_is_made_worse_is_left_alone() -> None:
+    """The bias of one channel holds on both halves, that of the other changes its sign."""
+    g = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(32, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    shift = torch.ones(32, 2, 1, 1, dtype=torch.float64)
+    shift[:, 1] = 0.3 * (1.0 - 2 * (fold_of(torch.arange(32)) % 2)).view(-1, 1, 1)
+    correction = fit_correction(step_stats(eps, eps + shift, x), ("joint",))
+    corrected = correction.correct(eps, x, 0)
+    assert torch.allclose(corrected[:, 0], eps[:, 0] - 1, atol=1e-4)
+    assert torch.equal(corrected[:, 1], eps[:, 1])
 
 
 def test_a_correction_of_another_version_is_named(stats: NoiseStats) -> None:

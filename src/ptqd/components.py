@@ -41,9 +41,14 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """A pipeline's scheduler, as plain facts; a corrected one counts as the class it was made from."""
-    config = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "correction"}
-    facts = {"scheduler": type(pipe.scheduler).__name__.removeprefix("Corrected"), "config": config}
+    """A pipeline's scheduler, as plain facts; see :func:`scheduler_facts`."""
+    return scheduler_facts(pipe.scheduler)
+
+
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """A scheduler as plain facts; a corrected one counts as the class it was made from."""
+    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k != "correction"}
+    facts = {"scheduler": type(scheduler).__name__.removeprefix("Corrected"), "config": config}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
 

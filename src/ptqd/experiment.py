@@ -1,6 +1,5 @@
 """The main job: quantize, measure, correct, sample, evaluate, for some recipes and settings, in one run folder."""
 
-import inspect
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from ptqd.noise import Estimate, NoiseStats, measure
 from ptqd.progress import busy, track
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling, sample
+from ptqd.sampling import Sampling, guidance_of, sample
 from ptqd.stages import RunFolder
 
 ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
@@ -87,12 +86,6 @@ def run_experiment(
         for _ in _Setting(pipe, experiment, setting, run_folder, judge, progress, report).rows():
             write_json(folder / "report.json", report)  # a long run can be read before its end
     return report
-
-
-def guidance_of(pipe: DiffusionPipeline, setting: Sampling) -> float | None:
-    """The guidance scale a setting runs at, the pipeline's own where it says none; None where there is no guidance."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    return None if parameter is None else setting.call.get("guidance_scale", parameter.default)
 
 
 def setting_name(facts: Mapping[str, Any]) -> str:

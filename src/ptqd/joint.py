@@ -1,23 +1,70 @@
 """Second moments of all that a step knows: one table from which every linear correction follows.
 
 With ``u = (1, eps_q, x_t, eps)``, all channels at one pixel, the table is ``E[u u^T]`` over pixels, summed over the
-samples of a fold. Folds are what intervals and held-out halves are made of: a sample's fold follows from its index,
-whatever the batch or process that measured it, so tables add up, and their size does not grow with the number of
-samples.
+samples of a fold. Of ``eps_q`` and ``x_t`` the four neighbours of the pixel are known too: quantization noise has a
+spatial spectrum, and what is known of the neighbourhood tells signal from noise. Folds are what intervals and held-out
+halves are made of: a sample's fold follows from its index, whatever the batch or process that measured it, so tables
+add up, and their size does not grow with the number of samples.
 
-Beyond 16 channels a table across channels would outgrow the samples it is made from; there is then one small table a
-channel.
+A table across channels grows with their square. Up to 8 channels it spans channels and neighbours, up to 16 channels
+the channels alone; beyond that there is one small table a channel.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
+import torch.nn.functional as F
 from scipy import stats as scipy_stats
-
-from ptqd.errors import InputError
 
 FOLDS = 16
 MAX_CHANNELS = 16
+MAX_NEIGHBOUR_CHANNELS = 8
+CROSS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel, above, below, left, right: places in a 3 x 3 kernel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one row of a table holds: 1, then ``taps`` blocks of eps_q, as many of x_t, one of eps.
+
+    Attributes:
+        groups: tables a step (G); 1, or one a channel.
+        channels: of one group (C / G).
+        taps: 1, or 5 with the neighbours.
+    """
+
+    groups: int
+    channels: int
+    taps: int
+
+    @classmethod
+    def of(cls, channels: int, spatial: bool) -> "Layout":
+        """The layout for so many channels; ``spatial`` where the last two axes are a picture's."""
+        groups = 1 if channels <= MAX_CHANNELS else channels
+        near = spatial and (channels <= MAX_NEIGHBOUR_CHANNELS or groups > 1)
+        return cls(groups, channels // groups, 5 if near else 1)
+
+    @classmethod
+    def read(cls, table: torch.Tensor, channels: int) -> "Layout":
+        """The layout of a table (..., G, K, K) of so many channels."""
+        groups, size = table.shape[-3], table.shape[-1]
+        mine = channels // groups
+        return cls(groups, mine, ((size - 1) // mine - 1) // 2)
+
+    @property
+    def blocks(self) -> tuple[slice, slice, slice]:
+        """Where eps_q, x_t and eps stand in a row."""
+        known = self.taps * self.channels
+        return slice(1, 1 + known), slice(1 + known, 1 + 2 * known), slice(1 + 2 * known, 1 + 2 * known + self.channels)
+
+
+def neighbours(x: torch.Tensor) -> list[torch.Tensor]:
+    """The pixel above, below, left and right of each (..., H, W); 0 beyond the border."""
+    padded = F.pad(x, (1, 1, 1, 1))
+    return [
+        padded[..., i : i + x.shape[-2], j : j + x.shape[-1]]  # as a 3 x 3 kernel sees them
+        for i, j in CROSS[1:]
+    ]
 
 
 def joint_moments(x: torch.Tensor, eps: torch.Tensor, eps_q: torch.Tensor, axis: int) -> torch.Tensor:
@@ -30,16 +77,20 @@ def joint_moments(x: torch.Tensor, eps: torch.Tensor, eps_q: torch.Tensor, axis:
         axis: of the channels.
 
     Returns:
-        ``E[u u^T]`` over pixels (N, G, K, K), float64: one group of K = 1 + 3 C, or C groups of K = 4.
+        ``E[u u^T]`` over pixels (N, G, K, K), float64.
     """
-    parts = [t.detach().cpu().movedim(axis, 1).flatten(2).double() for t in (eps_q, x, eps)]  # N,C,M
-    channels, pixels = parts[0].shape[1:]
-    if channels <= MAX_CHANNELS:
-        u = torch.cat(parts, dim=1)[:, None]  # N,1,3C,M
+    layout = Layout.of(x.shape[axis], spatial=x.ndim >= 4)
+    parts = []
+    for known, taps in ((eps_q, layout.taps), (x, layout.taps), (eps, 1)):
+        one = known.detach().cpu().movedim(axis, 1).double()
+        parts += [one, *neighbours(one)] if taps > 1 else [one]
+    flat = [part.flatten(2) for part in parts]  # N,C,M
+    if layout.groups == 1:
+        u = torch.cat(flat, dim=1)[:, None]  # N,1,K-1,M
     else:
-        u = torch.stack(parts, dim=2)  # N,C,3,M
+        u = torch.stack(flat, dim=2)  # N,C,K-1,M
     u = torch.cat([torch.ones_like(u[:, :, :1]), u], dim=2)  # N,G,K,M
-    return u @ u.transpose(2, 3) / pixels
+    return u @ u.transpose(2, 3) / u.shape[3]
 
 
 def fold_of(indices: torch.Tensor) -> torch.Tensor:
@@ -59,100 +110,148 @@ def fold_sums(moments: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OutputEstimate:
-    """``eps_c = eps_q - D_q eps_q - D_x x_t - b``, the estimate of eps from what a step knows.
+    """``eps_c = eps_q - D_q eps_q - D_x x_t - b``, an estimate of eps from what a step knows.
 
     Attributes:
-        output: ``D_q`` (..., C, C), rows are outputs.
-        sample: ``D_x`` (..., C, C).
-        bias: ``b`` (..., C).
-        excess: variance that eps_c has and eps has not, mean over channels (...); negative where more was withheld than
-            noise was let through.
+        output: ``D_q`` (..., G, C, taps C), rows are outputs; eps_q itself, then its neighbours.
+        sample: ``D_x``, likewise.
+        bias: ``b`` (..., G, C).
     """
 
     output: torch.Tensor
     sample: torch.Tensor
     bias: torch.Tensor
-    excess: torch.Tensor
+
+    @classmethod
+    def nothing(cls, table: torch.Tensor, layout: Layout) -> "OutputEstimate":
+        """The estimate that leaves eps_q as it is."""
+        zero = table.new_zeros(*table.shape[:-2], layout.channels, layout.taps * layout.channels)
+        return cls(zero, zero.clone(), table.new_zeros(*table.shape[:-2], layout.channels))
+
+    def where(self, chosen: torch.Tensor, other: "OutputEstimate") -> "OutputEstimate":
+        """This one for the chosen outputs (..., G, C), the other for the rest."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        masks = (chosen[..., None], chosen[..., None], chosen)
+        return OutputEstimate(*(torch.where(m, a, b) for m, (a, b) in zip(masks, pairs, strict=True)))
 
 
-def estimate_output(table: torch.Tensor, coherence: float) -> OutputEstimate:
-    """The best linear estimate of eps for a whole run, not for one step of it.
+Estimator = Callable[[torch.Tensor, Layout], OutputEstimate]
 
-    What x_t says of both outputs is known exactly; the rest of eps_q is signal and noise:
 
-        eps = G x + e,    eps_q = G_q x + K e + r,    e and r uncorrelated with x, r with e;    means left out.
+def covariance(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (..., K) and covariance (..., K, K) of a row of a mean table; the constant's are 1 and 0."""
+    mean = table[..., 0, :]
+    return mean, table - mean[..., :, None] * mean[..., None, :]
 
-    An estimate ``G x + T (eps_q - G_q x)`` of eps is wrong by ``(1 - T K) e - T r``. Least squares weighs both alike,
-    and shrinks. But over the steps of a run e hardly changes, so that what is withheld of it is withheld again and
-    again and adds up, while r is drawn anew, at least in part. If the first adds up over L times as many steps as the
-    second,
 
-        T = Cov(e) K^T (K Cov(e) K^T + Cov(r) / L)^-1,
+def _weights(estimate: OutputEstimate) -> torch.Tensor:
+    """The estimate's weights on (1, eps_q, x_t, 0) (..., C, K)."""
+    channels = estimate.output.shape[-2]
+    q = -estimate.output.clone()
+    q[..., range(channels), range(channels)] += 1
+    return torch.cat([-estimate.bias[..., None], q, -estimate.sample, torch.zeros_like(q[..., :channels])], dim=-1)
 
-    least squares for L = 1, unbiased (``T K = 1``) for L without bound.
 
-    Args:
-        table: mean moments (..., K, K).
-        coherence: L, at least 1.
+def output_errors(table: torch.Tensor, estimate: OutputEstimate) -> torch.Tensor:
+    """``E|eps_c - eps|^2`` of each output (..., G, C), of an estimate on the samples of a mean table (..., G, K, K)."""
+    error = _weights(estimate)
+    channels = error.shape[-2]
+    error[..., range(channels), range(-channels, 0)] -= 1
+    return ((error @ table) * error).sum(-1)
 
-    Raises:
-        InputError: L below 1.
+
+def excess_variance(table: torch.Tensor, estimate: OutputEstimate) -> torch.Tensor:
+    """Variance that eps_c has and eps has not (..., G, C); negative where more is withheld than noise let through."""
+    weights = _weights(estimate)
+    channels = weights.shape[-2]
+    _, cov = covariance(table)
+    mine = ((weights @ cov) * weights).sum(-1)
+    return mine - cov.diagonal(dim1=-2, dim2=-1)[..., -channels:]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much an estimate lowers the mean squared error on samples it was not fitted on.
+
+    Attributes:
+        steps: mean over outputs (T,).
+        half_width: of its 95 % interval over folds (T,).
+        outputs: of each output (T, G, C).
+        before: the error without correction (T,).
     """
-    if coherence < 1:
-        raise InputError(f"the weight of withheld signal must be at least 1; got {coherence:g}")
-    channels = (table.shape[-1] - 1) // 3
-    q, x, e = (slice(i * channels, (i + 1) * channels) for i in range(3))
-    mean = table[..., 0, 1:]
-    cov = table[..., 1:, 1:] - mean[..., :, None] * mean[..., None, :]
-    by_x = _inverse(cov[..., x, x])
-    g, g_q = cov[..., e, x] @ by_x, cov[..., q, x] @ by_x
-    cov_e = cov[..., e, e] - g @ cov[..., x, e]
-    cov_q = cov[..., q, q] - g_q @ cov[..., x, q]
-    cross = cov[..., e, q] - g @ cov[..., x, q]  # Cov(e, K e + r) = Cov(e) K^T
-    cov_r = cov_q - cross.transpose(-1, -2) @ _inverse(cov_e) @ cross
-    t = cross @ _inverse(cov_q - (1 - 1 / coherence) * cov_r)
-    output = torch.eye(channels, dtype=table.dtype) - t
-    sample = t @ g_q - g
-    known = output @ mean[..., q, None] + sample @ mean[..., x, None]
-    excess = (t @ cov_q @ t.transpose(-1, -2) - cov_e).diagonal(dim1=-2, dim2=-1).mean(-1)
-    return OutputEstimate(output, sample, mean[..., q] - mean[..., e] - known[..., 0], excess)
+
+    steps: torch.Tensor
+    half_width: torch.Tensor
+    outputs: torch.Tensor
+    before: torch.Tensor
+
+    @property
+    def helps(self) -> torch.Tensor:
+        """The steps it helps beyond the interval (T,)."""
+        return self.steps > self.half_width
 
 
-def output_error(table: torch.Tensor, estimate: OutputEstimate) -> torch.Tensor:
-    """``E|eps_c - eps|^2``, mean over channels (...), of an estimate on the samples of a table (..., K, K)."""
-    unit = torch.eye(estimate.output.shape[-1], dtype=table.dtype).expand_as(estimate.output)
-    error = torch.cat([-estimate.bias[..., None], unit - estimate.output, -estimate.sample, -unit], dim=-1)  # C,K
-    return (error @ table @ error.transpose(-1, -2)).diagonal(dim1=-2, dim2=-1).mean(-1)
+def held_out_gain(folds: torch.Tensor, samples: torch.Tensor, layout: Layout, estimator: Estimator) -> Gain:
+    """Each step's gain, fitted on the even folds and judged on the odd ones, and the other way round.
 
-
-def held_out_gain(folds: torch.Tensor, samples: torch.Tensor, coherence: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much the estimate lowers each step's error on samples it was not fitted on.
-
-    Fitted on the even folds it is judged on the odd ones, and the other way round. In the next sample the error is
-    ``O_ii^2`` times that of the output (:mod:`ptqd.response`), with and without correction: the sign is the same.
+    In the next sample the error is ``O_ii^2`` times that of the output (:mod:`ptqd.response`), with and without
+    correction: the sign is the same, and so is the share.
 
     Args:
         folds: sums of tables (F, T, G, K, K).
         samples: how many each fold holds (F,).
-        coherence: L.
-
-    Returns:
-        Gain (T,), and half the width of its 95 % interval over folds.
+        layout: of the tables.
+        estimator: what is judged.
     """
-    gains = []
+    gains, before = [], []
     for half in (0, 1):
-        fitted, judged = folds[half::2].sum(0) / samples[half::2].sum(), slice(1 - half, None, 2)
-        estimate = estimate_output(fitted, coherence)
-        nothing = OutputEstimate(*(torch.zeros_like(part) for part in astuple(estimate)))
+        judged = slice(1 - half, None, 2)
+        estimate = estimator(mean_table(folds[half::2], samples[half::2]), layout)
         for fold, n in zip(folds[judged], samples[judged], strict=True):
             if n > 0:
-                gains.append(output_error(fold / n, nothing).mean(-1) - output_error(fold / n, estimate).mean(-1))
-    each = torch.stack(gains)  # folds that hold samples, T
+                table = fold / n
+                before.append(output_errors(table, OutputEstimate.nothing(table, layout)))
+                gains.append(before[-1] - output_errors(table, estimate))
+    each = torch.stack(gains)  # folds that hold samples, T, G, C
+    steps = each.mean((2, 3))
     quantile = float(scipy_stats.t.ppf(0.975, len(each) - 1))
-    return each.mean(0), quantile * each.std(0) / len(each) ** 0.5
+    half_width = quantile * steps.std(0) / len(each) ** 0.5
+    return Gain(steps.mean(0), half_width, each.mean(0), torch.stack(before).mean((0, 2, 3)))
 
 
-def _inverse(covariance: torch.Tensor) -> torch.Tensor:
-    """Pseudo-inverse: a channel that is constant, or a copy of others, is left out."""
-    inverse: torch.Tensor = torch.linalg.pinv(covariance, rtol=1e-9, hermitian=True)
-    return inverse
+def mean_table(folds: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """The mean over the samples of folds (F, T, G, K, K) that hold so many each (F,)."""
+    return folds.sum(0) / samples.sum()
+
+
+def smoothed(table: torch.Tensor, layout: Layout, weight: float) -> torch.Tensor:
+    """A table (T, G, K, K) with some of each step's neighbours in time mixed in.
+
+    Coefficients change slowly over the steps, so with few samples a step's neighbours tell more than they distort.
+    The neighbours' eps_q, x_t and eps are first brought to this step's size: some schedulers change it on the way.
+
+    Args:
+        table: mean moments.
+        layout: of the table.
+        weight: of either neighbour, against 1 for the step itself.
+    """
+    total, count = table.clone(), torch.ones(len(table), dtype=table.dtype)
+    for mine, other in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        total[mine] += weight * resized(table[other], table[mine], layout)
+        count[mine] += weight
+    return total / count.view(-1, 1, 1, 1)
+
+
+def resized(table: torch.Tensor, like: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """A table whose eps_q, x_t and eps are brought to the root mean square they have in another."""
+    scale = torch.ones_like(table[..., 0])
+    for block in layout.blocks:
+        theirs, ours = (t[..., block, block].diagonal(dim1=-2, dim2=-1).mean(-1) for t in (table, like))
+        scale[..., block] = torch.where(theirs > 0, ours / theirs.clamp(min=1e-300), 1.0).sqrt()[..., None]
+    return table * scale[..., :, None] * scale[..., None, :]
+
+
+def inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Pseudo-inverse of a covariance: a channel that is constant, or a copy of others, is left out."""
+    result: torch.Tensor = torch.linalg.pinv(matrix, rtol=1e-9, hermitian=True)
+    return result

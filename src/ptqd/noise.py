@@ -12,6 +12,8 @@ intervals (samples are independent, the pixels of one are not), merges over proc
 and the residual's skewness and kurtosis are known for any k.
 """
 
+import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,20 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from scipy import stats as scipy_stats
 
-from ptqd.components import denoiser_name, fingerprint, schedule_of
+from ptqd.components import denoiser_name, fingerprint, schedule_of, scheduler_facts
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import FOLDS, fold_of, fold_sums, joint_moments
+from ptqd.joint import FOLDS, Layout, fold_of, fold_sums, joint_moments
+from ptqd.levels import Levels, noise_levels
 from ptqd.progress import track
 from ptqd.replay import Trajectory, record, replay
 from ptqd.response import Response, linear_response
-from ptqd.sampling import Sampling, run_batch
+from ptqd.sampling import Sampling, guidance_of, run_batch
 
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
-RESPONSE = ("response_outputs", "response_noise", "response_state")
+CHECKED = 64  # final samples that are kept, to check whole trajectories against
+RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
+SUMS = ("joint", "cross", "moved")
 _COLUMN = {power: n for n, power in enumerate(POWERS)}
 
 
@@ -84,8 +89,16 @@ class NoiseStats:
             configuration, steps, eta, call arguments. Statistics only merge with the same; corrections only apply to
             the same model, scheduler, steps and eta.
         response: how the run's samples answer to its outputs and its noise.
+        levels: where its samples stand on the noise schedule; None where that is not known.
         joint: second moments of (1, eps_q, x_t, eps), summed over each fold's samples (16, T, G, K, K), float64; see
             :mod:`ptqd.joint`.
+        cross: second moments of (eps, delta) over all pairs of steps, mean over elements, summed over the samples
+            (2 T, 2 T), float64.
+        moved: ``E|x'_q - x'|^2`` of the next samples that the scheduler's own step makes of eps_q and of eps, summed
+            over the samples (T,), float64.
+        finals: full-precision final samples of the first 64 of ``final_indices`` (F, ...).
+        final_indices: which samples those are (F,): of odd folds, so that what is fitted on the even ones can be
+            checked on them.
     """
 
     timesteps: torch.Tensor
@@ -94,7 +107,12 @@ class NoiseStats:
     elements: int
     source: Mapping[str, Any]
     response: Response
+    levels: Levels | None
     joint: torch.Tensor
+    cross: torch.Tensor
+    moved: torch.Tensor
+    finals: torch.Tensor
+    final_indices: torch.Tensor
 
     @property
     def samples(self) -> int:
@@ -105,6 +123,105 @@ class NoiseStats:
     def fold_samples(self) -> torch.Tensor:
         """How many samples each fold of ``joint`` holds (16,)."""
         return torch.bincount(fold_of(self.indices), minlength=FOLDS)
+
+    @property
+    def layout(self) -> Layout:
+        """Of ``joint``'s tables."""
+        return Layout.read(self.joint, self.moments.shape[2])
+
+    def residual_correlation(self) -> torch.Tensor:
+        """Correlation of the residuals of any two steps (T, T), 1 on the diagonal.
+
+        The residual is that of :meth:`fit`; where it repeats from step to step, variances do not simply add up.
+        """
+        fitted = regression(self.moments.mean(0), slope=True)
+        k, steps = fitted["k"], len(self.timesteps)
+        means = self.moments.mean(0)[..., [_COLUMN[1, 0], _COLUMN[0, 1]]]  # T,C,2
+        mean = torch.cat([means[..., 0], means[..., 1]])  # 2T,C
+        cov = self.cross / self.samples - mean @ mean.T / mean.shape[1]
+        weights = torch.cat([-torch.diag(k), torch.eye(steps, dtype=k.dtype)], dim=1)  # T,2T
+        residual = weights @ cov @ weights.T
+        size = residual.diagonal().clamp(min=0).sqrt()
+        scale = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
+        correlation = (residual * scale[:, None] * scale[None, :]).clamp(-1, 1)
+        correlation.fill_diagonal_(1.0)
+        return correlation
+
+    def attenuation(self) -> torch.Tensor:
+        """What a step lets through of a change of its output, against the linear response (T,), within 0 and 1.
+
+        Less than 1 where the step clips. Of a scheduler with history, or none that is known, it is taken as 1.
+        """
+        ones = torch.ones_like(self.moved)
+        if not self.response.one_step:
+            return ones
+        noise = self.moments[..., _COLUMN[0, 2]].mean((0, 2))
+        expected = self.response.outputs.diagonal() ** 2 * noise
+        share = self.moved / self.samples / torch.where(expected > 0, expected, 1.0)
+        return torch.where(expected > 0, share, 1.0).sqrt().clamp(0, 1)
+
+    def at(self, scheduler: SchedulerMixin) -> "NoiseStats":
+        """The same statistics on the steps of another run, interpolated over log-SNR.
+
+        An estimate, and marked as one (``source["interpolated_from"]``): a quantized denoiser's noise depends on where
+        on the noise schedule it is asked, hardly on how many steps are taken to get there.
+
+        Args:
+            scheduler: of the same kind and configuration, its timesteps set.
+
+        Raises:
+            MismatchError: it is of another kind or configuration.
+            InputError: its noise schedule is not known.
+        """
+        known: Any = scheduler
+        timesteps = list(known.timesteps)
+        wanted = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
+        if torch.equal(wanted, self.timesteps):
+            return self
+        found = scheduler_facts(scheduler)
+        for fact in ("scheduler", "config"):
+            if found[fact] != self.source[fact]:
+                raise MismatchError(
+                    f"the statistics were measured on another scheduler ({fact} differs); measure again"
+                )
+        levels = noise_levels(scheduler, timesteps)
+        if self.levels is None or levels is None:
+            raise InputError(
+                f"statistics of {len(self.timesteps)} steps cannot be carried over to {len(timesteps)}: "
+                f"the noise schedule of {found['scheduler']} is not known; measure these steps"
+            )
+        here, there = self.levels.log_snr, levels.log_snr
+        right = torch.searchsorted(here, there).clamp(1, len(here) - 1)
+        left = right - 1
+        gap = here[right] - here[left]
+        weight = torch.where(gap > 0, (there - here[left]) / torch.where(gap > 0, gap, 1.0), 0.0).clamp(0, 1)
+
+        def between(values: torch.Tensor, axis: int) -> torch.Tensor:
+            shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+            w = weight.view(shape)
+            return (1 - w) * values.index_select(axis, left) + w * values.index_select(axis, right)
+
+        mixed = between(self.joint, 1)
+        near = torch.where(weight < 0.5, left, right)
+        steps = len(self.timesteps)
+        pair = torch.cat([near, near + steps])
+        eta = {"eta": self.source["eta"]} if self.source["eta"] else {}
+        step = getattr(type(scheduler), "plain_class", type(scheduler)).step
+        if eta and "eta" not in inspect.signature(step).parameters:
+            eta = {}
+        return dataclasses.replace(
+            self,
+            timesteps=wanted,
+            moments=between(self.moments, 1),
+            source={**self.source, "steps": len(timesteps), "interpolated_from": self.source["steps"]},
+            response=linear_response(scheduler, step, timesteps, eta, device=known.timesteps.device),
+            levels=levels,
+            joint=mixed,
+            cross=self.cross[pair][:, pair],
+            moved=self.moved[near],
+            finals=self.finals[:0],
+            final_indices=self.final_indices[:0],
+        )
 
     def fit(self, *, slope: bool = True) -> NoiseFit:
         """The regression per step, with jackknife intervals over samples.
@@ -152,25 +269,27 @@ class NoiseStats:
         order = indices.argsort()
         if len(indices.unique()) != len(indices):
             raise MismatchError("statistics share samples; give each process its own range")
-        moments = torch.cat([part.moments for part in parts])[order]
-        joint = sum((part.joint for part in parts), torch.zeros_like(first.joint))
-        return cls(first.timesteps, indices[order], moments, first.elements, first.source, first.response, joint)
+        finals = torch.cat([part.final_indices for part in parts])
+        kept = finals.argsort()[:CHECKED]
+        sums = {name: sum(getattr(part, name) for part in parts[1:]) + getattr(first, name) for name in SUMS}
+        return dataclasses.replace(
+            first,
+            indices=indices[order],
+            moments=torch.cat([part.moments for part in parts])[order],
+            finals=torch.cat([part.finals for part in parts])[kept],
+            final_indices=finals[kept],
+            **sums,
+        )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        tensors = {
-            "timesteps": self.timesteps,
-            "indices": self.indices,
-            "moments": self.moments,
-            "response_outputs": self.response.outputs,
-            "response_noise": self.response.noise,
-            "response_state": self.response.state,
-            "joint": self.joint,
-        }
-        facts = json.dumps(
-            {"elements": self.elements, "exact": self.response.exact, "source": dict(self.source)}, sort_keys=True
-        )
-        write_tensors(path, tensors, {"ptqd.noise": facts})
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {name: getattr(self.response, name.removeprefix("response_")) for name in RESPONSE}
+        facts = {"elements": self.elements, "exact": self.response.exact, "source": dict(self.source)}
+        if self.levels is not None:
+            tensors |= {"alpha": self.levels.alpha, "sigma": self.levels.sigma}
+            facts["family"] = self.levels.family
+        write_tensors(path, tensors, {"ptqd.noise": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "NoiseStats":
@@ -180,14 +299,19 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        names = {"timesteps", "indices", "moments", "joint", *RESPONSE}
-        if "ptqd.noise" not in metadata or not names <= set(tensors):
+        if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise InputError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])
-        outputs, noise, state = (tensors[name] for name in RESPONSE)
-        response = Response(outputs, noise, state, facts["exact"])
-        timesteps, indices, moments = (tensors[name] for name in ("timesteps", "indices", "moments"))
-        return cls(timesteps, indices, moments, facts["elements"], facts["source"], response, tensors["joint"])
+        return cls(
+            **{name: tensors[name] for name in _TENSORS},
+            elements=facts["elements"],
+            source=facts["source"],
+            response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts["exact"]),
+            levels=Levels(facts["family"], tensors["alpha"], tensors["sigma"]) if "family" in facts else None,
+        )
+
+
+_TENSORS = ("timesteps", "indices", "moments", "finals", "final_indices", *SUMS)
 
 
 def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
@@ -288,15 +412,28 @@ def normality_p_value(skewness: float, kurtosis: float, n: int) -> float:
     return float(scipy_stats.chi2.sf(z1 * z1 + z2 * z2, 2))
 
 
+def cross_moments(eps: Sequence[torch.Tensor], eps_q: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Second moments of (eps, delta) over all pairs of steps, mean over elements, summed over samples (2 T, 2 T)."""
+    rows = len(eps[0])
+    total = torch.zeros(2 * len(eps), 2 * len(eps), dtype=torch.float64)
+    for n in range(rows):  # one sample's trajectory at a time, in float64
+        e = torch.stack([step[n].flatten() for step in eps]).cpu().double()
+        d = torch.stack([step[n].flatten() for step in eps_q]).cpu().double() - e
+        both = torch.cat([e, d])
+        total += both @ both.T / both.shape[1]
+    return total
+
+
 def measure(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
     run: Sampling,
     *,
     start: int = 0,
+    closed_loop: bool = False,
     progress: bool = False,
 ) -> NoiseStats:
-    """Measure what quantization does to every step, on the full-precision trajectory.
+    """Measure what quantization does to every step.
 
     Args:
         pipe: full precision.
@@ -304,6 +441,8 @@ def measure(
         run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time. Their seeds
             are derived from the run's, and are not those of its images.
         start: first sample, to share the work or resume.
+        closed_loop: measure along the trajectory of ``qpipe``, as it is corrected or not, instead of that of
+            ``pipe``. Whole trajectories cannot be checked with such statistics.
         progress: show a bar.
 
     Raises:
@@ -318,40 +457,67 @@ def measure(
         **schedule_of(pipe),
         "steps": run.steps,
         "eta": 0.0,
+        "guidance": guidance_of(pipe, run),
         "call": shared,
         "seed": run.seed,
+        "closed_loop": closed_loop,
     }
-    rows: list[torch.Tensor] = []
-    timesteps: list[float] = []
-    elements = 0
-    response: Response | None = None
-    joint: torch.Tensor | None = None
+    total: NoiseStats | None = None
+    first, second = (qpipe, pipe) if closed_loop else (pipe, qpipe)
     for indices in track(list(run.batches(start)), "measuring" if progress else None):
-        with record(pipe) as trajectory:
-            run_batch(pipe, run, indices, "latent")
-        with replay(qpipe, trajectory) as outputs:
-            run_batch(qpipe, run, indices, "latent")
-        timesteps = [float(t) for t in trajectory.timesteps]
-        source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
-        response = response or _response(trajectory)
-        steps, tables = [], []
-        for t, x, eps, eps_q in zip(timesteps, trajectory.samples, trajectory.outputs, outputs, strict=True):
-            channels = x.shape[channel_axis(x)]  # a learned variance follows the mean
-            mean, mean_q = (e.narrow(channel_axis(x), 0, channels) for e in (eps, eps_q))
-            moments = paired_moments(mean, mean_q)
-            if not bool(torch.isfinite(moments).all()):
-                raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
-            steps.append(per_sample(moments, len(indices)))
-            tables_of_samples = per_sample(joint_moments(x, mean, mean_q, channel_axis(x)), len(indices))
-            tables.append(fold_sums(tables_of_samples, torch.tensor(list(indices))))
-            elements = x[0].numel() // channels
-        rows.append(torch.stack(steps, dim=1))  # n,T,C,14
-        folds = torch.stack(tables, dim=1)  # 16,T,G,K,K
-        joint = folds if joint is None else joint + folds
-    if response is None or joint is None:
+        with record(first) as trajectory:
+            run_batch(first, run, indices, "latent")
+        with replay(second, trajectory) as answer:
+            run_batch(second, run, indices, "latent")
+        outputs = (answer.outputs, trajectory.outputs) if closed_loop else (trajectory.outputs, answer.outputs)
+        part = _batch_stats(trajectory, *outputs, torch.tensor(list(indices)), source, total)
+        moved = torch.tensor(answer.moved, dtype=torch.float64) * len(indices)
+        part = dataclasses.replace(part, moved=moved)
+        if closed_loop:
+            part = dataclasses.replace(part, finals=part.finals[:0], final_indices=part.final_indices[:0])
+        total = part if total is None else NoiseStats.merge([total, part])
+    if total is None:
         raise InputError(f"no samples to measure from {start} to {run.samples}; ask for more")
-    steps_taken, indices_done = torch.tensor(timesteps, dtype=torch.float64), torch.arange(start, run.samples)
-    return NoiseStats(steps_taken, indices_done, torch.cat(rows), elements, source, response, joint)
+    return total
+
+
+def _batch_stats(
+    trajectory: Trajectory,
+    outputs: Sequence[torch.Tensor],
+    outputs_q: Sequence[torch.Tensor],
+    indices: torch.Tensor,
+    source: dict[str, Any],
+    before: NoiseStats | None,
+) -> NoiseStats:
+    """Statistics of one batch's steps; how the scheduler steps is asked of the first batch alone."""
+    axis = channel_axis(trajectory.samples[0])
+    channels = trajectory.samples[0].shape[axis]  # a learned variance follows the mean
+    means, means_q = ([e.narrow(axis, 0, channels) for e in es] for es in (outputs, outputs_q))
+    timesteps = [float(t) for t in trajectory.timesteps]
+    source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
+    rows, tables = [], []
+    for t, x, eps, eps_q in zip(timesteps, trajectory.samples, means, means_q, strict=True):
+        moments = paired_moments(eps, eps_q)
+        if not bool(torch.isfinite(moments).all()):
+            raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
+        rows.append(per_sample(moments, len(indices)))
+        tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
+    odd = (fold_of(indices) % 2 == 1).nonzero().flatten()[:CHECKED]
+    doubled = len(means[0]) // len(indices)
+    return NoiseStats(
+        timesteps=torch.tensor(timesteps, dtype=torch.float64),
+        indices=indices,
+        moments=torch.stack(rows, dim=1),  # n,T,C,14
+        elements=trajectory.samples[0][0].numel() // channels,
+        source=source,
+        response=_response(trajectory) if before is None else before.response,
+        levels=noise_levels(trajectory.scheduler, trajectory.timesteps) if before is None else before.levels,
+        joint=torch.stack(tables, dim=1),  # 16,T,G,K,K
+        cross=cross_moments(means, means_q) / doubled,
+        moved=torch.zeros(len(timesteps), dtype=torch.float64),
+        finals=trajectory.final[odd.to(trajectory.final.device)].cpu().float(),
+        final_indices=indices[odd],
+    )
 
 
 def _response(trajectory: Trajectory) -> Response:

@@ -8,7 +8,7 @@ outputs can be paired with the recorded ones, whatever its guidance, conditionin
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ptqd.errors import MismatchError
+from ptqd.sampling import Sampling, run_batch
 
 _CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
 
@@ -40,6 +41,30 @@ class Trajectory:
     results: list[Any] = field(default_factory=list)
     scheduler: Any = None
     keywords: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def final(self) -> torch.Tensor:
+        """The sample after the last step."""
+        return next_sample(self.results[-1])
+
+
+@dataclass
+class Answer:
+    """What another pipeline made of a recorded trajectory.
+
+    Attributes:
+        outputs: its denoiser's outputs, after guidance, step by step.
+        moved: mean squared difference of the next sample that its own step made, and the recorded one.
+    """
+
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+
+
+def next_sample(result: Any) -> torch.Tensor:
+    """The sample in what ``step`` returned, a tuple or an output object."""
+    sample: torch.Tensor = result[0]
+    return sample
 
 
 @contextmanager
@@ -83,16 +108,16 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
 
 
 @contextmanager
-def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[list[torch.Tensor]]:
+def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
     """Inside the block the pipeline gets the recorded samples; its own outputs are collected, step by step.
 
     Raises:
         MismatchError: the pipeline starts elsewhere or takes other steps than were recorded.
     """
-    outputs: list[torch.Tensor] = []
+    answer = Answer()
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        i = len(outputs)
+        i = len(answer.outputs)
         if i >= len(trajectory.timesteps) or float(trajectory.timesteps[i]) != float(timestep):
             raise MismatchError(
                 f"replay: step {i} is at timestep {float(timestep):g}, not at the recorded one; use the same steps"
@@ -101,13 +126,27 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[list[tor
             raise MismatchError(
                 f"replay: the sample at step {i} is not the recorded one; use the same seeds and inputs"
             )
-        outputs.append(model_output.detach())
-        plain(model_output, timestep, sample, *args, **kw)  # many schedulers count their steps
+        answer.outputs.append(model_output.detach())
+        own = next_sample(plain(model_output, timestep, sample, *args, **kw))  # many schedulers count their steps
+        answer.moved.append((own - next_sample(trajectory.results[i])).float().square().mean().item())
         return trajectory.results[i]
 
     with _stepping(pipe, step):
-        yield outputs
-    if len(outputs) != len(trajectory.timesteps):
+        yield answer
+    if len(answer.outputs) != len(trajectory.timesteps):
         raise MismatchError(
-            f"replay: {len(outputs)} steps taken, {len(trajectory.timesteps)} recorded; use the same steps"
+            f"replay: {len(answer.outputs)} steps taken, {len(trajectory.timesteps)} recorded; use the same steps"
         )
+
+
+def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]) -> torch.Tensor:
+    """The samples after the last step (n, ...), before any decoding, of a pipeline run for some samples."""
+    last: list[Any] = [None]
+
+    def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        last[0] = plain(model_output, timestep, sample, *args, **kw)
+        return last[0]
+
+    with _stepping(pipe, step):
+        run_batch(pipe, run, indices, "latent")
+    return next_sample(last[0])[: len(indices)].detach().cpu()

@@ -50,6 +50,7 @@ class Response:
         outputs: ``O``, d x_{i+1} / d out_j (T, T).
         noise: ``Z``, d x_{i+1} / d z_j (T, T).
         state: ``S``, d x_{i+1} / d d_j (T, T), of a change after step j; 1 on the diagonal.
+        start: ``X``, d x_{i+1} / d x_0 (T,).
         exact: a random input's run was the sum of its parts: the step is linear, and all its noise was seen. Where it
             is False the matrices mean nothing.
     """
@@ -57,12 +58,25 @@ class Response:
     outputs: torch.Tensor
     noise: torch.Tensor
     state: torch.Tensor
+    start: torch.Tensor
     exact: bool
 
     @property
     def draws(self) -> bool:
         """Whether any step is known to draw noise."""
         return self.exact and bool(self.noise.any())
+
+    @property
+    def own_state(self) -> torch.Tensor:
+        """``A_i = d x_{i+1} / d x_i`` (T,); the first step's, which nothing precedes, is that of the start."""
+        return torch.cat([self.start[:1], self.state.diagonal(-1)])
+
+    @property
+    def one_step(self) -> bool:
+        """Whether every step sees nothing but its own sample, output and noise."""
+        reach = self.state.tril() * self.outputs.diagonal()
+        size = self.outputs.abs().max().clamp(min=1e-12)
+        return self.exact and bool(((reach - self.outputs).abs() <= 1e-6 * size).all())
 
 
 def step_with_noise(step: Any, draw: Draw) -> Any:
@@ -104,7 +118,7 @@ def linear_response(
         return _probe(scheduler, step, timesteps, keywords, learned_variance, torch.device(device))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         # a step that takes only its own pipeline's samples
-        return Response(nothing, nothing.clone(), nothing.clone(), exact=False)
+        return Response(nothing, nothing.clone(), nothing.clone(), nothing[0].clone(), exact=False)
 
 
 def _probe(
@@ -152,27 +166,39 @@ def _probe(
     size = (parts.abs() @ mix.abs()).clamp(min=1e-12)
     exact = bool(torch.isfinite(table).all()) and bool((error <= 1e-3 * size).all())
     outputs, noise, state = (parts[:, i * steps : (i + 1) * steps].clone() for i in range(3))
-    return Response(outputs, noise, state, exact)
+    return Response(outputs, noise, state, table[:, start].clone(), exact)
 
 
-def noise_scales(response: Response, variance: torch.Tensor) -> list[float]:
-    """What is left to draw at each step, as a share of the standard deviation, once residuals count as drawn noise.
+def added_variance(response: Response, covariance: torch.Tensor) -> torch.Tensor:
+    """Variance ``u_i`` that residuals add to each sample beyond what earlier steps have answered for (T,).
 
-    Step i has to give back the variance ``u_i`` that residuals add to its sample beyond what earlier steps have
-    answered for, ``u_i = sum_j O_ij^2 V_j - sum_{j<i} S_ij^2 u_j``, with independent residuals of variance V; it draws
-    ``s_i^2 = 1 - u_i / Z_ii^2``. Without history the sums cancel but for ``u_i = O_ii^2 V_i``: PTQD's VSC (arXiv
-    2305.10657, section 4.2). What a step has too little noise to give back is not asked of the next: the network has
-    answered by then.
+        u_i = sum_jk O_ij R_jk O_ik - sum_{j<i} S_ij^2 u_j
+
+    With independent residuals (R diagonal) and no history, the sums cancel but for ``u_i = O_ii^2 V_i``. Residuals that
+    repeat from step to step add up coherently, and to more.
 
     Args:
         response: of the run.
-        variance: of each step's corrected residual (T,).
+        covariance: ``R`` of the steps' residuals (T, T).
     """
-    v = variance.double()
-    squared_outputs, squared_state = response.outputs**2, response.state**2
+    squared_state = response.state**2
+    total = ((response.outputs @ covariance.double()) * response.outputs).sum(1)
+    added = torch.zeros_like(total)
+    for i in range(len(added)):
+        added[i] = total[i] - squared_state[i, :i] @ added[:i]
+    return added
+
+
+def noise_scales(response: Response, added: torch.Tensor) -> list[float]:
+    """What is left to draw at each step, as a share of the standard deviation, once residuals count as drawn noise.
+
+    ``s_i^2 = 1 - u_i / Z_ii^2``: for independent residuals and no history PTQD's VSC (arXiv 2305.10657, section 4.2).
+    What a step has too little noise to give back is not asked of the next: the network has answered by then.
+
+    Args:
+        response: of the run.
+        added: variance that residuals add (T,); see :func:`added_variance`.
+    """
     drawn = response.noise.diagonal() ** 2
-    given_back = torch.zeros_like(v)
-    for i in range(len(v)):
-        given_back[i] = squared_outputs[i, : i + 1] @ v[: i + 1] - squared_state[i, :i] @ given_back[:i]
-    share = 1 - given_back / torch.where(drawn > 0, drawn, 1.0)
+    share = 1 - added / torch.where(drawn > 0, drawn, 1.0)
     return [float(s) for s in torch.where(drawn > 0, share, 1.0).clamp(min=0).sqrt()]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ class Sampling:
         for first in range(start, self.samples, self.batch):
             yield range(first, min(first + self.batch, self.samples))
 
-    def call_for(self, indices: range) -> dict[str, Any]:
+    def call_for(self, indices: Sequence[int]) -> dict[str, Any]:
         """The pipeline's arguments for some samples."""
         chosen: dict[str, Any] = {}
         for name, value in self.call.items():
@@ -82,13 +82,21 @@ class Sampling:
         return plain
 
 
+def guidance_of(pipe: DiffusionPipeline, run: Sampling) -> float | None:
+    """The guidance scale a run is at, the pipeline's own where it says none; None where there is no guidance."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    return None if parameter is None else run.call.get("guidance_scale", parameter.default)
+
+
 def sample_generator(seed: int, index: int) -> torch.Generator:
     """The random generator of one sample: the same on every device and for every batch size."""
     derived = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     return torch.Generator("cpu").manual_seed(int(derived) & (2**63 - 1))
 
 
-def run_batch(pipe: DiffusionPipeline, run: Sampling, indices: range, output: Literal["np", "latent"] = "np") -> Any:
+def run_batch(
+    pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int], output: Literal["np", "latent"] = "np"
+) -> Any:
     """Run the pipeline for some samples.
 
     Returns:

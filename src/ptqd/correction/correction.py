@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ptqd.errors import InputError
+from ptqd.joint import CROSS
 from ptqd.noise import channel_axis
 
 Rows = tuple[tuple[float, ...], ...]
@@ -22,10 +24,13 @@ class Correction:
     Attributes:
         methods: what it was made by.
         timesteps: the schedule it was measured on (T,).
-        output: ``D_q``, one number a channel (T, C) or a map across channels (T, C, C); empty where there is none.
+        output: ``D_q``, one number a channel (T, C), a map across channels (T, C, C), one across channels and the four
+            neighbours of a pixel (T, C, 5 C), or of each channel and its neighbours (T, C, 5); empty where there is
+            none. The order of neighbours is that of :data:`ptqd.joint.CROSS`.
         sample: ``D_x``, likewise.
         bias: ``b`` (T, C); empty where there is none.
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
+        network: timesteps that the network is told (T,); empty for the schedule's own.
         eta: DDIM's noise it was measured at.
         source: what the statistics were measured on.
     """
@@ -36,6 +41,7 @@ class Correction:
     sample: Rows | Matrix
     bias: Rows
     noise: tuple[float, ...]
+    network: tuple[float, ...]
     eta: float
     source: Mapping[str, Any]
 
@@ -76,11 +82,21 @@ class Correction:
 
 
 def _apply(weights: torch.Tensor, known: torch.Tensor, axis: int) -> torch.Tensor:
-    """One number a channel (C,), or a 1 x 1 convolution (C, C): rows are outputs."""
+    """One number a channel (C,), a 1 x 1 convolution (C, C), or one with neighbours (C, 5 C) or (C, 5)."""
+    channels = known.shape[axis]
     if weights.ndim == 1:
         return _along(weights, known.ndim, axis) * known
-    mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
-    return mixed.movedim(-1, axis)
+    if weights.shape[1] == channels:
+        mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
+        return mixed.movedim(-1, axis)
+    groups = 1 if weights.shape[1] == len(CROSS) * channels else channels
+    taps = weights.view(channels, len(CROSS), channels // groups)
+    kernel = weights.new_zeros(channels, channels // groups, 3, 3)
+    for n, (i, j) in enumerate(CROSS):
+        kernel[:, :, i, j] = taps[:, n]
+    pictures = known.movedim(axis, -3)  # of a video, one a frame
+    flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), kernel, padding=1, groups=groups)
+    return flat.view(pictures.shape).movedim(-3, axis)
 
 
 def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
@@ -90,9 +106,11 @@ def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
 
 
 def rows(values: torch.Tensor) -> Any:
-    """A tensor as nested tuples."""
+    """A tensor as nested tuples, to the nine digits that single precision has."""
     return _tuples(values.tolist())
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return tuple(map(_tuples, value))
+    return float(f"{value:.9g}") if isinstance(value, float) else value

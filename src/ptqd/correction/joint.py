@@ -1,69 +1,58 @@
-"""Our correction: estimate eps from everything the step knows, ``eps_q`` and ``x_t``, across channels.
+"""Our estimate: eps from everything the step knows, ``eps_q`` and ``x_t`` with their neighbourhoods, across channels.
 
 Noise that is uncorrelated with ``eps`` can still be correlated with ``x_t``; then it is no fresh variance, and the
-sampler adds it up coherently. What an estimate withholds adds up likewise. :func:`ptqd.joint.estimate_output` weighs
-both; CNC, BC and the observable regression of D2-DPM (arXiv 2501.08180) are special cases of its form. At run time it
-is a 1 x 1 convolution from 2 C to C channels; beyond 16 channels, two numbers a channel.
-
-Where a step draws noise, it draws as much less (or more) as the estimate's variance exceeds (or lacks) that of eps, on
-average over the channels: the next sample then has the variance that it has in full precision, as far as the step's
-noise goes.
-
-Every step is gated: it takes the largest of the weights L at which the estimate still lowers the error of samples it
-was not fitted on, beyond the 95 % interval, and none where none does.
+sampler adds it up coherently. What an estimate withholds adds up likewise; :func:`joint` weighs both. At run time it is
+one small convolution from 2 C to C channels. CNC, BC, TAC's gain and the observable regression of D2-DPM are special
+cases of its form.
 """
-
-import logging
-from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 
-from ptqd.correction.correction import Correction, rows
 from ptqd.errors import InputError
-from ptqd.joint import OutputEstimate, estimate_output, held_out_gain
-from ptqd.noise import NoiseStats
-from ptqd.response import noise_scales
-
-logger = logging.getLogger(__name__)
-
-COHERENCES = (1.0, 2.0, 4.0, 8.0)
-MIN_SAMPLES = 4
+from ptqd.joint import Estimator, Layout, OutputEstimate, covariance, inverse
 
 
-def fit_joint(stats: NoiseStats, coherences: Sequence[float] = COHERENCES) -> Correction:
-    """The estimate from ``stats``.
+def joint(coherence: float) -> Estimator:
+    """The best linear estimate of eps for a whole run, not for one step of it.
+
+    What x_t says of both outputs is known exactly; the rest of eps_q is signal and noise:
+
+        eps = G x + e,    eps_q = G_q x + K e + r,    e and r uncorrelated with x, r with e;    means left out.
+
+    An estimate ``G x + T (eps_q - G_q x)`` of eps is wrong by ``(1 - T K) e - T r``. Least squares weighs both alike,
+    and shrinks. But over the steps of a run e hardly changes, so that what is withheld of it is withheld again and
+    again and adds up, while r is drawn anew, at least in part. If the first adds up over L times as many steps as the
+    second,
+
+        T = Cov(e) K^T (K Cov(e) K^T + Cov(r) / L)^-1,
+
+    least squares for L = 1, unbiased (``T K = 1``) for L without bound. ``x`` and ``eps_q`` stand for the pixel and,
+    where the table has them, its four neighbours.
 
     Args:
-        stats: measured on the pipeline to correct.
-        coherences: the weights L to choose from, at least 1: over how many times as many steps withheld signal adds up
-            as residual noise does.
+        coherence: L, at least 1.
 
     Raises:
-        InputError: fewer than four samples.
+        InputError: L below 1.
     """
-    if stats.samples < MIN_SAMPLES:
-        raise InputError(f"{stats.samples} samples cannot be fitted and judged apart; measure at least {MIN_SAMPLES}")
-    table = stats.joint.sum(0) / stats.samples  # T,G,K,K
-    parts = [torch.zeros_like(part) for part in astuple(estimate_output(table, 1.0))]
-    for coherence in sorted(coherences):
-        gain, half_width = held_out_gain(stats.joint, stats.fold_samples, coherence)
-        for part, better in zip(parts, astuple(estimate_output(table, coherence)), strict=True):
-            part[gain > half_width] = better[gain > half_width]
-    estimate = OutputEstimate(*parts)
-    if estimate.bias.shape[1] == 1:  # one group of C channels
-        output, sample, bias = estimate.output[:, 0], estimate.sample[:, 0], estimate.bias[:, 0]
-    else:  # C groups of one
-        output, sample, bias = estimate.output[..., 0, 0], estimate.sample[..., 0, 0], estimate.bias[..., 0]
-    if not stats.response.exact:
-        logger.warning("the drawn noise stays as it is: how %s draws it is not known", stats.source.get("scheduler"))
-    return Correction(
-        methods=("joint",),
-        timesteps=tuple(stats.timesteps.tolist()),
-        output=rows(output),
-        sample=rows(sample),
-        bias=rows(bias),
-        noise=tuple(noise_scales(stats.response, estimate.excess.mean(1))) if stats.response.draws else (),
-        eta=float(stats.source.get("eta", 0.0)),
-        source=dict(stats.source),
-    )
+    if coherence < 1:
+        raise InputError(f"the weight of withheld signal must be at least 1; got {coherence:g}")
+
+    def estimate(table: torch.Tensor, layout: Layout) -> OutputEstimate:
+        q, x, e = layout.blocks
+        mean, cov = covariance(table)
+        by_x = inverse(cov[..., x, x])
+        g, g_q = cov[..., e, x] @ by_x, cov[..., q, x] @ by_x
+        cov_e = cov[..., e, e] - g @ cov[..., x, e]
+        cov_q = cov[..., q, q] - g_q @ cov[..., x, q]
+        cross = cov[..., e, q] - g @ cov[..., x, q]  # Cov(e, K e + r) = Cov(e) K^T
+        cov_r = cov_q - cross.transpose(-1, -2) @ inverse(cov_e) @ cross
+        t = cross @ inverse(cov_q - (1 - 1 / coherence) * cov_r)
+        output = -t
+        output[..., range(layout.channels), range(layout.channels)] += 1
+        sample = t @ g_q - g
+        known = output @ mean[..., q, None] + sample @ mean[..., x, None]
+        own = slice(q.start, q.start + layout.channels)
+        return OutputEstimate(output, sample, mean[..., own] - mean[..., e] - known[..., 0])
+
+    return estimate

@@ -7,7 +7,10 @@ Nothing else of the step changes: its coefficients keep the original noise.
 
 import functools
 import inspect
-from collections.abc import Sequence
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import diffusers
@@ -18,9 +21,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from ptqd.components import denoiser_name, fingerprint, schedule_of, with_components
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import DEFAULT, fit_correction
-from ptqd.errors import MismatchError
+from ptqd.errors import InputError, MismatchError
 from ptqd.noise import NoiseStats, channel_axis
 from ptqd.response import step_with_noise
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "Corrected"
 
@@ -30,19 +35,51 @@ class CorrectedStep:
 
     correction: Correction
     plain_class: ClassVar[type[SchedulerMixin]]
+    timesteps: torch.Tensor  # the plain class's
     _position: int = 0
+    _pipeline: "weakref.ref[DiffusionPipeline] | None" = None
+    _own: torch.Tensor | None = None  # the schedule's timesteps, where the network is told others
 
     def _start(self) -> None:
-        self._position = 0
-        wanted = [float(t) for t in self.timesteps]  # type: ignore[attr-defined]
+        self._position, self._own = 0, None
+        self._check_guidance()
+        wanted = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
         if wanted[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
             raise MismatchError(
                 f"the correction was measured on {len(self.correction.timesteps)} steps "
                 f"({self.correction.timesteps[0]:g} to {self.correction.timesteps[-1]:g}), "
                 f"the pipeline takes {len(wanted)} ({wanted[0]:g} to {wanted[-1]:g}); "
-                "sample with the same steps, or measure again with these"
+                "sample with the same steps, measure again with these, or carry the statistics over: ptqd.correct(..., "
+                f"steps={len(wanted)})"
             )
+        if self.correction.network:
+            self._own = self.timesteps
+            told = self.correction.network[-len(wanted) :]
+            self.timesteps = torch.tensor(told, dtype=torch.float32, device=self._own.device)
+
+    def _check_guidance(self) -> None:
+        pipe = None if self._pipeline is None else self._pipeline()
+        given, measured = getattr(pipe, "guidance_scale", None), self.correction.source.get("guidance")
+        if isinstance(given, int | float) and measured is not None and given != measured:
+            raise MismatchError(
+                f"the correction was measured at guidance scale {measured:g}, the pipeline runs at {given:g}; "
+                "sample at the same scale, or measure again"
+            )
+
+    @contextmanager
+    def _own_timesteps(self, t: Any) -> Iterator[Any]:
+        """The schedule's own timesteps inside the block, and the one that stands for ``t`` there."""
+        if self._own is None:
+            yield t
+            return
+        told = self.timesteps
+        position = min(self._position, len(told) - 1)
+        self.timesteps = self._own
+        try:
+            yield self._own[position]
+        finally:
+            self.timesteps = told
 
     def _next_index(self, t: float) -> int:
         """Which step of the correction this is; a schedule may repeat a timestep."""
@@ -99,24 +136,31 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
         arguments = dict(bound.arguments)
         del arguments["self"]
         keywords = arguments.pop("kwargs", {})
-        arguments, share = self._corrected(arguments)
-        if share == 1:
-            return base.step(self, **arguments, **keywords)
+        with self._own_timesteps(arguments["timestep"]) as arguments["timestep"]:
+            arguments, share = self._corrected(arguments)
+            if share == 1:
+                return base.step(self, **arguments, **keywords)
 
-        def draw(*shape: Any, **how: Any) -> Any:
-            return share * randn_tensor(*shape, **how)
+            def draw(*shape: Any, **how: Any) -> Any:
+                return share * randn_tensor(*shape, **how)
 
-        if arguments.get("variance_noise") is not None:
-            arguments["variance_noise"] = share * arguments["variance_noise"]
-        return step_with_noise(base.step, draw)(self, **arguments, **keywords)
+            if arguments.get("variance_noise") is not None:
+                arguments["variance_noise"] = share * arguments["variance_noise"]
+            return step_with_noise(base.step, draw)(self, **arguments, **keywords)
 
-    body = {
+    def scale_model_input(self: Any, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        with self._own_timesteps(timestep) as own:
+            return base.scale_model_input(self, sample, own)  # type: ignore[no-any-return]
+
+    body: dict[str, Any] = {
         "__init__": __init__,
         "set_timesteps": set_timesteps,
         "step": step,
         "plain_class": base,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "scale_model_input"):
+        body["scale_model_input"] = functools.wraps(base.scale_model_input)(scale_model_input)
     name = _PREFIX + base.__name__
     return type(name, (CorrectedStep, base), {**body, "__module__": __name__})
 
@@ -133,6 +177,8 @@ def correct(
     qpipe: DiffusionPipeline,
     correction: Correction | NoiseStats,
     methods: Sequence[str] = DEFAULT,
+    *,
+    steps: int | None = None,
 ) -> DiffusionPipeline:
     """A quantized pipeline whose scheduler corrects; everything else is shared and untouched.
 
@@ -140,22 +186,56 @@ def correct(
         qpipe: the pipeline the statistics were measured on; one that already corrects gets this correction instead.
         correction: what to do, or statistics to derive it from.
         methods: when statistics are given, which corrections to derive; see :func:`ptqd.fit_correction`.
+        steps: when statistics are given, how many steps will be taken, if not as many as were measured: the statistics
+            are then interpolated over log-SNR, and the log says so.
 
     Raises:
         MismatchError: the statistics are of another model or scheduler.
         InputError: the statistics give no correction; see :func:`ptqd.fit_correction`.
     """
     if isinstance(correction, NoiseStats):
+        _check_source(qpipe, correction.source)
+        if steps is not None:
+            correction = at_steps(correction, qpipe.scheduler, steps)
         correction = fit_correction(correction, methods)
+    _check_source(qpipe, correction.source)
+    corrected = corrected_class(plain_class_of(qpipe.scheduler))  # type: ignore[arg-type]  # classes are hashable
+    scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
+    pipe = with_components(qpipe, scheduler=scheduler)
+    scheduler._pipeline = weakref.ref(pipe)
+    return pipe
+
+
+def plain_class_of(scheduler: SchedulerMixin) -> type[SchedulerMixin]:
+    """The class of a scheduler, without the correction it may have."""
+    kind = type(scheduler)
+    return kind.plain_class if issubclass(kind, CorrectedStep) else kind
+
+
+def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseStats:
+    """Statistics carried over to another number of steps of the same scheduler; see :meth:`ptqd.NoiseStats.at`."""
+    plain: Any = plain_class_of(scheduler).from_config(
+        {name: value for name, value in scheduler.config.items() if name != "correction"}
+    )
+    try:
+        plain.set_timesteps(steps)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the schedule of {steps} steps depends on the call ({error}); measure these steps") from error
+    there = stats.at(plain)
+    if there is not stats:
+        logger.warning(
+            "statistics of %d steps are applied at %d, interpolated over log-SNR; measure at %d to be exact",
+            stats.source["steps"],
+            steps,
+            steps,
+        )
+    return there
+
+
+def _check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
     name = denoiser_name(qpipe)
     found = {"quantized": fingerprint(getattr(qpipe, name)), **schedule_of(qpipe)}
     for fact, value in found.items():
-        if fact in correction.source and correction.source[fact] != value:
+        if fact in source and source[fact] != value:
             what = f"another {name}" if fact == "quantized" else f"another scheduler ({fact} differs)"
             raise MismatchError(f"the statistics were measured on {what}; measure this pipeline, then correct it")
-    base: type[SchedulerMixin] = type(qpipe.scheduler)
-    if issubclass(base, CorrectedStep):
-        base = base.plain_class
-    corrected = corrected_class(base)  # type: ignore[arg-type]  # classes are hashable
-    scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
-    return with_components(qpipe, scheduler=scheduler)

@@ -51,6 +51,11 @@ class LatentClassPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @property
+    def guidance_scale(self) -> float:
+        """Of the last call, as other diffusers pipelines show it."""
+        return self._guidance_scale
+
     @torch.no_grad()
     def __call__(
         self,
@@ -86,6 +91,7 @@ class LatentClassPipeline(DiffusionPipeline):
         null = self.class_embedder.config.classes
         if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= null:
             raise InputError(f"class_labels must be at least one number in 0..{null - 1}; got {labels.tolist()}")
+        self._guidance_scale = guidance_scale
         guided = guidance_scale != 1.0
         context = self.class_embedder(labels)  # N,1,D
         if guided:

@@ -1,0 +1,28 @@
+"""Q-Drift (arXiv 2603.18095): scale the deterministic increment by ``1 + c`` once the conditional mean is removed.
+
+    c = V |d_sigma| / (2 sigma)
+
+in the coordinates in which the sampler is Euler's: ``x / alpha`` and ``sigma / alpha`` for diffusion, flow matching's
+own for flow; ``V`` is the residual's variance in the derivative. To first order it is what DNS's overshoot does.
+"""
+
+import torch
+
+from ptqd.correction.variance import Reshaped, Residuals, from_coefficients
+
+
+def qdrift(residuals: Residuals) -> Reshaped:
+    """The longer increments, as outputs for the scheduler's own step.
+
+    Raises:
+        InputError: the run draws noise, keeps history, or its schedule is not known.
+    """
+    levels = residuals.deterministic("qdrift")
+    scale = torch.ones_like(levels.alpha) if levels.family == "flow" else 1 / levels.alpha
+    sigma = levels.sigma * scale
+    width = sigma[:-1] - sigma[1:]
+    c = torch.zeros_like(sigma)
+    c[:-1] = residuals.added[:-1] * scale[1:] ** 2 / (2 * sigma[:-1] * width)  # V d_sigma^2 = what it adds
+    state, own = residuals.response.own_state, residuals.response.outputs.diagonal()
+    here = torch.cat([scale[:-1] / scale[1:], state[-1:]])
+    return from_coefficients(residuals, here + (1 + c) * (state - here), (1 + c) * own)

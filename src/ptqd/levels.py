@@ -1,0 +1,77 @@
+"""Where on the noise schedule a run's samples stand: ``x_t = alpha x_0 + sigma eps``, for every scheduler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+
+Family = Literal["vp", "ve", "flow"]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Signal and noise before each step.
+
+    Attributes:
+        family: ``"vp"``: alpha^2 + sigma^2 = 1;  ``"ve"``: alpha = 1;  ``"flow"``: alpha + sigma = 1.
+        alpha: (T,), float64.
+        sigma: (T,), float64.
+    """
+
+    family: Family
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+    @property
+    def log_snr(self) -> torch.Tensor:
+        """``log(alpha^2 / sigma^2)`` (T,), within +-40."""
+        return (2 * (self.alpha.log() - self.sigma.log())).clamp(-40, 40)
+
+    @classmethod
+    def at_ratio(cls, family: Family, ratio: torch.Tensor) -> "Levels":
+        """The levels of a family at which sigma / alpha has these values (T,)."""
+        if family == "ve":
+            return cls(family, torch.ones_like(ratio), ratio)
+        alpha = (1 + ratio**2).rsqrt() if family == "vp" else 1 / (1 + ratio)
+        return cls(family, alpha, alpha * ratio)
+
+
+def noise_levels(scheduler: SchedulerMixin, timesteps: Sequence[Any]) -> Levels | None:
+    """The levels of a run over ``timesteps``, None where the scheduler's schedule is not known.
+
+    Args:
+        scheduler: as it was before the first step.
+        timesteps: those it took.
+    """
+    known: Any = scheduler
+    sigmas = getattr(known, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
+        begin = min(getattr(known, "begin_index", None) or 0, len(sigmas) - len(timesteps))
+        sigma = sigmas.detach().cpu().double()[begin : begin + len(timesteps)]
+        if "FlowMatch" in type(known).__name__ or known.config.get("use_flow_sigmas"):
+            return Levels("flow", 1 - sigma, sigma)
+        if hasattr(known, "_sigma_to_alpha_sigma_t"):  # the DPM-Solver family keeps x_t at the VP scale
+            return Levels.at_ratio("vp", sigma)
+        return Levels("ve", torch.ones_like(sigma), sigma)
+    alphas, index = getattr(known, "alphas_cumprod", None), torch.tensor([int(t) for t in timesteps])
+    if not isinstance(alphas, torch.Tensor) or int(index.min()) < 0 or int(index.max()) >= len(alphas):
+        return None
+    a = alphas.detach().cpu().double()[index]
+    return Levels("vp", a.sqrt(), (1 - a).sqrt())
+
+
+def timesteps_at(scheduler: SchedulerMixin, levels: Levels) -> torch.Tensor | None:
+    """What the network has to be told at some levels (T,), between the trained timesteps too; None if not known."""
+    known: Any = scheduler
+    if levels.family == "flow":
+        return levels.sigma * float(known.config.get("num_train_timesteps", 1000))
+    alphas = getattr(known, "alphas_cumprod", None)
+    if not isinstance(alphas, torch.Tensor):
+        return None
+    a = alphas.detach().cpu().double().clamp(1e-12, 1 - 1e-12)
+    table = (0.5 * ((1 - a) / a).log()).numpy()  # rises with the timestep
+    found = np.interp((levels.sigma / levels.alpha).log().numpy(), table, np.arange(len(table)))
+    return torch.from_numpy(found)
