@@ -1,8 +1,11 @@
 """A pipeline's parts: its denoiser, its scheduler, and fingerprints that tell whether two things belong together."""
 
 import copy
+import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,12 +35,42 @@ def with_components(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipe
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's parameters and buffers, equal after saving and loading."""
+    """A hash of a model's parameters and buffers, equal after saving and loading, and on every device.
+
+    Tensors of other libraries' own classes are hashed by what they are made of: ``__tensor_flatten__`` gives a
+    wrapper's plain tensors (torchao's codes and scales) and what else it knows (how it quantizes activations).
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _hash(digest, name, value)
     return digest.hexdigest()[:16]
+
+
+def _hash(digest: Any, name: str, value: Any) -> None:
+    """Add a value to a hash: tensors bit by bit, everything else by what stays the same from one run to the next."""
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        parts, context = value.__tensor_flatten__()
+        digest.update(f"{name} {type(value).__name__} {tuple(value.shape)}".encode())
+        _hash(digest, name, context)
+        for part in parts:
+            _hash(digest, f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, torch.Tensor):
+        if hasattr(value, "quant_type"):  # GGUF's, bitsandbytes': the same codes of another type are other weights
+            digest.update(f"{name} {value.quant_type!r}".encode())
+        with torch._C.DisableTorchFunctionSubclass():  # whatever a subclass makes of its bytes
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _hash(digest, f"{name}.{key}", value[key])
+    elif isinstance(value, list | tuple):  # one may be saved as the other
+        for i, item in enumerate(value):
+            _hash(digest, f"{name}.{i}", item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        digest.update(f"{name} {type(value).__name__}".encode())
+        _hash(digest, name, vars(value))
+    elif not isinstance(value, torch.device):
+        digest.update(f"{name} {re.sub(' at 0x[0-9a-f]+', '', repr(value))}".encode())
 
 
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
