@@ -121,18 +121,19 @@ def write_gguf(model: nn.Module, path: Path, quantization: str) -> None:
     writer.close()
 
 
-def quantized(flux: FluxPipeline, folder: Path, backend: str) -> Any:
+def quantized(flux: FluxPipeline, folder: Path, backend: str, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline with its transformer loaded anew, quantized by that backend."""
     if backend in CONFIGS:
         transformer = FluxTransformer2DModel.from_pretrained(
-            folder / "transformer", quantization_config=CONFIGS[backend](), dtype=torch.float32
+            folder / "transformer", quantization_config=CONFIGS[backend](), dtype=dtype
         )
     else:
         transformer = FluxTransformer2DModel.from_single_file(
             str(folder / f"{backend}.gguf"),
             config=str(folder),
             subfolder="transformer",
-            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            dtype=dtype,
         )
     return with_components(flux, transformer=transformer)
 
@@ -169,6 +170,23 @@ def test_what_another_library_quantized_is_measured_and_corrected(
     corrected.scheduler.save_pretrained(tmp_path / "scheduler")  # where the model itself cannot be saved
     scheduler = type(corrected.scheduler).from_pretrained(tmp_path / "scheduler")
     assert torch.equal(latents(with_components(again, scheduler=scheduler), run), want)
+
+
+@pytest.mark.parametrize("backend", ["torchao int4", "gguf Q4_0"])
+def test_in_the_dtype_that_such_pipelines_run_in(backend: str, flux: FluxPipeline, run: Sampling, folder: Path) -> None:
+    dtype = torch.bfloat16
+    run = run.replace(call={k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in run.call.items()})
+    full = with_components(
+        flux, transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    )
+    qpipe = quantized(flux, folder, backend, dtype)
+    stats = measure(full, qpipe, run)
+    errors = {}
+    for methods in ((), ("bc",), ("joint",)):
+        result = latents(correct(qpipe, stats, methods), run)
+        assert result.dtype == dtype
+        errors[methods] = (result - latents(full, run)).float().square().mean()
+    assert max(errors["bc",], errors["joint",]) < 0.92 * errors[()]
 
 
 def test_every_quantization_has_a_fingerprint_of_its_own(flux: FluxPipeline, folder: Path) -> None:

@@ -55,7 +55,7 @@ def _hash(digest: Any, name: str, value: Any) -> None:
         for part in parts:
             _hash(digest, f"{name}.{part}", getattr(value, part))
     elif isinstance(value, torch.Tensor):
-        if hasattr(value, "quant_type"):  # GGUF's, bitsandbytes': the same codes of another type are other weights
+        if hasattr(value, "quant_type"):  # GGUF: the same bytes of another type are other weights
             digest.update(f"{name} {value.quant_type!r}".encode())
         with torch._C.DisableTorchFunctionSubclass():  # whatever a subclass makes of its bytes
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
