@@ -13,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ptqd
-from ptqd.correction.joint import fit_joint
 from ptqd.evaluate.metrics import frechet_distance
 from ptqd.evaluate.moments import Moments
 from ptqd.noise import NoiseStats

@@ -175,7 +175,7 @@ def test_a_gain_is_judged_on_samples_that_were_not_fitted() -> None:
         folds = fold_sums(joint_moments(x, eps, eps_q, 1), indices)[:, None]
         gain = held_out_gain(folds, samples, layout_of(folds), joint(1e9))
         assert gain.outputs.mean().item() == pytest.approx(gain.steps.item())
-        assert gain.before.item() == pytest.approx(((eps_q - eps) ** 2).mean().item(), rel=1e-6)
+        assert gain.before.item() == pytest.approx(((eps_q - eps) ** 2).mean().item(), rel=0.02)
         return gain.steps.item(), gain.half_width.item()
 
     gain, half = gains(eps + r)

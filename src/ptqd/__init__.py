@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptqd.correction.auto import Choice, fit_auto
     from ptqd.correction.correction import Correction
     from ptqd.correction.fit import fit_correction
     from ptqd.correction.scheduler import correct
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ptqd.sampling import Sampling, sample
 
 _HOMES = {
+    "Choice": "ptqd.correction.auto",
     "Correction": "ptqd.correction.correction",
     "InputError": "ptqd.errors",
     "LatentClassPipeline": "ptqd.pipelines.latent_class",
@@ -31,6 +33,7 @@ _HOMES = {
     "Rule": "ptqd.recipe",
     "Sampling": "ptqd.sampling",
     "correct": "ptqd.correction.scheduler",
+    "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
     "measure": "ptqd.noise",
@@ -39,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Choice",
     "Correction",
     "InputError",
     "LatentClassPipeline",
@@ -50,6 +54,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "correct",
+    "fit_auto",
     "fit_correction",
     "load",
     "measure",

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ptqd.sampling import Sampling
 
 MODEL_HELP = "fashion-ldm, a diffusers pipeline's folder, or a hub id"
+METHODS_HELP = (
+    "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq "
+    "(default: %(default)s)"
+)
 
 
 def _cmd_quantize(args: argparse.Namespace) -> None:
@@ -54,12 +58,23 @@ def _cmd_measure(args: argparse.Namespace) -> None:
 
 def _cmd_correct(args: argparse.Namespace) -> None:
     """Give a quantized pipeline a scheduler that corrects, and save it."""
+    from ptqd.correction.auto import describe, fit_auto
     from ptqd.correction.scheduler import correct
     from ptqd.files import replacing
     from ptqd.noise import NoiseStats
 
     _check_replaceable(args.out)
-    corrected = correct(_pipeline(args, args.quantized), NoiseStats.load(args.noise), _methods(args.methods))
+    methods, stats, quantized = _methods(args.methods), NoiseStats.load(args.noise), _pipeline(args, args.quantized)
+    if methods == ("auto",):
+        if args.steps not in (None, stats.source["steps"]):
+            raise InputError(f"auto runs the {stats.source['steps']} steps that were measured; name methods instead")
+        args.steps, args.eta, args.samples = stats.source["steps"], stats.source["eta"], stats.samples
+        args.guidance = stats.source["call"].get("guidance_scale")
+        choice = fit_auto(quantized, stats, _sampling(args, quantized), progress=True)
+        print("\n".join(describe(choice.trials)))
+        corrected = correct(quantized, choice.correction)
+    else:
+        corrected = correct(quantized, stats, methods, steps=args.steps)
     with replacing(args.out) as temporary:
         corrected.save_pretrained(temporary)
     print(f"{args.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")
@@ -137,7 +152,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
         settings=(_sampling(args, pipe),),
         recipes=tuple(args.recipe),
         measured=args.measured,
-        corrections=ABLATION if args.methods is None else ((), _methods(args.methods)),
+        corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
     )
     run_experiment(
         pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model == "fashion-ldm" else "none"))
@@ -214,9 +229,11 @@ def _methods(text: str) -> tuple[Any, ...]:
     from ptqd.correction.fit import METHODS
 
     given = [part.strip() for part in text.split(",") if part.strip()]
+    if given == ["auto"]:
+        return ("auto",)
     for method in given:
         if method not in METHODS:
-            raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
+            raise InputError(f"unknown correction {method!r}; known are auto, alone, and {', '.join(METHODS)}")
     return tuple(method for method in METHODS if method in given)
 
 
@@ -284,10 +301,14 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("correct", _cmd_correct)
     sub.add_argument("quantized", help="the quantized pipeline's folder")
     sub.add_argument("noise", type=Path, help="statistics that 'ptqd measure' wrote")
-    sub.add_argument("--methods", default="cnc,bc,vsc", help="of cnc, bc, vsc; or joint (default: %(default)s)")
+    sub.add_argument("--methods", default="auto", help=METHODS_HELP)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--steps", type=int, help="of other than were measured: the statistics are interpolated")
     sub.add_argument("--scheduler", help="the scheduler class the statistics were measured with")
-    sub.add_argument("--device", help=argparse.SUPPRESS)
+    sub.add_argument("--batch", type=int, default=64, help="for auto: at once (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="for auto: as measured (default: %(default)s)")
+    sub.add_argument("--call", action="append", metavar="NAME=JSON", help="for auto: as measured")
+    sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
     sub = verb("sample", _cmd_sample)
     sub.add_argument("model", help=MODEL_HELP)
@@ -313,9 +334,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", action="append", required=True, help="shorthand or TOML file; may be given again")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
     sub.add_argument(
-        "--measured", type=int, default=128, help="samples the statistics are taken on (default: %(default)s)"
+        "--measured", type=int, default=64, help="samples the statistics are taken on (default: %(default)s)"
     )
-    sub.add_argument("--methods", help="corrections of one row (default: the ablation, none to cnc,bc,vsc)")
+    sub.add_argument("--methods", default="auto", help=METHODS_HELP)
+    sub.add_argument("--ablation", action="store_true", help="rows for none, cnc, cnc,bc, cnc,bc,vsc and auto")
     sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for fashion-ldm)")
     _add_sampling(sub, 256)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ptqd.experiment import Experiment
+from ptqd.experiment import ABLATION, Experiment
 from ptqd.sampling import Sampling
 
 _LABELS = list(range(10))
@@ -19,6 +19,7 @@ def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str,
         ),
         recipes=recipes,
         measured=measured,
+        corrections=ABLATION,
     )
 
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from ptqd.bops import FULL_BITS, image_cost, weight_bytes
 from ptqd.components import denoiser_name, pipeline_fingerprint
+from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.scheduler import correct
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
@@ -26,7 +27,10 @@ from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, guidance_of, sample
 from ptqd.stages import RunFolder
 
-ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"))
+AUTO = ("auto",)
+DEFAULT: tuple[tuple[str, ...], ...] = ((), AUTO)
+ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"), AUTO)
+MEASURED = 64  # samples on the plateau of bench/samples.txt
 PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", "numpy")
 
 
@@ -49,14 +53,14 @@ class Experiment:
         settings: how it samples; each is sampled in full precision once.
         recipes: shorthand or TOML files.
         measured: samples the statistics are taken on; their seeds are not those of the images.
-        corrections: rows for each recipe.
+        corrections: rows for each recipe: methods as :func:`ptqd.fit_correction` takes them, or ``("auto",)``.
     """
 
     model: str
     settings: tuple[Sampling, ...]
     recipes: tuple[str, ...]
-    measured: int = 128
-    corrections: tuple[tuple[str, ...], ...] = ABLATION
+    measured: int = MEASURED
+    corrections: tuple[tuple[str, ...], ...] = DEFAULT
 
     def __post_init__(self) -> None:
         names = ["full-precision", *(Path(text).stem for text in self.recipes)]
@@ -77,6 +81,7 @@ def run_experiment(
     report: dict[str, Any] = {
         "rows": [],
         "steps": [],
+        "choices": [],
         "stages": {},
         "judge": None if judge is None else judge.name,
         "versions": {name: version(name) for name in PACKAGES}
@@ -145,9 +150,13 @@ class _Setting:
             for methods in self.experiment.corrections:
                 if before is None or methods != (*before, "vsc") or stats.response.draws:
                     inputs: dict[str, Any] = {"recipe": recipe.to_dict(), "methods": methods}
-                    if methods:
+                    corrected = quantized
+                    if methods == AUTO:
+                        corrected = correct(quantized, self._chosen(prefix, quantized, stats).correction)
+                        inputs["auto"] = self.folder.key(f"{prefix}/auto.json")
+                    elif methods:
+                        corrected = correct(quantized, stats, methods)
                         inputs["noise"] = self.folder.key(f"{prefix}/noise.safetensors")
-                    corrected = correct(quantized, stats, methods) if methods else quantized
                     images = self._sample(f"{Path(text).stem}/{correction_name(methods)}", corrected, inputs)
                 before = methods
                 size = self._bytes(quantized)
@@ -173,6 +182,19 @@ class _Setting:
             )
 
         return NoiseStats.load(self._stage(f"{prefix}/noise.safetensors", inputs, build))
+
+    def _chosen(self, prefix: str, quantized: DiffusionPipeline, stats: NoiseStats) -> Choice:
+        inputs = {"noise": self.folder.key(f"{prefix}/noise.safetensors"), "checked": stats.final_indices.tolist()}
+
+        def build(path: Path, scratch: Path) -> None:
+            with busy(f"choosing a correction for {prefix}" if self.progress else None):
+                write_json(path, fit_auto(quantized, stats, self.setting).to_dict())
+
+        choice = Choice.from_dict(read_json(self._stage(f"{prefix}/auto.json", inputs, build)))
+        facts = {name: value for name, value in choice.to_dict().items() if name != "correction"}
+        recipe = prefix.rsplit("/", 1)[-1]
+        self.report["choices"].append({"setting": self.facts, "recipe": recipe, "taken": choice.name, **facts})
+        return choice
 
     def _sample(self, what: str, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> Path:
         name = f"{self.name}/{what}/samples.safetensors"
@@ -213,7 +235,7 @@ class _Setting:
         }
 
     def _step_rows(self, recipe: str, stats: NoiseStats) -> list[dict[str, Any]]:
-        fit = stats.fit()
+        fit, repeated = stats.fit(), stats.residual_correlation()
         names = ("k", "variance", "r2", "snr", "skewness", "kurtosis")
         return [
             {
@@ -225,6 +247,7 @@ class _Setting:
                 **{name: _at(getattr(fit, name), i) for name in names},
                 "bias": [_at(fit.bias, (i, c)) for c in range(fit.bias.value.shape[1])],
                 "normality_p": fit.normality[i].item(),
+                "autocorrelation": dict.fromkeys(("value", "low", "high"), repeated[i, max(i - 1, 0)].item()),
             }
             for i, t in enumerate(stats.timesteps.tolist())
         ]
@@ -255,13 +278,17 @@ def measure_shards(
     title: str | None,
 ) -> None:
     """Measure into ``path``, batch by batch through ``scratch``, so that a kill costs one batch."""
-    parts = []
-    for indices in track(list(run.batches()), title):
-        shard = scratch / f"{indices.start:08d}.safetensors"
-        if not shard.exists():
-            measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start).save(shard)
-        parts.append(NoiseStats.load(shard))
-    NoiseStats.merge(parts).save(path)
+    kept = sorted(scratch.glob("*.safetensors"))  # the newest holds all that was measured so far
+    stats = NoiseStats.load(kept[-1]) if kept else None
+    for indices in track(list(run.batches(0 if stats is None else stats.samples)), title):
+        part = measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
+        stats = part if stats is None else NoiseStats.merge([stats, part])
+        stats.save(scratch / f"{stats.samples:08d}.safetensors")
+        for older in kept:
+            older.unlink()
+        kept = [scratch / f"{stats.samples:08d}.safetensors"]
+    if stats is not None:
+        stats.save(path)
 
 
 def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: Path, *, title: str | None) -> None:

@@ -15,8 +15,9 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -98,6 +99,25 @@ class Choice:
     trials: tuple[Trial, ...]
     steps: tuple[StepGate, ...]
     checked: int
+
+    @property
+    def name(self) -> str:
+        """Of the candidate that was taken."""
+        return next(trial.name for trial in self.trials if trial.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
+        """The inverse of :meth:`to_dict`, also after JSON."""
+        return cls(
+            Correction.from_dict(values["correction"]),
+            tuple(Trial(**trial) for trial in values["trials"]),
+            tuple(StepGate(**step) for step in values["steps"]),
+            values["checked"],
+        )
 
 
 def fit_auto(

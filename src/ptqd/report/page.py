@@ -10,13 +10,14 @@ from jinja2 import Environment, PackageLoader
 from ptqd.errors import InputError
 from ptqd.experiment import load_images
 from ptqd.files import read_json, replacing, write_text
-from ptqd.report.pictures import overview, setting_strips, step_plots
+from ptqd.report.pictures import choice_plots, overview, setting_strips, step_plots
 from ptqd.report.table import (
     COST_COLUMNS,
     METRICS,
     by_setting,
     correction_label,
     cost_cells,
+    heading,
     metric_cell,
     metric_columns,
 )
@@ -32,7 +33,7 @@ def write_page(folder: Path) -> Path:
         InputError: ``report.json`` is missing or not a report.
     """
     report: Mapping[str, Any] = read_json(folder / "report.json")
-    needed = {"rows", "steps", "stages", "versions"}
+    needed = {"rows", "steps", "choices", "stages", "versions"}
     if not isinstance(report, dict) or not needed <= set(report) or not report["rows"]:
         raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
     rows = report["rows"]
@@ -51,6 +52,10 @@ def write_page(folder: Path) -> Path:
         cost_columns=COST_COLUMNS,
         strips=strips,
         plots=step_plots(report["steps"]),
+        choices=[
+            (text, picture, [choice for choice in report["choices"] if heading(choice["setting"]) == text])
+            for text, picture in choice_plots(report["choices"])
+        ],
         stages=_stage_seconds(report["stages"]),
         versions=report["versions"],
     )
@@ -79,6 +84,7 @@ def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
     kinds = {
         "quantized": "quantize",
         "noise.safetensors": "measure",
+        "auto.json": "choose",
         "samples.safetensors": "sample",
         "metrics.json": "evaluate",
     }

@@ -20,6 +20,8 @@ QUANTITIES = {
     "r2": ("R²", "linear"),
     "variance": ("residual variance", "log"),
     "snr": ("SNR of the quantized output", "log"),
+    "autocorrelation": ("residual's correlation with the step before", "linear"),
+    "kurtosis": ("residual's excess kurtosis", "symlog"),
 }
 
 
@@ -85,10 +87,11 @@ def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
 
 
 def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
-    """For each setting, one figure of k, R^2, residual variance and SNR by step, with 95 % bands: title and PNG."""
+    """For each setting, one figure of what was measured by step, with 95 % bands: title and PNG."""
     figures = []
     for text, group in by_setting(steps):
-        figure, axes = plt.subplots(1, len(QUANTITIES), figsize=(15, 3.4), layout="constrained")
+        figure, grid_of_axes = plt.subplots(2, len(QUANTITIES) // 2, figsize=(14, 6.4), layout="constrained")
+        axes = grid_of_axes.ravel()
         for axis, (name, (label, scale)) in zip(axes, QUANTITIES.items(), strict=True):
             for recipe in dict.fromkeys(step["recipe"] for step in group):
                 mine = [step for step in group if step["recipe"] == recipe]
@@ -111,8 +114,37 @@ def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
             axis.set_title(label, fontsize=10)
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        plt.close(figure)
-        figures.append((text, buffer.getvalue()))
+        figures.append((text, _figure_png(figure)))
     return figures
+
+
+def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+    """For each setting, what every step keeps and what that brings on samples it was not fitted on: title and PNG."""
+    figures = []
+    for text, group in by_setting(choices):
+        figure, (gains, kept) = plt.subplots(1, 2, figsize=(14, 3.4), layout="constrained")
+        names = list(dict.fromkeys(step["kept"] for choice in group for step in choice["steps"]))
+        names.sort(key=lambda name: (name != "nothing", name))
+        for choice in (choice for choice in group if choice["steps"]):
+            x = np.arange(len(choice["steps"]))
+            gain, half = (np.array([100 * step[key] for step in choice["steps"]]) for key in ("gain", "half_width"))
+            (line,) = gains.plot(x, gain, label=choice["recipe"], marker="o" if len(x) <= 50 else None, markersize=2.5)
+            gains.fill_between(x, gain - half, gain + half, color=line.get_color(), alpha=0.2)
+            kept.plot(x, [names.index(step["kept"]) for step in choice["steps"]], drawstyle="steps-mid")
+        gains.set_title("error of the next sample that is taken away, %", fontsize=10)
+        kept.set_title("what the step keeps", fontsize=10)
+        kept.set_yticks(range(len(names)), names)
+        for axis in (gains, kept):
+            axis.set_xlabel("sampling step")
+            axis.grid(alpha=0.3)
+        if gains.has_data():
+            gains.legend(fontsize=8)
+        figures.append((text, _figure_png(figure)))
+    return figures
+
+
+def _figure_png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -38,10 +38,10 @@ def by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Ma
 def correction_label(correction: str) -> str:
     """``+CNC +BC`` of ``"cnc+bc"``.
 
-    >>> correction_label("cnc+bc"), correction_label("none")
-    ('+CNC +BC', 'none')
+    >>> correction_label("cnc+bc"), correction_label("none"), correction_label("auto")
+    ('+CNC +BC', 'none', 'auto')
     """
-    return correction if correction == "none" else " ".join(f"+{m.upper()}" for m in correction.split("+"))
+    return correction if correction in ("none", "auto") else " ".join(f"+{m.upper()}" for m in correction.split("+"))
 
 
 def metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

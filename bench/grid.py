@@ -1,0 +1,191 @@
+"""Does a correction ever make things worse? Every recipe with every scheduler, on fashion-ldm.
+
+    python bench/grid.py --out grid.jsonl      # an hour of one core; the same command resumes
+    python bench/grid.py --out grid.jsonl --table
+
+In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc where
+noise is drawn) and with auto, from the same statistics. Judged by PSNR to the full-precision images of the same seeds,
+and by Frechet distance to the full-precision images in the classifier's features; both as differences to no correction,
+with the 95 % interval of the paired difference (over samples; jackknife for Frechet). A regression is a difference for
+the worse whose interval does not hold 0.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+import ptqd
+from ptqd.components import with_components
+from ptqd.evaluate.metrics import frechet_distance
+from ptqd.experiment import MEASURED
+from ptqd.sampling import Sampling, run_batch
+from ptqd.zoo import CLASSIFIER
+from ptqd.zoo.classifier import FashionClassifier
+
+SAMPLES = 250
+RECIPES = ("w8a8", "w6a6", "w4a8", "w4a4")
+SCHEDULERS: dict[str, tuple[str, dict[str, Any], float]] = {  # class, configuration, eta
+    "DDIM, eta 0": ("DDIMScheduler", {}, 0.0),
+    "Euler": ("EulerDiscreteScheduler", {}, 0.0),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {}, 0.0),
+    "UniPC": ("UniPCMultistepScheduler", {}, 0.0),
+    "DDIM, eta 1": ("DDIMScheduler", {}, 1.0),
+    "DDPM": ("DDPMScheduler", {}, 0.0),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, 0.0),
+}
+STOCHASTIC = ("DDIM, eta 1", "DDPM", "Euler ancestral")
+
+
+def setting(scheduler: str) -> Sampling:
+    """The paper's: 20 steps and guidance 3 where nothing is drawn; guidance 1.5, and 50 steps, where noise is."""
+    steps, guidance = (50, 1.5) if scheduler in STOCHASTIC else (20, 3.0)
+    call = {"class_labels": list(range(10)), "guidance_scale": guidance}
+    return Sampling(steps, SCHEDULERS[scheduler][2], SAMPLES, 50, call=call)
+
+
+@torch.no_grad()
+def drawn(pipe: Any, run: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final latents, and images in [0, 1]."""
+    latents, images = [], []
+    for indices in run.batches():
+        z = run_batch(pipe, run, indices, "latent")
+        latents.append(z.double())
+        images.append(pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5)
+    return torch.cat(latents), torch.cat(images)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()))
+
+
+def jackknife(values: list[float]) -> float:
+    """Half the width of the 95 % interval, from leave-one-group-out values."""
+    n = len(values)
+    return 1.96 * math.sqrt((n - 1) * torch.tensor(values).var(unbiased=False).item())
+
+
+def cell(pipe: Any, judge: FashionClassifier, scheduler: str, recipe: str) -> dict[str, Any]:
+    name, config, _ = SCHEDULERS[scheduler]
+    plain = with_components(pipe, scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config, **config))
+    run = setting(scheduler)
+    quantized = ptqd.quantize(plain, recipe, run)
+    stats = ptqd.measure(plain, quantized, run.replace(samples=MEASURED))
+    choice = ptqd.fit_auto(quantized, stats, run)
+    methods = ("cnc", "bc", "vsc") if stats.response.draws else ("cnc", "bc")
+    pipes = {
+        "none": quantized,
+        "ptqd": ptqd.correct(quantized, stats, methods),
+        "auto": ptqd.correct(quantized, choice.correction),
+    }
+    latents, images = drawn(plain, run)
+    reference = features(judge, images)
+    found: dict[str, Any] = {"scheduler": scheduler, "recipe": recipe, "taken": choice.name, "rows": {}}
+    groups = torch.arange(SAMPLES) % 50
+    for row, corrected in pipes.items():
+        mine, pictures = drawn(corrected, run)
+        mse = (pictures - images).double().square().flatten(1).mean(1)
+        psnr, seen = -10 * mse.clamp(min=1e-10).log10(), features(judge, pictures)
+        left_out = [distance(seen[groups != g], reference[groups != g]) for g in range(50)]
+        found["rows"][row] = {
+            "mse": (mine - latents).square().mean().item(),
+            "psnr": psnr.tolist(),
+            "frechet": distance(seen, reference),
+            "left_out": left_out,
+        }
+    return found
+
+
+@torch.no_grad()
+def features(judge: FashionClassifier, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([judge.features(part * 2 - 1).pooled for part in images.float().split(50)]).double()
+
+
+def difference(found: dict[str, Any], row: str) -> dict[str, float]:
+    """Against no correction: PSNR, Frechet distance, each with half the width of its interval."""
+    mine, none = found["rows"][row], found["rows"]["none"]
+    psnr = torch.tensor(mine["psnr"]) - torch.tensor(none["psnr"])
+    frechet = [a - b for a, b in zip(mine["left_out"], none["left_out"], strict=True)]
+    return {
+        "psnr": psnr.mean().item(),
+        "psnr_half": 1.96 * psnr.std().item() / math.sqrt(len(psnr)),
+        "frechet": mine["frechet"] - none["frechet"],
+        "frechet_half": jackknife(frechet),
+        "cut": 100 * (1 - mine["mse"] / none["mse"]),
+    }
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        f"fashion-ldm, {SAMPLES} samples, statistics of {MEASURED}, torch {torch.__version__}; differences to no "
+        "correction, 95 % intervals",
+        "PSNR to FP in dB (higher is better), Frechet to FP (lower is better), cut of the final latents' squared "
+        "distance; ! marks a regression",
+    ]
+    worse: dict[str, list[str]] = {"ptqd": [], "auto": []}
+    means: dict[str, list[tuple[float, ...]]] = {"ptqd": [], "auto": []}
+    for scheduler in SCHEDULERS:
+        lines.append(
+            f"\n{scheduler}, {setting(scheduler).steps} steps, guidance {setting(scheduler).call['guidance_scale']}"
+        )
+        for recipe in RECIPES:
+            for found in (c for c in cells if c["scheduler"] == scheduler and c["recipe"] == recipe):
+                none = found["rows"]["none"]
+                psnr = torch.tensor(none["psnr"]).mean().item()
+                lines.append(f"  {recipe}  none  PSNR {psnr:6.2f}          Frechet {none['frechet']:.4f}")
+                for row, record in worse.items():
+                    d = difference(found, row)
+                    bad = [
+                        name
+                        for name, lost in (("psnr", -d["psnr"]), ("frechet", d["frechet"]))
+                        if lost > d[f"{name}_half"]
+                    ]
+                    record += [f"{recipe}, {scheduler}: {name}" for name in bad]
+                    share = 100 * (1 - found["rows"][row]["frechet"] / none["frechet"])
+                    means[row].append((d["psnr"], share, d["cut"]))
+                    lines.append(
+                        f"        {row}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
+                        f"Frechet {d['frechet']:+.4f} ± {d['frechet_half']:.4f}{'!' if 'frechet' in bad else ' '}"
+                        f" ({-share:+4.0f} %)  distance cut {d['cut']:+5.1f} %"
+                        + (f"  kept: {found['taken']}" if row == "auto" else "")
+                    )
+    lines.append("")
+    for row, record in worse.items():
+        gain = torch.tensor(means[row]).mean(0).tolist()
+        lines.append(
+            f"{row}: {len(record)} regressions in {len(means[row])} cells, two measures each"
+            f"{': ' + '; '.join(record) if record else ''}. "
+            f"Mean over cells: PSNR {gain[0]:+.2f} dB, Frechet to FP {-gain[1]:+.0f} %, distance cut {gain[2]:.0f} %."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--schedulers", nargs="*", default=list(SCHEDULERS))
+    args = parser.parse_args()
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.table:
+        print(table(done))
+        return
+    pipe = ptqd.load("fashion-ldm")
+    judge = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
+    for scheduler in args.schedulers:
+        for recipe in RECIPES:
+            if not any(c["scheduler"] == scheduler and c["recipe"] == recipe for c in done):
+                found = cell(pipe, judge, scheduler, recipe)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(
+                    scheduler, recipe, found["taken"], {r: difference(found, r) for r in ("ptqd", "auto")}, flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
