@@ -202,7 +202,7 @@ def test_bad_arguments(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "seed must be at least 0" in fails(capsys, "sample", model, *out, "--seed", -1)
     assert "refuses its arguments" in fails(capsys, "sample", model, *out, "--steps", 2000)
     assert "refuses its arguments" in fails(capsys, "sample", model, *out, "--call", 'guidance_scale="a"')
-    assert "gave 1 images for 2 samples" in fails(
+    assert "gave 1 results for 2 samples" in fails(
         capsys, "sample", model, *out, "--steps", 1, "--samples", 2, "--call", "class_labels=3"
     )
     assert "has no scheduler 'UNet2DModel'" in fails(capsys, "sample", model, *out, "--scheduler", "UNet2DModel")

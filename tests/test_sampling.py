@@ -1,9 +1,11 @@
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
+from PIL import Image
 
 from ptqd import InputError, Sampling, sample
 from ptqd.components import denoiser_name
@@ -52,6 +54,21 @@ def test_lists_are_one_value_a_sample() -> None:
     assert call["b"].tolist() == [5, 6, 5]
     assert call["c"] == "x"
     assert run.to_dict()["call"]["b"] == [5, 6]
+
+
+def test_tuples_and_pictures_go_to_every_batch() -> None:
+    picture = Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))
+    run = Sampling(call={"a": [1, 2], "size": (16, 24), "image": picture, "more": {"scale": np.ones(2)}, "hook": print})
+    call = run.call_for(range(3))
+    assert call["size"] == (16, 24)
+    assert call["image"] is picture
+    plain = run.shared_call
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["size"] == [16, 24]
+    assert "a" not in plain
+    other = Sampling(call={**run.call, "image": Image.fromarray(np.ones((2, 2, 3), dtype=np.uint8))})
+    assert {k for k, v in other.shared_call.items() if v != plain[k]} == {"image"}
+    assert {**run.to_dict()["call"], "a": None} == {**plain, "a": None}
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("samples", 0), ("batch", 0), ("eta", -1.0)])

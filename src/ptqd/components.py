@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -25,6 +26,59 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise InputError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptqd quantizes one of these")
+
+
+def scheduler_of(pipe: DiffusionPipeline) -> Any:
+    """The pipeline's scheduler, its ``step`` one that ptqd can record and correct.
+
+    Raises:
+        InputError: there is none, it steps in another way, or its ``step`` was replaced on the instance.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise InputError(
+            f"{type(pipe).__name__} has no scheduler; ptqd measures and corrects at scheduler.step: "
+            "give it one with pipe.register_modules(scheduler=...)"
+        )
+    kind = type(scheduler).__name__
+    step = getattr(type(scheduler), "step", None)
+    taken = [] if step is None else list(inspect.signature(step).parameters)[1:4]
+    if taken != ["model_output", "timestep", "sample"]:
+        steps = "has no step" if step is None else f"steps by step({', '.join(taken)}, ...)"
+        raise InputError(f"{kind} {steps}; ptqd needs step(model_output, timestep, sample, ...): use another scheduler")
+    if "step" in vars(scheduler):
+        raise InputError(
+            f"the step of this {kind} was replaced on the instance, which ptqd can neither record nor save; "
+            "undo it with 'del pipe.scheduler.step', or make it a method of a subclass"
+        )
+    return scheduler
+
+
+def channel_axis(sample: torch.Tensor) -> int:
+    """Where channels usually are: second in images and video, last in tokens (N, L, C)."""
+    return 2 if sample.ndim == 3 else 1
+
+
+def find_channel_axis(model: nn.Module, output: torch.Tensor, sample: torch.Tensor) -> int:
+    """Where a step's channels are, whatever the pipeline: audio is (N, C, L), some video (N, F, C, H, W).
+
+    A learned variance follows the channels: there output and sample differ. Else the axis has the size that the
+    denoiser's configuration names; where several have, or none, it is the usual one.
+    """
+    axes = range(1, sample.ndim)
+    differ = [axis for axis in axes if output.shape[axis] != sample.shape[axis]]
+    if differ:
+        return differ[0]
+    usual = channel_axis(sample)
+    config: Mapping[str, Any] = getattr(model, "config", {})
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    if inputs is not None and outputs == 2 * inputs:  # the pipeline dropped a learned variance
+        outputs = inputs
+    for channels in (outputs, inputs):  # conditions may follow the sample in the inputs
+        fitting = [axis for axis in axes if sample.shape[axis] == channels]
+        if fitting:
+            return usual if usual in fitting else fitting[0]
+    return usual
 
 
 def with_components(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
@@ -75,7 +129,7 @@ def _hash(digest: Any, name: str, value: Any) -> None:
 
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """A pipeline's scheduler, as plain facts; see :func:`scheduler_facts`."""
-    return scheduler_facts(pipe.scheduler)
+    return scheduler_facts(scheduler_of(pipe))
 
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:

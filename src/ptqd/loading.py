@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-import ptqd.correction.scheduler  # registers what saved pipelines refer to
-import ptqd.quantization  # noqa: F401
+import ptqd.quantization  # noqa: F401  (registers what saved pipelines refer to)
 from ptqd import zoo
+from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
@@ -70,7 +70,18 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
             missing = [key for key, value in component.state_dict().items() if value.is_meta]
             if missing:
                 raise InputError(f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model")
+    _keep_correction(pipe, model)
     return pipe
+
+
+def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
+    """Some pipelines, DDIM's for one, make a plain scheduler from the one they are given; here it corrects again."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or isinstance(scheduler, CorrectedStep) or "correction" not in scheduler.config:
+        return
+    corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
+    if DiffusionPipeline.load_config(model)["scheduler"][1] == corrected.__name__:
+        pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
 
 
 def best_device() -> str:

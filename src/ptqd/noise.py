@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from scipy import stats as scipy_stats
 
-from ptqd.components import denoiser_name, fingerprint, schedule_of, scheduler_facts
+from ptqd.components import channel_axis, denoiser_name, fingerprint, schedule_of, scheduler_facts
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.joint import FOLDS, Layout, fold_of, fold_sums, joint_moments
@@ -314,17 +314,18 @@ class NoiseStats:
 _TENSORS = ("timesteps", "indices", "moments", "finals", "final_indices", *SUMS)
 
 
-def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
+def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = None) -> torch.Tensor:
     """Moments of one step.
 
     Args:
         eps: (N, C, ...), or (N, L, C) for tokens.
         eps_q: like ``eps``.
+        axis: of the channels, where it is not the usual one.
 
     Returns:
         E[eps^i (eps_q - eps)^j] over the elements of a channel (N, C, 14), float64.
     """
-    axis = channel_axis(eps)
+    axis = channel_axis(eps) if axis is None else axis
     e = eps.cpu().movedim(axis, 1).flatten(2).double()  # N,C,M; not every device has float64
     d = eps_q.cpu().movedim(axis, 1).flatten(2).double() - e
     powers_e, powers_d = [torch.ones_like(e)], [torch.ones_like(d)]
@@ -335,19 +336,19 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
 
 
 def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Moments (samples, ...) of a step's rows (m samples, ...): some pipelines step both halves of a guided batch.
+    """Moments (samples, ...) of a step's rows (m samples, ...).
+
+    Some pipelines step a guided batch twice, the second half a copy; in others a sample is m rows, its frames.
 
     Raises:
         InputError: the rows are not a whole number of batches.
     """
     if len(moments) % samples:
         raise InputError(f"the pipeline steps {len(moments)} rows for {samples} samples; ask for one image a sample")
-    return moments.view(-1, samples, *moments.shape[1:]).mean(0)
-
-
-def channel_axis(x: torch.Tensor) -> int:
-    """Where the channels are: second in images and video, last in tokens (N, L, C)."""
-    return x.ndim - 1 if x.ndim == 3 else 1
+    copies = moments.view(-1, samples, *moments.shape[1:])
+    if torch.equal(copies, copies[:1].expand_as(copies)):
+        return copies[0]
+    return moments.view(samples, -1, *moments.shape[1:]).mean(1)
 
 
 def regression(m: torch.Tensor, *, slope: bool) -> dict[str, torch.Tensor]:
@@ -450,7 +451,6 @@ def measure(
         InputError: the denoiser's output is NaN or infinite at some step.
     """
     run = run.apart("measuring")
-    shared = {k: v for k, v in run.to_dict()["call"].items() if not isinstance(v, list)}
     source = {
         "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
         "quantized": fingerprint(getattr(qpipe, denoiser_name(qpipe))),
@@ -458,7 +458,7 @@ def measure(
         "steps": run.steps,
         "eta": 0.0,
         "guidance": guidance_of(pipe, run),
-        "call": shared,
+        "call": run.shared_call,
         "seed": run.seed,
         "closed_loop": closed_loop,
     }
@@ -490,14 +490,14 @@ def _batch_stats(
     before: NoiseStats | None,
 ) -> NoiseStats:
     """Statistics of one batch's steps; how the scheduler steps is asked of the first batch alone."""
-    axis = channel_axis(trajectory.samples[0])
+    source["channel_axis"] = axis = trajectory.channel_axis
     channels = trajectory.samples[0].shape[axis]  # a learned variance follows the mean
     means, means_q = ([e.narrow(axis, 0, channels) for e in es] for es in (outputs, outputs_q))
     timesteps = [float(t) for t in trajectory.timesteps]
     source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
     rows, tables = [], []
     for t, x, eps, eps_q in zip(timesteps, trajectory.samples, means, means_q, strict=True):
-        moments = paired_moments(eps, eps_q)
+        moments = paired_moments(eps, eps_q, axis)
         if not bool(torch.isfinite(moments).all()):
             raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
         rows.append(per_sample(moments, len(indices)))
@@ -527,6 +527,6 @@ def _response(trajectory: Trajectory) -> Response:
         getattr(scheduler, "plain_class", type(scheduler)).step,
         trajectory.timesteps,
         trajectory.keywords,
-        learned_variance=output.shape[channel_axis(sample)] != sample.shape[channel_axis(sample)],
+        learned_variance=output.shape != sample.shape,
         device=sample.device,
     )

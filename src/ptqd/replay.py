@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 
-from ptqd.errors import MismatchError
+from ptqd.components import denoiser_name, find_channel_axis, scheduler_of
+from ptqd.errors import InputError, MismatchError
 from ptqd.sampling import Sampling, run_batch
 
 _CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
@@ -33,6 +34,7 @@ class Trajectory:
         results: what ``step`` returned.
         scheduler: a copy of it, as it was before the first step.
         keywords: arguments of ``step`` that are the same at every step, such as ``eta``.
+        channel_axis: of samples and outputs.
     """
 
     timesteps: list[Any] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Trajectory:
     results: list[Any] = field(default_factory=list)
     scheduler: Any = None
     keywords: dict[str, Any] = field(default_factory=dict)
+    channel_axis: int = 1
 
     @property
     def final(self) -> torch.Tensor:
@@ -69,33 +72,48 @@ def next_sample(result: Any) -> torch.Tensor:
 
 @contextmanager
 def _stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
-    """Let ``pipe``'s scheduler call ``step(plain_step, model_output, timestep, sample, ...)`` for the block's time."""
-    scheduler: SchedulerMixin = pipe.scheduler
-    plain = scheduler.step
+    """Let ``pipe``'s scheduler call ``step(plain_step, model_output, timestep, sample, ...)`` for the block's time.
 
-    @functools.wraps(plain)  # pipelines look at the signature
-    def wrapped(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    Its class is what changes: copies that the pipeline makes of it, to step something else, are seen and refused.
+    """
+    scheduler = scheduler_of(pipe)
+    kind: Any = type(scheduler)
+
+    @functools.wraps(kind.step)  # pipelines look at the signature
+    def wrapped(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = functools.partial(kind.step, self)
+        if self is not scheduler:
+            raise InputError(f"{type(pipe).__name__} steps copies of its scheduler; ptqd follows a single one")
+        if not sample.is_floating_point():
+            raise InputError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
         return step(plain, model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = wrapped
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": wrapped, "__module__": kind.__module__})
     try:
         yield
     finally:
-        del scheduler.__dict__["step"]
+        scheduler.__class__ = kind
 
 
 @contextmanager
 def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
-    """Record every step the pipeline takes inside the block."""
+    """Record every step the pipeline takes inside the block.
+
+    Raises:
+        InputError: its scheduler cannot be followed, or was not asked for a single step.
+    """
     trajectory = Trajectory()
+    model = getattr(pipe, denoiser_name(pipe))
+    kind = type(scheduler_of(pipe))
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         if trajectory.scheduler is None:
             trajectory.scheduler = copy.deepcopy(pipe.scheduler)
-            del trajectory.scheduler.__dict__["step"]  # this function
+            trajectory.scheduler.__class__ = kind  # without this function
             bound = inspect.signature(plain).bind(model_output, timestep, sample, *args, **kw)
             bound.apply_defaults()
             trajectory.keywords = {k: v for k, v in bound.arguments.items() if k not in _CHANGING}
+            trajectory.channel_axis = find_channel_axis(model, model_output, sample)
         result = plain(model_output, timestep, sample, *args, **kw)
         trajectory.timesteps.append(timestep)
         trajectory.samples.append(sample.detach())
@@ -105,6 +123,11 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
 
     with _stepping(pipe, step):
         yield trajectory
+    if not trajectory.timesteps:
+        raise InputError(
+            f"{type(pipe).__name__} took no step with its {kind.__name__}; ptqd needs a pipeline that calls "
+            "pipe.scheduler.step, for at least one step"
+        )
 
 
 @contextmanager

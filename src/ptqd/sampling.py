@@ -1,6 +1,7 @@
 """Sampling: one seed for each sample, so that results depend on neither batch size nor number of processes."""
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ class Sampling:
         batch: samples at once; changes speed and memory, never results.
         seed: of sample i is derived from (seed, i).
         call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
-            (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); anything else goes to every batch.
+            (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); anything else goes to every batch,
+            tuples too (``{"sigmas": (1.0, 0.5)}``).
 
     Raises:
         InputError: a count below 1, or eta below 0.
@@ -46,7 +48,7 @@ class Sampling:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
         for name, value in self.call.items():
-            if isinstance(value, list | tuple | torch.Tensor) and len(value) == 0:
+            if isinstance(value, list | torch.Tensor) and len(value) == 0:
                 raise InputError(f"call argument {name!r} is an empty list; give one value a sample")
 
     def replace(self, **changes: Any) -> "Sampling":
@@ -69,7 +71,7 @@ class Sampling:
         for name, value in self.call.items():
             if isinstance(value, torch.Tensor):
                 chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
-            elif isinstance(value, list | tuple):
+            elif isinstance(value, list):
                 chosen[name] = [value[i % len(value)] for i in indices]
             else:
                 chosen[name] = value
@@ -78,8 +80,29 @@ class Sampling:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain["call"] = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in self.call.items()}
+        plain["call"] = _plain(self.call)
         return plain
+
+    @property
+    def shared_call(self) -> dict[str, Any]:
+        """The call's arguments that go to every batch; plain values, ready for JSON."""
+        shared = {k: v for k, v in self.call.items() if not isinstance(v, list | torch.Tensor)}
+        return {name: _plain(value) for name, value in shared.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON: pictures and arrays by a digest, other objects by their type's name."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    array = np.asarray(value)
+    name = type(value).__name__
+    return name if array.dtype == object else f"{name} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
 
 def guidance_of(pipe: DiffusionPipeline, run: Sampling) -> float | None:
@@ -100,7 +123,8 @@ def run_batch(
     """Run the pipeline for some samples.
 
     Returns:
-        What the pipeline's ``output_type`` gives: images (n, H, W, C) in [0, 1] for ``"np"``.
+        The first field of the pipeline's output, of its ``output_type``: images (n, H, W, C) in [0, 1] for ``"np"``;
+        frames, audio.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {
@@ -122,18 +146,22 @@ def run_batch(
     given = {k: v for k, v in arguments.items() if k in accepted} | call
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
+    seed = sample_generator(run.seed, indices[0]).initial_seed()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        images = pipe(**given).images
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)  # some pipelines hand their scheduler no generator
+            results = pipe(**given)[0]  # images, frames or audios
     except (TypeError, ValueError) as error:
         raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
     finally:
         pipe.set_progress_bar_config(**bar)
-    if len(images) != len(indices):
+    if len(results) != len(indices):
         raise InputError(
-            f"{type(pipe).__name__} gave {len(images)} images for {len(indices)} samples; "
+            f"{type(pipe).__name__} gave {len(results)} results for {len(indices)} samples; "
             "give its arguments as lists of one value a sample"
         )
-    return images
+    return results
 
 
 def sample(

@@ -15,6 +15,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,13 +24,14 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy import stats as scipy_stats
 
+from ptqd.components import channel_axis
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
 from ptqd.correction.scheduler import correct
 from ptqd.errors import InputError, MismatchError
 from ptqd.joint import Estimator
-from ptqd.noise import NoiseStats, channel_axis
+from ptqd.noise import NoiseStats
 from ptqd.progress import track
 from ptqd.replay import final_samples
 from ptqd.sampling import Sampling
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 COHERENCES = (1.0, 2.0, 4.0, 8.0, 16.0)
 MIN_CHECKED = 4
 BANDS = 4
+RESOLUTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Trial:
         name: of the candidate.
         error: mean squared distance of the final samples to the full-precision ones.
         ratio: geometric mean over samples of that distance against no correction's.
-        distribution: distance of the samples' distribution to the full-precision one's; see
+        distribution: how far the samples' energy and means are shifted against the full-precision ones'; see
             :func:`distribution_distance`.
         score: log of ``ratio`` plus log of ``distribution`` against no correction's, on the samples that choose; 0 for
             no correction, less is better.
@@ -163,7 +166,8 @@ class _Search:
         self.qpipe, self.stats, self.run, self.progress = qpipe, stats, run, progress
         self.batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
         self.reference = stats.finals.double()
-        self.wanted = features(self.reference)
+        self.axis = stats.source.get("channel_axis", channel_axis(self.reference))
+        self.wanted = features(self.reference, self.axis)
         self.found: dict[Candidate, torch.Tensor] = {}
         self.plain = Candidate("none", ())
         self.chosen_on = torch.arange(len(indices)) % 2 == 0
@@ -226,11 +230,11 @@ class _Search:
         return ((self._errors(candidate) + floor) / (self._errors(self.plain) + floor)).log()
 
     def _log_distribution(self, candidate: Candidate, kept: torch.Tensor) -> float:
-        wanted = self.wanted[kept]
-        mine, plain = (features(self.found[c])[kept] for c in (candidate, self.plain))
-        resolution = distribution_resolution(plain, wanted)
-        before = distribution_distance(plain, wanted) + resolution
-        return float(((distribution_distance(mine, wanted) + resolution) / before).log())
+        mine, plain = (
+            distribution_distance(features(self.found[c], self.axis)[kept], self.wanted[kept])
+            for c in (candidate, self.plain)
+        )
+        return math.log((mine + RESOLUTION) / (plain + RESOLUTION))
 
     def _score(self, candidate: Candidate) -> float:
         on = self.chosen_on
@@ -254,7 +258,7 @@ class _Search:
         )
         error = ((n - 1) * without.var(unbiased=False)).sqrt()
         if whole - quantile * error > 0:
-            return f"the samples' distribution is {float(torch.tensor(whole).exp()):.2f} times as far off as without"
+            return f"the samples' distribution is {math.exp(whole):.2f} times as far off as without"
         return ""
 
     def _choice(self) -> Choice:
@@ -275,7 +279,7 @@ class _Search:
                 c.name,
                 float(self._errors(c).mean()),
                 float(self._log_ratios(c).mean().exp()),
-                float(distribution_distance(features(self.found[c]), self.wanted)),
+                distribution_distance(features(self.found[c], self.axis), self.wanted),
                 self._score(c),
                 c == taken,
                 why.get(c, "" if c is self.plain else "another scored better"),
@@ -288,43 +292,41 @@ class _Search:
         return Choice(correction, tuple(trials), tuple(steps), len(self.reference))
 
 
-def features(samples: torch.Tensor) -> torch.Tensor:
-    """What a distribution of samples is judged by: each channel's mean and the log of its energy in bands of frequency.
+def features(samples: torch.Tensor, axis: int) -> torch.Tensor:
+    """What a distribution of samples is judged by: each channel's mean, and the log of its energy in bands of frequency.
 
     Args:
         samples: (N, C, ...) or (N, L, C); bands where the last two axes are a picture's, else one.
+        axis: of the channels.
 
     Returns:
-        (N, F), float64.
+        (N, F), float64; the means in units of the channel's deviation.
     """
-    x = samples.double().movedim(channel_axis(samples), 1)
-    mean = x.flatten(2).mean(2)
+    x = samples.double().movedim(axis, 1)
+    flat = x.flatten(2)
+    mean = flat.mean(2) / flat.std((0, 2)).clamp(min=1e-9)
     if x.ndim < 4:
-        return torch.cat([mean, (x.flatten(2).var(2) + 1e-12).log()], dim=1)
+        return torch.cat([mean, (flat.var(2) + 1e-12).log()], dim=1)
     height, width = x.shape[-2:]
     power = torch.fft.fft2(x, norm="forward").abs().square()
     ky, kx = torch.fft.fftfreq(height).abs(), torch.fft.fftfreq(width).abs()
     radius = (ky[:, None] ** 2 + kx[None, :] ** 2).sqrt()
-    edges = torch.linspace(0, float(radius.max()) + 1e-6, BANDS + 1)
     parts = [mean]
-    for low, high in itertools.pairwise(edges):
+    for low, high in itertools.pairwise(torch.linspace(0, float(radius.max()) + 1e-6, BANDS + 1)):
         inside = (radius >= low) & (radius < high) & (radius > 0)
         if bool(inside.any()):
             parts.append((power[..., inside].flatten(2).mean(2) + 1e-12).log())
     return torch.cat(parts, dim=1)
 
 
-def distribution_distance(mine: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Frechet distance of two sets of features (N, F) taken one by one, in the wanted ones' deviations, mean over F."""
-    scale = wanted.std(0).clamp(min=1e-9)
-    apart = (mine.mean(0) - wanted.mean(0)) ** 2 + (mine.std(0) - wanted.std(0)) ** 2
-    return (apart / scale**2).mean()
+def distribution_distance(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+    """By how much features (N, F) are shifted against those of the same seeds: mean square of the shifts.
 
-
-def distribution_resolution(mine: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """What :func:`distribution_distance` comes to by the chance of so few pairs of the same seeds alone."""
-    scale = wanted.std(0).clamp(min=1e-9)
-    return ((mine - wanted).var(0) / scale**2).mean() / len(mine) + 1e-9
+    Each shift is the mean over samples without the tenth at either end: what happens to most samples, not what a
+    single one that went astray does. A correction that smooths shows as lost energy, whatever it does to the error.
+    """
+    shifts = scipy_stats.trim_mean((mine - wanted).numpy(), 0.1, axis=0)
+    return float((shifts**2).mean())
 
 
 def describe(trials: Sequence[Trial]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ptqd.components import channel_axis
 from ptqd.errors import InputError
 from ptqd.joint import CROSS
-from ptqd.noise import channel_axis
 
 Rows = tuple[tuple[float, ...], ...]
 Matrix = tuple[Rows, ...]
@@ -61,6 +61,10 @@ class Correction:
         plain = {name: _tuples(value) for name, value in values.items() if name != "source"}
         return cls(**plain, source=dict(values["source"]))
 
+    def axis(self, sample: torch.Tensor) -> int:
+        """Where a step's channels are: as measured, else where they usually are."""
+        return int(self.source.get("channel_axis", channel_axis(sample)))
+
     def correct(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
         """One step's output (N, C, ...) or (N, L, C), corrected.
 
@@ -69,7 +73,7 @@ class Correction:
             x: the sample it was asked about, of the same shape.
             step: index into ``timesteps``.
         """
-        axis = channel_axis(eps_q)
+        axis = self.axis(eps_q)
         noise: torch.Tensor | None = None  # what is taken for quantization noise
         for table, known in ((self.output, eps_q), (self.sample, x)):
             if table:
@@ -107,10 +111,11 @@ def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
 
 def rows(values: torch.Tensor) -> Any:
     """A tensor as nested tuples, to the nine digits that single precision has."""
-    return _tuples(values.tolist())
+    return _tuples(values.tolist(), digits=9)
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any, digits: int | None = None) -> Any:
+    """Nested lists as tuples; numbers as they are (a schedule's timesteps are compared), or to some digits."""
     if isinstance(value, list | tuple):
-        return tuple(map(_tuples, value))
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+        return tuple(_tuples(v, digits) for v in value)
+    return value if digits is None else float(f"{value:.{digits}g}")

@@ -22,7 +22,7 @@ from ptqd.components import denoiser_name, fingerprint, schedule_of, with_compon
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import DEFAULT, fit_correction
 from ptqd.errors import InputError, MismatchError
-from ptqd.noise import NoiseStats, channel_axis
+from ptqd.noise import NoiseStats
 from ptqd.response import step_with_noise
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class CorrectedStep:
         """The arguments of ``step`` with its output corrected, and the share of its noise to draw."""
         output, sample, t = arguments["model_output"], arguments["sample"], arguments["timestep"]
         index = self._next_index(float(t))
-        axis = channel_axis(sample)
+        axis = self.correction.axis(sample)
         channels = sample.shape[axis]  # a learned variance may follow them
         mean = self.correction.correct(output.narrow(axis, 0, channels), sample, index)
         if output.shape[axis] != channels:
