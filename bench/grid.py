@@ -3,9 +3,9 @@
     python bench/grid.py --out grid.jsonl      # an hour of one core; the same command resumes
     python bench/grid.py --out grid.jsonl --table
 
-In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc where
-noise is drawn) and with auto, from the same statistics. Judged by PSNR to the full-precision images of the same seeds,
-and by Frechet distance to the full-precision images in the classifier's features; both as differences to no correction,
+In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc
+where noise is drawn) and with auto, from the same statistics. Judged by PSNR to the full-precision images of the same
+seeds, and by Frechet distance to them in the classifier's features; both as differences to no correction,
 with the 95 % interval of the paired difference (over samples; jackknife for Frechet). A regression is a difference for
 the worse whose interval does not hold 0.
 """

@@ -70,10 +70,11 @@ class GaussianPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
         self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor((batch_size, *SHAPE), generator=generator) * self.scheduler.init_noise_sigma
+        x = randn_tensor((batch_size, *SHAPE), generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         extra = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
         for t in self.scheduler.timesteps:
-            out = self.unet(self.scheduler.scale_model_input(x, t), t)
+            out = self.unet(scale(x, t), t)
             x = self.scheduler.step(out, t, x, generator=generator, **extra).prev_sample
         return ImagePipelineOutput(images=x)
 

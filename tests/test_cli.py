@@ -50,7 +50,7 @@ def test_each_verb_in_turn(model: Path, recipe: Path, tmp_path: Path, capsys: py
         "quantize", model, "--recipe", recipe, "--out", quantized, *QUANTIZE, "--eta", "1"
     )
     assert "4 samples, 3 steps" in call("measure", model, quantized, "--out", noise, *stochastic)
-    assert "corrects cnc,bc,vsc" in call("correct", quantized, noise, "--out", corrected)
+    assert "corrects cnc,bc,vsc" in call("correct", quantized, noise, "--out", corrected, "--methods", "cnc,bc,vsc")
     call("sample", model, "--out", tmp_path / "full", *stochastic)
     call("sample", corrected, "--out", tmp_path / "corrected", "--png", *stochastic)
     assert len(list((tmp_path / "corrected").glob("0*.png"))) == 4
@@ -63,7 +63,8 @@ def test_each_verb_in_turn(model: Path, recipe: Path, tmp_path: Path, capsys: py
 def test_run_writes_a_report_and_skips_what_is_done(
     model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "4", *SMALL]
+    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "16", *SMALL]
+    command.append("--ablation")
     assert main([*command, "--eta", "1"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(row["recipe"], row["correction"]) for row in report["rows"]] == [
@@ -72,7 +73,11 @@ def test_run_writes_a_report_and_skips_what_is_done(
         ("small", "cnc"),
         ("small", "cnc+bc"),
         ("small", "cnc+bc+vsc"),
+        ("small", "auto"),
     ]
+    (choice,) = report["choices"]
+    assert choice["taken"] in [trial["name"] for trial in choice["trials"] if trial["kept"]]
+    assert choice["checked"] == 8
     row = report["rows"][1]
     assert set(row) >= {
         "model", "setting", "recipe", "correction", "samples", "metrics", "bops", "bops_ratio", "bytes", "seconds"
@@ -83,14 +88,15 @@ def test_run_writes_a_report_and_skips_what_is_done(
     assert set(report["steps"][0]["k"]) == {"value", "low", "high"}
     assert "torch" in report["versions"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 5 + 1
+    assert page.count("data:image/png;base64") == 6 + 1 + 1
+    assert "What auto kept, and why" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "+CNC +BC +VSC" in capsys.readouterr().out
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    for name in ("quantize", "measure", "sample_images", "judge_images"):
+    for name in ("quantize", "measure", "fit_auto", "sample_images", "judge_images"):
         monkeypatch.setattr(f"ptqd.experiment.{name}", never)
     assert main([*command, "--eta", "1"]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
@@ -103,7 +109,7 @@ def test_a_killed_run_resumes_with_the_same_images(
     import ptqd.sampling
     from ptqd.experiment import load_images
 
-    command = ["run", str(model), "--recipe", str(recipe), "--measured", "4", *SMALL, "--out"]
+    command = ["run", str(model), "--recipe", str(recipe), "--measured", "16", *SMALL, "--ablation", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     plain, left = ptqd.sampling.run_batch, [0]
 
@@ -122,13 +128,14 @@ def test_a_killed_run_resumes_with_the_same_images(
     monkeypatch.undo()
     assert main([*command, str(tmp_path / "killed")]) == 0
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("samples.safetensors"))
-    assert len(files) == 4  # full precision, none, cnc, cnc+bc; nothing is drawn, so vsc shares the last
+    assert len(files) == 5  # full precision, none, cnc, cnc+bc, auto; nothing is drawn, so vsc shares the third
     for file in files:
         assert torch.equal(load_images(tmp_path / "whole" / file), load_images(tmp_path / "killed" / file))
 
 
 def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
     command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path), "--measured", "2", *SMALL]
+    command += ["--methods", "cnc,bc,vsc"]
     assert main([*command, "--scheduler", "DDPMScheduler"]) == 0
     row = json.loads((tmp_path / "report.json").read_text())["rows"][-1]
     assert row["setting"]["scheduler"] == "DDPMScheduler"
@@ -139,7 +146,7 @@ def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
 def test_a_pixel_space_pipeline_without_guidance(pixel_pipe: Any, recipe: Path, tmp_path: Path) -> None:
     pixel_pipe.save_pretrained(tmp_path / "pixel")
     command = ["run", str(tmp_path / "pixel"), "--recipe", str(recipe), "--out", str(tmp_path / "run")]
-    assert main([*command, "--steps", "2", "--samples", "3", "--measured", "2", "--eta", "0.5"]) == 0
+    assert main([*command, "--steps", "2", "--samples", "3", "--measured", "8", "--eta", "0.5"]) == 0
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
     assert rows[0]["setting"] == {"steps": 2, "eta": 0.5, "guidance": None, "scheduler": "DDIMScheduler"}
     assert "DDIM, 2 steps, eta 0.5<" in (tmp_path / "run" / "report.html").read_text()
@@ -284,3 +291,45 @@ def test_the_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for verb in ("quantize", "measure", "correct", "sample", "evaluate", "report", "run", "demo"):
         assert verb in text
+
+
+def test_auto_from_the_shell(model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantized, noise, corrected = tmp_path / "q", tmp_path / "noise.safetensors", tmp_path / "c"
+    assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *QUANTIZE]) == 0
+    assert main(["measure", str(model), str(quantized), "--out", str(noise), *QUANTIZE, "--samples", "16"]) == 0
+    assert main(["correct", str(quantized), str(noise), "--out", str(corrected)]) == 0
+    assert "* " in capsys.readouterr().out
+    assert (corrected / "scheduler" / "scheduler_config.json").exists()
+    correct = ["correct", str(quantized), str(noise), "--out", str(tmp_path / "other")]
+    assert main([*correct, "--steps", "5"]) == 2
+    assert "auto runs the 3 steps that were measured" in capsys.readouterr().err
+    assert main([*correct, "--steps", "5", "--methods", "cnc,bc"]) == 0
+    assert main([*correct, "--seed", "3"]) == 2
+    assert "measured with another seed" in capsys.readouterr().err
+
+
+def test_measuring_resumes_after_a_kill(
+    model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ptqd.noise
+
+    quantized = tmp_path / "q"
+    assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *QUANTIZE]) == 0
+    measure = ["measure", str(model), str(quantized), *QUANTIZE, "--samples", "12", "--batch", "4", "--out"]
+    assert main([*measure, str(tmp_path / "whole.safetensors")]) == 0
+    plain, calls = ptqd.noise.run_batch, [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:  # in the second batch
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr("ptqd.noise.run_batch", counted)
+    assert main([*measure, str(tmp_path / "cut.safetensors")]) == 130
+    assert not (tmp_path / "cut.safetensors").exists()
+    assert main([*measure, str(tmp_path / "cut.safetensors")]) == 0
+    assert calls[0] == 4 + 4  # the first batch was kept
+    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "q", "whole.safetensors"]
+    assert "repeats" in capsys.readouterr().out

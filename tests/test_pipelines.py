@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, load, measure, quantize
+from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, fit_auto, load, measure, quantize
 from ptqd.components import denoiser_name, with_components
 from ptqd.noise import POWERS
 from ptqd.replay import record, replay
@@ -201,3 +201,16 @@ def test_every_prompt_makes_samples_of_its_own() -> None:
     both = samples(pipeline("sd1"), run)
     assert torch.allclose(both[0], first[0], atol=1e-5)
     assert torch.allclose(both[1], other[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd1", "dit", "flux", "text-to-video", "stable-audio"])
+def test_auto_checks_whole_trajectories_of_any_pipeline(name: str) -> None:
+    """A denoiser that answers 1.2 eps + 0.1: that is found, and the ends it is checked against are whole samples."""
+    pipe, bad = pipeline(name), scaled_and_shifted(name)
+    run = setting(name, guided=False).replace(samples=16, batch=8)
+    stats = measure(pipe, bad, run)
+    assert len(stats.finals) == 8
+    assert stats.finals[0].numel() == stats.elements * CASES[name].channels
+    choice = fit_auto(bad, stats, run)
+    assert choice.name != "none"
+    assert min(trial.ratio for trial in choice.trials) < 0.05

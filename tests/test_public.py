@@ -3,6 +3,7 @@ import ptqd
 
 def test_the_public_names_are_these() -> None:
     assert ptqd.__all__ == [
+        "Choice",
         "Correction",
         "InputError",
         "LatentClassPipeline",
@@ -14,6 +15,7 @@ def test_the_public_names_are_these() -> None:
         "Rule",
         "Sampling",
         "correct",
+        "fit_auto",
         "fit_correction",
         "load",
         "measure",

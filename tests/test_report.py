@@ -9,7 +9,7 @@ from rich.console import Console
 from ptqd import InputError
 from ptqd.files import write_json
 from ptqd.report.page import write_page
-from ptqd.report.pictures import grid, png, step_plots
+from ptqd.report.pictures import grid, png, choice_plots, step_plots
 from ptqd.report.table import terminal_table
 
 SETTING = {"steps": 20, "eta": 0.0, "guidance": 3.0, "scheduler": "DDIMScheduler"}
@@ -45,7 +45,7 @@ def test_a_grid_has_its_images_in_their_places() -> None:
 
 
 def test_plots_take_steps_of_two_recipes() -> None:
-    names = ("k", "r2", "variance", "snr")
+    names = ("k", "r2", "variance", "snr", "autocorrelation", "kurtosis")
     steps = [
         {"setting": SETTING, "recipe": r, "step": i, **{n: {"value": 0.1, "low": -0.1, "high": 0.2} for n in names}}
         for r in ("w4a8", "w4a4")
@@ -54,6 +54,15 @@ def test_plots_take_steps_of_two_recipes() -> None:
     ((title, picture),) = step_plots(steps)
     assert title == "DDIM, 20 steps, eta 0, guidance 3"
     assert Image.open(io.BytesIO(picture)).width > 1000
+
+
+def test_what_every_step_keeps_is_drawn() -> None:
+    steps = [{"kept": kept, "gain": 0.3, "half_width": 0.1, "channels": 4} for kept in ("joint L=1", "nothing")]
+    choices = [{"setting": SETTING, "recipe": r, "steps": s} for r, s in (("w4a8", steps), ("w4a4", []))]
+    ((title, picture),) = choice_plots(choices)
+    assert title == "DDIM, 20 steps, eta 0, guidance 3"
+    assert Image.open(io.BytesIO(picture)).width > 1000
+    assert len(choice_plots([choices[1]])) == 1
 
 
 def test_a_file_that_is_no_report_is_named(tmp_path: Any) -> None:

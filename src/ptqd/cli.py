@@ -40,19 +40,30 @@ def _cmd_quantize(args: argparse.Namespace) -> None:
 
 
 def _cmd_measure(args: argparse.Namespace) -> None:
-    """Measure, step by step, what quantization did to a pipeline's denoiser."""
-    from ptqd.noise import measure
+    """Measure, step by step, what quantization did to a pipeline's denoiser; resumes after a kill."""
+    import shutil
+    from hashlib import sha256
+
+    from ptqd.components import pipeline_fingerprint
+    from ptqd.experiment import measure_shards
+    from ptqd.noise import NoiseStats
 
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
-    stats = measure(pipe, quantized, _sampling(args, pipe), progress=True)
-    stats.save(args.out)
-    fit = stats.fit()
+    run = _sampling(args, pipe)
+    inputs = [pipeline_fingerprint(pipe), pipeline_fingerprint(quantized), run.to_dict()]
+    key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    scratch = args.out.parent / f".{args.out.name}.{key}"
+    measure_shards(pipe, quantized, run, args.out, scratch, title="measuring")
+    shutil.rmtree(scratch)
+    stats = NoiseStats.load(args.out)
+    fit, repeated = stats.fit(), stats.residual_correlation()
     print(f"{args.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
     for i, t in enumerate(stats.timesteps.tolist()):
         print(
             f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"
             f"  R2 {fit.r2.value[i]:.3f}  "
-            f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}"
+            f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}  "
+            f"kurtosis {fit.kurtosis.value[i]:+.1f}  repeats {repeated[i, max(i - 1, 0)]:.2f}"
         )
 
 

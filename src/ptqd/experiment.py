@@ -18,7 +18,7 @@ from ptqd.correction.scheduler import correct
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
 from ptqd.evaluate.metrics import mean_metric, psnr
-from ptqd.files import read_json, read_tensors, write_json, write_tensors
+from ptqd.files import make_folder, read_json, read_tensors, write_json, write_tensors
 from ptqd.loading import load
 from ptqd.noise import Estimate, NoiseStats, measure
 from ptqd.progress import busy, track
@@ -283,6 +283,7 @@ def measure_shards(
     for indices in track(list(run.batches(0 if stats is None else stats.samples)), title):
         part = measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
         stats = part if stats is None else NoiseStats.merge([stats, part])
+        make_folder(scratch)
         stats.save(scratch / f"{stats.samples:08d}.safetensors")
         for older in kept:
             older.unlink()

@@ -31,7 +31,7 @@ from ptqd.files import read_tensors, write_tensors
 from ptqd.joint import FOLDS, Layout, fold_of, fold_sums, joint_moments
 from ptqd.levels import Levels, noise_levels
 from ptqd.progress import track
-from ptqd.replay import Trajectory, record, replay
+from ptqd.replay import Trajectory, record, replay, rows_of_samples, whole_samples
 from ptqd.response import Response, linear_response
 from ptqd.sampling import Sampling, guidance_of, run_batch
 
@@ -336,19 +336,8 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = No
 
 
 def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Moments (samples, ...) of a step's rows (m samples, ...).
-
-    Some pipelines step a guided batch twice, the second half a copy; in others a sample is m rows, its frames.
-
-    Raises:
-        InputError: the rows are not a whole number of batches.
-    """
-    if len(moments) % samples:
-        raise InputError(f"the pipeline steps {len(moments)} rows for {samples} samples; ask for one image a sample")
-    copies = moments.view(-1, samples, *moments.shape[1:])
-    if torch.equal(copies, copies[:1].expand_as(copies)):
-        return copies[0]
-    return moments.view(samples, -1, *moments.shape[1:]).mean(1)
+    """Moments (samples, ...) of a step's rows (m samples, ...); see :func:`ptqd.replay.rows_of_samples`."""
+    return rows_of_samples(moments, samples).mean(1)
 
 
 def regression(m: torch.Tensor, *, slope: bool) -> dict[str, torch.Tensor]:
@@ -451,6 +440,9 @@ def measure(
         InputError: the denoiser's output is NaN or infinite at some step.
     """
     run = run.apart("measuring")
+    correction = getattr(qpipe.scheduler, "correction", None)
+    if closed_loop and correction is not None and correction.network:
+        raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
     source = {
         "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
         "quantized": fingerprint(getattr(qpipe, denoiser_name(qpipe))),
@@ -503,19 +495,19 @@ def _batch_stats(
         rows.append(per_sample(moments, len(indices)))
         tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
     odd = (fold_of(indices) % 2 == 1).nonzero().flatten()[:CHECKED]
-    doubled = len(means[0]) // len(indices)
+    final = whole_samples(trajectory.final, len(indices))
     return NoiseStats(
         timesteps=torch.tensor(timesteps, dtype=torch.float64),
         indices=indices,
         moments=torch.stack(rows, dim=1),  # n,T,C,14
-        elements=trajectory.samples[0][0].numel() // channels,
+        elements=final[0].numel() // channels,
         source=source,
         response=_response(trajectory) if before is None else before.response,
         levels=noise_levels(trajectory.scheduler, trajectory.timesteps) if before is None else before.levels,
         joint=torch.stack(tables, dim=1),  # 16,T,G,K,K
-        cross=cross_moments(means, means_q) / doubled,
+        cross=cross_moments(means, means_q) * len(final) / len(means[0]),
         moved=torch.zeros(len(timesteps), dtype=torch.float64),
-        finals=trajectory.final[odd.to(trajectory.final.device)].cpu().float(),
+        finals=final[odd.to(final.device)].cpu().float(),
         final_indices=indices[odd],
     )
 

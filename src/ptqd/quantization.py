@@ -14,7 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from ptqd.components import denoiser_name, with_components
+from ptqd.components import denoiser_name, scheduler_of, with_components
 from ptqd.errors import InputError
 from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
 from ptqd.progress import track
@@ -132,7 +132,7 @@ def quantize(
     check_weights(getattr(pipe, name), name)
     model = copy.deepcopy(getattr(pipe, name))
     coverage = insert_quantizers(model, recipe)
-    quantized = with_components(pipe, **{name: model}, scheduler=copy.deepcopy(pipe.scheduler))
+    quantized = with_components(pipe, **{name: model}, scheduler=copy.deepcopy(scheduler_of(pipe)))
     modules = quant_modules(model)
     for module in modules:
         module.observe()

@@ -172,4 +172,27 @@ def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]
 
     with _stepping(pipe, step):
         run_batch(pipe, run, indices, "latent")
-    return next_sample(last[0])[: len(indices)].detach().cpu()
+    return whole_samples(next_sample(last[0]), len(indices)).detach().cpu()
+
+
+def rows_of_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:
+    """What a step sees of each sample (samples, m, ...), of all its rows (m samples, ...).
+
+    Some pipelines step a guided batch twice, the second half a copy, which is left out; in others a sample is m rows,
+    its frames.
+
+    Raises:
+        InputError: the rows are not a whole number of batches.
+    """
+    if len(rows) % samples:
+        raise InputError(f"the pipeline steps {len(rows)} rows for {samples} samples; ask for one image a sample")
+    copies = rows.view(-1, samples, *rows.shape[1:])
+    if torch.equal(copies, copies[:1].expand_as(copies)):
+        return copies[0][:, None]
+    return rows.view(samples, -1, *rows.shape[1:])
+
+
+def whole_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:
+    """A step's rows as whole samples (samples, C, ...), frames behind the channels."""
+    split = rows_of_samples(rows, samples)
+    return split[:, 0] if split.shape[1] == 1 else split.movedim(1, 2)

@@ -28,13 +28,13 @@ from ptqd.components import channel_axis
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
-from ptqd.correction.scheduler import correct
+from ptqd.correction.scheduler import check_source, correct
 from ptqd.errors import InputError, MismatchError
 from ptqd.joint import Estimator
 from ptqd.noise import NoiseStats
 from ptqd.progress import track
 from ptqd.replay import final_samples
-from ptqd.sampling import Sampling
+from ptqd.sampling import Sampling, guidance_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +136,13 @@ def fit_auto(
         progress: show a bar.
 
     Raises:
-        MismatchError: the statistics were measured with another run's seeds or steps.
+        MismatchError: the statistics are of another model, scheduler, guidance scale or number of steps, or of other
+            seeds.
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
     apart = run.apart("measuring")
-    for fact, value in (("seed", apart.seed), ("steps", run.steps)):
+    check_source(qpipe, stats.source)
+    for fact, value in (("seed", apart.seed), ("steps", run.steps), ("guidance", guidance_of(qpipe, run))):
         if stats.source.get(fact) != value:
             raise MismatchError(
                 f"the statistics were measured with another {fact}; give the run they were measured with"
@@ -293,7 +295,7 @@ class _Search:
 
 
 def features(samples: torch.Tensor, axis: int) -> torch.Tensor:
-    """What a distribution of samples is judged by: each channel's mean, and the log of its energy in bands of frequency.
+    """What a distribution of samples is judged by: each channel's mean, and its log energy in bands of frequency.
 
     Args:
         samples: (N, C, ...) or (N, L, C); bands where the last two axes are a picture's, else one.

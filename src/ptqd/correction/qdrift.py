@@ -3,7 +3,8 @@
     c = V |d_sigma| / (2 sigma)
 
 in the coordinates in which the sampler is Euler's: ``x / alpha`` and ``sigma / alpha`` for diffusion, flow matching's
-own for flow; ``V`` is the residual's variance in the derivative. To first order it is what DNS's overshoot does.
+own for flow; ``V`` is the residual's variance in the derivative. To first order it is what DNS's overshoot does, but
+for flow: there the increment is the velocity's, the signal goes further with the noise, and nothing scales it back.
 """
 
 import torch

@@ -194,11 +194,11 @@ def correct(
         InputError: the statistics give no correction; see :func:`ptqd.fit_correction`.
     """
     if isinstance(correction, NoiseStats):
-        _check_source(qpipe, correction.source)
+        check_source(qpipe, correction.source)
         if steps is not None:
             correction = at_steps(correction, qpipe.scheduler, steps)
         correction = fit_correction(correction, methods)
-    _check_source(qpipe, correction.source)
+    check_source(qpipe, correction.source)
     corrected = corrected_class(plain_class_of(qpipe.scheduler))  # type: ignore[arg-type]  # classes are hashable
     scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
     pipe = with_components(qpipe, scheduler=scheduler)
@@ -232,7 +232,12 @@ def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseS
     return there
 
 
-def _check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
+def check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
+    """Whether statistics of that source are of this pipeline.
+
+    Raises:
+        MismatchError: they are of another model, or of another scheduler or configuration.
+    """
     name = denoiser_name(qpipe)
     found = {"quantized": fingerprint(getattr(qpipe, name)), **schedule_of(qpipe)}
     for fact, value in found.items():

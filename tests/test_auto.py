@@ -1,0 +1,173 @@
+"""auto on Gaussian data, where it is known what helps, and statistics carried over to other steps."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from gaussian import gaussian_pipeline
+from ptqd import (
+    Choice,
+    InputError,
+    MismatchError,
+    NoiseStats,
+    Sampling,
+    correct,
+    fit_auto,
+    fit_correction,
+    measure,
+    sample,
+)
+from ptqd.components import with_components
+from ptqd.correction.auto import describe, distribution_distance, features
+
+RUN = Sampling(steps=8, eta=0.0, samples=64, batch=64, seed=3)
+NOISE: dict[str, Any] = {"k": 0.1, "bias": (0.05, -0.03), "v": 0.001, "c": 0.1}
+
+
+def latents(pipe: Any, run: Sampling) -> torch.Tensor:
+    return torch.cat([batch for _, batch in sample(pipe, run, output="latent")])
+
+
+@pytest.fixture(scope="module")
+def stats() -> NoiseStats:
+    return measure(gaussian_pipeline(), gaussian_pipeline(**NOISE), RUN)
+
+
+@pytest.fixture(scope="module")
+def choice(stats: NoiseStats) -> Choice:
+    return fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
+
+
+def test_what_helps_is_taken_and_helps(choice: Choice) -> None:
+    assert choice.name != "none"
+    assert choice.checked == 32
+    exact, noisy = gaussian_pipeline(), gaussian_pipeline(**NOISE)
+    want, bad = latents(exact, RUN), latents(noisy, RUN)
+    got = latents(correct(noisy, choice.correction), RUN)
+    assert ((got - want) ** 2).mean() < 0.2 * ((bad - want) ** 2).mean()
+    taken = next(trial for trial in choice.trials if trial.kept)
+    assert taken.score == min(trial.score for trial in choice.trials)
+    assert taken.ratio < 0.2
+    assert len(choice.steps) == 8
+    assert all(step.kept != "nothing" and step.gain > step.half_width for step in choice.steps)
+
+
+def test_a_choice_is_plain_values(choice: Choice) -> None:
+    again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())))
+    assert again == choice
+    lines = describe(choice.trials)
+    assert len(lines) == len(choice.trials)
+    assert sum(line.startswith("*") for line in lines) == 1
+
+
+def test_where_nothing_helps_nothing_is_done() -> None:
+    """Nothing was lost, so nothing can be put back."""
+    exact = gaussian_pipeline()
+    choice = fit_auto(exact, measure(exact, exact, RUN), RUN)
+    assert choice.name == "none"
+    assert choice.steps == ()
+    assert [trial.name for trial in choice.trials] == ["none"]
+    assert torch.equal(latents(correct(exact, choice.correction), RUN), latents(exact, RUN))
+
+
+def test_a_correction_that_the_trajectories_refute_is_dropped(stats: NoiseStats) -> None:
+    """Statistics that hold step by step, but of samples that end elsewhere: nothing can be borne out."""
+    g = torch.Generator().manual_seed(0)
+    elsewhere = dataclasses.replace(stats, finals=stats.finals[torch.randperm(len(stats.finals), generator=g)])
+    choice = fit_auto(gaussian_pipeline(**NOISE), elsewhere, RUN)
+    assert choice.name == "none"
+    assert [trial.why for trial in choice.trials if trial.kept] == ["nothing better held"]
+    assert any("of that without" in trial.why for trial in choice.trials)
+
+
+def test_a_correction_already_there_does_not_count(stats: NoiseStats, choice: Choice) -> None:
+    noisy = gaussian_pipeline(**NOISE)
+    again = fit_auto(correct(noisy, choice.correction), stats, RUN)
+    assert again.trials[0].error == pytest.approx(choice.trials[0].error, rel=0.1)
+
+
+def test_another_run_and_too_few_samples_are_refused(stats: NoiseStats) -> None:
+    noisy = gaussian_pipeline(**NOISE)
+    with pytest.raises(MismatchError, match="measured with another seed"):
+        fit_auto(noisy, stats, RUN.replace(seed=4))
+    with pytest.raises(MismatchError, match="measured with another steps"):
+        fit_auto(noisy, stats, RUN.replace(steps=9))
+    few = measure(gaussian_pipeline(), noisy, RUN.replace(samples=4))
+    with pytest.raises(InputError, match="to check against are too few; measure at least 16"):
+        fit_auto(noisy, few, RUN)
+
+
+def test_smoothing_shows_as_lost_energy() -> None:
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.randn(40, 3, 8, 8, generator=g)
+    smooth = torch.nn.functional.avg_pool2d(wanted, 3, 1, 1)
+    noisy = wanted + 0.3 * torch.randn(wanted.shape, generator=g)
+    astray = wanted.clone()
+    astray[7] *= 30
+    same, lost, gained, one = (
+        distribution_distance(features(x, 1), features(wanted, 1)) for x in (wanted, smooth, noisy, astray)
+    )
+    assert same == 0
+    assert lost > gained > 0.005
+    assert one < gained
+    tokens = wanted.flatten(2).transpose(1, 2)
+    assert features(tokens, 2).shape == (40, 6)
+    assert distribution_distance(features(0.9 * tokens, 2), features(tokens, 2)) > 0.01
+
+
+def test_closed_loop_statistics_are_of_the_corrected_trajectory(stats: NoiseStats) -> None:
+    exact, noisy = gaussian_pipeline(), gaussian_pipeline(**NOISE)
+    closed = measure(exact, correct(noisy, stats, ("joint",)), RUN, closed_loop=True)
+    shifted = correct(noisy, stats, ("stepbaq",))
+    with pytest.raises(InputError, match="correct without stepbaq"):
+        measure(exact, shifted, RUN, closed_loop=True)
+    assert closed.source["closed_loop"]
+    assert len(closed.finals) == 0
+    fit, opened = closed.fit(), stats.fit()
+    assert torch.allclose(fit.bias.value, opened.bias.value, atol=0.05)  # the raw outputs' noise, not the corrected
+    got, want = latents(correct(noisy, closed, ("joint",)), RUN), latents(exact, RUN)
+    assert ((got - want) ** 2).mean() < 0.2 * ((latents(noisy, RUN) - want) ** 2).mean()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler ancestral", "sde-dpmsolver++ 2"])
+def test_statistics_of_other_steps_are_interpolated_and_flagged(
+    scheduler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Measured at 25 steps, applied at 12: nearly what measuring at 12 gives."""
+    exact, noisy = gaussian_pipeline(scheduler), gaussian_pipeline(scheduler, **NOISE)
+    eta = 1.0 if scheduler == "ddim" else 0.0
+    many = measure(exact, noisy, Sampling(steps=25, eta=eta, samples=64, batch=64))
+    run = Sampling(steps=12, eta=eta, samples=64, batch=64, seed=5)
+    with caplog.at_level("WARNING"):
+        carried = correct(noisy, many, ("joint", "vsc"), steps=12)
+    assert "statistics of 25 steps are applied at 12, interpolated over log-SNR" in caplog.text
+    assert carried.scheduler.correction.source["interpolated_from"] == 25
+    want, bad, got = (latents(p, run) for p in (exact, noisy, carried))
+    assert ((got - want) ** 2).mean() < 0.15 * ((bad - want) ** 2).mean()
+    assert correct(noisy, many, steps=25).scheduler.correction == fit_correction(many)
+    with pytest.raises(MismatchError, match=r"carry the statistics over: ptqd\.correct\(\.\.\., steps=12\)"):
+        latents(correct(noisy, many), run)
+
+
+def test_statistics_are_carried_over_only_within_a_schedule(stats: NoiseStats) -> None:
+    ddpm = DDPMScheduler.from_config(gaussian_pipeline().scheduler.config)
+    ddpm.set_timesteps(5)
+    with pytest.raises(MismatchError, match="another scheduler"):
+        stats.at(ddpm)
+    noisy = gaussian_pipeline(**NOISE)
+    with pytest.raises(InputError, match="the noise schedule of DDIMScheduler is not known; measure these steps"):
+        correct(noisy, dataclasses.replace(stats, levels=None), steps=5)
+
+
+def test_another_guidance_scale_is_refused(pipe: Any, qpipe: Any, run: Sampling) -> None:
+    corrected = correct(qpipe, measure(pipe, qpipe, run))
+    call = {"class_labels": [1], "num_inference_steps": run.steps, "eta": run.eta, "output_type": "latent"}
+    assert corrected(**call, guidance_scale=2.0).images.shape == (1, 4, 8, 8)
+    with pytest.raises(MismatchError, match="measured at guidance scale 2, the pipeline runs at 3"):
+        corrected(**call, guidance_scale=3.0)
+    shared = with_components(corrected, scheduler=corrected.scheduler)
+    assert shared.scheduler.correction.source["guidance"] == 2.0
