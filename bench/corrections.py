@@ -8,8 +8,8 @@ full-precision ones in the classifier's features, what is cut of that, PSNR to t
 latents' standard deviation against full precision.
 
 Rows: no correction; the paper's; the other published ones; eps_q and x_t across channels, by least squares at every
-step; ours (neighbours, gated step by step) with largest weights L of withheld signal; ours from statistics along the
-corrected trajectory; and auto.
+step; ours (neighbours, gated step by step) with largest weights L of withheld signal; and ours from statistics along
+the corrected trajectory. What auto makes of them is in grid.txt.
 """
 
 from collections.abc import Iterator
@@ -75,8 +75,6 @@ def corrections(pipe: Any, quantized: Any, stats: NoiseStats, run: Sampling) -> 
             loop = run.replace(samples=MEASURED)
             closed = ptqd.measure(pipe, ptqd.correct(quantized, ours), loop, closed_loop=True)
     yield "joint, closed loop", ptqd.fit_correction(closed, ("joint", *noise))
-    choice = ptqd.fit_auto(quantized, stats, run)
-    yield f"auto: {choice.name}", choice.correction
 
 
 def main() -> None:

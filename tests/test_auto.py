@@ -50,7 +50,7 @@ def test_what_helps_is_taken_and_helps(choice: Choice) -> None:
     got = latents(correct(noisy, choice.correction), RUN)
     assert ((got - want) ** 2).mean() < 0.2 * ((bad - want) ** 2).mean()
     taken = next(trial for trial in choice.trials if trial.kept)
-    assert taken.score == min(trial.score for trial in choice.trials)
+    assert taken.score < 0.5 * min(trial.score for trial in choice.trials) < 0
     assert taken.ratio < 0.2
     assert len(choice.steps) == 8
     assert all(step.kept != "nothing" and step.gain > step.half_width for step in choice.steps)
@@ -109,14 +109,14 @@ def test_smoothing_shows_as_lost_energy() -> None:
     astray = wanted.clone()
     astray[7] *= 30
     same, lost, gained, one = (
-        distribution_distance(features(x, 1), features(wanted, 1)) for x in (wanted, smooth, noisy, astray)
+        distribution_distance(features(x, 1) - features(wanted, 1)) for x in (wanted, smooth, noisy, astray)
     )
     assert same == 0
     assert lost > gained > 0.005
     assert one < gained
     tokens = wanted.flatten(2).transpose(1, 2)
     assert features(tokens, 2).shape == (40, 6)
-    assert distribution_distance(features(0.9 * tokens, 2), features(tokens, 2)) > 0.01
+    assert distribution_distance(features(0.9 * tokens, 2) - features(tokens, 2)) > 0.01
 
 
 def test_closed_loop_statistics_are_of_the_corrected_trajectory(stats: NoiseStats) -> None:

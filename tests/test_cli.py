@@ -311,13 +311,13 @@ def test_auto_from_the_shell(model: Path, recipe: Path, tmp_path: Path, capsys: 
 def test_measuring_resumes_after_a_kill(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ptqd.noise
+    import ptqd.sampling
 
     quantized = tmp_path / "q"
     assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *QUANTIZE]) == 0
     measure = ["measure", str(model), str(quantized), *QUANTIZE, "--samples", "12", "--batch", "4", "--out"]
     assert main([*measure, str(tmp_path / "whole.safetensors")]) == 0
-    plain, calls = ptqd.noise.run_batch, [0]
+    plain, calls = ptqd.sampling.run_batch, [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1

@@ -63,7 +63,7 @@ def _cmd_measure(args: argparse.Namespace) -> None:
             f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"
             f"  R2 {fit.r2.value[i]:.3f}  "
             f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}  "
-            f"kurtosis {fit.kurtosis.value[i]:+.1f}  repeats {repeated[i, max(i - 1, 0)]:.2f}"
+            f"kurtosis {fit.kurtosis.value[i]:+.1f}" + (f"  repeats {repeated[i, i - 1]:.2f}" if i else "")
         )
 
 
@@ -307,7 +307,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=MODEL_HELP)
     sub.add_argument("quantized", help="the quantized pipeline's folder")
     sub.add_argument("--out", type=Path, required=True, help="statistics to write (.safetensors)")
-    _add_sampling(sub, 128)
+    _add_sampling(sub, 64)
 
     sub = verb("correct", _cmd_correct)
     sub.add_argument("quantized", help="the quantized pipeline's folder")

@@ -247,7 +247,7 @@ class _Setting:
                 **{name: _at(getattr(fit, name), i) for name in names},
                 "bias": [_at(fit.bias, (i, c)) for c in range(fit.bias.value.shape[1])],
                 "normality_p": fit.normality[i].item(),
-                "autocorrelation": dict.fromkeys(("value", "low", "high"), repeated[i, max(i - 1, 0)].item()),
+                "autocorrelation": dict.fromkeys(("value", "low", "high"), repeated[i, i - 1].item() if i else None),
             }
             for i, t in enumerate(stats.timesteps.tolist())
         ]

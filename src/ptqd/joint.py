@@ -20,6 +20,7 @@ from scipy import stats as scipy_stats
 FOLDS = 16
 MAX_CHANNELS = 16
 MAX_NEIGHBOUR_CHANNELS = 8
+CHUNK = 2**24  # float64 numbers held at once
 CROSS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel, above, below, left, right: places in a 3 x 3 kernel
 
 
@@ -80,6 +81,12 @@ def joint_moments(x: torch.Tensor, eps: torch.Tensor, eps_q: torch.Tensor, axis:
         ``E[u u^T]`` over pixels (N, G, K, K), float64.
     """
     layout = Layout.of(x.shape[axis], spatial=x.ndim >= 4)
+    rows = max(1, CHUNK // ((1 + 3 * layout.taps) * x[0].numel()))
+    chunks = zip(x.split(rows), eps.split(rows), eps_q.split(rows), strict=True)
+    return torch.cat([_tables(*chunk, axis, layout) for chunk in chunks])
+
+
+def _tables(x: torch.Tensor, eps: torch.Tensor, eps_q: torch.Tensor, axis: int, layout: Layout) -> torch.Tensor:
     parts = []
     for known, taps in ((eps_q, layout.taps), (x, layout.taps), (eps, 1)):
         one = known.detach().cpu().movedim(axis, 1).double()

@@ -4,13 +4,15 @@
    the other.
 2. Candidates, fitted on one half, run whole trajectories of samples of the other half, whose full-precision ends the
    statistics hold. Two measures, both against no correction: the mean squared distance to the same seed's
-   full-precision sample, and the distance of the samples' distribution. A smaller error alone is not enough: an
-   estimate shrinks, and samples that are all too smooth are near to everything.
-3. The weight L of withheld signal rises while the score (the sum of both measures' logarithms) improves; then other
-   ways with the residual's variance are tried on the best.
-4. The best must hold on samples that did not choose it: its distance must be lower beyond the 95 % interval of the
-   paired difference, its distribution not significantly worse. Else it backs off to the next best, in the end to no
-   correction.
+   full-precision sample (its geometric mean: no sample that went astray leads), and how far energy, by channel and band
+   of frequency, is shifted. A smaller error alone is not enough: an estimate shrinks, and samples that are all too
+   smooth are near to everything. The score is the sum of both measures' logarithms.
+3. The weight L of withheld signal rises until the score worsens by more than its standard error. Of weights that score
+   alike within one standard error the largest is taken, which withholds least; another way with the residual's
+   variance than the usual must be better by as much.
+4. What is chosen this way on either half of the checked samples must hold on the other: the distance must be lower
+   beyond the 95 % interval of the paired difference, the shift of energy not significantly larger. Else the candidate
+   is dropped and the next best stands trial, in the end no correction.
 """
 
 import itertools
@@ -52,6 +54,7 @@ class Candidate:
     methods: tuple[str, ...]
     coherences: tuple[float, ...] = ()
     variance: str | None = None
+    variant_of: str | None = None  # the candidate it differs from in what it does with the variance
 
     @property
     def estimators(self) -> dict[str, Estimator]:
@@ -72,8 +75,8 @@ class Trial:
         ratio: geometric mean over samples of that distance against no correction's.
         distribution: how far the samples' energy and means are shifted against the full-precision ones'; see
             :func:`distribution_distance`.
-        score: log of ``ratio`` plus log of ``distribution`` against no correction's, on the samples that choose; 0 for
-            no correction, less is better.
+        score: log of ``ratio`` plus log of ``distribution`` against no correction's; 0 for no correction, less is
+            better.
         kept: whether it is the one that was taken.
         why: what it was taken or dropped for.
     """
@@ -170,33 +173,32 @@ class _Search:
         self.reference = stats.finals.double()
         self.axis = stats.source.get("channel_axis", channel_axis(self.reference))
         self.wanted = features(self.reference, self.axis)
-        self.found: dict[Candidate, torch.Tensor] = {}
+        self.errors: dict[Candidate, torch.Tensor] = {}  # of each sample, to its full-precision end (n,)
+        self.shifts: dict[Candidate, torch.Tensor] = {}  # of each sample's features (n, F)
         self.plain = Candidate("none", ())
-        self.chosen_on = torch.arange(len(indices)) % 2 == 0
+        self.all = torch.arange(len(indices))
 
     def best(self) -> Choice:
         draws = self.stats.response.draws
-        variance = "vsc" if draws else None
+        usual = "vsc" if draws else None
         self._try(self.plain)
         self._try(Candidate("cnc+bc", ("cnc", "bc")))
-        last: Candidate | None = None
-        for n in range(len(COHERENCES)):
-            ours = Candidate(
-                f"joint L<={COHERENCES[n]:g}",
-                ("joint", *([variance] if variance else [])),
-                COHERENCES[: n + 1],
-                variance,
-            )
-            if not self._try(ours) or (last is not None and self._score(ours) > self._score(last)):
+        for n, most in enumerate(COHERENCES):
+            methods = ("joint", *([usual] if usual else []))
+            ours = Candidate(f"joint L<={most:g}", methods, COHERENCES[: n + 1], usual)
+            if not self._try(ours):
                 break
-            last = ours
-        top = min(self.found, key=self._score)
+            top = min(self.errors, key=lambda c: self._score(c, self.all))
+            if top.coherences and self._worse(ours, top, self.all):
+                break
+        top = self._pick(set(self.errors), self.all)
         if top is not self.plain:
-            for other in (None,) if draws else ("dns", "stepbaq"):
-                mean = tuple(m for m in top.methods if m != top.variance)
-                name = f"{top.name}, all noise drawn" if other is None else f"{top.name}, {other}"
-                if top.variance != other:
-                    self._try(replace(top, name=name, methods=(*mean, *([other] if other else [])), variance=other))
+            mean = tuple(m for m in top.methods if m != top.variance)
+            for other in (None, "vsc") if draws else ("dns", "stepbaq"):
+                if other != top.variance:
+                    name = f"{top.name}, {other or 'all noise drawn'}"
+                    methods = (*mean, *([other] if other else []))
+                    self._try(replace(top, name=name, methods=methods, variance=other, variant_of=top.name))
         return self._choice()
 
     def _try(self, candidate: Candidate) -> bool:
@@ -214,84 +216,91 @@ class _Search:
         elif hasattr(pipe.scheduler, "correction"):
             pipe = correct(pipe, self._correction(candidate, half=0)[0])
         title = f"trying {candidate.name}" if self.progress else None
-        ends = [final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]
-        self.found[candidate] = torch.cat(ends).double()
+        ends = torch.cat([final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]).double()
+        self.errors[candidate] = (ends - self.reference).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
+        self.shifts[candidate] = features(ends, self.axis) - self.wanted
         return True
 
     def _correction(self, candidate: Candidate, half: int | None) -> tuple[Correction, list[StepGate]]:
         estimate, steps = gated(self.stats, candidate.estimators, half)
-        methods = candidate.methods
-        return compose(self.stats, methods, estimate, candidate.variance, correlated=True), steps
+        return compose(self.stats, candidate.methods, estimate, candidate.variance, correlated=True), steps
 
-    def _errors(self, candidate: Candidate) -> torch.Tensor:
-        return (self.found[candidate] - self.reference).square().flatten(1).mean(1)
-
-    def _log_ratios(self, candidate: Candidate) -> torch.Tensor:
+    def _ratios(self, candidate: Candidate) -> torch.Tensor:
         """Log of each sample's squared distance against no correction's (n,)."""
-        floor = 1e-9 * self.reference.var()
-        return ((self._errors(candidate) + floor) / (self._errors(self.plain) + floor)).log()
+        return (self.errors[candidate] / self.errors[self.plain]).log()
 
-    def _log_distribution(self, candidate: Candidate, kept: torch.Tensor) -> float:
-        mine, plain = (
-            distribution_distance(features(self.found[c], self.axis)[kept], self.wanted[kept])
-            for c in (candidate, self.plain)
-        )
-        return math.log((mine + RESOLUTION) / (plain + RESOLUTION))
+    def _score(self, candidate: Candidate, on: torch.Tensor) -> float:
+        shift = log_shift(self.shifts[candidate][on], self.shifts[self.plain][on])
+        return float(self._ratios(candidate)[on].mean()) + shift
 
-    def _score(self, candidate: Candidate) -> float:
-        on = self.chosen_on
-        return float(self._log_ratios(candidate)[on].mean()) + self._log_distribution(candidate, on)
+    def _worse(self, candidate: Candidate, than: Candidate, on: torch.Tensor) -> bool:
+        """Whether a candidate's score is worse by more than the standard error of the difference."""
+        differences = [
+            self._score(candidate, kept) - self._score(than, kept)
+            for kept in (on, *(on[torch.arange(len(on)) != i] for i in range(len(on))))
+        ]
+        return differences[0] > jackknife_error(torch.tensor(differences[1:]))
 
-    def _refuted(self, candidate: Candidate) -> str:
-        """Why the samples that did not choose it speak against a candidate; empty if they do not."""
-        held = ~self.chosen_on
-        ratios = self._log_ratios(candidate)[held]
+    def _pick(self, candidates: set[Candidate], on: torch.Tensor) -> Candidate:
+        """The best on some samples, by the rules of one standard error."""
+        usual = [c for c in self.errors if c in candidates and c.variant_of is None]
+        best = min(usual, key=lambda c: self._score(c, on))
+        if best.coherences:
+            best = max((c for c in usual if c.coherences), key=lambda c: (not self._worse(c, best, on), c.coherences))
+        variants = [c for c in self.errors if c in candidates and c.variant_of == best.name]
+        better = [c for c in variants if self._worse(best, c, on)]
+        return min([best, *better], key=lambda c: self._score(c, on))
+
+    def _refuted(self, candidates: set[Candidate]) -> str:
+        """Why what either half of the samples chooses does not hold on the other; empty if it does."""
+        halves = (self.all[::2], self.all[1::2])
+        held = [(self._pick(candidates, on), other) for on, other in (halves, halves[::-1])]
+        ratios = torch.cat([self._ratios(chosen)[other] for chosen, other in held])
         quantile = float(scipy_stats.t.ppf(0.95, len(ratios) - 1))
         high = ratios.mean() + quantile * ratios.std() / len(ratios) ** 0.5
         if high >= 0:
             return f"its distance may be up to {float(high.exp()):.2f} of that without"
-        n = int(held.sum())
-        whole = self._log_distribution(candidate, held)
-        without = torch.tensor(
-            [
-                self._log_distribution(candidate, held & (torch.arange(len(held)) != i))
-                for i in held.nonzero().flatten().tolist()
-            ]
-        )
-        error = ((n - 1) * without.var(unbiased=False)).sqrt()
-        if whole - quantile * error > 0:
-            return f"the samples' distribution is {math.exp(whole):.2f} times as far off as without"
-        return ""
+        mine = torch.cat([self.shifts[chosen][other] for chosen, other in held])
+        plain = torch.cat([self.shifts[self.plain][other] for _, other in held])
+        without = [torch.arange(len(mine)) != i for i in range(len(mine))]
+        error = jackknife_error(torch.tensor([log_shift(mine[kept], plain[kept]) for kept in without]))
+        whole = log_shift(mine, plain)
+        return f"energy is {math.exp(whole):.2f} times as far off as without" if whole > quantile * error else ""
 
     def _choice(self) -> Choice:
-        order = sorted(self.found, key=self._score)
-        why: dict[Candidate, str] = {}
-        taken = self.plain
-        for candidate in order:
-            if candidate is self.plain:
-                break
-            against = self._refuted(candidate)
+        candidates, why = set(self.errors), {}
+        while True:
+            taken = self._pick(candidates, self.all)
+            against = "" if taken is self.plain else self._refuted(candidates)
             if not against:
-                taken = candidate
                 break
-            why[candidate] = against
-        why[taken] = "nothing better held" if taken is self.plain else "the best that held on other samples"
+            why[taken] = against
+            candidates.remove(taken)
+        why[taken] = "nothing better held" if taken is self.plain else "the best, and it held on other samples"
         trials = [
             Trial(
                 c.name,
-                float(self._errors(c).mean()),
-                float(self._log_ratios(c).mean().exp()),
-                distribution_distance(features(self.found[c], self.axis), self.wanted),
-                self._score(c),
+                float(self.errors[c].mean()),
+                float(self._ratios(c).mean().exp()),
+                distribution_distance(self.shifts[c]),
+                self._score(c, self.all),
                 c == taken,
-                why.get(c, "" if c is self.plain else "another scored better"),
+                why.get(c, "" if c is self.plain else "no better than what was taken"),
             )
-            for c in self.found
+            for c in self.errors
         ]
         correction, steps = self._correction(taken, half=None)
-        if taken is self.plain:
-            steps = []
-        return Choice(correction, tuple(trials), tuple(steps), len(self.reference))
+        return Choice(correction, tuple(trials), () if taken is self.plain else tuple(steps), len(self.reference))
+
+
+def log_shift(mine: torch.Tensor, plain: torch.Tensor) -> float:
+    """Log of :func:`distribution_distance` against no correction's, from shifts (N, F)."""
+    return math.log((distribution_distance(mine) + RESOLUTION) / (distribution_distance(plain) + RESOLUTION))
+
+
+def jackknife_error(without: torch.Tensor) -> float:
+    """Standard error of an estimate, from its values with each of n samples left out (n,)."""
+    return float(((len(without) - 1) * without.double().var(unbiased=False)).sqrt())
 
 
 def features(samples: torch.Tensor, axis: int) -> torch.Tensor:
@@ -321,14 +330,14 @@ def features(samples: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def distribution_distance(mine: torch.Tensor, wanted: torch.Tensor) -> float:
-    """By how much features (N, F) are shifted against those of the same seeds: mean square of the shifts.
+def distribution_distance(shifts: torch.Tensor) -> float:
+    """By how much a distribution is off, from the shifts of features (N, F) against those of the same seeds.
 
-    Each shift is the mean over samples without the tenth at either end: what happens to most samples, not what a
-    single one that went astray does. A correction that smooths shows as lost energy, whatever it does to the error.
+    The mean square over features of each one's shift, its mean over samples without the tenth at either end: what
+    happens to most samples, not what a single one that went astray does. A correction that smooths shows as lost
+    energy, whatever it does to the error.
     """
-    shifts = scipy_stats.trim_mean((mine - wanted).numpy(), 0.1, axis=0)
-    return float((shifts**2).mean())
+    return float((scipy_stats.trim_mean(shifts.numpy(), 0.1, axis=0) ** 2).mean())
 
 
 def describe(trials: Sequence[Trial]) -> list[str]:
