@@ -29,8 +29,8 @@ SETTINGS = {
 }
 CELLS = (
     ("20 steps, eta 0, guidance 3", "w4a8", 1024),
-    ("20 steps, eta 0, guidance 3", "w4a4", 256),
-    ("50 steps, eta 1, guidance 1.5", "w4a8", 256),
+    ("20 steps, eta 0, guidance 3", "w4a4", 128),
+    ("50 steps, eta 1, guidance 1.5", "w4a8", 128),
 )
 
 

@@ -32,7 +32,7 @@ def stats_of(
         indices=indices,
         moments=moments,
         elements=eps[0, 0].numel(),
-        source={"scheduler": "DDIMScheduler", "config": {}} if source is None else source,
+        source={"scheduler": "DDIMScheduler", "config": {}, "repeatable": True} if source is None else source,
         response=Response(one, one.clone(), one.clone(), one[0].clone(), exact=True),
         levels=None,
         joint=fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None],

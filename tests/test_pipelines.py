@@ -180,15 +180,17 @@ def test_noise_is_seeded_where_a_pipeline_hands_its_scheduler_no_generator() -> 
     assert not torch.equal(samples(pipe, run.replace(seed=1)), first)
 
 
-@pytest.mark.parametrize("name", ["flux", "cogvideox", "stable-audio"])
+@pytest.mark.parametrize("name", ["flux", "cogvideox", "wan", "stable-audio"])
 def test_pipelines_in_half_precision_are_corrected_and_loaded(name: str, tmp_path: Path) -> None:
     run = setting(name, guided=True)
     pipeline(name).save_pretrained(tmp_path / "full")
     quantized(name).save_pretrained(tmp_path / "quantized")
     pipe, qpipe = (load(tmp_path / folder, dtype=torch.bfloat16) for folder in ("full", "quantized"))
-    corrected = correct(qpipe, measure(pipe, qpipe, run), ("cnc", "bc"))
+    stats = measure(pipe, qpipe, run)
+    corrected = correct(qpipe, stats, ("cnc", "bc"))
     want = samples(corrected, run)
     assert bool(torch.isfinite(want).all())
+    assert bool(torch.isfinite(samples(correct(qpipe, stats, ("joint",)), run)).all())
     assert not torch.equal(want, samples(qpipe, run))
     corrected.save_pretrained(tmp_path / "corrected")
     assert torch.equal(samples(load(tmp_path / "corrected", dtype=torch.bfloat16), run), want)
@@ -203,7 +205,7 @@ def test_every_prompt_makes_samples_of_its_own() -> None:
     assert torch.allclose(both[1], other[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd1", "dit", "flux", "text-to-video", "stable-audio"])
+@pytest.mark.parametrize("name", ["sd1", "sd-img2img", "dit", "flux", "text-to-video", "stable-audio"])
 def test_auto_checks_whole_trajectories_of_any_pipeline(name: str) -> None:
     """A denoiser that answers 1.2 eps + 0.1: that is found, and the ends it is checked against are whole samples."""
     pipe, bad = pipeline(name), scaled_and_shifted(name)

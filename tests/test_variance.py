@@ -35,6 +35,7 @@ def deterministic(name: str, prediction: str, steps: int = 12, v: float = V) -> 
         torch.tensor([float(t) for t in timesteps], dtype=torch.float64),
         noise_levels(scheduler, timesteps),
         response,
+        False,
         response.outputs.diagonal() ** 2 * v,
     )
     return scheduler, residuals
@@ -249,6 +250,12 @@ def test_methods_that_rewrite_a_step_say_where_they_cannot() -> None:
 
     with pytest.raises(InputError, match="which is not known"):
         dns(replace(residuals, levels=None))
+    with pytest.raises(InputError, match="dns would lengthen steps that DDIMScheduler clips"):
+        dns(replace(residuals, clips=True))
+    with pytest.raises(InputError, match="not known of MyScheduler"):
+        stepbaq(replace(residuals, scheduler="MyScheduler"))
+    with pytest.raises(InputError, match="stepbaq needs the timestep of any noise level"):
+        stepbaq(replace(residuals, timesteps=residuals.timesteps / 1000))
     with pytest.raises(InputError, match="no prediction type 'colour'"):
         stepbaq(replace(residuals, config={**residuals.config, "prediction_type": "colour"}))
     levels = residuals.levels

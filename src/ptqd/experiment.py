@@ -21,7 +21,7 @@ from ptqd.evaluate.metrics import mean_metric, psnr
 from ptqd.files import make_folder, read_json, read_tensors, write_json, write_tensors
 from ptqd.loading import load
 from ptqd.noise import Estimate, NoiseStats, measure
-from ptqd.progress import busy, track
+from ptqd.progress import busy
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, guidance_of, sample
@@ -280,16 +280,16 @@ def measure_shards(
     """Measure into ``path``, batch by batch through ``scratch``, so that a kill costs one batch."""
     kept = sorted(scratch.glob("*.safetensors"))  # the newest holds all that was measured so far
     stats = NoiseStats.load(kept[-1]) if kept else None
-    for indices in track(list(run.batches(0 if stats is None else stats.samples)), title):
-        part = measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
-        stats = part if stats is None else NoiseStats.merge([stats, part])
+
+    def keep(stats: NoiseStats) -> None:
         make_folder(scratch)
-        stats.save(scratch / f"{stats.samples:08d}.safetensors")
-        for older in kept:
-            older.unlink()
-        kept = [scratch / f"{stats.samples:08d}.safetensors"]
-    if stats is not None:
-        stats.save(path)
+        newest = scratch / f"{stats.samples:08d}.safetensors"
+        stats.save(newest)
+        for older in scratch.glob("*.safetensors"):
+            if older != newest:
+                older.unlink()
+
+    measure(pipe, quantized, run, resume=stats, keep=keep, progress=title or False).save(path)
 
 
 def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: Path, *, title: str | None) -> None:

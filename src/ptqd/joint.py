@@ -249,13 +249,35 @@ def smoothed(table: torch.Tensor, layout: Layout, weight: float) -> torch.Tensor
     return total / count.view(-1, 1, 1, 1)
 
 
+def between_tables(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Tables between two others (F, T, G, K, K): both are brought to a size between theirs, then averaged.
+
+    Args:
+        left: of the step before.
+        right: of the step after.
+        weight: of the latter (T,); sizes are averaged in the logarithm.
+        layout: of the tables.
+    """
+    w = weight.view(-1, 1, 1, 1)
+    scale = _sizes(left, right, layout) ** w[..., 0]
+    there = left * scale[..., :, None] * scale[..., None, :]
+    return (1 - w) * there + w * resized(right, there, layout)
+
+
 def resized(table: torch.Tensor, like: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A table whose eps_q, x_t and eps are brought to the root mean square they have in another."""
+    scale = _sizes(table, like, layout)
+    return table * scale[..., :, None] * scale[..., None, :]
+
+
+def _sizes(table: torch.Tensor, like: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Root mean square of a row's eps_q, x_t and eps in one table over that in another (..., K)."""
     scale = torch.ones_like(table[..., 0])
     for block in layout.blocks:
         theirs, ours = (t[..., block, block].diagonal(dim1=-2, dim2=-1).mean(-1) for t in (table, like))
-        scale[..., block] = torch.where(theirs > 0, ours / theirs.clamp(min=1e-300), 1.0).sqrt()[..., None]
-    return table * scale[..., :, None] * scale[..., None, :]
+        ratio = torch.where((theirs > 0) & (ours > 0), ours / theirs.clamp(min=1e-300), 1.0)
+        scale[..., block] = ratio.sqrt()[..., None]
+    return scale
 
 
 def inverse(matrix: torch.Tensor) -> torch.Tensor:

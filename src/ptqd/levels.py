@@ -53,8 +53,9 @@ def noise_levels(scheduler: SchedulerMixin, timesteps: Sequence[Any]) -> Levels 
         sigma = sigmas.detach().cpu().double()[begin : begin + len(timesteps)]
         if "FlowMatch" in type(known).__name__ or known.config.get("use_flow_sigmas"):
             return Levels("flow", 1 - sigma, sigma)
-        if hasattr(known, "_sigma_to_alpha_sigma_t"):  # the DPM-Solver family keeps x_t at the VP scale
-            return Levels.at_ratio("vp", sigma)
+        if hasattr(known, "_sigma_to_alpha_sigma_t"):  # the DPM-Solver family, at the VP scale or with alpha 1
+            alpha, sigma = (torch.as_tensor(value).double() for value in known._sigma_to_alpha_sigma_t(sigma))
+            return Levels("ve" if bool((alpha == 1).all()) else "vp", alpha.expand_as(sigma), sigma)
         return Levels("ve", torch.ones_like(sigma), sigma)
     alphas, index = getattr(known, "alphas_cumprod", None), torch.tensor([int(t) for t in timesteps])
     if not isinstance(alphas, torch.Tensor) or int(index.min()) < 0 or int(index.max()) >= len(alphas):

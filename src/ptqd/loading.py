@@ -77,11 +77,14 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
 def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
     """Some pipelines, DDIM's for one, make a plain scheduler from the one they are given; here it corrects again."""
     scheduler = getattr(pipe, "scheduler", None)
+    if isinstance(scheduler, CorrectedStep):
+        scheduler.belongs_to(pipe)
     if scheduler is None or isinstance(scheduler, CorrectedStep) or "correction" not in scheduler.config:
         return
     corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
     if DiffusionPipeline.load_config(model)["scheduler"][1] == corrected.__name__:
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
+        pipe.scheduler.belongs_to(pipe)
 
 
 def best_device() -> str:

@@ -13,10 +13,9 @@ and the residual's skewness and kurtosis are known for any k.
 """
 
 import dataclasses
-import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from scipy import stats as scipy_stats
 
-from ptqd.components import channel_axis, denoiser_name, fingerprint, schedule_of, scheduler_facts
+from ptqd.components import channel_axis, denoiser_name, fingerprint, schedule_of, scheduler_facts, scheduler_of
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import FOLDS, Layout, fold_of, fold_sums, joint_moments
+from ptqd.joint import FOLDS, Layout, between_tables, fold_of, fold_sums, joint_moments
 from ptqd.levels import Levels, noise_levels
 from ptqd.progress import track
 from ptqd.replay import Trajectory, record, replay, rows_of_samples, whole_samples
@@ -155,10 +154,14 @@ class NoiseStats:
         ones = torch.ones_like(self.moved)
         if not self.response.one_step:
             return ones
-        noise = self.moments[..., _COLUMN[0, 2]].mean((0, 2))
-        expected = self.response.outputs.diagonal() ** 2 * noise
-        share = self.moved / self.samples / torch.where(expected > 0, expected, 1.0)
+        expected = self.unclipped()
+        share = self.moved / torch.where(expected > 0, expected, 1.0)
         return torch.where(expected > 0, share, 1.0).sqrt().clamp(0, 1)
+
+    def unclipped(self) -> torch.Tensor:
+        """What :attr:`moved` is where nothing is clipped (T,), of a step without history."""
+        noise = self.moments[..., _COLUMN[0, 2]].mean((0, 2))
+        return self.response.outputs.diagonal() ** 2 * noise * self.samples
 
     def at(self, scheduler: SchedulerMixin) -> "NoiseStats":
         """The same statistics on the steps of another run, interpolated over log-SNR.
@@ -201,27 +204,32 @@ class NoiseStats:
             w = weight.view(shape)
             return (1 - w) * values.index_select(axis, left) + w * values.index_select(axis, right)
 
-        mixed = between(self.joint, 1)
+        parts = (self.joint.index_select(1, left), self.joint.index_select(1, right))
         near = torch.where(weight < 0.5, left, right)
         steps = len(self.timesteps)
         pair = torch.cat([near, near + steps])
-        eta = {"eta": self.source["eta"]} if self.source["eta"] else {}
         step = getattr(type(scheduler), "plain_class", type(scheduler)).step
-        if eta and "eta" not in inspect.signature(step).parameters:
-            eta = {}
-        return dataclasses.replace(
+        response = linear_response(
+            scheduler,
+            step,
+            timesteps,
+            self.source["keywords"],
+            learned_variance=self.source["learned_variance"],
+            device=known.timesteps.device,
+        )
+        there_now = dataclasses.replace(
             self,
             timesteps=wanted,
             moments=between(self.moments, 1),
             source={**self.source, "steps": len(timesteps), "interpolated_from": self.source["steps"]},
-            response=linear_response(scheduler, step, timesteps, eta, device=known.timesteps.device),
+            response=response,
             levels=levels,
-            joint=mixed,
+            joint=between_tables(*parts, weight, self.layout),
             cross=self.cross[pair][:, pair],
-            moved=self.moved[near],
             finals=self.finals[:0],
             final_indices=self.final_indices[:0],
         )
+        return dataclasses.replace(there_now, moved=self.attenuation()[near] ** 2 * there_now.unclipped())
 
     def fit(self, *, slope: bool = True) -> NoiseFit:
         """The regression per step, with jackknife intervals over samples.
@@ -420,8 +428,10 @@ def measure(
     run: Sampling,
     *,
     start: int = 0,
+    resume: "NoiseStats | None" = None,
+    keep: Callable[["NoiseStats"], None] | None = None,
     closed_loop: bool = False,
-    progress: bool = False,
+    progress: str | bool = False,
 ) -> NoiseStats:
     """Measure what quantization does to every step.
 
@@ -430,17 +440,19 @@ def measure(
         qpipe: the same pipeline, quantized by any means.
         run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time. Their seeds
             are derived from the run's, and are not those of its images.
-        start: first sample, to share the work or resume.
+        start: first sample, to share the work.
+        resume: what was measured before, of the first samples; the rest is added.
+        keep: called after each batch with all that is measured so far, to be kept against a kill.
         closed_loop: measure along the trajectory of ``qpipe``, as it is corrected or not, instead of that of
             ``pipe``. Whole trajectories cannot be checked with such statistics.
-        progress: show a bar.
+        progress: show a bar, with that title.
 
     Raises:
         MismatchError: the two pipelines do not take the same steps.
         InputError: the denoiser's output is NaN or infinite at some step.
     """
     run = run.apart("measuring")
-    correction = getattr(qpipe.scheduler, "correction", None)
+    correction = getattr(scheduler_of(qpipe), "correction", None)
     if closed_loop and correction is not None and correction.network:
         raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
     source = {
@@ -452,22 +464,29 @@ def measure(
         "guidance": guidance_of(pipe, run),
         "call": run.shared_call,
         "seed": run.seed,
+        "inputs": run.inputs_digest,
         "closed_loop": closed_loop,
+        "corrected": list(correction.methods) if closed_loop and correction is not None else [],
     }
-    total: NoiseStats | None = None
+    total = resume
+    start = start if resume is None else resume.samples
     first, second = (qpipe, pipe) if closed_loop else (pipe, qpipe)
-    for indices in track(list(run.batches(start)), "measuring" if progress else None):
+    for indices in track(list(run.batches(start)), "measuring" if progress is True else progress or None):
         with record(first) as trajectory:
             run_batch(first, run, indices, "latent")
         with replay(second, trajectory) as answer:
             run_batch(second, run, indices, "latent")
         outputs = (answer.outputs, trajectory.outputs) if closed_loop else (trajectory.outputs, answer.outputs)
         part = _batch_stats(trajectory, *outputs, torch.tensor(list(indices)), source, total)
-        moved = torch.tensor(answer.moved, dtype=torch.float64) * len(indices)
-        part = dataclasses.replace(part, moved=moved)
-        if closed_loop:
+        if closed_loop:  # the recorded next samples are the corrected ones: nothing to compare with
+            moved = part.unclipped()
             part = dataclasses.replace(part, finals=part.finals[:0], final_indices=part.final_indices[:0])
+        else:
+            moved = torch.tensor(answer.moved, dtype=torch.float64) * len(indices)
+        part = dataclasses.replace(part, moved=moved)
         total = part if total is None else NoiseStats.merge([total, part])
+        if keep is not None:
+            keep(total)
     if total is None:
         raise InputError(f"no samples to measure from {start} to {run.samples}; ask for more")
     return total
@@ -487,12 +506,12 @@ def _batch_stats(
     means, means_q = ([e.narrow(axis, 0, channels) for e in es] for es in (outputs, outputs_q))
     timesteps = [float(t) for t in trajectory.timesteps]
     source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
+    source["keywords"] = {k: v for k, v in trajectory.keywords.items() if isinstance(v, int | float | str | None)}
+    source["learned_variance"] = outputs[0].shape != trajectory.samples[0].shape
+    source["repeatable"] = trajectory.repeatable
     rows, tables = [], []
-    for t, x, eps, eps_q in zip(timesteps, trajectory.samples, means, means_q, strict=True):
-        moments = paired_moments(eps, eps_q, axis)
-        if not bool(torch.isfinite(moments).all()):
-            raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite; try a wider dtype")
-        rows.append(per_sample(moments, len(indices)))
+    for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):
+        rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
         tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
     odd = (fold_of(indices) % 2 == 1).nonzero().flatten()[:CHECKED]
     final = whole_samples(trajectory.final, len(indices))

@@ -35,6 +35,7 @@ class Trajectory:
         scheduler: a copy of it, as it was before the first step.
         keywords: arguments of ``step`` that are the same at every step, such as ``eta``.
         channel_axis: of samples and outputs.
+        repeatable: every sample's noise comes from its own generator, whatever the batch.
     """
 
     timesteps: list[Any] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Trajectory:
     scheduler: Any = None
     keywords: dict[str, Any] = field(default_factory=dict)
     channel_axis: int = 1
+    repeatable: bool = True
 
     @property
     def final(self) -> torch.Tensor:
@@ -100,7 +102,7 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
     """Record every step the pipeline takes inside the block.
 
     Raises:
-        InputError: its scheduler cannot be followed, or was not asked for a single step.
+        InputError: its scheduler cannot be followed, or was not asked for a single step; an output is NaN or infinite.
     """
     trajectory = Trajectory()
     model = getattr(pipe, denoiser_name(pipe))
@@ -113,7 +115,9 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
             bound = inspect.signature(plain).bind(model_output, timestep, sample, *args, **kw)
             bound.apply_defaults()
             trajectory.keywords = {k: v for k, v in bound.arguments.items() if k not in _CHANGING}
+            trajectory.repeatable = bound.arguments.get("generator", "none taken") is not None
             trajectory.channel_axis = find_channel_axis(model, model_output, sample)
+        _check_finite(model_output, timestep, "the recorded pipeline")
         result = plain(model_output, timestep, sample, *args, **kw)
         trajectory.timesteps.append(timestep)
         trajectory.samples.append(sample.detach())
@@ -145,6 +149,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
             raise MismatchError(
                 f"replay: step {i} is at timestep {float(timestep):g}, not at the recorded one; use the same steps"
             )
+        _check_finite(model_output, timestep, "the replayed pipeline")
         if not torch.equal(sample, trajectory.samples[i]):
             raise MismatchError(
                 f"replay: the sample at step {i} is not the recorded one; use the same seeds and inputs"
@@ -159,6 +164,13 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
     if len(answer.outputs) != len(trajectory.timesteps):
         raise MismatchError(
             f"replay: {len(answer.outputs)} steps taken, {len(trajectory.timesteps)} recorded; use the same steps"
+        )
+
+
+def _check_finite(model_output: torch.Tensor, timestep: Any, whose: str) -> None:
+    if not bool(torch.isfinite(model_output).all()):
+        raise InputError(
+            f"the denoiser's output at timestep {float(timestep):g} is NaN or infinite, in {whose}; try a wider dtype"
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,8 @@ class Sampling:
         steps: denoising steps.
         eta: DDIM's noise (arXiv 2010.02502), passed where the pipeline takes it.
         samples: how many.
-        batch: samples at once; changes speed and memory, never results.
+        batch: samples at once; changes speed and memory, not results, wherever the pipeline hands its generators to its
+            scheduler.
         seed: of sample i is derived from (seed, i).
         call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
             (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); anything else goes to every batch,
@@ -82,6 +84,11 @@ class Sampling:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["call"] = _plain(self.call)
         return plain
+
+    @property
+    def inputs_digest(self) -> str:
+        """A hash of the call's arguments."""
+        return hashlib.sha256(json.dumps(_plain(self.call), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def shared_call(self) -> dict[str, Any]:
@@ -143,6 +150,9 @@ def run_batch(
             )
     if run.eta > 0 and "eta" not in accepted:
         raise InputError(f"{type(pipe).__name__} takes no eta; leave it at 0")
+    check_guidance = getattr(getattr(pipe, "scheduler", None), "check_guidance", None)
+    if check_guidance is not None:  # of a scheduler that corrects
+        check_guidance(guidance_of(pipe, run))
     given = {k: v for k, v in arguments.items() if k in accepted} | call
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})

@@ -2,17 +2,18 @@
 
 1. Every candidate is gated step by step (:mod:`ptqd.correction.gate`): fitted on one half of the samples, judged on
    the other.
-2. Candidates, fitted on one half, run whole trajectories of samples of the other half, whose full-precision ends the
-   statistics hold. Two measures, both against no correction: the mean squared distance to the same seed's
+2. Candidates run whole trajectories of samples whose full-precision ends the statistics hold. Their estimates are
+   fitted on the other half of the samples; which steps keep them, and what remains for the variance, follows from all.
+   Two measures, both against no correction: the mean squared distance to the same seed's
    full-precision sample (its geometric mean: no sample that went astray leads), and how far energy, by channel and band
    of frequency, is shifted. A smaller error alone is not enough: an estimate shrinks, and samples that are all too
    smooth are near to everything. The score is the sum of both measures' logarithms.
 3. The weight L of withheld signal rises until the score worsens by more than its standard error. Of weights that score
    alike within one standard error the largest is taken, which withholds least; another way with the residual's
    variance than the usual must be better by as much.
-4. What is chosen this way on either half of the checked samples must hold on the other: the distance must be lower
-   beyond the 95 % interval of the paired difference, the shift of energy not significantly larger. Else the candidate
-   is dropped and the next best stands trial, in the end no correction.
+4. What is chosen this way on either half of the checked samples must hold on the other: the upper 95 % bound of the
+   paired difference of distances must be below 0, and the shift of energy not significantly larger. Else the candidate
+   is dropped and the next best stands trial, in the end no correction. What is taken is fitted anew on all samples.
 """
 
 import itertools
@@ -31,7 +32,7 @@ from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
 from ptqd.correction.scheduler import check_source, correct
-from ptqd.errors import InputError, MismatchError
+from ptqd.errors import InputError, MismatchError, PtqdError
 from ptqd.joint import Estimator
 from ptqd.noise import NoiseStats
 from ptqd.progress import track
@@ -67,7 +68,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate's whole trajectories came to, on samples it was not fitted on.
+    """What a candidate's whole trajectories came to, on samples that its estimate was not fitted on.
 
     Attributes:
         name: of the candidate.
@@ -140,17 +141,32 @@ def fit_auto(
 
     Raises:
         MismatchError: the statistics are of another model, scheduler, guidance scale or number of steps, or of other
-            seeds.
+            seeds or arguments of the call.
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
     apart = run.apart("measuring")
     check_source(qpipe, stats.source)
-    for fact, value in (("seed", apart.seed), ("steps", run.steps), ("guidance", guidance_of(qpipe, run))):
+    wanted = {
+        "seed": apart.seed,
+        "steps": run.steps,
+        "guidance": guidance_of(qpipe, run),
+        "inputs": run.inputs_digest,
+    }
+    if "interpolated_from" in stats.source:
+        raise InputError("statistics carried over to other steps have no full-precision samples to check against")
+    for fact, value in wanted.items():
         if stats.source.get(fact) != value:
             raise MismatchError(
                 f"the statistics were measured with another {fact}; give the run they were measured with"
             )
     indices = stats.final_indices.tolist()
+    if not stats.source["repeatable"]:
+        raise InputError(
+            f"{type(qpipe).__name__} hands its scheduler no generator, so a sample's noise depends on its batch and no "
+            "trajectory can be checked; name methods instead, such as cnc,bc"
+        )
+    if not bool(torch.isfinite(stats.finals).all()):
+        raise InputError("the full-precision samples hold NaN or infinite values; try a wider dtype")
     if len(indices) < MIN_CHECKED:
         raise InputError(
             f"{len(indices)} full-precision samples to check against are too few; measure at least 16, in open loop"
@@ -202,24 +218,31 @@ class _Search:
         return self._choice()
 
     def _try(self, candidate: Candidate) -> bool:
-        """Run a candidate's trajectories; False where it cannot be made, or keeps nothing."""
-        pipe = self.qpipe
-        if candidate.methods:
+        """Run a candidate's trajectories; False where it cannot be made or run, or keeps nothing."""
+        if candidate is self.plain:
+            ends = self._ends(candidate, self._correction(candidate, half=0)[0])
+            if not bool(torch.isfinite(ends).all()):
+                raise InputError("the quantized pipeline's samples hold NaN or infinite values; try a wider dtype")
+        else:
             try:
                 correction, steps = self._correction(candidate, half=0)
-            except InputError as error:
+                if all(step.kept == "nothing" for step in steps):
+                    return False
+                ends = self._ends(candidate, correction)
+            except PtqdError as error:
                 logger.info("%s is left out: %s", candidate.name, error)
                 return False
-            if all(step.kept == "nothing" for step in steps):
+            if not bool(torch.isfinite(ends).all()):
+                logger.warning("%s is left out: its samples hold NaN or infinite values", candidate.name)
                 return False
-            pipe = correct(pipe, correction)
-        elif hasattr(pipe.scheduler, "correction"):
-            pipe = correct(pipe, self._correction(candidate, half=0)[0])
-        title = f"trying {candidate.name}" if self.progress else None
-        ends = torch.cat([final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]).double()
         self.errors[candidate] = (ends - self.reference).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
         self.shifts[candidate] = features(ends, self.axis) - self.wanted
         return True
+
+    def _ends(self, candidate: Candidate, correction: Correction) -> torch.Tensor:
+        pipe = correct(self.qpipe, correction)
+        title = f"trying {candidate.name}" if self.progress else None
+        return torch.cat([final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]).double()
 
     def _correction(self, candidate: Candidate, half: int | None) -> tuple[Correction, list[StepGate]]:
         estimate, steps = gated(self.stats, candidate.estimators, half)
@@ -258,14 +281,16 @@ class _Search:
         ratios = torch.cat([self._ratios(chosen)[other] for chosen, other in held])
         quantile = float(scipy_stats.t.ppf(0.95, len(ratios) - 1))
         high = ratios.mean() + quantile * ratios.std() / len(ratios) ** 0.5
-        if high >= 0:
-            return f"its distance may be up to {float(high.exp()):.2f} of that without"
+        if not high < 0:
+            return f"on other samples, the distance may be up to {float(high.exp()):.2f} of that without"
         mine = torch.cat([self.shifts[chosen][other] for chosen, other in held])
         plain = torch.cat([self.shifts[self.plain][other] for _, other in held])
         without = [torch.arange(len(mine)) != i for i in range(len(mine))]
         error = jackknife_error(torch.tensor([log_shift(mine[kept], plain[kept]) for kept in without]))
         whole = log_shift(mine, plain)
-        return f"energy is {math.exp(whole):.2f} times as far off as without" if whole > quantile * error else ""
+        return (
+            "" if whole <= quantile * error else f"on other samples, energy is {math.exp(whole):.2f} times as far off"
+        )
 
     def _choice(self) -> Choice:
         candidates, why = set(self.errors), {}

@@ -74,15 +74,16 @@ class Correction:
             step: index into ``timesteps``.
         """
         axis = self.axis(eps_q)
+        dtype = torch.promote_types(eps_q.dtype, torch.float32)  # half precision is too coarse for small corrections
         noise: torch.Tensor | None = None  # what is taken for quantization noise
         for table, known in ((self.output, eps_q), (self.sample, x)):
             if table:
-                part = _apply(eps_q.new_tensor(table[step]), known, axis)
+                part = _apply(eps_q.new_tensor(table[step], dtype=dtype), known.to(dtype), axis)
                 noise = part if noise is None else noise + part
         if self.bias:
-            bias = _along(eps_q.new_tensor(self.bias[step]), eps_q.ndim, axis)
+            bias = _along(eps_q.new_tensor(self.bias[step], dtype=dtype), eps_q.ndim, axis)
             noise = bias if noise is None else noise + bias
-        return eps_q if noise is None else eps_q - noise
+        return eps_q if noise is None else (eps_q.to(dtype) - noise).to(eps_q.dtype)
 
 
 def _apply(weights: torch.Tensor, known: torch.Tensor, axis: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT = ("cnc", "bc", "vsc")
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
+CLIPPING = 0.99  # below this a step clips
 VARIANCE: Mapping[str, Callable[[Residuals], Reshaped]] = {
     "vsc": vsc,
     "dns": dns,
@@ -126,6 +127,9 @@ def compose(
     reshaped: Reshaped | None = None
     if variance is not None:
         residuals = _residuals(stats, estimate, correlated)
+        config = stats.source["config"]
+        if not stats.response.one_step and (config.get("clip_sample") or config.get("thresholding")):
+            logger.warning("%s clips and remembers: what that takes of the residual is not known", residuals.scheduler)
         try:
             reshaped = VARIANCE[variance](residuals)
         except InputError as error:
@@ -165,6 +169,7 @@ def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) ->
         timesteps=stats.timesteps,
         levels=stats.levels,
         response=stats.response,
+        clips=bool((stats.attenuation() < CLIPPING).any()),
         added=added_variance(stats.response, covariance),
     )
 

@@ -42,7 +42,8 @@ class CorrectedStep:
 
     def _start(self) -> None:
         self._position, self._own = 0, None
-        self._check_guidance()
+        pipe = None if self._pipeline is None else self._pipeline()
+        self.check_guidance(getattr(pipe, "guidance_scale", None))  # most pipelines show that of their call
         wanted = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
         if wanted[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
@@ -54,13 +55,25 @@ class CorrectedStep:
                 f"steps={len(wanted)})"
             )
         if self.correction.network:
+            if len(wanted) != len(known):
+                raise MismatchError(
+                    "stepbaq tells the network other timesteps, of a whole schedule; use another method"
+                )
             self._own = self.timesteps
             told = self.correction.network[-len(wanted) :]
             self.timesteps = torch.tensor(told, dtype=torch.float32, device=self._own.device)
 
-    def _check_guidance(self) -> None:
-        pipe = None if self._pipeline is None else self._pipeline()
-        given, measured = getattr(pipe, "guidance_scale", None), self.correction.source.get("guidance")
+    def belongs_to(self, pipe: DiffusionPipeline) -> None:
+        """Know the pipeline, to see the guidance scale of its calls."""
+        self._pipeline = weakref.ref(pipe)
+
+    def check_guidance(self, given: object) -> None:
+        """Refuse a guidance scale that was not measured; None is not known.
+
+        Raises:
+            MismatchError: it is another one.
+        """
+        measured = self.correction.source.get("guidance")
         if isinstance(given, int | float) and measured is not None and given != measured:
             raise MismatchError(
                 f"the correction was measured at guidance scale {measured:g}, the pipeline runs at {given:g}; "
@@ -74,10 +87,12 @@ class CorrectedStep:
             yield t
             return
         told = self.timesteps
-        position = min(self._position, len(told) - 1)
+        found = (told[self._position :] == float(t)).nonzero()
+        if len(found) == 0:
+            raise MismatchError(f"the network was not told of a step at timestep {float(t):g}; use another method")
         self.timesteps = self._own
         try:
-            yield self._own[position]
+            yield self._own[self._position + int(found[0])]
         finally:
             self.timesteps = told
 
@@ -202,7 +217,7 @@ def correct(
     corrected = corrected_class(plain_class_of(qpipe.scheduler))  # type: ignore[arg-type]  # classes are hashable
     scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
     pipe = with_components(qpipe, scheduler=scheduler)
-    scheduler._pipeline = weakref.ref(pipe)
+    scheduler.belongs_to(pipe)
     return pipe
 
 
@@ -217,10 +232,16 @@ def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseS
     plain: Any = plain_class_of(scheduler).from_config(
         {name: value for name, value in scheduler.config.items() if name != "correction"}
     )
+    if steps == stats.source["steps"]:
+        return stats
     try:
+        plain.set_timesteps(stats.source["steps"])
+        same = [float(t) for t in plain.timesteps] == stats.timesteps.tolist()
         plain.set_timesteps(steps)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the schedule of {steps} steps depends on the call ({error}); measure these steps") from error
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise InputError(f"the pipeline takes a schedule of its own, that of {steps} steps is not known; measure them")
     there = stats.at(plain)
     if there is not stats:
         logger.warning(

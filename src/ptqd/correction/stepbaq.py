@@ -25,13 +25,13 @@ def stepbaq(residuals: Residuals) -> Reshaped:
     """
     levels = residuals.deterministic("stepbaq")
     prediction = residuals.config.get("prediction_type", "flow_prediction")
-    state, own = residuals.response.own_state, residuals.response.outputs.diagonal()
+    state, by_output = residuals.response.own_state, residuals.response.outputs.diagonal()
     p, r = x0_coefficients(levels, prediction)
-    # the target levels, from the step itself: state = alpha_s R + sigma_s (1 - alpha R) / sigma, and so on for own
+    # the target levels, from the step itself: state = alpha_s R + sigma_s (1 - alpha R) / sigma, and so on
     step = torch.stack([r, (1 - levels.alpha * r) / levels.sigma, p, -p * levels.alpha / levels.sigma], -1).view(
         -1, 2, 2
     )
-    target: torch.Tensor = torch.linalg.solve(step, torch.stack([state, own], -1))
+    target: torch.Tensor = torch.linalg.solve(step, torch.stack([state, by_output], -1))
     reached = torch.stack([levels.alpha, levels.sigma], -1)[1:]
     if not torch.allclose(target[:-1], reached, rtol=1e-3, atol=1e-4):
         raise InputError(f"stepbaq needs to know how {residuals.scheduler} steps, which is not known")
@@ -40,9 +40,11 @@ def stepbaq(residuals: Residuals) -> Reshaped:
     ratio = (levels.sigma**2 + there).clamp(min=0.25 * levels.sigma**2).sqrt() / levels.alpha
     shifted = Levels.at_ratio(levels.family, ratio)
     shifted.alpha[0], shifted.sigma[0] = levels.alpha[0], levels.sigma[0]  # pure noise has no ratio
-    make = getattr(diffusers, residuals.scheduler).from_config
-    told = timesteps_at(make(dict(residuals.config)), shifted)
-    if told is None:
+    kind = getattr(diffusers, residuals.scheduler, None)
+    scheduler = None if kind is None else kind.from_config(dict(residuals.config))
+    own = None if scheduler is None else timesteps_at(scheduler, levels)
+    told = None if scheduler is None else timesteps_at(scheduler, shifted)
+    if own is None or told is None or not torch.allclose(own[1:], residuals.timesteps[1:], rtol=0, atol=2):
         raise InputError(f"stepbaq needs the timestep of any noise level, which is not known of {residuals.scheduler}")
     told[0] = residuals.timesteps[0]
 

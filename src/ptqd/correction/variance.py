@@ -21,6 +21,7 @@ class Residuals:
         timesteps: of the run (T,).
         levels: before each step; None where the schedule is not known.
         response: of the run.
+        clips: whether some step lets less through than its linear response.
         added: variance that each step's residual adds to its next sample (T,); negative where signal is withheld.
     """
 
@@ -29,6 +30,7 @@ class Residuals:
     timesteps: torch.Tensor
     levels: Levels | None
     response: Response
+    clips: bool
     added: torch.Tensor
 
     def deterministic(self, method: str) -> Levels:
@@ -42,6 +44,8 @@ class Residuals:
             raise InputError(f"{method} is for steps that draw no noise; {name} draws some: use vsc")
         if not self.response.exact or self.levels is None:
             raise InputError(f"{method} needs to know how {name} steps, which is not known")
+        if self.clips:
+            raise InputError(f"{method} would lengthen steps that {name} clips")
         if not self.response.one_step:
             raise InputError(f"{method} rewrites one step; {name} remembers others")
         return self.levels
