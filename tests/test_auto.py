@@ -206,9 +206,11 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
 
 
 def test_what_cannot_be_repeated_cannot_be_checked(stats: NoiseStats) -> None:
-    unseeded = dataclasses.replace(stats, source={**stats.source, "repeatable": False})
+    run = RUN.replace(eta=1.0)
+    drawing = measure(gaussian_pipeline(), gaussian_pipeline(**NOISE), run)
+    unseeded = dataclasses.replace(drawing, source={**drawing.source, "repeatable": False})
     with pytest.raises(InputError, match="hands its scheduler no generator"):
-        fit_auto(gaussian_pipeline(**NOISE), unseeded, RUN)
+        fit_auto(gaussian_pipeline(**NOISE), unseeded, run)
     with pytest.raises(MismatchError, match="measured with another inputs"):
         fit_auto(gaussian_pipeline(**NOISE), stats, RUN.replace(call={"colour": "red"}))
 

@@ -160,7 +160,7 @@ def fit_auto(
                 f"the statistics were measured with another {fact}; give the run they were measured with"
             )
     indices = stats.final_indices.tolist()
-    if not stats.source["repeatable"]:
+    if not stats.source["repeatable"] and (stats.response.draws or not stats.response.exact):
         raise InputError(
             f"{type(qpipe).__name__} hands its scheduler no generator, so a sample's noise depends on its batch and no "
             "trajectory can be checked; name methods instead, such as cnc,bc"
