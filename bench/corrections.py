@@ -9,7 +9,7 @@ latents' standard deviation against full precision.
 
 Rows: no correction; the paper's; the other published ones; eps_q and x_t across channels, by least squares at every
 step; ours (neighbours, gated step by step) with largest weights L of withheld signal; and ours from statistics along
-the corrected trajectory. What auto makes of them is in grid.txt.
+the corrected trajectory (all noise drawn). What auto makes of them is in grid.txt.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def corrections(pipe: Any, quantized: Any, stats: NoiseStats, run: Sampling) -> 
         if most == 4:
             loop = run.replace(samples=MEASURED)
             closed = ptqd.measure(pipe, ptqd.correct(quantized, ours), loop, closed_loop=True)
-    yield "joint, closed loop", ptqd.fit_correction(closed, ("joint", *noise))
+    yield "joint, closed loop", ptqd.fit_correction(closed, ("joint",))
 
 
 def main() -> None:
