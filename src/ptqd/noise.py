@@ -283,7 +283,7 @@ class NoiseStats:
         return dataclasses.replace(
             first,
             indices=indices[order],
-            moments=torch.cat([part.moments for part in parts])[order],
+            moments=_in_order(torch.cat([part.moments for part in parts]), order),
             finals=torch.cat([part.finals for part in parts])[kept],
             final_indices=finals[kept],
             **sums,
@@ -317,6 +317,11 @@ class NoiseStats:
             response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts["exact"]),
             levels=Levels(facts["family"], tensors["alpha"], tensors["sigma"]) if "family" in facts else None,
         )
+
+
+def _in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows (N, ...) in an order (N,); not copied where they are in it already."""
+    return rows if bool((order[1:] > order[:-1]).all()) else rows[order]
 
 
 _TENSORS = ("timesteps", "indices", "moments", "finals", "final_indices", *SUMS)
