@@ -310,7 +310,7 @@ class _Search:
                 distribution_distance(self.shifts[c]),
                 self._score(c, self.all),
                 c == taken,
-                why.get(c, "" if c is self.plain else "no better than what was taken"),
+                why.get(c, "" if c is self.plain else "not better by more than a standard error"),
             )
             for c in self.errors
         ]

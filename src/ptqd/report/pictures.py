@@ -124,7 +124,7 @@ def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]
     for text, group in by_setting(choices):
         figure, (gains, kept) = plt.subplots(1, 2, figsize=(14, 3.4), layout="constrained")
         names = list(dict.fromkeys(step["kept"] for choice in group for step in choice["steps"]))
-        names.sort(key=lambda name: (name != "nothing", name))
+        names.sort(key=_strength)
         for choice in (choice for choice in group if choice["steps"]):
             x = np.arange(len(choice["steps"]))
             gain, half = (np.array([100 * step[key] for step in choice["steps"]]) for key in ("gain", "half_width"))
@@ -141,6 +141,12 @@ def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]
             gains.legend(fontsize=8)
         figures.append((text, _figure_png(figure)))
     return figures
+
+
+def _strength(kept: str) -> tuple[bool, float]:
+    """By what a step's estimate is sorted: nothing, those without a weight, then by weight L."""
+    _, weighted, weight = kept.rpartition("L=")
+    return kept != "nothing", float(weight) if weighted else 0.0
 
 
 def _figure_png(figure: Any) -> bytes:
