@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ptqd.correction.scheduler import correct
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
-    from ptqd.noise import NoiseStats, measure
+    from ptqd.measuring import measure, measure_widths
+    from ptqd.noise import NoiseStats
     from ptqd.pipelines.latent_class import LatentClassPipeline
     from ptqd.quantization import quantize
     from ptqd.recipe import Quantizer, Recipe, Rule
@@ -36,7 +37,8 @@ _HOMES = {
     "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
-    "measure": "ptqd.noise",
+    "measure": "ptqd.measuring",
+    "measure_widths": "ptqd.measuring",
     "quantize": "ptqd.quantization",
     "sample": "ptqd.sampling",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "fit_correction",
     "load",
     "measure",
+    "measure_widths",
     "quantize",
     "sample",
 ]

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,17 @@ def with_components(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipe
     return clone
 
 
+def copy_module(model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a module whose parameters and buffers are ``tensor`` of the original's: themselves, to share them."""
+    memo: dict[int, Any] = {}
+    for value in (*model.parameters(), *model.buffers()):
+        changed = tensor(value)
+        if isinstance(value, nn.Parameter) and not isinstance(changed, nn.Parameter):
+            changed = nn.Parameter(changed, value.requires_grad)
+        memo[id(value)] = changed
+    return copy.deepcopy(model, memo)
+
+
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's parameters and buffers, equal after saving and loading, and on every device.
 
@@ -127,9 +138,28 @@ def _hash(digest: Any, name: str, value: Any) -> None:
         digest.update(f"{name} {re.sub(' at 0x[0-9a-f]+', '', repr(value))}".encode())
 
 
+def activation_bits(model: nn.Module) -> str | None:
+    """What decides the bits that a denoiser quantized by ptqd rounds activations to; None for any other."""
+    config = getattr(model, "config", {}).get("quantization_config")
+    facts: Mapping[str, Any] = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    if facts.get("quant_method") != "ptqd":
+        return None
+    recipe, plan = facts["recipe"], facts.get("plan")
+    if plan is None:
+        return str(recipe.get("activations", {}).get("bits", "the recipe's"))
+    decides = {name: value for name, value in plan.items() if name != "made"}
+    return "plan " + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """A pipeline's scheduler, as plain facts; see :func:`scheduler_facts`."""
     return scheduler_facts(scheduler_of(pipe))
+
+
+def plain_scheduler(scheduler: Any) -> Any:
+    """A new scheduler like this one, without the correction it may have."""
+    kind = getattr(type(scheduler), "plain_class", type(scheduler))
+    return kind.from_config({name: value for name, value in scheduler.config.items() if name != "correction"})
 
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:
@@ -146,6 +176,7 @@ def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
         "class": type(pipe).__name__,
         "schedule": schedule_of(pipe),
         "correction": pipe.scheduler.config.get("correction"),
+        "activation_bits": activation_bits(getattr(pipe, denoiser_name(pipe))),
     }
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module):

@@ -20,7 +20,8 @@ from ptqd.evaluate.features import Extractor, Reference, evaluate
 from ptqd.evaluate.metrics import mean_metric, psnr
 from ptqd.files import make_folder, read_json, read_tensors, write_json, write_tensors
 from ptqd.loading import load
-from ptqd.noise import Estimate, NoiseStats, measure
+from ptqd.measuring import measure
+from ptqd.noise import Estimate, NoiseStats
 from ptqd.progress import busy
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe

@@ -6,6 +6,8 @@ codes). :meth:`freeze` goes from the first to the second; a layer loaded from a 
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd.affine import (
+    Grid,
     affine_parameters,
     dequantize_affine,
     fake_quantize,
@@ -27,26 +30,51 @@ from ptqd.observers import Observer, find_range
 from ptqd.recipe import Quantizer
 
 
+class ActiveWidth:
+    """Which of its widths a quantizer rounds to now; those of one group of layers share one."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
 class ActivationQuantizer(nn.Module):
-    """Rounds a tensor to one grid, per tensor; the range comes from what it observed."""
+    """Rounds a tensor to one grid, per tensor; the range comes from what it observed.
+
+    Args:
+        spec: the grid, and how its range is found.
+        widths: all bits that it can round to, ascending, each with a range of its own; ``spec.bits`` is one of them,
+            and the one it starts at.
+    """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, spec: Quantizer) -> None:
+    def __init__(self, spec: Quantizer, widths: Sequence[int] = ()) -> None:
         super().__init__()
         self.spec = spec
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.widths = tuple(widths) or (spec.bits,)
+        self.active = ActiveWidth(self.widths.index(spec.bits))
+        self.register_buffer("scale", torch.ones(len(self.widths)))
+        self.register_buffer("zero_point", torch.zeros(len(self.widths), dtype=torch.int32))
         self.observer: Observer | None = None
-        self._numbers: tuple[float, float] | None = None
+        self._numbers: list[tuple[float, float, Grid]] = []
+
+    @property
+    def bits(self) -> int:
+        """What it rounds to now."""
+        return self.widths[self.active.index]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of each width."""
+        return [Grid(bits, self.spec.symmetric) for bits in self.widths]
 
     def observe(self) -> None:
         """Start to collect the range; outputs are the inputs, untouched."""
         self.observer = Observer()
 
     def freeze(self) -> None:
-        """Fix scale and zero point from what was observed, and start to round.
+        """Fix scale and zero point of every width from what was observed, and start to round.
 
         Raises:
             InputError: nothing was observed.
@@ -54,32 +82,49 @@ class ActivationQuantizer(nn.Module):
         if self.observer is None:
             raise InputError("freeze() needs observe() and at least one forward pass before it")
         spec = self.spec
-        low, high = self.observer.range(spec.grid, spec.range, spec.percentile, spec.p)
-        scale, zero = affine_parameters(low, high, spec.grid)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero)
+        for i, grid in enumerate(self.grids):
+            low, high = self.observer.range(grid, spec.range, spec.percentile, spec.p)
+            self.scale[i], self.zero_point[i] = affine_parameters(low, high, grid)
         self.observer = None
         self.refresh()
 
     def refresh(self) -> None:
         """Forget what was derived from the buffers, after they changed."""
-        self._numbers = None
+        self._numbers = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` itself while observing, else ``x`` rounded to the grid; any shape."""
+        """``x`` itself while observing, else ``x`` rounded to the active width's grid; any shape."""
         if self.observer is not None:
             self.observer.update(x)
             return x
-        if self._numbers is None:
-            self._numbers = (self.scale.item(), float(self.zero_point.item()))
-        return fake_quantize(x, *self._numbers, self.spec.grid)
+        return self.rounded(x, self.active.index)
+
+    def rounded(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """``x`` rounded to the grid of one of the widths."""
+        if not self._numbers:
+            numbers = zip(self.scale.tolist(), map(float, self.zero_point.tolist()), self.grids, strict=True)
+            self._numbers = list(numbers)
+        return fake_quantize(x, *self._numbers[index])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
 
 
-class QuantLayer(nn.Module):
+def weight_parameters(weight: torch.Tensor, spec: Quantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight's rows (O, I), one an output channel, on the CPU, with the scale and zero point (O,) of each."""
+    rows = weight.detach().cpu().float().flatten(1)  # not every device has float64
+    low, high = find_range(rows, spec.grid, spec.range, percentile=spec.percentile, p=spec.p)
+    return rows, *affine_parameters(low, high, spec.grid)
+
+
+def rounded_weight(weight: torch.Tensor, spec: Quantizer) -> torch.Tensor:
+    """A weight as its codes would give it back."""
+    rows, scale, zero = weight_parameters(weight, spec)
+    return fake_quantize(rows, scale[:, None], zero[:, None], spec.grid).view(weight.shape).to(weight)
+
+
+class QuantLayer(nn.Module, ABC):
     """What a quantized convolution and a quantized linear layer share.
 
     The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an output channel are
@@ -92,10 +137,12 @@ class QuantLayer(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, weights: Quantizer, activations: Quantizer) -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.weights = weights
-        self.input = ActivationQuantizer(activations)
+        self.input = ActivationQuantizer(activations, widths)
         self.shape = tuple(layer.weight.shape)
         device, size = layer.weight.device, packed_size(layer.weight.numel(), weights.bits)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
@@ -105,6 +152,14 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight", layer.weight.detach(), persistent=False)
         self.bias = layer.bias
 
+    @abstractmethod
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What the layer makes of an input and a weight."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output, of a full-precision input."""
+        return self.product(self.input(x), self.weight, self.bias)
+
     def observe(self) -> None:
         """Show the inputs of the following forward passes to the observer."""
         self.input.observe()
@@ -112,11 +167,13 @@ class QuantLayer(nn.Module):
     def freeze(self) -> None:
         """Fix the activation's range and turn the full-precision weight into codes (round to nearest)."""
         self.input.freeze()
-        rows = self.weight.detach().cpu().float().flatten(1)  # O,I; not every device has float64
-        spec = self.weights
-        low, high = find_range(rows, spec.grid, spec.range, percentile=spec.percentile, p=spec.p)
-        scale, zero = affine_parameters(low, high, spec.grid)
-        self.codes.copy_(pack(quantize_affine(rows, scale[:, None], zero[:, None], spec.grid), spec.grid))
+        self.encode(self.weight)
+
+    def encode(self, weight: torch.Tensor) -> None:
+        """Turn a full-precision weight into codes (round to nearest)."""
+        grid = self.weights.grid
+        rows, scale, zero = weight_parameters(weight, self.weights)
+        self.codes.copy_(pack(quantize_affine(rows, scale[:, None], zero[:, None], grid), grid))
         self.scale.copy_(scale)
         if self.zero_point is not None:
             self.zero_point.copy_(zero)
@@ -141,22 +198,26 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer):
     """A linear layer with quantized weight and input."""
 
-    def __init__(self, layer: nn.Linear, weights: Quantizer, activations: Quantizer) -> None:
-        super().__init__(layer, weights, activations)
+    def __init__(
+        self, layer: nn.Linear, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
+    ) -> None:
+        super().__init__(layer, weights, activations, widths)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Linear map of ``x`` (..., in_features)."""
-        return F.linear(self.input(x), self.weight, self.bias)
+        return F.linear(x, weight, bias)
 
 
 class QuantConv2d(QuantLayer):
     """A 2-d convolution with quantized weight and input."""
 
-    def __init__(self, layer: nn.Conv2d, weights: Quantizer, activations: Quantizer) -> None:
+    def __init__(
+        self, layer: nn.Conv2d, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
+    ) -> None:
         if layer.padding_mode != "zeros":
             raise InputError(f"a convolution with padding_mode={layer.padding_mode!r} has no quantized form; skip it")
-        super().__init__(layer, weights, activations)
+        super().__init__(layer, weights, activations, widths)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.stride, self.padding, self.dilation, self.groups = (
             layer.stride,
@@ -165,17 +226,17 @@ class QuantConv2d(QuantLayer):
             layer.groups,
         )
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Convolution of ``x`` (N, in_channels, H, W)."""
-        return F.conv2d(self.input(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantAttnProcessor(nn.Module):
     """Attention whose products q.k and p.v have quantized operands; replaces diffusers' AttnProcessor(2_0)."""
 
-    def __init__(self, activations: Quantizer, softmax_bits: int) -> None:
+    def __init__(self, activations: Quantizer, softmax_bits: int, widths: Sequence[int] = ()) -> None:
         super().__init__()
-        self.query, self.key, self.value = (ActivationQuantizer(activations) for _ in range(3))
+        self.query, self.key, self.value = (ActivationQuantizer(activations, widths) for _ in range(3))
         self.probabilities = ActivationQuantizer(Quantizer(softmax_bits, symmetric=False, range="minmax"))
 
     @property

@@ -15,24 +15,22 @@ and the residual's skewness and kurtosis are known for any k.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from scipy import stats as scipy_stats
 
-from ptqd.components import channel_axis, denoiser_name, fingerprint, schedule_of, scheduler_facts, scheduler_of
+from ptqd.components import channel_axis, scheduler_facts
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import FOLDS, Layout, between_tables, fold_of, fold_sums, joint_moments
+from ptqd.joint import FOLDS, Layout, between_tables, fold_of
 from ptqd.levels import Levels, noise_levels
-from ptqd.progress import track
-from ptqd.replay import Trajectory, record, replay, rows_of_samples, whole_samples
+from ptqd.replay import rows_of_samples
 from ptqd.response import Response, linear_response
-from ptqd.sampling import Sampling, guidance_of, run_batch
 
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
 CHECKED = 64  # final samples that are kept, to check whole trajectories against
@@ -221,7 +219,7 @@ class NoiseStats:
             self,
             timesteps=wanted,
             moments=between(self.moments, 1),
-            source={**self.source, "steps": len(timesteps), "interpolated_from": self.source["steps"]},
+            source={**self.source, "steps": len(timesteps), "interpolated_from": self.source["steps"], "told": []},
             response=response,
             levels=levels,
             joint=between_tables(*parts, weight, self.layout),
@@ -425,124 +423,3 @@ def cross_moments(eps: Sequence[torch.Tensor], eps_q: Sequence[torch.Tensor]) ->
         both = torch.cat([e, d])
         total += both @ both.T / both.shape[1]
     return total
-
-
-def measure(
-    pipe: DiffusionPipeline,
-    qpipe: DiffusionPipeline,
-    run: Sampling,
-    *,
-    start: int = 0,
-    resume: "NoiseStats | None" = None,
-    keep: Callable[["NoiseStats"], None] | None = None,
-    closed_loop: bool = False,
-    progress: str | bool = False,
-) -> NoiseStats:
-    """Measure what quantization does to every step.
-
-    Args:
-        pipe: full precision.
-        qpipe: the same pipeline, quantized by any means.
-        run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time. Their seeds
-            are derived from the run's, and are not those of its images.
-        start: first sample, to share the work.
-        resume: what was measured before, of the first samples; the rest is added.
-        keep: called after each batch with all that is measured so far, to be kept against a kill.
-        closed_loop: measure along the trajectory of ``qpipe``, as it is corrected or not, instead of that of
-            ``pipe``. Whole trajectories cannot be checked with such statistics.
-        progress: show a bar, with that title.
-
-    Raises:
-        MismatchError: the two pipelines do not take the same steps.
-        InputError: the denoiser's output is NaN or infinite at some step.
-    """
-    run = run.apart("measuring")
-    correction = getattr(scheduler_of(qpipe), "correction", None)
-    if closed_loop and correction is not None and correction.network:
-        raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
-    source = {
-        "model": fingerprint(getattr(pipe, denoiser_name(pipe))),
-        "quantized": fingerprint(getattr(qpipe, denoiser_name(qpipe))),
-        **schedule_of(pipe),
-        "steps": run.steps,
-        "eta": 0.0,
-        "guidance": guidance_of(pipe, run),
-        "call": run.shared_call,
-        "seed": run.seed,
-        "inputs": run.inputs_digest,
-        "closed_loop": closed_loop,
-        "corrected": list(correction.methods) if closed_loop and correction is not None else [],
-    }
-    total = resume
-    start = start if resume is None else resume.samples
-    first, second = (qpipe, pipe) if closed_loop else (pipe, qpipe)
-    for indices in track(list(run.batches(start)), "measuring" if progress is True else progress or None):
-        with record(first) as trajectory:
-            run_batch(first, run, indices, "latent")
-        with replay(second, trajectory) as answer:
-            run_batch(second, run, indices, "latent")
-        outputs = (answer.outputs, trajectory.outputs) if closed_loop else (trajectory.outputs, answer.outputs)
-        part = _batch_stats(trajectory, *outputs, torch.tensor(list(indices)), source, total)
-        if closed_loop:  # the recorded next samples are the corrected ones: nothing to compare with
-            moved = part.unclipped()
-            part = dataclasses.replace(part, finals=part.finals[:0], final_indices=part.final_indices[:0])
-        else:
-            moved = torch.tensor(answer.moved, dtype=torch.float64) * len(indices)
-        part = dataclasses.replace(part, moved=moved)
-        total = part if total is None else NoiseStats.merge([total, part])
-        if keep is not None:
-            keep(total)
-    if total is None:
-        raise InputError(f"no samples to measure from {start} to {run.samples}; ask for more")
-    return total
-
-
-def _batch_stats(
-    trajectory: Trajectory,
-    outputs: Sequence[torch.Tensor],
-    outputs_q: Sequence[torch.Tensor],
-    indices: torch.Tensor,
-    source: dict[str, Any],
-    before: NoiseStats | None,
-) -> NoiseStats:
-    """Statistics of one batch's steps; how the scheduler steps is asked of the first batch alone."""
-    source["channel_axis"] = axis = trajectory.channel_axis
-    channels = trajectory.samples[0].shape[axis]  # a learned variance follows the mean
-    means, means_q = ([e.narrow(axis, 0, channels) for e in es] for es in (outputs, outputs_q))
-    timesteps = [float(t) for t in trajectory.timesteps]
-    source["eta"] = float(trajectory.keywords.get("eta", 0.0))  # also where the scheduler has one of its own
-    source["keywords"] = {k: v for k, v in trajectory.keywords.items() if isinstance(v, int | float | str | None)}
-    source["learned_variance"] = outputs[0].shape != trajectory.samples[0].shape
-    source["repeatable"] = trajectory.repeatable
-    rows, tables = [], []
-    for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):
-        rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
-        tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
-    odd = (fold_of(indices) % 2 == 1).nonzero().flatten()[:CHECKED]
-    final = whole_samples(trajectory.final, len(indices))
-    return NoiseStats(
-        timesteps=torch.tensor(timesteps, dtype=torch.float64),
-        indices=indices,
-        moments=torch.stack(rows, dim=1),  # n,T,C,14
-        elements=final[0].numel() // channels,
-        source=source,
-        response=_response(trajectory) if before is None else before.response,
-        levels=noise_levels(trajectory.scheduler, trajectory.timesteps) if before is None else before.levels,
-        joint=torch.stack(tables, dim=1),  # 16,T,G,K,K
-        cross=cross_moments(means, means_q) * len(final) / len(means[0]),
-        moved=torch.zeros(len(timesteps), dtype=torch.float64),
-        finals=final[odd.to(final.device)].cpu().float(),
-        final_indices=indices[odd],
-    )
-
-
-def _response(trajectory: Trajectory) -> Response:
-    scheduler, output, sample = trajectory.scheduler, trajectory.outputs[0], trajectory.samples[0]
-    return linear_response(
-        scheduler,
-        getattr(scheduler, "plain_class", type(scheduler)).step,
-        trajectory.timesteps,
-        trajectory.keywords,
-        learned_variance=output.shape != sample.shape,
-        device=sample.device,
-    )

@@ -14,11 +14,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from ptqd.components import denoiser_name, scheduler_of, with_components
+from ptqd.clock import layer_quantizers, remove_clock, set_clock
+from ptqd.components import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
 from ptqd.errors import InputError
-from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from ptqd.layers import ActivationQuantizer, ActiveWidth, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from ptqd.plan import StepPlan
 from ptqd.progress import track
-from ptqd.recipe import Quantizer, Recipe
+from ptqd.recipe import Quantizer, Recipe, Rule
 from ptqd.sampling import Sampling, sample
 
 QuantModule = QuantLayer | QuantAttnProcessor
@@ -67,26 +69,37 @@ def insert_quantizers(model: nn.Module, recipe: Recipe) -> Coverage:
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             skipped.append((name, f"padding_mode {layer.padding_mode!r}"))
             continue
-        weights, activations = recipe.weights, recipe.activations
+        weights, activations, widths = recipe.weights, recipe.activations, recipe.widths
         if rule_or_none is not None:
             weights = _with_bits(weights, rule_or_none.weight_bits)
             activations = _with_bits(activations, rule_or_none.activation_bits)
-        replacement = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, weights, activations)  # type: ignore[arg-type]
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, replacement)
+            if rule_or_none.activation_bits is not None:
+                widths = ()
+        kind: Any = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+        _put(model, name, kind(layer, weights, activations, widths))
         quantized.append(name)
     if recipe.attention:
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, Attention):
-                continue
-            if type(module.processor) in (AttnProcessor, AttnProcessor2_0):
-                module.set_processor(QuantAttnProcessor(recipe.activations, recipe.softmax_bits))
-                quantized.append(f"{name}.processor")
-            else:
-                skipped.append((name, f"attention products of {type(module.processor).__name__}"))
+        _insert_products(model, recipe, quantized, skipped)
     if not quantized:
         raise InputError(f"{type(model).__name__} holds no convolution, linear layer or attention to quantize")
     return Coverage(tuple(quantized), tuple(skipped))
+
+
+def _insert_products(model: nn.Module, recipe: Recipe, quantized: list[str], skipped: list[tuple[str, str]]) -> None:
+    """The attention products' part of :func:`insert_quantizers`."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Attention):
+            continue
+        if type(module.processor) in (AttnProcessor, AttnProcessor2_0):
+            module.set_processor(QuantAttnProcessor(recipe.activations, recipe.softmax_bits, recipe.widths))
+            quantized.append(f"{name}.processor")
+        else:
+            skipped.append((name, f"attention products of {type(module.processor).__name__}"))
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _with_bits(spec: Quantizer, bits: int | None) -> Quantizer:
@@ -145,8 +158,82 @@ def quantize(
     return quantized
 
 
-def coverage_of(pipe: DiffusionPipeline) -> Coverage:
-    """What a recipe did to a pipeline that ptqd quantized.
+def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline | None = None) -> DiffusionPipeline:
+    """A quantized pipeline whose bits follow a plan; codes and ranges that stay the same are shared, not copied.
+
+    Its scheduler corrects nothing: a correction belongs to the bits it was measured at.
+
+    Args:
+        qpipe: quantized by ptqd with a recipe that has ranges for all the plan's widths, such as ``"w4a4+8"``.
+        plan: for the schedule it will sample with.
+        pipe: full precision; needed where the plan gives layers other weights than they have.
+
+    Raises:
+        InputError: the plan does not fit the model; see :func:`ptqd.clock.set_clock`.
+    """
+    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
+    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    recipe = Recipe.from_dict(source.quantization_config.recipe)
+    changed = {layer: bits for layer, bits in plan.weights.items() if _weight_bits(model, layer) != bits}
+    if changed and pipe is None:
+        layer, bits = next(iter(changed.items()))
+        raise InputError(
+            f"the plan gives {layer!r} {bits}-bit weights, the model holds {_weight_bits(model, layer)}-bit ones; "
+            "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
+        )
+    for layer, bits in changed.items():
+        _requantize(model, layer, bits, getattr(pipe, name).get_submodule(layer))
+        fixed = recipe.rule_for(layer)
+        rule = Rule(layer, bits, None if fixed is None else fixed.activation_bits)
+        recipe = replace(recipe, rules=(*(r for r in recipe.rules if r.match != layer), rule))
+    remove_clock(model)
+    set_clock(model, plan)
+    PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict())).adopt(model, source.coverage)
+    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
+    """A quantized pipeline with the same activation bits at every step; see :func:`apply_plan`.
+
+    Raises:
+        InputError: the model has no ranges for that width.
+    """
+    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
+    recipe = Recipe.from_dict(source.quantization_config.recipe)
+    if bits not in recipe.widths:
+        known = " and ".join(map(str, recipe.widths))
+        raise InputError(
+            f"the model has activation ranges for {known} bits, not for {bits}; quantize with such a recipe"
+        )
+    others = tuple(width for width in recipe.widths if width != bits)
+    recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
+    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    remove_clock(model)
+    for _, quantizer in layer_quantizers(model):
+        if len(quantizer.widths) > 1:
+            quantizer.active = ActiveWidth(quantizer.widths.index(bits))
+    PtqdQuantizer(PtqdConfig(recipe.to_dict())).adopt(model, source.coverage)
+    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def _weight_bits(model: nn.Module, layer: str) -> int:
+    found = dict(model.named_modules()).get(layer)
+    if not isinstance(found, QuantLayer):
+        raise InputError(f"the plan gives bits to the weights of {layer!r}, which is no quantized layer of the model")
+    return found.weights.bits
+
+
+def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:
+    """Give a layer codes of other bits, from its full-precision weight; its activation ranges stay."""
+    old: Any = model.get_submodule(name)
+    new = type(old)(full, replace(old.weights, bits=bits), old.input.spec)
+    new.input = old.input
+    new.encode(new.weight)
+    _put(model, name, new)
+
+
+def ptqd_quantizer(pipe: DiffusionPipeline) -> "PtqdQuantizer":
+    """What ptqd left with the denoiser that it quantized.
 
     Raises:
         InputError: ptqd did not quantize it.
@@ -154,7 +241,16 @@ def coverage_of(pipe: DiffusionPipeline) -> Coverage:
     quantizer = getattr(getattr(pipe, denoiser_name(pipe)), "hf_quantizer", None)
     if not isinstance(quantizer, PtqdQuantizer):
         raise InputError("this pipeline was not quantized by ptqd; quantize it first")
-    return quantizer.coverage
+    return quantizer
+
+
+def coverage_of(pipe: DiffusionPipeline) -> Coverage:
+    """What a recipe did to a pipeline that ptqd quantized.
+
+    Raises:
+        InputError: ptqd did not quantize it.
+    """
+    return ptqd_quantizer(pipe).coverage
 
 
 class _Method(StrEnum):
@@ -164,13 +260,15 @@ class _Method(StrEnum):
 class PtqdConfig(QuantizationConfigMixin):
     """``quantization_config`` in a saved denoiser's ``config.json``."""
 
-    def __init__(self, recipe: dict[str, Any], quant_method: str = "ptqd") -> None:
+    def __init__(self, recipe: dict[str, Any], plan: dict[str, Any] | None = None, quant_method: str = "ptqd") -> None:
         self.quant_method = _Method(quant_method)
         self.recipe = recipe
+        self.plan = plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""
-        return {"quant_method": self.quant_method.value, "recipe": self.recipe}
+        plan = {} if self.plan is None else {"plan": self.plan}
+        return {"quant_method": self.quant_method.value, "recipe": self.recipe, **plan}
 
     to_diff_dict = to_dict
 
@@ -203,6 +301,16 @@ class PtqdQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         kwargs["keep_in_fp32_modules"].append("scale")  # half precision has not the range for them
         self.coverage = insert_quantizers(model, Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"))
+        if self.quantization_config.plan is not None:
+            plan = StepPlan.from_dict(self.quantization_config.plan, "the saved plan")
+            for layer, bits in plan.weights.items():
+                if _weight_bits(model, layer) != bits:
+                    held = _weight_bits(model, layer)
+                    raise InputError(
+                        f"the saved plan gives {layer!r} {bits}-bit weights, its codes have {held} bits; "
+                        "apply a plan with other weights to the full-precision pipeline: ptqd.apply_plan"
+                    )
+            set_clock(model, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:

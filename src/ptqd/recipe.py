@@ -79,12 +79,15 @@ class Recipe:
     """How a denoiser is quantized.
 
     Weights have one scale per output channel; activations one per tensor. ``"w4a8"`` is shorthand for a recipe:
-    4-bit weights, 8-bit activations, attention products included, first and last layer at 8 bits.
+    4-bit weights, 8-bit activations, attention products included, first and last layer at 8 bits. ``"w4a4+8"`` has
+    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step.
 
     Attributes:
         weights: of convolutions and linear layers.
         activations: inputs of these layers, and the operands of the attention products.
         attention: quantize the products q.k and p.v as well.
+        step_bits: further widths that activations get ranges for; a plan chooses among these and ``activations.bits``.
+            A rule's ``activation_bits`` are not for a plan to change.
         softmax_bits: of the attention probabilities (Q-Diffusion, arXiv 2302.04304, keeps them at 8 or more).
         calibration_samples: samples whose whole trajectories the activation ranges are found on.
         rules: exceptions by layer name.
@@ -95,13 +98,15 @@ class Recipe:
 
     weights: Quantizer = field(default_factory=Quantizer)
     activations: Quantizer = field(default_factory=lambda: Quantizer(symmetric=False))
+    step_bits: tuple[int, ...] = ()
     attention: bool = True
     softmax_bits: int = 8
     calibration_samples: int = 32
     rules: tuple[Rule, ...] = FIRST_AND_LAST
 
     def __post_init__(self) -> None:
-        Grid(self.softmax_bits, symmetric=False)
+        for bits in (self.softmax_bits, *self.step_bits):
+            Grid(bits, symmetric=False)
         if self.calibration_samples < 1:
             raise InputError(f"calibration_samples must be at least 1; got {self.calibration_samples}")
 
@@ -114,10 +119,10 @@ class Recipe:
         """
         if isinstance(text, Recipe):
             return text
-        short = re.fullmatch(r"w(\d+)a(\d+)", str(text))
+        short = re.fullmatch(r"w(\d+)a(\d+(?:\+\d+)*)", str(text))
         if short:
-            weight_bits, activation_bits = int(short[1]), int(short[2])
-            return cls(weights=Quantizer(weight_bits), activations=Quantizer(activation_bits, symmetric=False))
+            *fewer, most = sorted({int(bits) for bits in short[2].split("+")})
+            return cls(Quantizer(int(short[1])), Quantizer(most, symmetric=False), tuple(fewer))
         path = Path(text)
         if path.suffix != ".toml":
             raise InputError(f"recipe {str(text)!r} is neither a shorthand such as 'w4a8' nor the path of a .toml file")
@@ -142,7 +147,12 @@ class Recipe:
     @property
     def name(self) -> str:
         """Shorthand of its main bit widths."""
-        return f"w{self.weights.bits}a{self.activations.bits}"
+        return f"w{self.weights.bits}a{'+'.join(map(str, self.widths))}"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The activation bits that ranges are found for, ascending."""
+        return tuple(sorted({self.activations.bits, *self.step_bits}))
 
     def rule_for(self, layer: str) -> Rule | None:
         """The last rule that matches a layer's dotted name."""

@@ -8,7 +8,7 @@ outputs can be paired with the recorded ones, whatever its guidance, conditionin
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.clock import told_timestep
 from ptqd.components import denoiser_name, find_channel_axis, scheduler_of
 from ptqd.errors import InputError, MismatchError
 from ptqd.sampling import Sampling, run_batch
@@ -29,6 +30,7 @@ class Trajectory:
 
     Attributes:
         timesteps: what the scheduler was told.
+        told: the timestep that the denoiser was told in each step; empty where it takes none.
         samples: ``x_t`` before each step.
         outputs: the denoiser's output, after guidance.
         results: what ``step`` returned.
@@ -39,6 +41,7 @@ class Trajectory:
     """
 
     timesteps: list[Any] = field(default_factory=list)
+    told: list[float] = field(default_factory=list)
     samples: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
@@ -125,8 +128,17 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
         trajectory.results.append(result)
         return result
 
-    with _stepping(pipe, step):
-        yield trajectory
+    def listen(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        told = told_timestep(module, args, kwargs)
+        if told is not None and len(trajectory.told) == len(trajectory.timesteps):  # the first call of a step
+            trajectory.told.append(told)
+
+    listening = model.register_forward_pre_hook(listen, with_kwargs=True)
+    try:
+        with _stepping(pipe, step):
+            yield trajectory
+    finally:
+        listening.remove()
     if not trajectory.timesteps:
         raise InputError(
             f"{type(pipe).__name__} took no step with its {kind.__name__}; ptqd needs a pipeline that calls "

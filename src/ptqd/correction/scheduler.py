@@ -18,7 +18,14 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ptqd.components import denoiser_name, fingerprint, schedule_of, with_components
+from ptqd.components import (
+    activation_bits,
+    denoiser_name,
+    fingerprint,
+    plain_scheduler,
+    schedule_of,
+    with_components,
+)
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import DEFAULT, fit_correction
 from ptqd.errors import InputError, MismatchError
@@ -229,9 +236,7 @@ def plain_class_of(scheduler: SchedulerMixin) -> type[SchedulerMixin]:
 
 def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseStats:
     """Statistics carried over to another number of steps of the same scheduler; see :meth:`ptqd.NoiseStats.at`."""
-    plain: Any = plain_class_of(scheduler).from_config(
-        {name: value for name, value in scheduler.config.items() if name != "correction"}
-    )
+    plain = plain_scheduler(scheduler)
     if steps == stats.source["steps"]:
         return stats
     try:
@@ -260,8 +265,10 @@ def check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
         MismatchError: they are of another model, or of another scheduler or configuration.
     """
     name = denoiser_name(qpipe)
-    found = {"quantized": fingerprint(getattr(qpipe, name)), **schedule_of(qpipe)}
+    model = getattr(qpipe, name)
+    found = {"quantized": fingerprint(model), "activation_bits": activation_bits(model), **schedule_of(qpipe)}
+    whats = {"quantized": f"another {name}", "activation_bits": "other activation bits"}
     for fact, value in found.items():
         if fact in source and source[fact] != value:
-            what = f"another {name}" if fact == "quantized" else f"another scheduler ({fact} differs)"
+            what = whats.get(fact, f"another scheduler ({fact} differs)")
             raise MismatchError(f"the statistics were measured on {what}; measure this pipeline, then correct it")

@@ -1,0 +1,146 @@
+"""Bits by step at run time: a clock that is set where the denoiser is told its timestep.
+
+Every layer of a group shares one :class:`ptqd.layers.ActiveWidth`; before each call of the denoiser its clock looks up
+the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqd.errors import InputError, MismatchError
+from ptqd.layers import ActivationQuantizer, ActiveWidth
+from ptqd.plan import StepPlan
+
+
+class StepClock:
+    """Sets the active widths when the denoiser is told its timestep: a forward pre-hook, one look-up a call.
+
+    Args:
+        plan: of the steps.
+        groups: the active width of each group, shared by its layers.
+        rows: for each step the indices of the groups' widths (T, G).
+    """
+
+    def __init__(self, plan: StepPlan, groups: Sequence[ActiveWidth], rows: Sequence[Sequence[int]]) -> None:
+        self.plan, self.groups, self.rows = plan, tuple(groups), tuple(map(tuple, rows))
+        self.told: Mapping[float, float] = {}  # what a correction tells the denoiser instead of a timestep of the plan
+        self._index = {t: i for i, t in reversed([*enumerate(plan.timesteps)])}
+        self._next = dict(itertools.pairwise(sorted(self._index.values())))
+        self._at: int | None = None
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before each call of the denoiser."""
+        told = told_timestep(module, args, kwargs)
+        step = self.step_at(float("nan") if told is None else told, getattr(module, "dtype", torch.float32))
+        for group, index in zip(self.groups, self.rows[step], strict=True):
+            group.index = index
+
+    def step_at(self, t: float, dtype: torch.dtype = torch.float32) -> int:
+        """The plan's step at a timestep that the denoiser is told, in its own precision.
+
+        Raises:
+            MismatchError: the plan has no such step, or not after the last one.
+        """
+        t = self.told.get(t, t)
+        step = self._index.get(t)
+        if step is None and dtype in (torch.float16, torch.bfloat16):  # the plan may be of another precision
+            rounded = torch.tensor(self.plan.timesteps, dtype=dtype).tolist()
+            step = rounded.index(t) if t in rounded else None
+        if step is None:
+            raise self._mismatch(f"the plan has no step at timestep {t:g}")
+        before, self._at = self._at, None
+        if before is not None and step > before and self._next.get(before) != step:  # less is a run that starts anew
+            raise self._mismatch(f"after timestep {self.plan.timesteps[before]:g} came {t:g}")
+        self._at = step
+        return step
+
+    def _mismatch(self, what: str) -> MismatchError:
+        first, last = self.plan.timesteps[0], self.plan.timesteps[-1]
+        return MismatchError(
+            f"{what}: it was made for {self.plan.steps} steps ({first:g} to {last:g}); "
+            "sample with the same scheduler and steps, or make a plan for these"
+        )
+
+
+@functools.cache
+def _timestep_position(kind: type[nn.Module]) -> int | None:
+    parameters = list(inspect.signature(kind.forward).parameters)[1:]
+    return parameters.index("timestep") if "timestep" in parameters else None
+
+
+def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+    """The timestep among the arguments of a denoiser's call; None where it takes none.
+
+    It may be a number, one a sample, or one a token, of which the largest counts.
+    """
+    position = _timestep_position(type(model))
+    if position is None:
+        return None
+    told = kwargs["timestep"] if "timestep" in kwargs else args[position]
+    return float(told.max()) if isinstance(told, torch.Tensor) else float(told)
+
+
+def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """Its activation quantizers with the name of the layer, or of the attention, whose operands they round."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield name.rsplit(".processor." if ".processor." in name else ".", 1)[0], module
+
+
+def clock_of(model: nn.Module) -> StepClock | None:
+    """The clock that sets a model's bits; None where they are the same at every step."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, StepClock)), None)
+
+
+def remove_clock(model: nn.Module) -> None:
+    """Leave the active widths as they are from now on."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, StepClock):
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def set_clock(model: nn.Module, plan: StepPlan) -> None:
+    """Let a quantized denoiser compute with a plan's bits from now on.
+
+    Raises:
+        InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
+            layer; or a denoiser that takes no timestep.
+    """
+    if _timestep_position(type(model)) is None:
+        raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
+    quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
+    for name, quantizer in layer_quantizers(model):
+        if len(quantizer.widths) > 1:
+            quantizers[name].append(quantizer)
+    planned = {name: found for name, found in quantizers.items() if found}
+    if not planned:
+        raise InputError("the model has activation ranges for one width; quantize with a recipe such as w4a4+8")
+    widths = next(iter(planned.values()))[0].widths
+    for step, row in enumerate(plan.bits):
+        for bits in row:
+            if bits not in widths:
+                known = " and ".join(map(str, widths))
+                raise InputError(
+                    f"step {step} of the plan asks for {bits} bits, the model has ranges for {known}; "
+                    f"quantize with a recipe such as w4a{'+'.join(map(str, sorted({*widths, bits})))}"
+                )
+    groups = [ActiveWidth(0) for _ in plan.groups]
+    used = set()
+    for name, found in planned.items():
+        group = plan.group_of(name)
+        used.add(group)
+        for quantizer in found:
+            quantizer.active = groups[group]
+    for i, (name, patterns) in enumerate(plan.groups):
+        if i not in used:
+            raise InputError(
+                f"the plan's group {name!r} ({', '.join(patterns)}) has no layer whose bits can change; take it out"
+            )
+    rows = [[widths.index(bits) for bits in row] for row in plan.bits]
+    model.register_forward_pre_hook(StepClock(plan, groups, rows), with_kwargs=True)

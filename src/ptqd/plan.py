@@ -1,0 +1,204 @@
+"""A StepPlan: the activations' bits step by step, and the weights' bits layer by layer.
+
+PTQD keeps the weights at one width and chooses that of the activations for every step (He et al., arXiv 2305.10657,
+section 4.3). Here every group of layers may have its own at every step, and every layer its own weights.
+
+A plan is text that a person can read and edit, as TOML on its own and as JSON in a saved denoiser's ``config.json``:
+
+    steps = 3
+    bits = [
+      "0: t 981, bits 4 4",
+      "1: t 961, bits 4 8",
+      "2: t 941, bits 8 8",
+    ]
+
+    [groups]
+    down = ["down_blocks.*"]
+    rest = ["*"]
+
+    [weights]
+    conv_in = 8
+
+A layer belongs to the first group with a pattern that its dotted name matches; an attention's products go by the
+attention's name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ptqd.affine import Grid
+from ptqd.errors import InputError
+from ptqd.files import write_text
+
+_ROW = re.compile(r"\s*(\d+)\s*:\s*t\s+(\S+)\s*,\s*bits\s+(\d+(?:\s+\d+)*)\s*")
+_KEYS = ("steps", "bits", "groups", "weights", "made")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which bits a quantized denoiser computes with at each step.
+
+    Attributes:
+        timesteps: what the denoiser is told at each step (T,). A schedule that repeats one has the same bits there.
+        bits: of the activations (T, G), one for each group.
+        groups: name and patterns of each group (G,).
+        weights: bits of the weights of layers by dotted name; of all others the recipe's.
+        made: plain facts of how it was made, for people.
+
+    Raises:
+        InputError: no step, rows of another length than there are groups, or bits outside 2 to 8.
+    """
+
+    timesteps: tuple[float, ...]
+    bits: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = (("all", ("*",)),)
+    weights: Mapping[str, int] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or len(self.bits) != len(self.timesteps):
+            raise InputError(f"a plan needs one row of bits for each step; got {len(self.bits)} for {self.steps} steps")
+        for i, row in enumerate(self.bits):
+            if len(row) != len(self.groups):
+                raise InputError(
+                    f"step {i} of the plan has {len(row)} bits for {len(self.groups)} groups; give one each"
+                )
+        for bits in {*self.weights.values(), *(b for row in self.bits for b in row)}:
+            Grid(bits, symmetric=True)
+        first: dict[float, int] = {}
+        for i, t in enumerate(self.timesteps):
+            if self.bits[first.setdefault(t, i)] != self.bits[i]:
+                raise InputError(
+                    f"the plan has other bits for step {first[t]} and step {i}, both at t {t:g}; align them"
+                )
+
+    @property
+    def steps(self) -> int:
+        """How many steps it is for."""
+        return len(self.timesteps)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides what is computed."""
+        facts = [self.timesteps, self.bits, self.groups, sorted(self.weights.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def replace(self, **changes: Any) -> "StepPlan":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def uniform(cls, timesteps: Sequence[float], bits: int) -> "StepPlan":
+        """The same bits at every step."""
+        return cls(tuple(timesteps), ((bits,),) * len(timesteps), made={"rule": "uniform"})
+
+    def group_of(self, layer: str) -> int:
+        """The group of a layer.
+
+        Raises:
+            InputError: no pattern matches it.
+        """
+        for i, (_, patterns) in enumerate(self.groups):
+            if any(fnmatchcase(layer, pattern) for pattern in patterns):
+                return i
+        raise InputError(
+            f"no group of the plan matches the layer {layer!r}; add a group with the pattern '*' at the end"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and TOML; a step is one line of text."""
+        rows = [
+            f"{i}: t {_number(t)}, bits {' '.join(map(str, row))}"
+            for i, (t, row) in enumerate(zip(self.timesteps, self.bits, strict=True))
+        ]
+        groups = {name: list(patterns) for name, patterns in self.groups}
+        plain = {"steps": self.steps, "bits": rows, "groups": groups, "weights": dict(self.weights)}
+        return {**plain, "made": dict(self.made)}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "the plan") -> "StepPlan":
+        """The inverse of :meth:`to_dict`, strict.
+
+        Raises:
+            InputError: an unknown key, a missing step, or a line that is not a step.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where} must be a table; got {values!r}")
+        for key in values:
+            if key not in _KEYS:
+                raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(_KEYS)}")
+        steps, lines = values.get("steps"), values.get("bits")
+        if type(steps) is not int or not isinstance(lines, list):
+            raise InputError(f"{where} needs 'steps', a number, and 'bits', a list of one line for each step")
+        timesteps: list[float] = []
+        rows: list[tuple[int, ...]] = []
+        for line in lines:
+            found = _ROW.fullmatch(str(line))
+            t = _float(found[2]) if found else None
+            if found is None or t is None:
+                raise InputError(f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8'")
+            if int(found[1]) != len(rows):
+                at = f"after t {timesteps[-1]:g}" if timesteps else "the first"
+                raise InputError(
+                    f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each"
+                )
+            timesteps.append(t)
+            rows.append(tuple(int(bits) for bits in found[3].split()))
+        if len(rows) != steps:
+            raise InputError(
+                f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
+            )
+        groups, weights = values.get("groups", {"all": ["*"]}), values.get("weights", {})
+        if not isinstance(groups, Mapping) or not all(
+            isinstance(p, list) and all(isinstance(text, str) for text in p) for p in groups.values()
+        ):
+            raise InputError(f"{where}: 'groups' must give a list of patterns for each name")
+        if not isinstance(weights, Mapping) or not all(type(bits) is int for bits in weights.values()):
+            raise InputError(f"{where}: 'weights' must give a number of bits for each layer")
+        try:
+            named = tuple((name, tuple(patterns)) for name, patterns in groups.items())
+            return cls(tuple(timesteps), tuple(rows), named, dict(weights), dict(values.get("made", {})))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write it as TOML, atomically."""
+        plain = self.to_dict()
+        lines = ["# Activation bits by step, one number for each group of layers in the order of [groups]."]
+        lines += [f"steps = {plain['steps']}", "bits = [", *(f"  {json.dumps(row)}," for row in plain["bits"]), "]"]
+        for table in ("groups", "weights", "made"):
+            lines += ["", f"[{table}]"]
+            lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in plain[table].items()]
+        write_text(path, "\n".join(lines) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "StepPlan":
+        """Read what :meth:`save` wrote, edited or not.
+
+        Raises:
+            InputError: the file is missing, no TOML, or no plan.
+        """
+        try:
+            values = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"the plan {path} cannot be read: {error}") from error
+        return cls.from_dict(values, f"the plan {path}")
+
+
+def _number(t: float) -> str:
+    return str(int(t)) if float(t).is_integer() else repr(float(t))
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
