@@ -1,0 +1,304 @@
+"""Cost: multiply-accumulates, bit operations, parameters and bytes of a denoiser, layer by layer and step by step.
+
+    BOPs = sum over layers of MACs x b_w x b_a;  FP32 counts as 32 x 32 = 1024 for each MAC.
+
+Convolutions, linear layers and the products of attention are counted, on the meta device: the pipeline really runs, for
+one sample, but its networks have shapes and no numbers (:func:`stand_in`). So guidance is counted as the two calls it
+is, a model of any size costs no memory, and nothing of a model's kind need be known. What each operation takes is
+torch's own count (``torch.utils.flop_counter``).
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from ptqd.clock import clock_of
+from ptqd.components import copy_module, denoiser_name, scheduler_of, with_components
+from ptqd.errors import InputError, PtqdError
+from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantLayer
+from ptqd.sampling import Sampling, run_batch
+
+FULL_BITS = 32
+PRODUCTS = (".qk", ".pv")
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of a run for one sample.
+
+    Attributes:
+        layers: dotted names (L,); the products of an attention end in ``.qk`` and ``.pv``, other products of two
+            activations in ``.matmul``.
+        counts: of each step, all of its denoiser calls together (T, L), float64, whole numbers.
+    """
+
+    layers: tuple[str, ...]
+    counts: torch.Tensor
+
+    @property
+    def total(self) -> int:
+        """Of the whole run."""
+        return int(self.counts.sum())
+
+    @classmethod
+    def of(cls, steps: Sequence[Mapping[str, int]]) -> "Macs":
+        """Of each step's counts by layer."""
+        layers = tuple(dict.fromkeys(name for step in steps for name in step))
+        rows = [[float(step.get(name, 0)) for name in layers] for step in steps]
+        return cls(layers, torch.tensor(rows, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The bits that each layer's two operands have at each step.
+
+    Attributes:
+        left: of the weight, or of a product's first operand (T, L).
+        right: of the activation (T, L).
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs.
+
+    Attributes:
+        macs: of one sample.
+        bits: of the layers.
+        parameters: of the denoiser.
+        disk: bytes of its saved tensors: packed codes, scales and what stays in full precision.
+        memory: bytes of all its tensors while it samples; a simulation holds the weights as floats beside their codes.
+    """
+
+    macs: Macs
+    bits: Bits
+    parameters: int
+    disk: int
+    memory: int
+
+    @property
+    def bops(self) -> torch.Tensor:
+        """Bit operations of each layer at each step (T, L), float64."""
+        return self.macs.counts * self.bits.left * self.bits.right
+
+    @property
+    def total(self) -> int:
+        """Bit operations of the whole run."""
+        return int(self.bops.sum())
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bit operations than FP32."""
+        return self.macs.total * FULL_BITS**2 / self.total
+
+
+def run_cost(pipe: DiffusionPipeline, run: Sampling) -> Cost:
+    """The cost of one sample of a pipeline, as it is quantized and planned; see the module's docstring.
+
+    Raises:
+        InputError: the pipeline cannot run on stand-ins, because it looks at its denoiser's numbers.
+    """
+    model = getattr(pipe, denoiser_name(pipe))
+    macs = run_macs(pipe, run)
+    return cost_of(model, macs)
+
+
+def cost_of(model: nn.Module, macs: Macs) -> Cost:
+    """The cost of a denoiser's run of which the multiply-accumulates are known."""
+    architecture = on_meta(model)
+    parameters = sum(p.numel() for p in architecture.parameters())
+    return Cost(macs, layer_bits(model, macs), parameters, disk_bytes(model), memory_bytes(model))
+
+
+def layer_bits(model: nn.Module, macs: Macs) -> Bits:
+    """The bits of a denoiser's layers at each step; 32 for all that is not quantized.
+
+    Raises:
+        InputError: its plan is for another number of steps.
+    """
+    clock, steps = clock_of(model), len(macs.counts)
+    if clock is not None and clock.plan.steps != steps:
+        raise InputError(f"the plan is for {clock.plan.steps} steps, the run takes {steps}; make a plan for these")
+    left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)
+    modules = dict(model.named_modules())
+    for n, name in enumerate(macs.layers):
+        layer, _, product = name.rpartition(".")
+        found, attention = modules.get(name), modules.get(layer)
+        processor = getattr(attention, "processor", None)
+        if isinstance(found, QuantLayer):
+            left[:, n] = found.weights.bits
+            right[:, n] = _by_step(found.input, clock, steps)
+        elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
+            first, second = (0, 1) if product == "qk" else (2, 3)
+            left[:, n] = _by_step(processor.quantizers[first], clock, steps)
+            right[:, n] = _by_step(processor.quantizers[second], clock, steps)
+    return Bits(left, right)
+
+
+def _by_step(quantizer: ActivationQuantizer, clock: Any, steps: int) -> torch.Tensor:
+    """A quantizer's bits at each step (T,)."""
+    if clock is None or quantizer.active not in clock.groups:
+        return torch.full((steps,), float(quantizer.bits), dtype=torch.float64)
+    group = clock.groups.index(quantizer.active)
+    return torch.tensor([float(row[group]) for row in clock.plan.bits], dtype=torch.float64)
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """Bytes of a model's saved tensors: packed codes, scales and whatever stays in full precision."""
+    return _bytes(model.state_dict().values())
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of all of a model's tensors."""
+    return _bytes({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def on_meta(model: nn.Module) -> Any:
+    """A denoiser's architecture in full precision on the meta device, whatever it is quantized by."""
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping) and hasattr(type(model), "from_config"):
+        plain = {name: value for name, value in config.items() if name != "quantization_config"}
+        with torch.device("meta"):
+            architecture = type(model).from_config(plain)
+        return nn.Module.to(architecture, "meta")  # some parameters are made on the CPU all the same
+    return copy_module(model, lambda tensor: tensor.to("meta"))
+
+
+def call_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """Multiply-accumulates of one call by layer, on whatever device model and arguments are, such as meta."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return _by_layer(model, type(model).__name__, counter)
+
+
+def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str, int]:
+    modules = dict(model.named_modules())
+    prefix = f"{root}."
+    counts = {
+        name.removeprefix(prefix): sum(ops.values()) // 2
+        for name, ops in counter.get_flop_counts().items()
+        if name.startswith(prefix)
+    }
+    own = dict(counts)
+    for name, count in counts.items():
+        above = name
+        while "." in above:  # what a module's children count is theirs
+            above = above.rpartition(".")[0]
+            if above in own:
+                own[above] -= count
+                break
+    layers: dict[str, int] = {}
+    for name, count in own.items():
+        if count <= 0:  # less where a child was also called by another
+            continue
+        module = modules.get(name)
+        if module is not None and isinstance(getattr(module, "weight", None), torch.Tensor):
+            layers[name] = count
+        elif hasattr(module, "processor"):
+            layers |= {f"{name}{product}": count // 2 for product in PRODUCTS}
+        else:
+            layers[f"{name}.matmul"] = count
+    return layers
+
+
+def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
+    """Multiply-accumulates of one sample, step by step.
+
+    Raises:
+        InputError: the pipeline cannot run on stand-ins, because it looks at its denoiser's numbers.
+    """
+    name = denoiser_name(pipe)
+    steps: list[dict[str, int]] = [{}]
+
+    def count(call: Mapping[str, int]) -> None:
+        for layer, macs in call.items():
+            steps[-1][layer] = steps[-1].get(layer, 0) + macs
+
+    denoiser = getattr(pipe, name)
+    model = stand_in(on_meta(denoiser), pipe.device, denoiser.dtype, count)
+    counted = with_components(pipe, **{name: model})
+    with _each_step(counted, lambda: steps.append({})):
+        try:
+            run_batch(counted, run, range(1), "latent")
+        except PtqdError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{type(pipe).__name__} cannot be counted without its numbers: {' '.join(str(error).split())[:200]}"
+            ) from error
+    return Macs.of([step for step in steps if step])
+
+
+@contextmanager
+def _each_step(pipe: DiffusionPipeline, then: Callable[[], None]) -> Iterator[None]:
+    """Call something after every step that the pipeline's scheduler takes."""
+    scheduler = scheduler_of(pipe)
+    kind: Any = type(scheduler)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.step(self, *args, **kwargs)
+        then()
+        return result
+
+    step.__signature__ = inspect.signature(kind.step)  # type: ignore[attr-defined]  # pipelines look at it
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        scheduler.__class__ = kind
+
+
+def stand_in(
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    count: Callable[[Mapping[str, int]], None] | None = None,
+) -> Any:
+    """Let a network on the meta device stand in for itself: it takes real arguments and answers with zeros.
+
+    Args:
+        model: on the meta device; changed in place.
+        device: where its answers are, and where it says it is.
+        dtype: of its answers, and the one it says it has.
+        count: called after each call, with its multiply-accumulates by layer.
+    """
+    kind: Any = type(model)
+    known: dict[str, tuple[Any, dict[str, int]]] = {}  # calls with the same shapes take the same
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        shapes = repr(tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.dtype), moved))
+        if shapes not in known:
+            own, self.__class__ = type(self), kind  # called as itself
+            try:
+                with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+                    answer = self(*moved[0], **moved[1])
+            finally:
+                self.__class__ = own
+            known[shapes] = answer, _by_layer(self, kind.__name__, counter)
+        answer, macs = known[shapes]
+        if count is not None:
+            count(macs)
+        return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), answer)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # pipelines look at it
+    body: dict[str, Any] = {"forward": forward, "__module__": kind.__module__}
+    body |= {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
+    nn.Module.to(model, dtype)
+    model.__class__ = type(kind.__name__, (kind,), body)
+    return model.eval()

@@ -1,0 +1,202 @@
+"""How much noise in the denoiser's output each layer's bits cause: the first-order answer, for all layers at once.
+
+Rounding an activation by ``d = Q(x) - x``, or a weight so that its layer's output moves by ``d``, moves the
+denoiser's output by ``J d``, J the derivative of the output by that tensor. With random signs v,
+
+    E_v (v^T J d)^2 = |J d|^2        (Hutchinson, Commun. Stat. 19, 1990),
+
+and ``v^T J`` of every tensor comes from one backward pass through the full-precision denoiser. So one forward and one
+backward pass of each call measure every layer, every activation width and every weight width; nothing is run once a
+layer. The full-precision calls are those of a few steps of real trajectories.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ptqd.clock import layer_quantizers
+from ptqd.components import copy_module, denoiser_name
+from ptqd.layers import ActivationQuantizer, QuantLayer, rounded_weight
+from ptqd.progress import track
+from ptqd.quantization import insert_quantizers, ptqd_quantizer
+from ptqd.recipe import Recipe
+from ptqd.replay import Trajectory, record
+from ptqd.sampling import Sampling, run_batch
+
+PROBED_STEPS = 10
+PROBED_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Energy of the noise in the denoiser's output that each layer causes, to first order; mean over elements.
+
+    Attributes:
+        layers: dotted names of the layers and attentions whose activations have several widths (Q,).
+        widths: activation bits (W,).
+        activations: energy by step (T, Q, W), float64.
+        weighted: dotted names of the layers with quantized weights (L,).
+        weight_bits: of the weights (B,).
+        weights: energy by step (T, L, B), float64.
+    """
+
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+    activations: torch.Tensor
+    weighted: tuple[str, ...]
+    weight_bits: tuple[int, ...]
+    weights: torch.Tensor
+
+
+def measure_sensitivity(
+    pipe: DiffusionPipeline,
+    qpipe: DiffusionPipeline,
+    run: Sampling,
+    *,
+    weight_bits: Sequence[int] = (),
+    steps: int = PROBED_STEPS,
+    samples: int = PROBED_SAMPLES,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure every layer's share of the noise.
+
+    Args:
+        pipe: full precision.
+        qpipe: quantized by ptqd, with a recipe of several widths.
+        run: how it samples.
+        weight_bits: widths to measure weights at; none leaves ``weights`` empty.
+        steps: of the run that are looked at, evenly spread; those between are interpolated.
+        samples: that are looked at.
+        progress: show a bar.
+
+    Raises:
+        InputError: ptqd did not quantize the pipeline, or its denoiser cannot be differentiated.
+    """
+    name = denoiser_name(pipe)
+    recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
+    probe = _Probe(getattr(pipe, name), getattr(qpipe, name), recipe, sorted(weight_bits))
+    apart = run.apart("sensitivity").replace(samples=samples)
+    for indices in track(list(apart.batches()), "finding each layer's share" if progress else None):
+        with record(pipe) as trajectory, _calls(pipe, steps, trajectory) as calls:
+            run_batch(pipe, apart, indices, "latent")
+        for step, args, kwargs in calls:
+            probe.add(step, args, kwargs, trajectory.samples[0].shape[trajectory.channel_axis], trajectory.channel_axis)
+    return probe.result(len(trajectory.timesteps))
+
+
+Call = tuple[int, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def _calls(pipe: DiffusionPipeline, count: int, trajectory: Trajectory) -> Iterator[list[Call]]:
+    """What the denoiser is called with at some steps, evenly spread over the run."""
+    calls: list[Call] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, total = len(trajectory.timesteps), len(pipe.scheduler.timesteps)
+        if step in np.linspace(0, total - 1, min(count, total)).round():
+            calls.append((step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
+
+    hook = getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+class _Tap(nn.Module):
+    """Stands where an activation quantizer was: lets its input through, and hands on the gradient there."""
+
+    def __init__(self, then: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.then = then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
+        seen = x.detach()
+        y.register_hook(lambda gradient: self.then(gradient, seen))
+        return y
+
+
+class _Probe:
+    """A full-precision denoiser with taps where the quantized one rounds, and the energies found so far."""
+
+    def __init__(self, full: nn.Module, quantized: nn.Module, recipe: Recipe, weight_bits: Sequence[int]) -> None:
+        self.model = copy_module(full, lambda tensor: tensor.detach())
+        self.model.requires_grad_(False)
+        insert_quantizers(self.model, recipe)
+        named = [(n, m) for n, m in quantized.named_modules() if isinstance(m, ActivationQuantizer)]
+        self.layers = tuple(dict.fromkeys(name for name, q in layer_quantizers(quantized) if len(q.widths) > 1))
+        self.widths, self.weight_bits = recipe.widths, tuple(weight_bits)
+        for (place, quantizer), (layer, _) in zip(named, layer_quantizers(quantized), strict=True):
+            parent, _, leaf = place.rpartition(".")
+            tap = nn.Identity() if layer not in self.layers else _Tap(partial(self._activation, layer, quantizer))
+            setattr(self.model.get_submodule(parent), leaf, tap)
+        weighted = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantLayer)} if weight_bits else {}
+        self.weighted = tuple(weighted)
+        self.relative: dict[str, torch.Tensor] = {}  # squared error of the weights against that at the fewest bits (B,)
+        for name, layer in weighted.items():
+            rounded = [rounded_weight(layer.weight, replace(layer.weights, bits=bits)) for bits in weight_bits]
+            errors = torch.stack([(w - layer.weight).double().square().sum().cpu() for w in rounded])
+            self.relative[name] = errors / errors[0].clamp(min=1e-300)
+            layer.register_forward_hook(partial(self._weighted, name, rounded[0] - layer.weight))
+        self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+        self.rows = 1
+
+    def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int, axis: int) -> None:
+        """One call's energies; its output's first ``channels`` along ``axis`` count, a learned variance does not."""
+        blank = (torch.zeros(len(self.layers), len(self.widths)), torch.zeros(len(self.weighted)))
+        self.now = self.steps.setdefault(step, (*(table.double() for table in blank), [0]))
+        with torch.enable_grad():
+            output = self.model(*args, **kwargs)[0]
+            kept = output.narrow(axis, 0, min(channels, output.shape[axis]))
+            self.rows = len(output)
+            random = torch.Generator().manual_seed(step)
+            signs = torch.randint(0, 2, kept.shape, generator=random).to(kept) * 2 - 1
+            torch.autograd.backward(kept, signs)
+        self.now[2][0] += kept.numel()
+
+    def _activation(self, layer: str, quantizer: ActivationQuantizer, gradient: torch.Tensor, x: torch.Tensor) -> None:
+        row = self.now[0][self.layers.index(layer)]
+        for i in range(len(quantizer.widths)):
+            row[i] += self._energy(gradient, quantizer.rounded(x, i) - x)
+
+    def _weighted(self, name: str, change: torch.Tensor, layer: QuantLayer, inputs: Any, output: Any) -> torch.Tensor:
+        seen = inputs[0].detach()
+        result: torch.Tensor = output if output.requires_grad else output.detach().requires_grad_(True)
+
+        def measure(gradient: torch.Tensor) -> None:
+            self.now[1][self.weighted.index(name)] += self._energy(gradient, layer.product(seen, change))
+
+        result.register_hook(measure)
+        return result
+
+    def _energy(self, gradient: torch.Tensor, moved: torch.Tensor) -> float:
+        """Sum over the call's rows of ``(v^T J d)^2``; one sum where the tensor is not the rows'."""
+        products = (gradient.float() * moved.float()).flatten()
+        rows = products.view(self.rows if products.numel() % self.rows == 0 else 1, -1)
+        return float(rows.sum(1).square().sum())
+
+    def result(self, total: int) -> Sensitivity:
+        """Energies at every step of a run, between the measured ones on a line over their logarithm."""
+        steps = sorted(self.steps)
+
+        def everywhere(tables: list[torch.Tensor]) -> torch.Tensor:
+            logs = torch.stack(tables).clamp(min=1e-30).log().flatten(1).numpy()  # K,...
+            lines = [np.interp(np.arange(total), steps, logs[:, i]) for i in range(logs.shape[1])]
+            return torch.from_numpy(np.array(lines).reshape(-1, total).T.copy()).exp().view(total, *tables[0].shape)
+
+        activations = everywhere([self.steps[s][0] / self.steps[s][2][0] for s in steps])
+        weights = torch.zeros(total, 0, len(self.weight_bits), dtype=torch.float64)
+        if self.weighted:
+            lowest = everywhere([self.steps[s][1] / self.steps[s][2][0] for s in steps])
+            weights = lowest[:, :, None] * torch.stack([self.relative[name] for name in self.weighted])
+        return Sensitivity(self.layers, self.widths, activations, self.weighted, self.weight_bits, weights)
