@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from ptqd.measuring import measure, measure_widths
     from ptqd.noise import NoiseStats
     from ptqd.pipelines.latent_class import LatentClassPipeline
-    from ptqd.quantization import quantize
+    from ptqd.plan import StepPlan
+    from ptqd.planning.paper import paper_rule
+    from ptqd.planning.solver import plan_steps
+    from ptqd.quantization import apply_plan, quantize
     from ptqd.recipe import Quantizer, Recipe, Rule
     from ptqd.sampling import Sampling, sample
 
@@ -33,12 +36,16 @@ _HOMES = {
     "Recipe": "ptqd.recipe",
     "Rule": "ptqd.recipe",
     "Sampling": "ptqd.sampling",
+    "StepPlan": "ptqd.plan",
+    "apply_plan": "ptqd.quantization",
     "correct": "ptqd.correction.scheduler",
     "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
     "measure": "ptqd.measuring",
     "measure_widths": "ptqd.measuring",
+    "paper_rule": "ptqd.planning.paper",
+    "plan_steps": "ptqd.planning.solver",
     "quantize": "ptqd.quantization",
     "sample": "ptqd.sampling",
 }
@@ -55,12 +62,16 @@ __all__ = [
     "Recipe",
     "Rule",
     "Sampling",
+    "StepPlan",
+    "apply_plan",
     "correct",
     "fit_auto",
     "fit_correction",
     "load",
     "measure",
     "measure_widths",
+    "paper_rule",
+    "plan_steps",
     "quantize",
     "sample",
 ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ptqd.experiment import Judge
     from ptqd.sampling import Sampling
 
+PLANNED, PLANNED_WEIGHTS = "w8a4+5+6+7+8", "4,5,6,7,8"  # what a plan chooses among where no recipe says
 MODEL_HELP = "fashion-ldm, a diffusers pipeline's folder, or a hub id"
 METHODS_HELP = (
     "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq "
@@ -42,17 +43,13 @@ def _cmd_quantize(args: argparse.Namespace) -> None:
 def _cmd_measure(args: argparse.Namespace) -> None:
     """Measure, step by step, what quantization did to a pipeline's denoiser; resumes after a kill."""
     import shutil
-    from hashlib import sha256
 
-    from ptqd.components import pipeline_fingerprint
     from ptqd.experiment import measure_shards
     from ptqd.noise import NoiseStats
 
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
     run = _sampling(args, pipe)
-    inputs = [pipeline_fingerprint(pipe), pipeline_fingerprint(quantized), run.to_dict()]
-    key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    scratch = args.out.parent / f".{args.out.name}.{key}"
+    scratch = args.out.parent / f".{args.out.name}.{_key(pipe, quantized, run)}"
     measure_shards(pipe, quantized, run, args.out, scratch, title="measuring")
     shutil.rmtree(scratch)
     stats = NoiseStats.load(args.out)
@@ -89,6 +86,47 @@ def _cmd_correct(args: argparse.Namespace) -> None:
     with replacing(args.out) as temporary:
         corrected.save_pretrained(temporary)
     print(f"{args.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")
+
+
+def _cmd_plan(args: argparse.Namespace) -> None:
+    """Choose a quantized pipeline's bits step by step, and save it with its plan; resumes after a kill."""
+    import shutil
+
+    from ptqd.files import replacing
+    from ptqd.plan_stages import PlanRequest, make_planned, measured_widths
+    from ptqd.quantization import plan_of
+
+    _check_replaceable(args.out)
+    request = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights)
+    pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
+    run = _sampling(args, pipe)
+    scratch = args.out.parent / f".{args.out.name}.{_key(pipe, quantized, run)}"
+    stats = measured_widths(pipe, quantized, run, scratch, title="measuring widths")
+    planned = make_planned(pipe, quantized, run, request, stats, progress=True)
+    plan = plan_of(planned.pipe)
+    with replacing(args.out) as temporary:
+        planned.pipe.save_pretrained(temporary)
+        plan.save(temporary / "plan.toml")
+    shutil.rmtree(scratch)
+    print(f"{args.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
+    print("\n".join(f"  {name.replace('_', ' ')}: {value}" for name, value in plan.made.items()))
+    for i, (t, row) in enumerate(zip(plan.timesteps, plan.bits, strict=True)):
+        print(f"  step {i:3d}  t {t:7g}  bits {' '.join(map(str, row))}")
+
+
+def _cmd_cost(args: argparse.Namespace) -> None:
+    """Count multiply-accumulates, bit operations, parameters and bytes; no weights are loaded."""
+    from rich.console import Console
+
+    from ptqd.report.cost import cost_json, cost_table, counted
+
+    cost = counted(args.model, args.recipe, args.plan, lambda pipe: _sampling(args, pipe))
+    if args.json:
+        print(json.dumps(cost_json(cost), indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for part in cost_table(str(args.model), cost, layers=args.layers):
+        console.print(part)
 
 
 def _cmd_sample(args: argparse.Namespace) -> None:
@@ -156,7 +194,18 @@ def _cmd_report(args: argparse.Namespace) -> None:
 def _cmd_run(args: argparse.Namespace) -> None:
     """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
     from ptqd.experiment import ABLATION, Experiment, run_experiment
+    from ptqd.plan_stages import PlanRequest
 
+    plan = None
+    if args.plan is not None:
+        if not args.recipe:
+            args.recipe = [PLANNED]
+            args.weights = args.weights or (PLANNED_WEIGHTS if args.plan == "auto" else None)
+        plan = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights)
+    elif args.budget or args.floor or args.weights:
+        raise InputError("--budget, --floor and --weights go with --plan auto; give that too")
+    if not args.recipe:
+        raise InputError("give a --recipe, such as w4a8, or a --plan")
     pipe = _pipeline(args, args.model)
     experiment = Experiment(
         model=str(args.model),
@@ -164,6 +213,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
         recipes=tuple(args.recipe),
         measured=args.measured,
         corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
+        plan=plan,
     )
     run_experiment(
         pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model == "fashion-ldm" else "none"))
@@ -206,14 +256,15 @@ def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline
         raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline") -> "Sampling":
+def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sampling":
+    """How a pipeline is run; or, of None, a denoiser on its own."""
     import inspect
 
     from ptqd.sampling import Sampling
 
     accepted = inspect.signature(type(pipe).__call__).parameters
     call: dict[str, Any] = {}
-    if "class_labels" in accepted and hasattr(pipe, "class_embedder"):
+    if pipe is not None and "class_labels" in accepted and hasattr(pipe, "class_embedder"):
         call["class_labels"] = list(range(pipe.class_embedder.config.classes))
     if args.guidance is not None:
         call["guidance_scale"] = args.guidance
@@ -228,6 +279,16 @@ def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline") -> "Sampling"
                 f"--call {name}: {value!r} is not JSON ({error}); quote strings, as in '\"a cat\"'"
             ) from error
     return Sampling(args.steps, args.eta, args.samples, args.batch, args.seed, call)
+
+
+def _key(pipe: "DiffusionPipeline", quantized: "DiffusionPipeline", run: "Sampling") -> str:
+    """What an unfinished measurement is kept under."""
+    from hashlib import sha256
+
+    from ptqd.components import pipeline_fingerprint
+
+    inputs = [pipeline_fingerprint(pipe), pipeline_fingerprint(quantized), run.to_dict()]
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -287,6 +348,15 @@ def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
+def _add_plan(parser: argparse.ArgumentParser, default: str | None) -> None:
+    group = parser.add_argument_group("bits by step")
+    text = "auto: the least error for a budget; paper: PTQD's rule; or a plan's file (default: %(default)s)"
+    group.add_argument("--plan", default=default, metavar="auto|paper|FILE", help=text)
+    group.add_argument("--budget", metavar="19.9x", help="auto: this many times fewer bit operations than FP32")
+    group.add_argument("--floor", metavar="25dB", help="auto: instead, the final sample's SNR against full precision")
+    group.add_argument("--weights", metavar="4,6,8", help="auto: bits that each layer's weights may get too")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="ptqd", description="Quantize any diffusion model and correct its sampler.")
@@ -321,6 +391,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--call", action="append", metavar="NAME=JSON", help="for auto: as measured")
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
+    sub = verb("plan", _cmd_plan)
+    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("quantized", help="the quantized pipeline's folder, of a recipe with several widths (w4a4+8)")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write: the pipeline with its plan")
+    _add_plan(sub, "auto")
+    _add_sampling(sub, 64)
+
+    sub = verb("cost", _cmd_cost)
+    published = "ldm4-imagenet, ldm4-bedrooms, ldm8-churches"
+    sub.add_argument("model", help=f"{MODEL_HELP}; or a denoiser's folder or config.json, or {published}")
+    sub.add_argument("--recipe", help="shorthand such as w4a8, or a TOML file (default: full precision)")
+    sub.add_argument("--plan", type=Path, help="a plan (.toml) among the recipe's widths")
+    sub.add_argument("--layers", action="store_true", help="a line for each layer, not for each block")
+    sub.add_argument("--json", action="store_true", help="print everything, by layer and step, as JSON")
+    _add_sampling(sub, None)
+
     sub = verb("sample", _cmd_sample)
     sub.add_argument("model", help=MODEL_HELP)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -342,7 +428,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("run", _cmd_run)
     sub.add_argument("model", help=MODEL_HELP)
-    sub.add_argument("--recipe", action="append", required=True, help="shorthand or TOML file; may be given again")
+    sub.add_argument(
+        "--recipe", action="append", help=f"shorthand or TOML file; may be given again (with --plan: {PLANNED})"
+    )
+    _add_plan(sub, None)
     sub.add_argument("--out", type=Path, required=True, help="run folder")
     sub.add_argument(
         "--measured", type=int, default=64, help="samples the statistics are taken on (default: %(default)s)"

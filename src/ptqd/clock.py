@@ -79,7 +79,7 @@ def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
     It may be a number, one a sample, or one a token, of which the largest counts.
     """
-    position = _timestep_position(type(model))
+    position = _timestep_position(type(model))  # type: ignore[arg-type]  # classes are hashable
     if position is None:
         return None
     told = kwargs["timestep"] if "timestep" in kwargs else args[position]
@@ -112,7 +112,7 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
         InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
             layer; or a denoiser that takes no timestep.
     """
-    if _timestep_position(type(model)) is None:
+    if _timestep_position(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
     quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
     for name, quantizer in layer_quantizers(model):

@@ -170,11 +170,12 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 def on_meta(model: nn.Module) -> Any:
     """A denoiser's architecture in full precision on the meta device, whatever it is quantized by."""
-    config = getattr(model, "config", None)
-    if isinstance(config, Mapping) and hasattr(type(model), "from_config"):
+    config: Any = getattr(model, "config", None)
+    kind: Any = getattr(type(model), "stands_in_for", type(model))
+    if isinstance(config, Mapping) and hasattr(kind, "from_config"):
         plain = {name: value for name, value in config.items() if name != "quantization_config"}
         with torch.device("meta"):
-            architecture = type(model).from_config(plain)
+            architecture = kind.from_config(plain)
         return nn.Module.to(architecture, "meta")  # some parameters are made on the CPU all the same
     return copy_module(model, lambda tensor: tensor.to("meta"))
 
@@ -297,7 +298,7 @@ def stand_in(
         return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), answer)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # pipelines look at it
-    body: dict[str, Any] = {"forward": forward, "__module__": kind.__module__}
+    body: dict[str, Any] = {"forward": forward, "stands_in_for": kind, "__module__": kind.__module__}
     body |= {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
     nn.Module.to(model, dtype)
     model.__class__ = type(kind.__name__, (kind,), body)

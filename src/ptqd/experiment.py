@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.bops import FULL_BITS, image_cost, weight_bytes
 from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.scheduler import correct
+from ptqd.cost import FULL_BITS, Macs, cost_of, disk_bytes, run_macs
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Reference, evaluate
 from ptqd.evaluate.metrics import mean_metric, psnr
@@ -22,8 +22,17 @@ from ptqd.files import make_folder, read_json, read_tensors, write_json, write_t
 from ptqd.loading import load
 from ptqd.measuring import measure
 from ptqd.noise import Estimate, NoiseStats
+from ptqd.plan_stages import (
+    PlanRequest,
+    load_widths,
+    make_planned,
+    measured_widths,
+    plan_facts,
+    save_widths,
+    trajectory_images,
+)
 from ptqd.progress import busy
-from ptqd.quantization import quantize
+from ptqd.quantization import plan_of, quantize
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, guidance_of, sample
 from ptqd.stages import RunFolder
@@ -55,6 +64,7 @@ class Experiment:
         recipes: shorthand or TOML files.
         measured: samples the statistics are taken on; their seeds are not those of the images.
         corrections: rows for each recipe: methods as :func:`ptqd.fit_correction` takes them, or ``("auto",)``.
+        plan: bits by step, for recipes of several widths.
     """
 
     model: str
@@ -62,6 +72,7 @@ class Experiment:
     recipes: tuple[str, ...]
     measured: int = MEASURED
     corrections: tuple[tuple[str, ...], ...] = DEFAULT
+    plan: PlanRequest | None = None
 
     def __post_init__(self) -> None:
         names = ["full-precision", *(Path(text).stem for text in self.recipes)]
@@ -83,6 +94,7 @@ def run_experiment(
         "rows": [],
         "steps": [],
         "choices": [],
+        "plans": [],
         "stages": {},
         "judge": None if judge is None else judge.name,
         "versions": {name: version(name) for name in PACKAGES}
@@ -132,7 +144,8 @@ class _Setting:
             "scheduler": type(pipe.scheduler).__name__,
         }
         self.name = setting_name(self.facts)
-        self.full_bops = sum(c.macs for c in image_cost(pipe, setting)) * FULL_BITS**2
+        self.macs: Macs = run_macs(pipe, setting)
+        self.full_bops = self.macs.total * FULL_BITS**2
 
     def rows(self) -> Iterator[None]:
         """Add row after row to the report."""
@@ -141,27 +154,32 @@ class _Setting:
         rows.append(self._row("fp32", "none", reference, None, self.full_bops, self._bytes(self.pipe)))
         yield
         for text in self.experiment.recipes:
-            recipe = Recipe.parse(text)
-            prefix = f"{self.name}/{Path(text).stem}"
+            recipe, label = Recipe.parse(text), Path(text).stem
+            prefix = f"{self.name}/{label}"
             quantized = self._quantized(prefix, recipe)
+            if self.experiment.plan is not None:
+                label = f"{label} {self.experiment.plan.name}"
+                quantized = self._planned(prefix, label, quantized, self.experiment.plan)
+                prefix = f"{self.name}/{label.replace(' ', '-')}"
             stats = self._measured(prefix, quantized)
-            self.report["steps"].extend(self._step_rows(Path(text).stem, stats))
-            bops = sum(c.bops for c in image_cost(quantized, self.setting))
+            self.report["steps"].extend(self._step_rows(label, stats))
+            bops = cost_of(getattr(quantized, denoiser_name(quantized)), self.macs).total
             images, before = reference, None
             for methods in self.experiment.corrections:
                 if before is None or methods != (*before, "vsc") or stats.response.draws:
                     inputs: dict[str, Any] = {"recipe": recipe.to_dict(), "methods": methods}
+                    inputs["quantized"] = pipeline_fingerprint(quantized)
                     corrected = quantized
                     if methods == AUTO:
-                        corrected = correct(quantized, self._chosen(prefix, quantized, stats).correction)
+                        corrected = correct(quantized, self._chosen(prefix, label, quantized, stats).correction)
                         inputs["auto"] = self.folder.key(f"{prefix}/auto.json")
                     elif methods:
                         corrected = correct(quantized, stats, methods)
                         inputs["noise"] = self.folder.key(f"{prefix}/noise.safetensors")
-                    images = self._sample(f"{Path(text).stem}/{correction_name(methods)}", corrected, inputs)
+                    images = self._sample(f"{label.replace(' ', '-')}/{correction_name(methods)}", corrected, inputs)
                 before = methods
                 size = self._bytes(quantized)
-                rows.append(self._row(Path(text).stem, correction_name(methods), images, reference, bops, size))
+                rows.append(self._row(label, correction_name(methods), images, reference, bops, size))
                 yield
 
     def _quantized(self, prefix: str, recipe: Recipe) -> DiffusionPipeline:
@@ -175,7 +193,7 @@ class _Setting:
 
     def _measured(self, prefix: str, quantized: DiffusionPipeline) -> NoiseStats:
         run = self.setting.replace(samples=self.experiment.measured)
-        inputs = {**self.source, "setting": run.to_dict(), "quantized": self.folder.key(f"{prefix}/quantized")}
+        inputs = {**self.source, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
 
         def build(path: Path, scratch: Path) -> None:
             measure_shards(
@@ -184,7 +202,37 @@ class _Setting:
 
         return NoiseStats.load(self._stage(f"{prefix}/noise.safetensors", inputs, build))
 
-    def _chosen(self, prefix: str, quantized: DiffusionPipeline, stats: NoiseStats) -> Choice:
+    def _planned(self, prefix: str, label: str, quantized: DiffusionPipeline, plan: PlanRequest) -> DiffusionPipeline:
+        run = self.setting.replace(samples=self.experiment.measured)
+        inputs = {**self.source, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
+
+        def measure_all(path: Path, scratch: Path) -> None:
+            title = f"measuring widths of {prefix}" if self.progress else None
+            save_widths(measured_widths(self.pipe, quantized, run, scratch, title=title), path)
+
+        stats = load_widths(self._stage(f"{prefix}/widths", inputs, measure_all))
+        inputs = {**inputs, "plan": plan.facts()}
+        name = f"{self.name}/{label.replace(' ', '-')}"
+
+        def build(path: Path, scratch: Path) -> None:
+            planned = make_planned(self.pipe, quantized, run, plan, stats, progress=self.progress)
+            planned.pipe.save_pretrained(path)
+            plan_of(planned.pipe).save(path / "plan.toml")
+            write_json(path / "plan.json", plan_facts(planned, self.macs))
+
+        def picture(path: Path, scratch: Path) -> None:
+            images = trajectory_images(self.pipe, run)
+            write_tensors(path, {} if images is None else {"images": images}, {"ptqd.samples": "steps"})
+
+        folder = self._stage(f"{name}/planned", inputs, build)
+        pictures = self._stage(f"{self.name}/steps.safetensors", {**self.source, "setting": run.to_dict()}, picture)
+        facts = read_json(folder / "plan.json")
+        self.report["plans"].append(
+            {"setting": self.facts, "recipe": label, "pictures": str(pictures.relative_to(self.folder.folder)), **facts}
+        )
+        return load(folder).to(self.device)
+
+    def _chosen(self, prefix: str, label: str, quantized: DiffusionPipeline, stats: NoiseStats) -> Choice:
         inputs = {"noise": self.folder.key(f"{prefix}/noise.safetensors"), "checked": stats.final_indices.tolist()}
 
         def build(path: Path, scratch: Path) -> None:
@@ -193,8 +241,7 @@ class _Setting:
 
         choice = Choice.from_dict(read_json(self._stage(f"{prefix}/auto.json", inputs, build)))
         facts = {name: value for name, value in choice.to_dict().items() if name != "correction"}
-        recipe = prefix.rsplit("/", 1)[-1]
-        self.report["choices"].append({"setting": self.facts, "recipe": recipe, "taken": choice.name, **facts})
+        self.report["choices"].append({"setting": self.facts, "recipe": label, "taken": choice.name, **facts})
         return choice
 
     def _sample(self, what: str, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> Path:
@@ -262,7 +309,7 @@ class _Setting:
         return {**self.setting.to_dict(), "samples": samples}
 
     def _bytes(self, pipe: DiffusionPipeline) -> int:
-        return weight_bytes(getattr(pipe, denoiser_name(pipe)))
+        return disk_bytes(getattr(pipe, denoiser_name(pipe)))
 
 
 def _at(estimate: Estimate, index: Any) -> dict[str, float]:

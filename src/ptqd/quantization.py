@@ -54,7 +54,7 @@ def insert_quantizers(model: nn.Module, recipe: Recipe) -> Coverage:
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     for rule in recipe.rules:
-        if not any(fnmatchcase(name, rule.match) for name in layers):
+        if not rule.optional and not any(fnmatchcase(name, rule.match) for name in layers):
             raise InputError(
                 f"the rule match={rule.match!r} matches no layer of {type(model).__name__}; "
                 f"its layers are named like {', '.join(sorted(layers)[:3])}"
@@ -190,6 +190,18 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
     set_clock(model, plan)
     PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict())).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def plan_of(qpipe: DiffusionPipeline) -> StepPlan:
+    """The plan of a quantized pipeline.
+
+    Raises:
+        InputError: it has none, or ptqd did not quantize it.
+    """
+    plan = ptqd_quantizer(qpipe).quantization_config.plan
+    if plan is None:
+        raise InputError("the pipeline has no plan; make one with 'ptqd plan'")
+    return StepPlan.from_dict(plan)
 
 
 def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:

@@ -58,12 +58,14 @@ class Rule:
         weight_bits: bits instead of the recipe's.
         activation_bits: bits instead of the recipe's.
         skip: leave the layer in full precision.
+        optional: the rule may match no layer, which is an error otherwise.
     """
 
     match: str
     weight_bits: int | None = None
     activation_bits: int | None = None
     skip: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.activation_bits):
@@ -71,7 +73,8 @@ class Rule:
                 Grid(bits, symmetric=True)
 
 
-FIRST_AND_LAST = (Rule("conv_in", 8, 8), Rule("conv_out", 8, 8))
+_UNETS, _TRANSFORMERS = ("conv_in", "conv_out"), ("*_embed.proj", "x_embedder", "proj_in", "proj_out", "proj_out_2")
+FIRST_AND_LAST = tuple(Rule(name, 8, 8, optional=True) for name in (*_UNETS, *_TRANSFORMERS))
 
 
 @dataclass(frozen=True)

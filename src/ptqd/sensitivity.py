@@ -143,18 +143,19 @@ class _Probe:
         weighted = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantLayer)} if weight_bits else {}
         self.weighted = tuple(weighted)
         self.relative: dict[str, torch.Tensor] = {}  # squared error of the weights against that at the fewest bits (B,)
-        for name, layer in weighted.items():
-            rounded = [rounded_weight(layer.weight, replace(layer.weights, bits=bits)) for bits in weight_bits]
-            errors = torch.stack([(w - layer.weight).double().square().sum().cpu() for w in rounded])
+        for name, module in weighted.items():
+            rounded = [rounded_weight(module.weight, replace(module.weights, bits=bits)) for bits in weight_bits]
+            errors = torch.stack([(w - module.weight).cpu().double().square().sum() for w in rounded])
             self.relative[name] = errors / errors[0].clamp(min=1e-300)
-            layer.register_forward_hook(partial(self._weighted, name, rounded[0] - layer.weight))
+            module.register_forward_hook(partial(self._weighted, name, rounded[0] - module.weight))
         self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
         self.rows = 1
 
     def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int, axis: int) -> None:
         """One call's energies; its output's first ``channels`` along ``axis`` count, a learned variance does not."""
-        blank = (torch.zeros(len(self.layers), len(self.widths)), torch.zeros(len(self.weighted)))
-        self.now = self.steps.setdefault(step, (*(table.double() for table in blank), [0]))
+        activations = torch.zeros(len(self.layers), len(self.widths), dtype=torch.float64)
+        weights = torch.zeros(len(self.weighted), dtype=torch.float64)
+        self.now = self.steps.setdefault(step, (activations, weights, [0]))
         with torch.enable_grad():
             output = self.model(*args, **kwargs)[0]
             kept = output.narrow(axis, 0, min(channels, output.shape[axis]))

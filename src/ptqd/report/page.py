@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from ptqd.errors import InputError
 from ptqd.experiment import load_images
 from ptqd.files import read_json, replacing, write_text
-from ptqd.report.pictures import choice_plots, overview, setting_strips, step_plots
+from ptqd.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
 from ptqd.report.table import (
     COST_COLUMNS,
     METRICS,
@@ -33,7 +33,7 @@ def write_page(folder: Path) -> Path:
         InputError: ``report.json`` is missing or not a report.
     """
     report: Mapping[str, Any] = read_json(folder / "report.json")
-    needed = {"rows", "steps", "choices", "stages", "versions"}
+    needed = {"rows", "steps", "choices", "plans", "stages", "versions"}
     if not isinstance(report, dict) or not needed <= set(report) or not report["rows"]:
         raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
     rows = report["rows"]
@@ -56,6 +56,7 @@ def write_page(folder: Path) -> Path:
             (text, picture, [choice for choice in report["choices"] if heading(choice["setting"]) == text])
             for text, picture in choice_plots(report["choices"])
         ],
+        plans=plan_plots(report["plans"], folder),
         stages=_stage_seconds(report["stages"]),
         versions=report["versions"],
     )
@@ -84,6 +85,9 @@ def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
     kinds = {
         "quantized": "quantize",
         "noise.safetensors": "measure",
+        "widths": "measure widths",
+        "planned": "plan",
+        "steps.safetensors": "plan",
         "auto.json": "choose",
         "samples.safetensors": "sample",
         "metrics.json": "evaluate",

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ptqd.files import read_tensors
 from ptqd.report.table import by_setting, correction_label
 
 QUANTITIES = {
@@ -141,6 +142,69 @@ def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]
             gains.legend(fontsize=8)
         figures.append((text, _figure_png(figure)))
     return figures
+
+
+def plan_plots(plans: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str, bytes]]:
+    """For each plan its setting, its name, and one figure: bits by step under the sample, SNR, cost and quality."""
+    return [(text, plan["recipe"], _plan_plot(plan, folder)) for text, group in by_setting(plans) for plan in group]
+
+
+def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
+    bits = np.array(plan["bits"]).T  # G,T
+    steps, colours = bits.shape[1], plt.get_cmap("viridis", len(plan["widths"]))
+    figure = plt.figure(figsize=(14, 7.2), layout="constrained")
+    rows = figure.add_gridspec(3, 3, height_ratios=[0.9, 0.35 + 0.16 * len(bits), 3.6])
+
+    pictures = read_tensors(folder / plan["pictures"])[0].get("images")
+    top = figure.add_subplot(rows[0, :])
+    if pictures is not None:
+        sheet = np.concatenate(list(pictures.numpy()), axis=1)
+        sheet = sheet[..., 0] if sheet.shape[-1] == 1 else sheet
+        top.imshow(sheet, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1))
+    top.set_axis_off()
+    top.set_title("the sample before each step, and the bits of the activations there", fontsize=10)
+    strip = figure.add_subplot(rows[1, :])
+    places = np.searchsorted(plan["widths"], bits)
+    image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan["widths"]) - 0.5)
+    strip.set_yticks(range(len(bits)), plan["groups"], fontsize=7)
+    strip.set_xlabel("sampling step")
+    bar = figure.colorbar(image, ax=[top, strip], ticks=range(len(plan["widths"])), pad=0.01)
+    bar.ax.set_yticklabels(plan["widths"])
+    bar.set_label("bits")
+
+    snr = figure.add_subplot(rows[2, 0])
+    x = np.arange(steps)
+    for i, width in enumerate(plan["widths"]):
+        snr.plot(x, np.array(plan["snr"][str(width)], dtype=float), color=colours(i), label=f"{width} bits")
+    if plan["forward_snr"] is not None:
+        snr.plot(x, np.array(plan["forward_snr"], dtype=float), "k--", label="forward process")
+    snr.set_yscale("log")
+    snr.set_title("SNR of the quantized denoiser, and of the forward process", fontsize=10)
+    share = figure.add_subplot(rows[2, 1])
+    share.bar(x, 100 * np.array(plan["share"]), width=1.0)
+    share.set_title("share of the bit operations, %", fontsize=10)
+    for axis in (snr, share):
+        axis.set_xlabel("sampling step")
+
+    quality = figure.add_subplot(rows[2, 2])
+    quality.plot(*_points(plan["pareto"]), "o-", markersize=3, label="budgeted plans")
+    quality.plot(*_points(plan["uniform"]), "s", color="tab:gray", label="uniform widths")
+    for point in plan["uniform"]:
+        at = (point["ratio"], point["db"])
+        quality.annotate(f"{point['bits']}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if plan["paper"] is not None:
+        quality.plot(*_points([plan["paper"]]), "^", color="tab:red", label="the paper's rule")
+    quality.axvline(plan["ratio"], color="tab:green", linestyle=":", label="this plan")
+    quality.set_xlabel("times fewer bit operations than FP32")
+    quality.set_title("expected SNR of the final sample, dB", fontsize=10)
+    for axis in (snr, quality):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return _figure_png(figure)
+
+
+def _points(points: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    return [p["ratio"] for p in points], [p["db"] for p in points]
 
 
 def _strength(kept: str) -> tuple[bool, float]:

@@ -1,4 +1,4 @@
-"""Small trained models that ship with the package, and the scripts that trained them."""
+"""Small trained models that ship with the package and the scripts that trained them; architectures of large ones."""
 
 from pathlib import Path
 
@@ -6,4 +6,6 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 MODELS = {"fashion-ldm": _WEIGHTS / "fashion-ldm"}
 CLASSIFIER = _WEIGHTS / "fashion-classifier"
+_PUBLISHED = Path(__file__).parent / "architectures"
+ARCHITECTURES = {name: _PUBLISHED / f"{name}.json" for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches")}
 REFERENCE = _WEIGHTS / "fashion-reference.safetensors"

@@ -1,0 +1,281 @@
+"""All that a plan can choose, with its errors and costs: measured, probed and counted, put into tables."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+
+from ptqd.components import denoiser_name
+from ptqd.cost import FULL_BITS, PRODUCTS, Macs, run_macs
+from ptqd.layers import QuantAttnProcessor, QuantLayer
+from ptqd.measuring import measure
+from ptqd.noise import NoiseStats
+from ptqd.plan import StepPlan
+from ptqd.planning.contributions import contributions
+from ptqd.planning.paper import told_timesteps
+from ptqd.quantization import apply_plan, ptqd_quantizer
+from ptqd.recipe import Recipe
+from ptqd.sampling import Sampling
+from ptqd.sensitivity import Sensitivity, measure_sensitivity
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+GROUPS = 8
+TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Errors and costs of all that can be chosen.
+
+    Attributes:
+        timesteps: as the denoiser is told (T,).
+        groups: names of the layers in each group (G,).
+        widths: activation bits (W,).
+        errors: of the activations of each step and group at each width (T, G, W).
+        weighted: layers whose weights' bits can be chosen (L,).
+        weight_bits: of the weights (B,); empty where they are the recipe's.
+        weight_errors: of each layer's weights at each width, all steps together (L, B).
+        fixed_error: what cannot be chosen.
+        group_of: group of each weighted layer's activations (L,); -1 for one that is not for a plan to change.
+        layer_costs: bit operations of one bit of weight and one bit of activation of each weighted layer (T, L).
+        costs: bit operations of each step and group at each width without the weighted layers' (T, G, W).
+        weight_costs: bit operations of one bit of the weights of each layer with activations of fixed bits (L,).
+        fixed_cost: bit operations of all else.
+        full_cost: bit operations of the run in FP32.
+        variance: of the final sample, for errors in dB.
+    """
+
+    timesteps: tuple[float, ...]
+    groups: tuple[tuple[str, ...], ...]
+    widths: tuple[int, ...]
+    errors: Floats
+    weighted: tuple[str, ...]
+    weight_bits: tuple[int, ...]
+    weight_errors: Floats
+    fixed_error: float
+    group_of: Ints
+    layer_costs: Floats
+    costs: Floats
+    weight_costs: Floats
+    fixed_cost: float
+    full_cost: float
+    variance: float
+
+    def activation_costs(self, weights: Ints) -> Floats:
+        """Bit operations of each step and group at each width (T, G, W), for the weights' bits (L,)."""
+        total = self.costs.copy()
+        for g in range(len(self.groups)):
+            of_bit = self.layer_costs[:, self.group_of == g] @ weights[self.group_of == g]  # T
+            total[:, g] += of_bit[:, None] * np.array(self.widths)
+        return total
+
+    def cost(self, choice: Ints, weights: Ints) -> float:
+        """Bit operations of a choice of widths (T, G), as indices, and of weights' bits (L,)."""
+        mine = float(np.take_along_axis(self.activation_costs(weights), choice[..., None], 2).sum())
+        return mine + float(self.weight_costs @ weights) + self.fixed_cost
+
+    def error(self, choice: Ints, weights: Ints) -> float:
+        """Expected squared error of the final sample, mean over its elements."""
+        total = float(np.take_along_axis(self.errors, choice[..., None], 2).sum()) + self.fixed_error
+        for n, bits in enumerate(weights.tolist()):
+            total += float(self.weight_errors[n, self.weight_bits.index(bits)])
+        return total
+
+    def decibels(self, error: float) -> float:
+        """Signal-to-noise ratio of the final sample."""
+        return 10 * math.log10(self.variance / max(error, 1e-300))
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """What a layer's bits are before a plan; of an attention those of its products' operands.
+
+    Attributes:
+        weights: bits of the weights; 0 for an attention, which has none.
+        activations: bits of the activations where a plan cannot change them, else None.
+        fixed: the recipe has a rule for the weights, which a plan leaves alone.
+    """
+
+    weights: int
+    activations: int | None
+    fixed: bool = False
+
+
+def make_problem(
+    stats: Mapping[int, NoiseStats],
+    macs: Macs,
+    sensitivity: Sensitivity,
+    layers: Mapping[str, LayerBits],
+    *,
+    softmax_bits: int = 8,
+    weight_bits: Sequence[int] = (),
+    fewest: NoiseStats | None = None,
+    groups: int = GROUPS,
+) -> Problem:
+    """All that a plan can choose, with its errors and costs.
+
+    Args:
+        stats: by width.
+        macs: of the run.
+        sensitivity: of the layers.
+        layers: every quantized layer and attention by dotted name.
+        softmax_bits: of the attention probabilities.
+        weight_bits: that weights may get; none leaves them as they are.
+        fewest: statistics with all weights that may change at the fewest of these bits and the widest activations.
+        groups: how many groups of layers have bits of their own, at the most.
+    """
+    widths, choices = tuple(sorted(stats)), tuple(sorted(weight_bits))
+    weighted = tuple(n for n in sensitivity.weighted if not layers[n].fixed) if choices else ()
+    whole = np.stack([contributions(stats[b]).numpy() for b in widths], axis=1)  # T,W
+    now = {name: layers[name].weights for name in sensitivity.weighted}
+    of_weights, weight_errors = _weight_errors(whole, sensitivity, now, weighted, choices, fewest)
+
+    named = _grouped(sensitivity, macs, groups)
+    index = {name: g for g, group in enumerate(named) for name in group}
+    shares = np.zeros((len(whole), len(named), len(widths)))
+    for q, name in enumerate(sensitivity.layers):
+        shares[:, index[name]] += sensitivity.activations.numpy()[:, q]
+    shares /= np.maximum(shares.sum(1, keepdims=True), TINY)
+    of_activations = np.maximum(whole - of_weights[:, None], 0.01 * whole)  # T,W
+
+    costs, layer_costs, weight_costs, fixed_cost = _costs(macs, layers, index, weighted, widths, softmax_bits)
+    finals = stats[widths[-1]].finals
+    return Problem(
+        timesteps=told_timesteps(stats),
+        groups=named,
+        widths=widths,
+        errors=of_activations[:, None, :] * shares,
+        weighted=weighted,
+        weight_bits=choices,
+        weight_errors=weight_errors,
+        fixed_error=0.0 if weighted else float(of_weights.sum()),
+        group_of=np.array([index.get(name, -1) for name in weighted], dtype=np.int64),
+        layer_costs=layer_costs,
+        costs=costs,
+        weight_costs=weight_costs,
+        fixed_cost=fixed_cost,
+        full_cost=float(macs.total * FULL_BITS**2),
+        variance=float(finals.double().var()) if len(finals) else 1.0,
+    )
+
+
+def _weight_errors(
+    whole: Floats,
+    sensitivity: Sensitivity,
+    now: Mapping[str, int],
+    weighted: Sequence[str],
+    choices: Sequence[int],
+    fewest: NoiseStats | None,
+) -> tuple[Floats, Floats]:
+    """The weights' part of each step's error as they are (T,), and of the run's for each layer and choice (L, B).
+
+    Without a choice the part is the first-order share. With one it is measured, on what the fewest bits add to the
+    error: weights are off in the same way at every step, and add up more than activations do.
+    """
+    energy = sensitivity.weights.numpy()  # T,all,B
+    columns = {bits: i for i, bits in enumerate(sensitivity.weight_bits)}
+    present = energy[:, np.arange(len(now)), [columns[bits] for bits in now.values()]]  # T,all
+    if not weighted or fewest is None:
+        top = sensitivity.activations.numpy()[:, :, -1].sum(1)
+        share = present.sum(1) / np.maximum(present.sum(1) + top, TINY)
+        return whole[:, -1] * share, np.zeros((len(weighted), len(choices)))
+    rows = [sensitivity.weighted.index(name) for name in weighted]
+    chosen = energy[:, rows][:, :, [columns[bits] for bits in choices]]  # T,L,B
+    lowest = np.maximum(chosen[:, :, 0].sum(1), TINY)
+    kept = np.clip(present[:, rows].sum(1) / lowest, 0, 0.99)
+    added = np.maximum(contributions(fewest).numpy() - whole[:, -1], 0) / (1 - kept)  # of all at the fewest bits
+    errors: Floats = (chosen * (added / lowest)[:, None, None]).sum(0)
+    return np.minimum(added * kept, whole[:, -1]), errors
+
+
+def _costs(
+    macs: Macs,
+    layers: Mapping[str, LayerBits],
+    index: Mapping[str, int],
+    weighted: Sequence[str],
+    widths: Sequence[int],
+    softmax_bits: int,
+) -> tuple[Floats, Floats, Floats, float]:
+    """``costs``, ``layer_costs``, ``weight_costs`` and ``fixed_cost`` of a :class:`Problem`."""
+    bits = np.array(widths, dtype=np.float64)
+    costs = np.zeros((len(macs.counts), max(index.values(), default=-1) + 1, len(bits)))
+    layer_costs, weight_costs, fixed = np.zeros((len(macs.counts), len(weighted))), np.zeros(len(weighted)), 0.0
+    for counts, name in zip(macs.counts.numpy().T, macs.layers, strict=True):
+        product = next((p for p in PRODUCTS if name.endswith(p)), "")
+        layer = name.removesuffix(product)
+        if layer not in layers:
+            fixed += float(counts.sum()) * FULL_BITS**2
+            continue
+        own, group = layers[layer], index.get(layer)
+        right = bits if own.activations is None else np.full(1, float(own.activations))
+        left = right if product == PRODUCTS[0] else softmax_bits if product else own.weights
+        if layer in weighted and group is not None:
+            layer_costs[:, weighted.index(layer)] = counts
+        elif layer in weighted:
+            weight_costs[weighted.index(layer)] = counts.sum() * right[0]
+        elif group is not None:
+            costs[:, group] += counts[:, None] * left * right
+        else:
+            fixed += float((counts.sum() * left * right)[0])
+    return costs, layer_costs, weight_costs, fixed
+
+
+def _grouped(sensitivity: Sensitivity, macs: Macs, groups: int) -> tuple[tuple[str, ...], ...]:
+    """Layers by noise for each bit operation, the most sensitive first; within a factor of 4, which is one bit."""
+    count = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
+    energy = sensitivity.activations[:, :, 0].sum(0).tolist()
+    rating = {
+        name: math.log(max(e, 1e-30) / max(count.get(name, sum(count.get(name + p, 0.0) for p in PRODUCTS)), 1.0), 4)
+        for name, e in zip(sensitivity.layers, energy, strict=True)
+    }
+    high = max(rating.values())
+    found: dict[int, list[str]] = {}
+    for name, value in rating.items():
+        found.setdefault(min(int(high - value), groups - 1), []).append(name)
+    return tuple(tuple(found[g]) for g in sorted(found))
+
+
+def planning_problem(
+    pipe: DiffusionPipeline,
+    qpipe: DiffusionPipeline,
+    run: Sampling,
+    stats: Mapping[int, NoiseStats],
+    *,
+    weight_bits: Sequence[int] = (),
+    progress: bool = False,
+) -> "Problem":
+    """What :func:`plan_steps` chooses from: measured errors and counted costs."""
+    recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
+    layers: dict[str, LayerBits] = {}
+    for name, module in getattr(qpipe, denoiser_name(qpipe)).named_modules():
+        rule = recipe.rule_for(name)
+        if isinstance(module, QuantLayer):
+            free = len(module.input.widths) > 1
+            fixed = rule is not None and rule.weight_bits is not None
+            layers[name] = LayerBits(module.weights.bits, None if free else module.input.bits, fixed)
+        elif isinstance(module, QuantAttnProcessor):
+            free = len(module.query.widths) > 1
+            layers[name.removesuffix(".processor")] = LayerBits(0, None if free else module.query.bits)
+    free_weights = [name for name, own in layers.items() if own.weights and not own.fixed]
+    fewest = None
+    if weight_bits and free_weights:
+        fewer = dict.fromkeys(free_weights, min(weight_bits))
+        plan = StepPlan.uniform(told_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
+        half = run.replace(samples=max(run.samples // 2, 16))
+        title = "measuring weights" if progress else False
+        fewest = measure(pipe, apply_plan(qpipe, plan, pipe), half, progress=title)
+    known = sorted({*(own.weights for own in layers.values() if own.weights), *weight_bits})
+    return make_problem(
+        stats,
+        run_macs(pipe, run),
+        measure_sensitivity(pipe, qpipe, run, weight_bits=known, progress=progress),
+        layers,
+        softmax_bits=recipe.softmax_bits,
+        weight_bits=weight_bits,
+        fewest=fewest,
+    )

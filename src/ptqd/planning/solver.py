@@ -1,0 +1,278 @@
+"""The exact choice: a multiple-choice knapsack for the activations, a price of bit operations for the weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from scipy import optimize, sparse
+
+from ptqd.errors import InputError
+from ptqd.noise import NoiseStats
+from ptqd.plan import StepPlan
+from ptqd.planning.paper import tied
+from ptqd.planning.problem import Ints, Problem, planning_problem
+from ptqd.sampling import Sampling
+
+TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
+
+
+def plan_steps(
+    pipe: DiffusionPipeline,
+    qpipe: DiffusionPipeline,
+    run: Sampling,
+    stats: Mapping[int, NoiseStats],
+    *,
+    budget: float | None = None,
+    floor: float | None = None,
+    weight_bits: Sequence[int] = (),
+    progress: bool = False,
+) -> StepPlan:
+    """The plan with the least expected error of the final sample within a budget, or the cheapest that keeps a floor.
+
+    Args:
+        pipe: full precision.
+        qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
+        run: how it samples.
+        stats: of every width, as :func:`ptqd.measure_widths` gives them.
+        budget: how many times fewer bit operations than FP32, at least: 19.9.
+        floor: signal-to-noise ratio of the final sample against full precision in dB, at least.
+        weight_bits: that the plan may give each layer's weights; none leaves them as they are. Layers whose weights a
+            rule of the recipe fixes are not touched. One more quantized run, of half as many samples, is measured.
+        progress: show bars.
+
+    Returns:
+        The plan; ``made`` says what it is expected to do. :func:`ptqd.apply_plan` puts it to work.
+
+    Raises:
+        InputError: no plan meets the budget or the floor; the nearest that can be met is named.
+    """
+    problem = planning_problem(pipe, qpipe, run, stats, weight_bits=weight_bits, progress=progress)
+    return solve(problem, budget=budget, floor=floor).plan
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan with what it is expected to do.
+
+    Attributes:
+        plan: to be applied.
+        error: expected squared error of the final sample.
+        decibels: the same, against the final sample's variance.
+        cost: bit operations of a run.
+        ratio: how many times fewer than FP32.
+        gap: how much of the error, at the most, another plan could be better by.
+    """
+
+    plan: StepPlan
+    error: float
+    decibels: float
+    cost: float
+    ratio: float
+    gap: float
+
+
+def solve(problem: Problem, *, budget: float | None = None, floor: float | None = None) -> Solution:
+    """The plan with the least error within a budget, or the cheapest that keeps a floor.
+
+    Args:
+        problem: what can be chosen.
+        budget: how many times fewer bit operations than FP32, at least.
+        floor: signal-to-noise ratio of the final sample against full precision, dB, at least.
+
+    Raises:
+        InputError: no plan meets it; the nearest that can be met is named. Or not just one of the two is given.
+    """
+    if (budget is None) == (floor is None):
+        raise InputError("give a budget of bit operations or a floor of quality, one of them")
+    if budget is not None and budget <= 0:
+        raise InputError(f"a budget is how many times fewer bit operations, more than 0; got {budget:g}")
+    limit = problem.full_cost / budget if budget is not None else problem.variance / 10 ** ((floor or 0.0) / 10)
+    cheapest, best = _ends(problem)
+    if budget is not None and problem.cost(*cheapest) > limit * (1 + 1e-12):
+        most = problem.full_cost / problem.cost(*cheapest)
+        raise InputError(
+            f"no plan meets a budget of {budget:g}x; the nearest is {_down(most)}x, with the fewest bits everywhere"
+        )
+    if floor is not None and problem.error(*best) > limit:
+        most = problem.decibels(problem.error(*best))
+        raise InputError(f"no plan keeps {floor:g} dB; the nearest is {_down(most)} dB, with the most bits everywhere")
+    weights, bound = best[1], 0.0
+    if len(problem.weighted):
+        weights, bound = _weights(problem, limit, by_cost=budget is not None)
+    choice, lower = _knapsack(problem, weights, limit, by_cost=budget is not None)
+    if not len(problem.weighted):
+        bound = lower
+    error, cost = problem.error(choice, weights), problem.cost(choice, weights)
+    value = error if budget is not None else cost
+    gap = max(0.0, (value - bound) / value) if value > 0 else 0.0
+    made = {
+        "rule": "budget",
+        **({"budget": budget} if budget is not None else {"floor": floor}),
+        "fewer_bit_operations": round(problem.full_cost / cost, 3),
+        "expected_snr_db": round(problem.decibels(error), 2),
+        "optimality_gap": round(gap, 6),
+    }
+    return Solution(
+        _plan(problem, choice, weights, made), error, problem.decibels(error), cost, problem.full_cost / cost, gap
+    )
+
+
+def _down(value: float) -> str:
+    """Two digits, never more than the value: what can really be asked for."""
+    return f"{math.floor(value * 100) / 100:g}"
+
+
+def uniform(problem: Problem, bits: int, weights: Ints | None = None) -> Solution:
+    """The same activation bits everywhere, for comparison."""
+    choice = np.full(problem.errors.shape[:2], problem.widths.index(bits))
+    mine = _ends(problem)[1][1] if weights is None else weights
+    error, cost = problem.error(choice, mine), problem.cost(choice, mine)
+    plan = _plan(problem, choice, mine, {"rule": "uniform"})
+    return Solution(plan, error, problem.decibels(error), cost, problem.full_cost / cost, 0.0)
+
+
+def rated(problem: Problem, plan: StepPlan, weights: Ints | None = None) -> Solution:
+    """What a plan with one group is expected to do, for comparison."""
+    rows = np.array([problem.widths.index(row[0]) for row in plan.bits])
+    choice = np.repeat(rows[:, None], len(problem.groups), axis=1)
+    mine = _ends(problem)[1][1] if weights is None else weights
+    error, cost = problem.error(choice, mine), problem.cost(choice, mine)
+    return Solution(plan, error, problem.decibels(error), cost, problem.full_cost / cost, 0.0)
+
+
+def pareto(problem: Problem, points: int = 12) -> list[Solution]:
+    """Budgeted plans over the whole range of budgets, cheapest first."""
+    cheapest, best = _ends(problem)
+    low, high = problem.full_cost / problem.cost(*best), problem.full_cost / problem.cost(*cheapest)
+    return [solve(problem, budget=float(b)) for b in np.geomspace(high, low, points) * (1 - 1e-9)]
+
+
+def _ends(problem: Problem) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+    """The fewest bits everywhere, and the choice with the least error."""
+    shape, layers = problem.errors.shape[:2], len(problem.weighted)
+    few = problem.weight_bits[0] if layers else 0
+    cheapest = np.zeros(shape, dtype=np.int64), np.full(layers, few, dtype=np.int64)
+    bits = np.array(problem.weight_bits, dtype=np.int64)
+    best = problem.errors.argmin(2), bits[problem.weight_errors.argmin(1)] if layers else cheapest[1]
+    return cheapest, best
+
+
+def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, Any]) -> StepPlan:
+    rows = [tuple(problem.widths[i] for i in row) for row in choice.tolist()]
+    groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
+    chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))
+    return StepPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made)
+
+
+def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -> tuple[Ints, float]:
+    """The best widths (T, G) for given weights: a multiple-choice knapsack, and a lower bound of what is minimised.
+
+    Steps at the same timestep are one choice.
+    """
+    costs, errors = problem.activation_costs(weights), problem.errors
+    first = [problem.timesteps.index(t) for t in problem.timesteps]
+    distinct = sorted(set(first))
+    place = np.array([distinct.index(i) for i in first])
+    shape = (len(distinct), *errors.shape[1:])
+    joined = [np.zeros(shape), np.zeros(shape)]
+    for table, total in zip((costs, errors), joined, strict=True):
+        np.add.at(total, place, table)
+    no_choice = problem.cost(np.zeros(errors.shape[:2], dtype=np.int64), weights) - float(costs[:, :, 0].sum())
+    no_error = problem.error(np.zeros(errors.shape[:2], dtype=np.int64), weights) - float(errors[:, :, 0].sum())
+    limited, minimised = joined if by_cost else joined[::-1]
+    room = limit - (no_choice if by_cost else no_error)
+    scale = max(abs(room), 1e-300)
+    items, count = shape[0] * shape[1], shape[2]
+    one_each = sparse.kron(sparse.eye(items), np.ones((1, count)), format="csr")
+    size = float(minimised.max()) or 1.0
+    result = optimize.milp(
+        minimised.ravel() / size,
+        integrality=np.ones(items * count),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(limited.reshape(1, -1) / scale, -np.inf, room / scale * (1 + 1e-12)),
+        ],
+        options={"mip_rel_gap": TIGHT, "time_limit": 60},
+    )
+    if result.x is None:
+        raise InputError("no plan meets what is asked for; ask for less")
+    choice = result.x.reshape(shape).argmax(2)[place]
+    other = no_error if by_cost else no_choice
+    return choice, float(result.mip_dual_bound) * size + other
+
+
+def _weights(problem: Problem, limit: float, *, by_cost: bool) -> tuple[Ints, float]:
+    """Weights' bits (L,) at the price of a bit operation that meets the limit, and the dual bound of the optimum.
+
+    What is minimised is ``error + price cost``. The cheapest price that still meets the limit is found by bisection.
+    """
+    low, high = 1e-30, 1e30  # prices in error for one full cost
+    met: Ints | None = None
+    bound = -math.inf
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        choice, weights = priced(problem, price / problem.full_cost)
+        error, cost = problem.error(choice, weights), problem.cost(choice, weights)
+        total = error + price / problem.full_cost * cost
+        if by_cost:
+            bound = max(bound, total - price / problem.full_cost * limit)
+            meets = cost <= limit
+        else:
+            bound = max(bound, (total - limit) * problem.full_cost / price)
+            meets = error <= limit
+        if meets:
+            met = weights
+        if meets == by_cost:
+            high = price
+        else:
+            low = price
+        if high / low < 1 + 1e-4:
+            break
+    if met is None:
+        met = _ends(problem)[0 if by_cost else 1][1]
+    return met, bound
+
+
+def priced(problem: Problem, price: float) -> tuple[Ints, Ints]:
+    """The exact minimum of ``error + price cost`` over widths (T, G) and weights' bits (L,).
+
+    Groups are apart. In one, the widths depend on the weights only through ``m``, the weights' share of a bit of
+    activation, and change at finitely many values of it; for each set of widths the best weights follow layer by layer.
+    The best pair is among these. (MACs are taken to be the same multiple at every step, as they are but for guidance
+    that is switched off midway; then it is a very good pair.)
+    """
+    widths, bits = np.array(problem.widths), np.array(problem.weight_bits)
+    choice = np.zeros(problem.errors.shape[:2], dtype=np.int64)
+    weights = np.zeros(len(problem.weighted), dtype=np.int64)
+    alone = problem.group_of == -1
+    table = problem.weight_errors[alone][:, :] + price * problem.weight_costs[alone][:, None] * bits
+    weights[alone] = bits[table.argmin(1)]
+    for g in range(len(problem.groups)):
+        mine = problem.group_of == g
+        by_layer, errors = problem.layer_costs[:, mine], problem.weight_errors[mine]
+        base = problem.errors[:, g] + price * problem.costs[:, g]  # T,W
+        step = by_layer.sum(1)  # T
+        if not step.any():
+            choice[:, g] = base.argmin(1)
+            weights[mine] = bits[errors.argmin(1)]
+            continue
+        pairs = [(i, j) for i in range(len(widths)) for j in range(i + 1, len(widths))]
+        turns = [
+            (base[:, i] - base[:, j]) / (price * np.maximum(step, 1e-300) * (widths[j] - widths[i])) for i, j in pairs
+        ]
+        breaks = np.unique(np.clip(np.concatenate(turns), bits[0], bits[-1]))  # mean weight bits
+        middles = np.unique(np.concatenate([[bits[0], bits[-1]], (breaks[1:] + breaks[:-1]) / 2]))
+        tables = base[None] + price * middles[:, None, None] * step[:, None] * widths  # M,T,W
+        options = np.unique(tables.argmin(2), axis=0)  # M,T
+        activation = widths[options]  # M,T
+        cost = activation @ by_layer  # M,L: bit operations of one bit of each layer's weights
+        with_weights = errors[None] + price * cost[:, :, None] * bits  # M,L,B
+        rows = np.take_along_axis(base[None].repeat(len(options), 0), options[..., None], 2)[..., 0].sum(1)
+        best = int((rows + with_weights.min(2).sum(1)).argmin())
+        choice[:, g] = options[best]
+        weights[mine] = bits[with_weights[best].argmin(1)]
+    return choice, weights

@@ -1,0 +1,126 @@
+"""What a model costs, as a table: counted from its configuration alone."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.table import Table
+
+from ptqd.clock import set_clock
+from ptqd.components import denoiser_name
+from ptqd.cost import FULL_BITS, PRODUCTS, Cost, cost_of, on_meta, run_macs
+from ptqd.errors import InputError
+from ptqd.plan import StepPlan
+from ptqd.quantization import insert_quantizers
+from ptqd.recipe import Recipe
+from ptqd.sampling import Sampling
+from ptqd.skeleton import bare_denoiser, denoiser_config, one_call, run_of_calls, skeleton
+
+
+def counted(
+    model: str, recipe: str | None, plan: Path | None, sampling: Callable[[DiffusionPipeline | None], Sampling]
+) -> Cost:
+    """The cost of one sample of a model, quantized by a recipe and with a plan, if there are any.
+
+    Args:
+        model: a pipeline (embedded, a folder or a hub id), or a denoiser: a published architecture's name, a folder or
+            a ``config.json``. Of a denoiser one call a step is counted, or two with guidance.
+        recipe: shorthand or TOML file.
+        plan: TOML file.
+        sampling: says how a pipeline, or a denoiser on its own, is run.
+
+    Raises:
+        InputError: it is neither; a plan without a recipe; or a plan for other steps or widths.
+    """
+    config = denoiser_config(model)
+    if config is None:
+        pipe = skeleton(model)
+        denoiser = on_meta(getattr(pipe, denoiser_name(pipe)))
+        macs = run_macs(pipe, sampling(pipe))
+    else:
+        denoiser, run = bare_denoiser(config), sampling(None)
+        guided = run.call.get("guidance_scale", 1.0) != 1.0
+        macs = run_of_calls(one_call(denoiser), run.steps, 2 if guided else 1)
+    quantized = denoiser
+    if recipe is not None:
+        quantized = on_meta(denoiser)
+        with torch.device("meta"):
+            insert_quantizers(quantized, Recipe.parse(recipe))
+    if plan is not None:
+        if recipe is None:
+            raise InputError("a plan chooses among a recipe's widths; give --recipe too, such as w4a4+8")
+        set_clock(quantized, StepPlan.load(plan))
+    return cost_of(quantized, macs)
+
+
+def block_of(layer: str) -> str:
+    """The part of a network that a layer is in: its name up to the first number.
+
+    >>> block_of("down_blocks.1.resnets.0.conv1"), block_of("conv_in")
+    ('down_blocks.1', 'conv_in')
+    """
+    parts = layer.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: number + 1])
+
+
+def cost_json(cost: Cost) -> dict[str, Any]:
+    """A cost as plain values, by layer and by step."""
+    by_layer = zip(cost.macs.layers, cost.macs.counts.sum(0).tolist(), cost.bops.sum(0).tolist(), strict=True)
+    return {
+        "macs": cost.macs.total,
+        "bit_operations": cost.total,
+        "fewer_than_fp32": cost.ratio,
+        "parameters": cost.parameters,
+        "disk_bytes": cost.disk,
+        "memory_bytes": cost.memory,
+        "steps": [
+            {"macs": int(m), "bit_operations": int(b)}
+            for m, b in zip(cost.macs.counts.sum(1).tolist(), cost.bops.sum(1).tolist(), strict=True)
+        ],
+        "layers": {name: {"macs": int(m), "bit_operations": int(b)} for name, m, b in by_layer},
+    }
+
+
+def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
+    """Totals, then a table by block, or by layer, of a run's costs."""
+    steps = len(cost.macs.counts)
+    products = [i for i, layer in enumerate(cost.macs.layers) if layer.endswith((*PRODUCTS, ".matmul"))]
+    share = float(cost.macs.counts[:, products].sum()) / cost.macs.total
+    macs, bops, full = cost.macs.total, cost.total, cost.macs.total * FULL_BITS**2
+    yield f"{name}: {cost.parameters / 1e6:,.1f} M parameters, {steps} steps"
+    yield f"  {_si(macs / steps)}MACs a step, {_si(macs)}MACs an image; {share:.1%} of them in attention products"
+    yield f"  {_si(bops / steps)}BOPs a step, {_si(bops)}BOPs an image"
+    yield f"  {cost.ratio:.2f}x fewer than FP32: {_si(full / steps)}BOPs a step, {_si(full)}BOPs an image"
+    yield f"  {cost.disk / 1e6:,.1f} MB on disk, {cost.memory / 1e6:,.1f} MB in memory while simulated"
+    table = Table("layer" if layers else "block")
+    for title in ("MACs a step", "share", "bits", "BOPs a step", "share"):
+        table.add_column(title, justify="right")
+    rows: dict[str, list[int]] = {}
+    for i, layer in enumerate(cost.macs.layers):
+        rows.setdefault(layer if layers else block_of(layer), []).append(i)
+    for title, own in rows.items():
+        mine, taken = float(cost.macs.counts[:, own].sum()), float(cost.bops[:, own].sum())
+        bits = [_span(side[:, own]) for side in (cost.bits.left, cost.bits.right)]
+        cells = (_si(mine / steps), f"{mine / macs:.1%}", " x ".join(bits))
+        table.add_row(title, *cells, _si(taken / steps), f"{taken / bops:.1%}")
+    yield table
+
+
+def _span(bits: torch.Tensor) -> str:
+    low, high = int(bits.min()), int(bits.max())
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _si(value: float) -> str:
+    """A number with its unit's prefix.
+
+    >>> _si(102.2e12), _si(5.0)
+    ('102.20 T', '5.00 ')
+    """
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {prefix}"
+    return f"{value:.2f} "
