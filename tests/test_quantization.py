@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
-from ptqd.bops import weight_bytes
 from ptqd.components import fingerprint
+from ptqd.cost import disk_bytes
 from ptqd.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
 from ptqd.quantization import coverage_of, quant_modules
 from ptqd.sampling import run_batch
@@ -43,7 +43,7 @@ def test_size_on_disk_is_the_claimed_size(pipe: Any, qpipe: Any, tmp_path: Path)
     want = sum(math.ceil(count * (8 if name in edges else 4) / 8) for name, count in sizes.items())
     assert sum(v.numel() for v in codes) == want
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
-    assert path.stat().st_size - header == weight_bytes(qpipe.unet)
+    assert path.stat().st_size - header == disk_bytes(qpipe.unet)
 
 
 def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: Any) -> None:

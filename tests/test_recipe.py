@@ -35,7 +35,18 @@ def test_shorthand() -> None:
     assert recipe.weights.symmetric
     assert not recipe.activations.symmetric
     assert recipe.name == "w4a8"
-    assert [rule.match for rule in recipe.rules] == ["conv_in", "conv_out"]
+    assert [rule.match for rule in recipe.rules][:2] == ["conv_in", "conv_out"]
+    assert all(rule.optional and rule.weight_bits == rule.activation_bits == 8 for rule in recipe.rules)
+    assert recipe.widths == (8,)
+
+
+def test_shorthand_of_several_widths() -> None:
+    recipe = Recipe.parse("w4a8+4+6")
+    assert (recipe.activations.bits, recipe.step_bits, recipe.widths) == (8, (4, 6), (4, 6, 8))
+    assert recipe.name == "w4a4+6+8"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(InputError, match="bits must be 2 to 8; got 9"):
+        Recipe.parse("w4a4+9")
 
 
 def test_toml(tmp_path: Path) -> None:

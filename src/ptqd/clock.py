@@ -29,7 +29,7 @@ class StepClock:
 
     def __init__(self, plan: StepPlan, groups: Sequence[ActiveWidth], rows: Sequence[Sequence[int]]) -> None:
         self.plan, self.groups, self.rows = plan, tuple(groups), tuple(map(tuple, rows))
-        self.told: Mapping[float, float] = {}  # what a correction tells the denoiser instead of a timestep of the plan
+        self.told: Mapping[float, float] = {}  # by what a correction tells instead of it: a timestep of the plan
         self._index = {t: i for i, t in reversed([*enumerate(plan.timesteps)])}
         self._next = dict(itertools.pairwise(sorted(self._index.values())))
         self._at: int | None = None
@@ -47,7 +47,8 @@ class StepClock:
         Raises:
             MismatchError: the plan has no such step, or not after the last one.
         """
-        t = self.told.get(t, t)
+        if self.told:
+            t = self.told[min(self.told, key=lambda other: abs(other - t))]
         step = self._index.get(t)
         if step is None and dtype in (torch.float16, torch.bfloat16):  # the plan may be of another precision
             rounded = torch.tensor(self.plan.timesteps, dtype=dtype).tolist()

@@ -189,16 +189,15 @@ def call_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
 
 def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str, int]:
     modules = dict(model.named_modules())
-    prefix = f"{root}."
     counts = {
-        name.removeprefix(prefix): sum(ops.values()) // 2
+        name.removeprefix(root).removeprefix("."): sum(ops.values()) // 2
         for name, ops in counter.get_flop_counts().items()
-        if name.startswith(prefix)
+        if f"{name}.".startswith(f"{root}.")
     }
     own = dict(counts)
     for name, count in counts.items():
         above = name
-        while "." in above:  # what a module's children count is theirs
+        while above:  # what a module's children count is theirs
             above = above.rpartition(".")[0]
             if above in own:
                 own[above] -= count
@@ -208,12 +207,12 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
         if count <= 0:  # less where a child was also called by another
             continue
         module = modules.get(name)
-        if module is not None and isinstance(getattr(module, "weight", None), torch.Tensor):
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
             layers[name] = count
         elif hasattr(module, "processor"):
-            layers |= {f"{name}{product}": count // 2 for product in PRODUCTS}
+            layers |= {f"{name}{product}".lstrip("."): count // 2 for product in PRODUCTS}
         else:
-            layers[f"{name}.matmul"] = count
+            layers[f"{name}.matmul".lstrip(".")] = count
     return layers
 
 

@@ -1,7 +1,9 @@
 """Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import ptqd.quantization  # noqa: F401  (registers what saved pipelines refer to)
 from ptqd import zoo
+from ptqd.components import activation_bits, denoiser_name
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent_class import LatentClassPipeline
@@ -78,13 +81,25 @@ def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
     """Some pipelines, DDIM's for one, make a plain scheduler from the one they are given; here it corrects again."""
     scheduler = getattr(pipe, "scheduler", None)
     if isinstance(scheduler, CorrectedStep):
+        _check_bits(pipe, scheduler.correction.source, model)
         scheduler.belongs_to(pipe)
     if scheduler is None or isinstance(scheduler, CorrectedStep) or "correction" not in scheduler.config:
         return
     corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
     if DiffusionPipeline.load_config(model)["scheduler"][1] == corrected.__name__:
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
+        _check_bits(pipe, pipe.scheduler.correction.source, model)
         pipe.scheduler.belongs_to(pipe)
+
+
+def _check_bits(pipe: DiffusionPipeline, source: Mapping[str, Any], model: str | Path) -> None:
+    """A correction is of the bits it was measured at; a plan can have been edited since."""
+    bits = activation_bits(getattr(pipe, denoiser_name(pipe)))
+    if source.get("activation_bits", bits) != bits:
+        raise InputError(
+            f"{model}: the plan was changed after the correction was measured; apply it to the uncorrected pipeline "
+            "(ptqd plan --plan FILE), measure that, and correct it"
+        )
 
 
 def best_device() -> str:

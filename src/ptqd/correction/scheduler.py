@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ptqd.clock import clock_of
 from ptqd.components import (
     activation_bits,
     denoiser_name,
@@ -51,6 +52,9 @@ class CorrectedStep:
         self._position, self._own = 0, None
         pipe = None if self._pipeline is None else self._pipeline()
         self.check_guidance(getattr(pipe, "guidance_scale", None))  # most pipelines show that of their call
+        clock = None if pipe is None else clock_of(getattr(pipe, denoiser_name(pipe)))
+        if clock is not None:
+            clock.told = self._told(clock.plan.timesteps)
         wanted = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
         if wanted[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
@@ -69,6 +73,12 @@ class CorrectedStep:
             self._own = self.timesteps
             told = self.correction.network[-len(wanted) :]
             self.timesteps = torch.tensor(told, dtype=torch.float32, device=self._own.device)
+
+    def _told(self, planned: Sequence[float]) -> dict[float, float]:
+        """What the denoiser is told instead of each timestep that its plan knows."""
+        network, measured = self.correction.network, self.correction.timesteps
+        pairs = zip(network, measured, planned, strict=True) if network else ()
+        return {own / t * told if t else told: own for told, t, own in pairs}
 
     def belongs_to(self, pipe: DiffusionPipeline) -> None:
         """Know the pipeline, to see the guidance scale of its calls."""
@@ -267,8 +277,8 @@ def check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
     name = denoiser_name(qpipe)
     model = getattr(qpipe, name)
     found = {"quantized": fingerprint(model), "activation_bits": activation_bits(model), **schedule_of(qpipe)}
-    whats = {"quantized": f"another {name}", "activation_bits": "other activation bits"}
+    whats = {"quantized": f"on another {name}", "activation_bits": "at other activation bits"}
     for fact, value in found.items():
         if fact in source and source[fact] != value:
-            what = whats.get(fact, f"another scheduler ({fact} differs)")
-            raise MismatchError(f"the statistics were measured on {what}; measure this pipeline, then correct it")
+            what = whats.get(fact, f"on another scheduler ({fact} differs)")
+            raise MismatchError(f"the statistics were measured {what}; measure this pipeline, then correct it")

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from ptqd.files import read_tensors
 from ptqd.report.table import by_setting, correction_label
@@ -185,6 +186,8 @@ def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
     share.set_title("share of the bit operations, %", fontsize=10)
     for axis in (snr, share):
         axis.set_xlabel("sampling step")
+    for axis in (strip, snr, share):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     quality = figure.add_subplot(rows[2, 2])
     quality.plot(*_points(plan["pareto"]), "o-", markersize=3, label="budgeted plans")

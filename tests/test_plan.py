@@ -1,0 +1,305 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_pipeline
+from ptqd import (
+    InputError,
+    MismatchError,
+    Recipe,
+    Sampling,
+    StepPlan,
+    apply_plan,
+    correct,
+    fit_correction,
+    load,
+    measure,
+    measure_widths,
+    quantize,
+)
+from ptqd.clock import StepClock, clock_of
+from ptqd.components import with_components
+from ptqd.layers import ActiveWidth
+from ptqd.quantization import at_width, plan_of
+from ptqd.sampling import run_batch
+
+
+@pytest.fixture(scope="module")
+def wide(pipe: Any, run: Sampling) -> Any:
+    """Quantized, with ranges for 4, 6 and 8 bits."""
+    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a4+6+8").to_dict(), "calibration_samples": 4}), run)
+
+
+@pytest.fixture(scope="module")
+def timesteps(pipe: Any, run: Sampling) -> tuple[float, ...]:
+    pipe.scheduler.set_timesteps(run.steps)
+    return tuple(float(t) for t in pipe.scheduler.timesteps)
+
+
+@pytest.fixture
+def mixed(timesteps: tuple[float, ...]) -> StepPlan:
+    groups = (("down", ("down_blocks.*", "time_embedding.*")), ("rest", ("*",)))
+    return StepPlan(timesteps, ((4, 8), (4, 6), (6, 8), (8, 8)), groups)
+
+
+def sampled(pipe: Any, run: Sampling) -> torch.Tensor:
+    return torch.as_tensor(run_batch(pipe, run, range(3), "latent"))
+
+
+def test_a_plan_is_the_same_after_writing_it(mixed: StepPlan, tmp_path: Path) -> None:
+    plan = mixed.replace(weights={"conv_in": 5, "a.b": 3}, made={"rule": "budget", "budget": 19.9, "widths": [4, 8]})
+    plan.save(tmp_path / "plan.toml")
+    assert StepPlan.load(tmp_path / "plan.toml") == plan
+    assert StepPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert '"1: t 501, bits 4 6",' in (tmp_path / "plan.toml").read_text()
+
+
+def test_odd_timesteps_are_kept_to_the_last_digit() -> None:
+    plan = StepPlan.uniform((0.1 + 0.2, 1e-7, 5.0), 4)
+    assert StepPlan.from_dict(plan.to_dict()).timesteps == plan.timesteps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["bits"].pop(1), r"lacks step 1 \(after t 751\)"),
+        (lambda p: p["bits"].pop(0), r"lacks step 0 \(the first\)"),
+        (lambda p: p["bits"].pop(), "says 4 steps and has 3"),
+        (lambda p: p.update(steps=3), "says 3 steps and has 4"),
+        (lambda p: p.update(bitz=[]), "unknown key 'bitz'"),
+        (lambda p: p["bits"].__setitem__(2, "2: t 251 bits 4"), "'2: t 251 bits 4' is no step"),
+        (lambda p: p["bits"].__setitem__(2, "2: t x, bits 4 4"), "is no step"),
+        (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4"), "step 2 of the plan has 1 bits for 2 groups"),
+        (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4 9"), "bits must be 2 to 8; got 9"),
+        (lambda p: p["bits"].__setitem__(2, "2: t 751, bits 8 8"), "other bits for step 0 and step 2, both at t 751"),
+        (lambda p: p.update(groups={"a": "x"}), "must give a list of patterns"),
+        (lambda p: p.update(weights={"conv_in": "4"}), "must give a number of bits"),
+        (lambda p: p.pop("steps"), "needs 'steps', a number"),
+    ],
+)
+def test_an_edited_plan_is_checked(mixed: StepPlan, change: Any, message: str) -> None:
+    values = mixed.to_dict()
+    change(values)
+    with pytest.raises(InputError, match=message):
+        StepPlan.from_dict(values)
+
+
+def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        StepPlan.load(tmp_path / "none.toml")
+    (tmp_path / "x.toml").write_text("steps = [")
+    with pytest.raises(InputError, match="cannot be read"):
+        StepPlan.load(tmp_path / "x.toml")
+    with pytest.raises(InputError, match="must be a table"):
+        StepPlan.from_dict([1])
+    with pytest.raises(InputError, match="one row of bits for each step"):
+        StepPlan((1.0,), ())
+
+
+def clock(timesteps: tuple[float, ...]) -> StepClock:
+    plan = StepPlan(timesteps, tuple((4 + timesteps.index(t),) for t in timesteps))
+    return StepClock(plan, [ActiveWidth(0)], [[0]] * len(timesteps))
+
+
+def test_the_clock_follows_the_timesteps() -> None:
+    ticking = clock((9.0, 5.0, 5.0, 1.0))
+    for t, step in ((9.0, 0), (9.0, 0), (5.0, 1), (5.0, 1), (1.0, 3), (9.0, 0), (5.0, 1)):  # and a run that starts anew
+        assert ticking.step_at(t) == step
+    with pytest.raises(MismatchError, match="no step at timestep 7"):
+        ticking.step_at(7.0)
+    assert ticking.step_at(9.0) == 0
+    with pytest.raises(MismatchError, match="after timestep 9 came 1: it was made for 4 steps"):
+        ticking.step_at(1.0)  # a schedule of fewer steps
+    assert ticking.step_at(1.0) == 3  # the end of the schedule alone, as image-to-image takes it
+    rounded = float(torch.tensor(9.03, dtype=torch.bfloat16))
+    half = clock((9.03, 5.0))
+    with pytest.raises(MismatchError):
+        half.step_at(rounded)
+    assert half.step_at(rounded, torch.bfloat16) == 0
+
+
+def test_uniform_plans_are_the_uniform_widths(wide: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
+    seen = []
+    for bits in (4, 6, 8):
+        got = sampled(apply_plan(wide, StepPlan.uniform(timesteps, bits)), run)
+        assert torch.equal(got, sampled(at_width(wide, bits), run))
+        seen.append(got)
+    assert torch.equal(seen[-1], sampled(wide, run))  # the widest, where there is no plan
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_width_is_what_a_recipe_of_that_width_alone_gives(pipe: Any, wide: Any, run: Sampling) -> None:
+    alone = Recipe.from_dict({**Recipe.parse("w4a6").to_dict(), "calibration_samples": 4})
+    assert torch.equal(sampled(at_width(wide, 6), run), sampled(quantize(pipe, alone, run), run))
+    with pytest.raises(InputError, match="ranges for 4 and 6 and 8 bits, not for 5"):
+        at_width(wide, 5)
+
+
+def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: StepPlan) -> None:
+    """Watched at the layers themselves, with guidance, and against a run whose widths are set by hand."""
+    planned = apply_plan(wide, mixed)
+    down, up = planned.unet.down_blocks[0].resnets[0].conv1, planned.unet.up_blocks[0].resnets[0].conv1
+    first, attention = planned.unet.conv_in, planned.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    seen: list[tuple[int, ...]] = []
+    hook = up.register_forward_hook(
+        lambda *_: seen.append((down.input.bits, up.input.bits, first.input.bits, attention.key.bits))
+    )
+    got = sampled(planned, run)
+    hook.remove()
+    assert seen == [(4, 8, 8, 8), (4, 6, 8, 6), (6, 8, 8, 8), (8, 8, 8, 8)]  # conv_in is the recipe's rule's
+    by_hand = at_width(wide, 8)
+    names = [(n, q) for n, q in by_hand.unet.named_modules() if hasattr(q, "widths") and len(q.widths) > 1]
+    calls = [0]
+
+    def turn(*_: Any) -> None:
+        for name, quantizer in names:
+            bits = mixed.bits[calls[0]][0 if name.startswith(("down_blocks", "time_embedding")) else 1]
+            quantizer.active = ActiveWidth((4, 6, 8).index(bits))
+        calls[0] += 1
+
+    by_hand.unet.register_forward_pre_hook(turn)
+    assert torch.equal(sampled(by_hand, run), got)
+
+
+def test_a_planned_pipeline_is_saved_loaded_and_edited(
+    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+) -> None:
+    plan = mixed.replace(weights={"conv_in": 5, "mid_block.resnets.0.conv1": 2}, made={"rule": "by hand"})
+    with pytest.raises(InputError, match="the plan gives 'conv_in' 5-bit weights, the model holds 8-bit ones"):
+        apply_plan(wide, plan)
+    planned = apply_plan(wide, plan, pipe)
+    assert planned.unet.conv_in.weights.bits == 5
+    assert planned.unet.conv_in.codes.numel() < wide.unet.conv_in.codes.numel()
+    assert planned.unet.conv_in.input.widths == (8,)  # the rule's activations stay
+    assert planned.unet.conv_out.codes.data_ptr() == wide.unet.conv_out.codes.data_ptr()  # what is the same is shared
+    want = sampled(planned, run)
+    planned.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert torch.equal(sampled(loaded, run), want)
+    assert plan_of(loaded) == plan
+    config = tmp_path / "unet" / "config.json"
+    text = config.read_text()
+    assert '"1: t 501, bits 4 6"' in text
+    config.write_text(text.replace('"1: t 501, bits 4 6"', '"1: t 501, bits 8 6"'))
+    edited = load(tmp_path)
+    assert plan_of(edited).bits[1] == (8, 6)
+    assert not torch.equal(sampled(edited, run), want)
+    for old, new, message in (
+        ('"1: t 501, bits 4 6"', '"1: t 501, bits 5 6"', "step 1 of the plan asks for 5 bits, the model has ranges"),
+        ('        "1: t 501, bits 4 6",\n', "", "lacks step 1"),
+        ('"conv_in": 5', '"conv_in": 4', "gives 'conv_in' 4-bit weights, its codes have 5 bits"),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path)
+
+
+def test_a_plan_for_another_schedule_is_refused(wide: Any, run: Sampling, mixed: StepPlan) -> None:
+    planned = apply_plan(wide, mixed)
+    with pytest.raises(MismatchError, match="made for 4 steps"):
+        sampled(planned, run.replace(steps=5))
+    with pytest.raises(MismatchError, match="made for 4 steps"):
+        sampled(planned, run.replace(steps=2))  # whose timesteps the plan has, but not in a row
+    sampled(planned, run)
+
+
+def test_plans_that_do_not_fit(pipe: Any, qpipe: Any, wide: Any, mixed: StepPlan, timesteps: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"ranges for one width; quantize with a recipe such as w4a4\+8"):
+        apply_plan(qpipe, mixed)
+    with pytest.raises(InputError, match=r"step 0 of the plan asks for 5 bits.*such as w4a4\+5\+6\+8"):
+        apply_plan(wide, StepPlan.uniform(timesteps, 5))
+    with pytest.raises(InputError, match=r"'nobody' .nowhere.\*. has no layer"):
+        apply_plan(wide, mixed.replace(groups=(("nobody", ("nowhere.*",)), ("rest", ("*",)))))
+    with pytest.raises(InputError, match="no group of the plan matches the layer"):
+        apply_plan(wide, mixed.replace(groups=(("down", ("down_blocks.*",)), ("up", ("up_blocks.*",)))))
+    with pytest.raises(InputError, match="'nowhere', which is no quantized layer"):
+        apply_plan(wide, mixed.replace(weights={"nowhere": 4}), pipe)
+    with pytest.raises(InputError, match="was not quantized by ptqd"):
+        apply_plan(pipe, mixed)
+    with pytest.raises(InputError, match="has no plan"):
+        plan_of(wide)
+
+
+def test_all_widths_cost_one_full_precision_run_and_one_quantized_run_each(pipe: Any, wide: Any, run: Sampling) -> None:
+    calls = {"full": 0, "quantized": 0}
+    full = with_components(pipe, unet=tiny_pipeline().unet)
+    full.unet.register_forward_pre_hook(lambda *_: calls.update(full=calls["full"] + 1))
+    watched = at_width(wide, 8)
+    watched.unet.register_forward_pre_hook(lambda *_: calls.update(quantized=calls["quantized"] + 1))
+    stats = measure_widths(full, watched, run)
+    batches, steps = 2, 4
+    assert calls == {"full": batches * steps, "quantized": 3 * batches * steps}
+    assert list(stats) == [4, 6, 8]
+    for bits, found in stats.items():
+        alone = measure(pipe, at_width(wide, bits), run)
+        assert torch.equal(found.moments, alone.moments)
+        assert torch.equal(found.joint, alone.joint)
+        assert found.source["activation_bits"] == str(bits)
+    halves = measure_widths(pipe, wide, run, resume=measure_widths(pipe, wide, run.replace(samples=4)))
+    assert torch.equal(halves[4].moments, stats[4].moments)
+    assert halves[4].samples == 8
+
+
+def test_one_width_is_nothing_to_choose_from(pipe: Any, qpipe: Any, run: Sampling) -> None:
+    with pytest.raises(InputError, match="ranges for 8-bit activations only"):
+        measure_widths(pipe, qpipe, run)
+    with pytest.raises(InputError, match="was not quantized by ptqd"):
+        measure_widths(pipe, pipe, run)
+
+
+def test_corrections_are_measured_for_the_plan_as_it_runs(
+    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+) -> None:
+    planned = apply_plan(wide, mixed)
+    stats = measure(pipe, planned, run)
+    widths = measure_widths(pipe, wide, run)
+    # step 3 is at 8 bits in both groups, and is asked about the same samples
+    assert torch.equal(stats.moments[:, 3], widths[8].moments[:, 3])
+    assert not torch.equal(stats.moments[:, 0], widths[8].moments[:, 0])
+    corrected = correct(planned, stats)
+    want = sampled(corrected, run)
+    assert not torch.equal(want, sampled(planned, run))
+    corrected.save_pretrained(tmp_path)
+    assert torch.equal(sampled(load(tmp_path), run), want)
+    with pytest.raises(MismatchError, match="at other activation bits"):
+        correct(wide, stats)
+    with pytest.raises(MismatchError, match="at other activation bits"):
+        correct(planned, widths[8])
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"1: t 501, bits 4 6"', '"1: t 501, bits 4 4"'))
+    with pytest.raises(InputError, match="the plan was changed after the correction was measured"):
+        load(tmp_path)
+    again = apply_plan(corrected, mixed.replace(bits=((8, 8),) * 4))
+    assert type(again.scheduler) is type(planned.scheduler)  # a correction of other bits is dropped
+
+
+def test_a_correction_that_tells_other_timesteps_keeps_the_bits(
+    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan
+) -> None:
+    still = run.replace(eta=0.0)
+    planned = apply_plan(wide, mixed)
+    stats = measure(pipe, planned, still)
+    corrected = correct(planned, fit_correction(stats, ("cnc", "stepbaq")))
+    assert corrected.scheduler.correction.network
+    seen: list[int] = []
+    corrected.unet.up_blocks[0].resnets[0].conv1.register_forward_pre_hook(
+        lambda layer, _: seen.append(layer.input.bits)
+    )
+    sampled(corrected, still)
+    assert seen == [8, 6, 8, 8]
+    clocked = clock_of(corrected.unet)
+    assert clocked is not None
+    plain = correct(planned, fit_correction(stats, ("cnc",)))
+    sampled(plain, still)
+    assert clocked.told == {}
+
+
+def test_planning_imports_nothing_of_the_report() -> None:
+    code = "import sys, ptqd.planning.solver; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
