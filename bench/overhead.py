@@ -1,4 +1,4 @@
-"""What simulating and correcting cost, on fashion-ldm at batch 32 with guidance: ratios, measured in one run.
+"""What simulating, correcting and switching bits cost, on fashion-ldm at batch 32 with guidance: ratios of one run.
 
     python bench/overhead.py
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import ptqd
+from ptqd.clock import clock_of
 from ptqd.sampling import run_batch
 
 ROUNDS = 9
@@ -31,11 +32,16 @@ def main() -> None:
     qpipe = ptqd.quantize(pipe, "w4a8", RUN)
     stats = ptqd.measure(pipe, qpipe, RUN)
     corrected, joint = ptqd.correct(qpipe, stats), ptqd.correct(qpipe, stats, ["joint"])
+    wide = ptqd.quantize(pipe, "w4a4+8", RUN)
+    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, wide, RUN))
+    planned = ptqd.apply_plan(wide, rule.replace(bits=((4,), (8,)) * (rule.steps // 2)))  # a switch at every step
     variants: dict[str, Callable[[], object]] = {
         "sampling, full precision": lambda: run_batch(pipe, RUN, range(32), "latent"),
         "sampling, w4a8 simulated": lambda: run_batch(qpipe, RUN, range(32), "latent"),
         "sampling, w4a8 corrected": lambda: run_batch(corrected, RUN, range(32), "latent"),
+        "sampling, w4 a4/a8 by a plan": lambda: run_batch(planned, RUN, range(32), "latent"),
         "measuring": lambda: ptqd.measure(pipe, qpipe, RUN),
+        "measuring 2 widths": lambda: ptqd.measure_widths(pipe, wide, RUN),
     }
     for function in variants.values():
         function()
@@ -62,6 +68,15 @@ def main() -> None:
         for name, p in (("plain", qpipe), ("cnc+bc+vsc", corrected), ("joint", joint))
     }
     call = statistics.median(r["sampling, w4a8 simulated"] for r in rounds)
+    clock = clock_of(planned.unet)
+    assert clock is not None
+
+    def tick() -> None:
+        for t in rule.timesteps:
+            clock(planned.unet, (), {"timestep": torch.tensor(t)})
+
+    ticking = statistics.median(seconds(tick) for _ in range(100))
+    print(f"setting the bits of a step costs {ticking / call * 100:.3f} % of it")
     for name in ("cnc+bc+vsc", "joint"):
         print(f"correcting by {name} costs {(cost[name] - cost['plain']) / call * 100:.2f} % of a sampling step")
 

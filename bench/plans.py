@@ -4,11 +4,11 @@
     python bench/plans.py --out DIR --setting b      # 250 steps, eta 1, guidance 1.5; hours
     python bench/plans.py --out DIR --table
 
-Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits by
-step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; and 4-bit weights with activations of 4
-or 8 bits by the paper's rule, with the paper's ablation. Distances are in the features of the classifier that ships with
-ptqd, to the test images; intervals, also of the ratio to full precision, are the jackknife's over samples, left out of
-both together. The same command resumes; --rows names some, so that processes can share them.
+Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
+by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; and 4-bit weights with activations
+of 4 or 8 bits by the paper's rule, with the paper's ablation. Distances are in the features of the classifier that
+ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the jackknife's over samples,
+left out of both together. The same command resumes; --rows names some, so that processes can share them.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from ptqd.evaluate.moments import Moments
 from ptqd.experiment import MEASURED, load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.noise import NoiseStats
-from ptqd.plan import StepPlan
 from ptqd.planning.paper import paper_rule
 from ptqd.planning.solver import plan_steps
+from ptqd.quantization import plan_of
 from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
@@ -105,77 +105,67 @@ class Setting:
             pipe = self.corrected(kind, methods) if kind else self.pipe
             sample_images(pipe, run, path, scratch, title=f"{self.name}: {row}")
 
-        name = f"{row.replace('/', '').replace(', ', '-').replace(' ', '-')}/samples.safetensors"
-        return load_images(self.folder.stage(name, {"row": row, "samples": samples}, build))
+        return load_images(self.folder.stage(file_name(row), {"row": row, "samples": samples}, build))
 
 
-class Distances:
-    """Frechet distances of one row and of full precision to the test images, with their ratio."""
+def above(features: torch.Tensor, full: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> list[Metric]:
+    """Frechet distance of features (N, D) to a reference, and by how many percent it is above full precision's."""
+    mine, theirs = Moments.of(features), Moments.of(full)
+    found: list[float] = []
 
-    def __init__(self, judge: FashionClassifier, images: torch.Tensor, full: torch.Tensor) -> None:
-        reference = Reference.load(REFERENCE)
-        mine, theirs = extract(judge, images), extract(judge, full)
-        to = {
-            "frechet": (mine.pooled, theirs.pooled, reference.mean, reference.covariance),
-            "spatial": (mine.spatial, theirs.spatial, reference.spatial_mean, reference.spatial_covariance),
-        }
-        self.metrics: dict[str, Metric] = {}
-        for name, (a, b, mean, covariance) in to.items():
-            whole, whole_full = Moments.of(a), Moments.of(b)
-            pairs: list[tuple[float, float]] = []
+    def percent(left_out: torch.Tensor | None) -> float:
+        x, y = mine, theirs
+        if left_out is not None:
+            x, y = x - Moments.of(features[left_out]), y - Moments.of(full[left_out])
+        a, b = (frechet_distance(m.mean, m.covariance, mean.double(), covariance.double()) for m in (x, y))
+        found.append(a)
+        return 100 * (a / b - 1)
 
-            def statistic(
-                left_out: torch.Tensor | None,
-                a: torch.Tensor = a,
-                b: torch.Tensor = b,
-                whole: Moments = whole,
-                whole_full: Moments = whole_full,
-                mean: torch.Tensor = mean.double(),
-                covariance: torch.Tensor = covariance.double(),
-                pairs: list[tuple[float, float]] = pairs,
-            ) -> float:
-                x, y = whole, whole_full
-                if left_out is not None:
-                    x, y = x - Moments.of(a[left_out]), y - Moments.of(b[left_out])
-                pair = tuple(frechet_distance(m.mean, m.covariance, mean, covariance) for m in (x, y))
-                pairs.append((pair[0], pair[1]))
-                return 100 * (pair[0] / pair[1] - 1)
+    relative = jackknife_metric(len(features), percent)
+    values = iter(found)  # the same blocks in the same order
+    return [jackknife_metric(len(features), lambda _: next(values)), relative]
 
-            self.metrics[f"{name} above"] = jackknife_metric(len(a), statistic)
-            values = iter([mine for mine, _ in pairs])
-            self.metrics[name] = jackknife_metric(len(a), lambda left_out, values=values: next(values))
-        x, y = Moments.of(mine.pooled), Moments.of(theirs.pooled)
-        self.to_full = frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
-        self.psnr = mean_metric(psnr(images / 255, full / 255))
+
+def plus_minus(metric: Metric, digits: int) -> str:
+    return f"{metric.value:.{digits}f} ± {(metric.high - metric.low) / 2:.{digits}f}"
+
+
+def file_name(row: str) -> str:
+    return f"{row.replace('/', '').replace(', ', '-').replace(' ', '-')}/samples.safetensors"
 
 
 def table(folder: Path) -> Iterator[str]:
-    judge = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    yield f"fashion-ldm, statistics of {MEASURED}, torch {torch.__version__}; 95 % intervals; '% above' is to full precision"
-    for name in SETTINGS:
-        setting, run = Setting(name, folder), SETTINGS[name]
+    judge, reference = FashionClassifier.from_pretrained(CLASSIFIER).float().eval(), Reference.load(REFERENCE)
+    yield f"fashion-ldm, statistics of {MEASURED}, torch {torch.__version__}; 95 % intervals"
+    yield "Frechet and spatial Frechet distance (sFID's construction) to the test images, and above full precision"
+    for name, run in SETTINGS.items():
+        setting = Setting(name, folder)
         yield f"\n{run.steps} steps, eta {run.eta:g}, guidance {run.call['guidance_scale']:g}"
-        full = load_images(folder / name / "full-precision" / "samples.safetensors")
-        ratios = {kind: run_cost(setting.planned(kind), run).ratio for kind in PLANS}
-        for kind in PLANS:
-            plan = StepPlan.from_dict(setting.planned(kind).unet.hf_quantizer.quantization_config.plan)
+        ratios = {"": 1.0}
+        for kind, recipe in PLANS.items():
+            planned = setting.planned(kind)
+            plan, ratios[kind] = plan_of(planned), run_cost(planned, run).ratio
+            made = ", ".join(f"{k} {v}" for k, v in plan.made.items())
             mean = sum(sum(row) / len(row) for row in plan.bits) / plan.steps
-            made = {k: v for k, v in plan.made.items() if k != "widths"}
-            yield f"  plan {kind}: {PLANS[kind]}, {ratios[kind]:.2f}x; mean bits over steps and groups {mean:.2f}; {made}"
+            yield f"  plan '{kind}' of {recipe}: {ratios[kind]:.2f}x, {mean:.2f} bits over steps and groups; {made}"
+        full = load_images(folder / name / file_name("full precision"))
         for row, (kind, _) in ROWS.items():
-            path = folder / name / row.replace("/", "").replace(", ", "-").replace(" ", "-") / "samples.safetensors"
-            if not path.exists():
+            if not (folder / name / file_name(row)).exists():
                 continue
-            images = load_images(path)
-            found = Distances(judge, images, full[: len(images)])
-            cells = "".join(
-                f"  {metric:8s} {m.value:6.3f} ± {(m.high - m.low) / 2:.3f} ({a.value:+6.2f} ± {(a.high - a.low) / 2:.2f} % above)"
-                for metric in ("frechet", "spatial")
-                for m, a in [(found.metrics[metric], found.metrics[f"{metric} above"])]
-            )
-            quality = f"  to FP {found.to_full:.4f}  PSNR {found.psnr.value:5.2f} ± {(found.psnr.high - found.psnr.low) / 2:.2f}"
-            ratio = ratios[kind] if kind else 1.0
-            yield f"  {row:24s} {len(images):5d} samples  {ratio:5.2f}x{cells}{quality if kind else ''}"
+            images = load_images(folder / name / file_name(row))
+            same = full[: len(images)]
+            mine, theirs = extract(judge, images), extract(judge, same)
+            pooled = above(mine.pooled, theirs.pooled, reference.mean, reference.covariance)
+            spatial = above(mine.spatial, theirs.spatial, reference.spatial_mean, reference.spatial_covariance)
+            line = f"  {row:22s} {len(images):5d} samples {ratios[kind]:6.2f}x"
+            for label, (value, relative) in (("Frechet", pooled), ("spatial", spatial)):
+                line += f"  {label} {plus_minus(value, 3)}"
+                line += f" ({plus_minus(relative, 2)} %)" if kind else ""
+            if kind:
+                x, y = Moments.of(mine.pooled), Moments.of(theirs.pooled)
+                line += f"  to FP {frechet_distance(x.mean, x.covariance, y.mean, y.covariance):.4f}"
+                line += f"  PSNR {plus_minus(mean_metric(psnr(images / 255, same / 255)), 2)}"
+            yield line
 
 
 def main() -> None:

@@ -289,7 +289,7 @@ def test_the_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for verb in ("quantize", "measure", "correct", "sample", "evaluate", "report", "run", "demo"):
+    for verb in ("quantize", "measure", "correct", "plan", "cost", "sample", "evaluate", "report", "run", "demo"):
         assert verb in text
 
 
@@ -333,3 +333,128 @@ def test_measuring_resumes_after_a_kill(
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "q", "whole.safetensors"]
     assert "repeats" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """A recipe with ranges for 4, 6 and 8 bits."""
+    path: Path = tmp_path_factory.mktemp("recipes") / "wide.toml"
+    path.write_text("step_bits = [4, 6]\n" + recipe.read_text())
+    return path
+
+
+def test_a_plan_from_the_shell(
+    model: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ptqd.sampling
+    from ptqd import StepPlan, load
+    from ptqd.quantization import plan_of
+
+    quantized, planned = tmp_path / "q", tmp_path / "planned"
+    assert main(["quantize", str(model), "--recipe", str(wide), "--out", str(quantized), *QUANTIZE]) == 0
+    plan = ["plan", str(model), str(quantized), *SMALL, "--out", str(planned)]
+    plain, calls = ptqd.sampling.run_batch, [0]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:  # in the second batch
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ptqd.measuring.run_batch", killed)
+        assert main([*plan, "--budget", "40x"]) == 130
+        assert not planned.exists()
+        assert main([*plan, "--budget", "40x"]) == 0
+        assert calls[0] == 6 + 4  # the first batch was kept
+    out = capsys.readouterr().out
+    assert "3 steps" in out
+    assert "fewer bit operations: 40" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["planned", "q"]
+    made = StepPlan.load(planned / "plan.toml")
+    assert plan_of(load(planned)) == made
+    edited = tmp_path / "mine.toml"
+    text = (planned / "plan.toml").read_text().splitlines()
+    first = next(i for i, line in enumerate(text) if line.startswith('  "1: t'))
+    edited.write_text("\n".join(text[:first] + text[first + 1 :]))
+    files = ["--plan", str(edited)]
+    assert "lacks step 1" in fails(capsys, *plan, *files)
+    text[first] = text[first].replace("bits 4", "bits 8").replace("bits 6", "bits 8")
+    edited.write_text("\n".join(text))
+    assert main([*plan, *files]) == 0
+    assert plan_of(load(planned)) == StepPlan.load(edited)
+    assert main([*plan, "--plan", "paper"]) == 0
+    assert plan_of(load(planned)).made["rule"] == "paper"
+    assert main([*plan, "--floor", "1dB", "--weights", "4,8"]) == 0
+    assert set(plan_of(load(planned)).weights.values()) <= {4, 8}
+
+    assert "no plan meets a budget of 500x; the nearest is" in fails(capsys, *plan, "--budget", "500x")
+    assert "needs --budget, such as 19.9x" in fails(capsys, *plan)
+    assert "'many' is no number; give it like 19.9x" in fails(capsys, *plan, "--budget", "many")
+    assert "go with --plan auto" in fails(capsys, *plan, "--plan", "paper", "--budget", "20x")
+    assert "cannot be read" in fails(capsys, *plan, "--plan", tmp_path / "none.toml")
+    other = ["sample", planned, "--out", tmp_path / "s", "--steps", 5, "--samples", 2, "--guidance", 2]
+    assert "it was made for 3 steps" in fails(capsys, *other)
+    assert main([str(a) for a in ["sample", planned, "--out", tmp_path / "s", *SMALL]]) == 0
+
+
+def test_what_a_model_costs(model: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = ["cost", str(model), *QUANTIZE]
+    assert main([*cost, "--json"]) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert full["bit_operations"] == 1024 * full["macs"]
+    assert len(full["steps"]) == 3
+    assert main([*cost, "--recipe", str(wide), "--layers"]) == 0
+    out = capsys.readouterr().out
+    assert "down_blocks.0.resnets.0.conv1" in out
+    assert "x fewer than FP32" in out
+    assert main(["cost", "ldm4-imagenet", "--steps", "1"]) == 0
+    assert "400.9 M parameters, 1 steps" in capsys.readouterr().out
+    assert main(["cost", str(model / "unet"), "--steps", "1"]) == 0
+    assert "conv_in" in capsys.readouterr().out
+    assert "matches no layer" in fails(capsys, *cost, "--recipe", _rule(tmp_path))
+    assert "is no pipeline whose cost can be counted" in fails(capsys, "cost", tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    assert "is no JSON" in fails(capsys, "cost", tmp_path / "config.json")
+
+
+def _rule(folder: Path) -> Path:
+    path = folder / "rule.toml"
+    path.write_text('[[rules]]\nmatch = "nowhere"')
+    return path
+
+
+def test_a_run_with_plans(
+    model: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["run", str(model), "--recipe", str(wide), "--out", str(tmp_path), "--measured", "16", *SMALL]
+    assert main([*run, "--plan", "auto", "--budget", "40x", "--eta", "1"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["recipe"], row["correction"]) for row in report["rows"]] == [
+        ("fp32", "none"),
+        ("wide 40x", "none"),
+        ("wide 40x", "auto"),
+    ]
+    assert report["rows"][1]["bops_ratio"] >= 40
+    (plan,) = report["plans"]
+    assert plan["widths"] == [4, 6, 8]
+    assert len(plan["bits"]) == len(plan["share"]) == len(plan["snr"]["4"]) == len(plan["forward_snr"]) == 3
+    assert sum(plan["share"]) == pytest.approx(1)
+    assert [point["bits"] for point in plan["uniform"]] == [4, 6, 8]
+    assert len(plan["pareto"]) > 5
+    page = (tmp_path / "report.html").read_text()
+    assert "Bits by step: wide 40x" in page
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    for name in ("quantize", "measured_widths", "make_planned", "measure", "fit_auto", "sample_images"):
+        monkeypatch.setattr(f"ptqd.experiment.{name}", never)
+    assert main([*run, "--plan", "auto", "--budget", "40x", "--eta", "1"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert "give a --recipe, such as w4a8, or a --plan" in fails(capsys, "run", model, "--out", tmp_path)
+    assert "go with --plan auto; give that too" in fails(capsys, *run, "--budget", "20x")
+    one = ["run", model, "--recipe", "w8a8", "--out", tmp_path / "one", *SMALL, "--measured", "2"]
+    assert "ranges for 8-bit activations only" in fails(capsys, *one, "--plan", "paper")

@@ -47,7 +47,7 @@ def test_attention_products_by_hand() -> None:
 
 def test_bits_of_layers_and_products() -> None:
     w4, a8 = Quantizer(4), Quantizer(8, symmetric=False)
-    model = nn.Module()
+    model: Any = nn.Module()
     model.conv, model.linear = QuantConv2d(nn.Conv2d(4, 6, 3), w4, a8), QuantLinear(nn.Linear(6, 5), w4, a8)
     model.plain, model.attention = nn.Linear(2, 2), Attention(16, heads=2, dim_head=8)
     model.attention.set_processor(QuantAttnProcessor(Quantizer(4, symmetric=False), 8))

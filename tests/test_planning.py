@@ -18,6 +18,7 @@ from ptqd import (
     Recipe,
     Sampling,
     apply_plan,
+    correct,
     measure,
     measure_widths,
     paper_rule,
@@ -34,9 +35,10 @@ from ptqd.planning.contributions import contributions, final_coefficients
 from ptqd.planning.paper import forward_snr
 from ptqd.planning.problem import Problem, planning_problem
 from ptqd.planning.solver import pareto, priced, rated, solve, uniform
-from ptqd.quantization import insert_quantizers
+from ptqd.quantization import at_width, insert_quantizers
 from ptqd.sampling import run_batch
 from ptqd.sensitivity import _Probe, measure_sensitivity
+from tiny import CASES
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +368,29 @@ def test_a_second_order_sampler_is_planned_and_runs(pipe: Any, run: Sampling) ->
     planned = apply_plan(quantized, plan)
     assert bool(torch.isfinite(torch.as_tensor(run_batch(planned, once, range(2), "latent"))).all())
     assert math.isclose(run_cost(planned, once).ratio, plan.made["fewer_bit_operations"], rel_tol=1e-3)
+
+
+QUICK = ("ddpm-learned-variance", "latent-class", "dit", "sd3", "flux", "sana", "wan", "stable-audio", "dance")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_every_pipeline_is_planned_and_corrected(name: str) -> None:
+    """Whatever the network, the guidance and what the denoiser is told: bits switch, the budget holds."""
+    case = CASES[name]
+    pipe = case.build()
+    run = Sampling(case.steps, case.eta, 4, 2, 0, {**case.call, **(case.guidance or {})})
+    recipe = Recipe.from_dict({**Recipe.parse("w8a4+8").to_dict(), "calibration_samples": 2})
+    quantized = quantize(pipe, recipe, run)
+    found = measure_widths(pipe, quantized, run)
+    low, high = (run_cost(at_width(quantized, bits), run).ratio for bits in (8, 4))
+    budget = (low + high) / 2
+    plan = plan_steps(pipe, quantized, run, found, budget=budget)
+    assert {bits for row in plan.bits for bits in row} == {4, 8}
+    planned = apply_plan(quantized, plan)
+    assert run_cost(planned, run).ratio >= budget
+    corrected = correct(planned, measure(pipe, planned, run), ("cnc", "bc"))
+    want = torch.as_tensor(run_batch(corrected, run, range(2), "latent"))
+    assert bool(torch.isfinite(want).all())
+    assert not torch.equal(want, torch.as_tensor(run_batch(quantized, run, range(2), "latent")))
