@@ -9,8 +9,7 @@ torch's own count (``torch.utils.flop_counter``).
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptqd.clock import clock_of
-from ptqd.components import copy_module, denoiser_name, scheduler_of, with_components
+from ptqd.components import copy_module, denoiser_name, with_components
 from ptqd.errors import InputError, PtqdError
 from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantLayer
+from ptqd.replay import stepping
 from ptqd.sampling import Sampling, run_batch
 
 FULL_BITS = 32
@@ -232,7 +232,13 @@ def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
     denoiser = getattr(pipe, name)
     model = stand_in(on_meta(denoiser), pipe.device, denoiser.dtype, count)
     counted = with_components(pipe, **{name: model})
-    with _each_step(counted, lambda: steps.append({})):
+
+    def step(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        steps.append({})
+        return result
+
+    with stepping(counted, step):
         try:
             run_batch(counted, run, range(1), "latent")
         except PtqdError:
@@ -242,25 +248,6 @@ def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
                 f"{type(pipe).__name__} cannot be counted without its numbers: {' '.join(str(error).split())[:200]}"
             ) from error
     return Macs.of([step for step in steps if step])
-
-
-@contextmanager
-def _each_step(pipe: DiffusionPipeline, then: Callable[[], None]) -> Iterator[None]:
-    """Call something after every step that the pipeline's scheduler takes."""
-    scheduler = scheduler_of(pipe)
-    kind: Any = type(scheduler)
-
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.step(self, *args, **kwargs)
-        then()
-        return result
-
-    step.__signature__ = inspect.signature(kind.step)  # type: ignore[attr-defined]  # pipelines look at it
-    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
-    try:
-        yield
-    finally:
-        scheduler.__class__ = kind
 
 
 def stand_in(

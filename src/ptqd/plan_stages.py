@@ -21,8 +21,7 @@ from ptqd.plan import StepPlan
 from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
 from ptqd.planning.problem import Problem, planning_problem
 from ptqd.planning.solver import pareto, rated, solve, uniform
-from ptqd.quantization import apply_plan, plan_of, ptqd_quantizer
-from ptqd.recipe import Recipe
+from ptqd.quantization import apply_plan, plan_of
 from ptqd.replay import record
 from ptqd.sampling import Sampling, run_batch
 
@@ -196,8 +195,3 @@ def trajectory_images(pipe: DiffusionPipeline, run: Sampling) -> torch.Tensor | 
             return None
         pictures.append((x[0].float().cpu().clamp(-1, 1).movedim(0, -1) * 127.5 + 127.5).round().to(torch.uint8))
     return torch.stack(pictures)
-
-
-def has_widths(quantized: DiffusionPipeline) -> bool:
-    """Whether a plan has anything to choose."""
-    return len(Recipe.from_dict(ptqd_quantizer(quantized).quantization_config.recipe).widths) > 1

@@ -76,7 +76,7 @@ def next_sample(result: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
+def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
     """Let ``pipe``'s scheduler call ``step(plain_step, model_output, timestep, sample, ...)`` for the block's time.
 
     Its class is what changes: copies that the pipeline makes of it, to step something else, are seen and refused.
@@ -135,7 +135,7 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
 
     listening = model.register_forward_pre_hook(listen, with_kwargs=True)
     try:
-        with _stepping(pipe, step):
+        with stepping(pipe, step):
             yield trajectory
     finally:
         listening.remove()
@@ -171,7 +171,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
         answer.moved.append((own - next_sample(trajectory.results[i])).float().square().mean().item())
         return trajectory.results[i]
 
-    with _stepping(pipe, step):
+    with stepping(pipe, step):
         yield answer
     if len(answer.outputs) != len(trajectory.timesteps):
         raise MismatchError(
@@ -194,7 +194,7 @@ def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]
         last[0] = plain(model_output, timestep, sample, *args, **kw)
         return last[0]
 
-    with _stepping(pipe, step):
+    with stepping(pipe, step):
         run_batch(pipe, run, indices, "latent")
     return whole_samples(next_sample(last[0]), len(indices)).detach().cpu()
 
