@@ -24,7 +24,7 @@ from ptqd.report.table import (
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``report.html``, and its strips as ``strips.png``, from a run folder's ``report.json`` and samples.
+    """Write ``report.html`` from a run folder's ``report.json`` and samples; its strips and plans as PNG files too.
 
     Returns:
         The page's path.
@@ -42,7 +42,7 @@ def write_page(folder: Path) -> Path:
         loader=PackageLoader("ptqd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    strips = setting_strips(rows, load_images, folder)
+    strips, plans = setting_strips(rows, load_images, folder), plan_plots(report["plans"], folder)
     page = environment.get_template("page.html").render(
         model=rows[0]["model"],
         samples=sorted({row["samples"] for row in rows}),
@@ -56,7 +56,7 @@ def write_page(folder: Path) -> Path:
             (text, picture, [choice for choice in report["choices"] if heading(choice["setting"]) == text])
             for text, picture in choice_plots(report["choices"])
         ],
-        plans=plan_plots(report["plans"], folder),
+        plans=plans,
         stages=_stage_seconds(report["stages"]),
         versions=report["versions"],
     )
@@ -64,6 +64,9 @@ def write_page(folder: Path) -> Path:
     write_text(path, page)
     with replacing(folder / "strips.png") as temporary:
         temporary.write_bytes(overview(strips))
+    for plan, (_, name, picture) in zip(report["plans"], plans, strict=True):
+        with replacing(folder / Path(plan["pictures"]).parent / name.replace(" ", "-") / "plan.png") as temporary:
+            temporary.write_bytes(picture)
     return path
 
 

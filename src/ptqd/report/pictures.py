@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from ptqd.files import read_tensors
-from ptqd.report.table import by_setting, correction_label
+from ptqd.report.table import by_setting, correction_label, heading
 
 QUANTITIES = {
     "k": ("k (correlated part)", "linear"),
@@ -147,7 +147,7 @@ def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]
 
 def plan_plots(plans: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str, bytes]]:
     """For each plan its setting, its name, and one figure: bits by step under the sample, SNR, cost and quality."""
-    return [(text, plan["recipe"], _plan_plot(plan, folder)) for text, group in by_setting(plans) for plan in group]
+    return [(heading(plan["setting"]), plan["recipe"], _plan_plot(plan, folder)) for plan in plans]
 
 
 def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
