@@ -6,8 +6,8 @@
 Every pipeline is measured as it runs and corrected by CNC and BC from its own statistics, so that bits are compared and
 not corrections. Judged against the full-precision samples of the same seeds: PSNR, and the final latents' squared
 distance, beside what the derivation in docs/plans expects of the same statistics. Then, in pairs and with 95 %
-intervals over samples: the budgeted plan against the paper's rule at the same bit operations or fewer, and the rule against
-uniform widths at the same bit operations, between widths on a line over the logarithm of the cost.
+intervals over samples: the budgeted plan against the paper's rule at the same bit operations or fewer, and the rule
+against uniform widths at the same bit operations, between widths on a line over the logarithm of the cost.
 """
 
 import argparse

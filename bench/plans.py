@@ -6,9 +6,10 @@
 
 Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
 by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; the same for 50 times fewer, with
-auto; and 4-bit weights with activations of 4 or 8 bits by the paper's rule, with the paper's ablation. Distances are in the features of the classifier that
-ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the jackknife's over samples,
-left out of both together. The same command resumes; --rows names some, so that processes can share them.
+auto; and 4-bit weights with activations of 4 or 8 bits by the paper's rule, with the paper's ablation. Distances are in
+the features of the classifier that ships with ptqd, to the test images; intervals, also of the ratio to full precision,
+are the jackknife's over samples, left out of both together. The same command resumes; --rows names some, so that
+processes can share them.
 """
 
 import argparse

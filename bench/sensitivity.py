@@ -32,9 +32,8 @@ def main() -> None:
     for title, (names, energy) in tables.items():
         print(f"\n{title}")
         for i in energy.argsort(descending=True)[:SHOWN].tolist():
-            print(
-                f"  {names[i]:55s} {energy[i] / energy.sum():6.1%} of the noise  {cost.get(names[i], 0.0):6.2%} of the MACs"
-            )
+            share, of_macs = float(energy[i] / energy.sum()), cost.get(names[i], 0.0)
+            print(f"  {names[i]:45s} {share:6.1%} of the noise  {of_macs:6.2%} of the MACs")
 
 
 if __name__ == "__main__":
