@@ -69,7 +69,7 @@ def main() -> None:
         config = denoiser_config(name)
         assert config is not None
         model = bare_denoiser(config)
-        show(name, model, one_call(model), published)
+        show(name, model, one_call(config, model), published)
     before = peak()
     model, macs = flux()
     show("FLUX.1-dev, 4,096 + 512 tokens", model, macs, None)

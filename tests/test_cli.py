@@ -385,12 +385,20 @@ def test_a_plan_from_the_shell(
     assert plan_of(load(planned)) == StepPlan.load(edited)
     assert main([*plan, "--plan", "paper"]) == 0
     assert plan_of(load(planned)).made["rule"] == "paper"
-    assert main([*plan, "--floor", "1dB", "--weights", "4,8"]) == 0
+    assert main([*plan, "--floor", "1dB", "--weights", "4,8", "--groups", "1"]) == 0
     assert set(plan_of(load(planned)).weights.values()) <= {4, 8}
+    assert len(plan_of(load(planned)).groups) == 1
+    (planned / "plan.toml").write_text(edited.read_text())
+    assert "is not the plan of the pipeline; apply it with" in fails(capsys, "sample", planned, "--out", tmp_path / "s")
+    assert main([*plan, "--plan", "paper"]) == 0
 
     assert "no plan meets a budget of 500x; the nearest is" in fails(capsys, *plan, "--budget", "500x")
     assert "needs --budget, such as 19.9x" in fails(capsys, *plan)
-    assert "'many' is no number; give it like 19.9x" in fails(capsys, *plan, "--budget", "many")
+    for bad in ("many", "nan", "0x", "-3x"):
+        assert "is no number above 0; give it like 19.9x" in fails(capsys, *plan, "--budget", bad)
+    assert "whole numbers of bits" in fails(capsys, *plan, "--budget", "20x", "--weights", "4.5")
+    assert "bits must be 2 to 8; got 9" in fails(capsys, *plan, "--budget", "20x", "--weights", "4,9")
+    assert "--groups must be at least 1" in fails(capsys, *plan, "--budget", "20x", "--groups", "0")
     assert "go with --plan auto" in fails(capsys, *plan, "--plan", "paper", "--budget", "20x")
     assert "cannot be read" in fails(capsys, *plan, "--plan", tmp_path / "none.toml")
     other = ["sample", planned, "--out", tmp_path / "s", "--steps", 5, "--samples", 2, "--guidance", 2]
@@ -410,8 +418,10 @@ def test_what_a_model_costs(model: Path, wide: Path, tmp_path: Path, capsys: pyt
     assert "x fewer than FP32" in out
     assert main(["cost", "ldm4-imagenet", "--steps", "1"]) == 0
     assert "400.9 M parameters, 1 steps" in capsys.readouterr().out
-    assert main(["cost", str(model / "unet"), "--steps", "1"]) == 0
-    assert "conv_in" in capsys.readouterr().out
+    assert "give the whole pipeline's folder" in fails(capsys, "cost", model / "unet", "--steps", "1")
+    assert main([*cost, "--scheduler", "HeunDiscreteScheduler", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["steps"]) == 5
+    assert "has no scheduler 'Nope'" in fails(capsys, *cost, "--scheduler", "Nope")
     assert "matches no layer" in fails(capsys, *cost, "--recipe", _rule(tmp_path))
     assert "is no pipeline whose cost can be counted" in fails(capsys, "cost", tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
@@ -448,7 +458,7 @@ def test_a_run_with_plans(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    for name in ("quantize", "measured_widths", "make_planned", "measure", "fit_auto", "sample_images"):
+    for name in ("quantize", "measured_widths", "make_plan", "measure", "fit_auto", "sample_images"):
         monkeypatch.setattr(f"ptqd.experiment.{name}", never)
     assert main([*run, "--plan", "auto", "--budget", "40x", "--eta", "1"]) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -456,5 +466,10 @@ def test_a_run_with_plans(
     capsys.readouterr()
     assert "give a --recipe, such as w4a8, or a --plan" in fails(capsys, "run", model, "--out", tmp_path)
     assert "go with --plan auto; give that too" in fails(capsys, *run, "--budget", "20x")
-    one = ["run", model, "--recipe", "w8a8", "--out", tmp_path / "one", *SMALL, "--measured", "2"]
-    assert "ranges for 8-bit activations only" in fails(capsys, *one, "--plan", "paper")
+    one = ["run", model, "--out", tmp_path / "one", *SMALL, "--measured", "2", "--recipe"]
+    assert "w8a8 has ranges for 8-bit activations only" in fails(capsys, *one, "w8a8", "--plan", "paper")
+    toml = next((tmp_path).rglob("plan.toml"))
+    assert "has no ranges; give a recipe such as w4a4+6+8" in fails(capsys, *one, "w4a4+8", "--plan", toml)
+    assert "is for 3 steps, the run takes 4" in fails(capsys, *one, wide, "--plan", toml, "--steps", "4")
+    assert "cannot be read" in fails(capsys, *one, "w4a4+8", "--plan", "papper")
+    assert not (tmp_path / "one" / "report.json").exists()

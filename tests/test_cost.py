@@ -123,7 +123,7 @@ def test_the_published_architectures(name: str, parameters: int, tera: float | N
     assert config is not None
     model = bare_denoiser(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    macs = one_call(model)
+    macs = one_call(config, model)
     without = sum(n for layer, n in macs.items() if not layer.endswith((".qk", ".pv")))
     if tera is not None:
         assert without * 1024 / 1e12 == pytest.approx(tera, rel=5e-4)
@@ -178,6 +178,17 @@ def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path
     loaded = run_cost(planned, run)
     assert torch.equal(found.bops, loaded.bops)
     assert (found.parameters, found.disk) == (loaded.parameters, loaded.disk)
+    planned.save_pretrained(tmp_path / "planned")  # a quantized pipeline is counted as it is
+    assert torch.equal(counted(str(tmp_path / "planned"), None, None, lambda _: run).bops, loaded.bops)
+    heavier = plan.replace(weights={"conv_out": 5, "mid_block.resnets.0.conv1": 8})
+    heavier.save(tmp_path / "heavier.toml")
+    weighted = counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "heavier.toml", lambda _: run)
+    again = run_cost(apply_plan(quantized, heavier, pipe), run)
+    assert torch.equal(weighted.bops, again.bops)
+    assert weighted.disk == again.disk != found.disk
+    plan.replace(weights={"nowhere": 4}).save(tmp_path / "nowhere.toml")
+    with pytest.raises(InputError, match="'nowhere', which is no quantized layer"):
+        counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "nowhere.toml", lambda _: run)
     steps = found.bops.sum(1)
     assert steps[0] == steps[1] < steps[2] == steps[3]
     with pytest.raises(InputError, match="the plan is for 4 steps, the run takes 5"):
@@ -188,8 +199,35 @@ def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path
         counted(str(tmp_path / "nowhere"), None, None, lambda _: run)
 
 
+def test_a_denoiser_that_looks_at_numbers_is_counted_for_real(pipe: Any, qpipe: Any) -> None:
+    run = Sampling(steps=2, samples=1, call={"class_labels": [1], "guidance_scale": 2.0})
+    for each in (pipe, qpipe):
+        peeking = with_components(each, unet=copy.deepcopy(each.unet))
+        kind = type(peeking.unet)
+
+        def forward(self: Any, sample: torch.Tensor, *args: Any, kind: Any = kind, **kwargs: Any) -> Any:
+            assert float(sample.abs().max().item()) > 0
+            return kind.forward(self, sample, *args, **kwargs)
+
+        peeking.unet.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+        want, got = run_macs(each, run), run_macs(peeking, run)
+        assert dict(zip(got.layers, got.counts.T.tolist(), strict=True)) == dict(
+            zip(want.layers, want.counts.T.tolist(), strict=True)
+        )
+        assert torch.equal(layer_bits(peeking.unet, got).left.sum(), layer_bits(each.unet, want).left.sum())
+
+
 def test_a_denoiser_whose_call_is_not_in_its_configuration() -> None:
-    with pytest.raises(InputError, match="give the whole pipeline's folder"):
-        one_call(bare_denoiser({"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1}))
+    for config in (
+        {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1},
+        {"_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": [32] * 4},  # how long a prompt?
+    ):
+        model = bare_denoiser(config)
+        with pytest.raises(InputError, match="give the whole pipeline's folder"):
+            one_call(config, model)
+    with pytest.raises(InputError, match="refuses the configuration"):
+        bare_denoiser({"_class_name": "UNet2DModel", "down_block_types": ["Nope"], "block_out_channels": [32]})
+    with pytest.raises(InputError, match="diffusers has no denoiser 'DDIMScheduler'"):
+        bare_denoiser({"_class_name": "DDIMScheduler"})
     with pytest.raises(InputError, match="diffusers has no denoiser 'Nope'"):
         bare_denoiser({"_class_name": "Nope"})

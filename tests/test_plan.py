@@ -43,7 +43,10 @@ def timesteps(pipe: Any, run: Sampling) -> tuple[float, ...]:
 
 @pytest.fixture
 def mixed(timesteps: tuple[float, ...]) -> StepPlan:
-    groups = (("down", ("down_blocks.*", "time_embedding.*")), ("rest", ("*",)))
+    groups = (
+        ("z, for down", ("down_blocks.*", "time_embedding.*")),
+        ("all others", ("*",)),
+    )  # not in alphabetical order
     return StepPlan(timesteps, ((4, 8), (4, 6), (6, 8), (8, 8)), groups)
 
 
@@ -77,7 +80,12 @@ def test_odd_timesteps_are_kept_to_the_last_digit() -> None:
         (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4"), "step 2 of the plan has 1 bits for 2 groups"),
         (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4 9"), "bits must be 2 to 8; got 9"),
         (lambda p: p["bits"].__setitem__(2, "2: t 751, bits 8 8"), "other bits for step 0 and step 2, both at t 751"),
-        (lambda p: p.update(groups={"a": "x"}), "must give a list of patterns"),
+        (lambda p: p.update(groups={"a": "x"}), "must be a list of lines"),
+        (lambda p: p.update(groups=["down_blocks.*", "rest: *"]), "'down_blocks.*' is no group"),
+        (lambda p: p.update(groups=["a: down_blocks.*", "a: *"]), "two groups are called 'a'"),
+        (lambda p: p["bits"].__setitem__(2, "2: t nan, bits 4 4"), "is no step"),
+        (lambda p: p.update(made=3), "'made' must give a word or a number"),
+        (lambda p: p.update(made={"x": {"y": 1}}), "'made' must give a word or a number"),
         (lambda p: p.update(weights={"conv_in": "4"}), "must give a number of bits"),
         (lambda p: p.pop("steps"), "needs 'steps', a number"),
     ],
@@ -102,7 +110,7 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
 
 
 def clock(timesteps: tuple[float, ...]) -> StepClock:
-    plan = StepPlan(timesteps, tuple((4 + timesteps.index(t),) for t in timesteps))
+    plan = StepPlan(timesteps, tuple((4 + timesteps.index(t) % 4,) for t in timesteps))
     return StepClock(plan, [ActiveWidth(0)], [[0]] * len(timesteps))
 
 
@@ -116,11 +124,20 @@ def test_the_clock_follows_the_timesteps() -> None:
     with pytest.raises(MismatchError, match="after timestep 9 came 1: it was made for 4 steps"):
         ticking.step_at(1.0)  # a schedule of fewer steps
     assert ticking.step_at(1.0) == 3  # the end of the schedule alone, as image-to-image takes it
-    rounded = float(torch.tensor(9.03, dtype=torch.bfloat16))
-    half = clock((9.03, 5.0))
+
+
+def test_timesteps_in_other_precisions_and_on_other_devices() -> None:
+    """Flux's pipeline tells t / 1000, divided in the latents' precision; a GPU may multiply by 0.001."""
+    exact = [float(t) for t in torch.linspace(1000, 1, 50)]
+    planned = tuple(float(torch.tensor(t) / 1000) for t in exact)
+    for dtype in (torch.float16, torch.bfloat16):
+        ticking = clock(planned)
+        told = [float(torch.tensor(t, dtype=dtype) / 1000) for t in exact]
+        assert [ticking.step_at(t, dtype) for t in told] == list(range(50))
+    ticking = clock(planned)
+    assert [ticking.step_at(float(torch.tensor(t) * torch.tensor(1e-3))) for t in exact] == list(range(50))
     with pytest.raises(MismatchError):
-        half.step_at(rounded)
-    assert half.step_at(rounded, torch.bfloat16) == 0
+        clock(planned).step_at(planned[3] * 1.001)
 
 
 def test_uniform_plans_are_the_uniform_widths(wide: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
@@ -172,7 +189,13 @@ def test_a_planned_pipeline_is_saved_loaded_and_edited(
     plan = mixed.replace(weights={"conv_in": 5, "mid_block.resnets.0.conv1": 2}, made={"rule": "by hand"})
     with pytest.raises(InputError, match="the plan gives 'conv_in' 5-bit weights, the model holds 8-bit ones"):
         apply_plan(wide, plan)
+    with pytest.raises(InputError, match="'conv_in' is no full-precision layer"):
+        apply_plan(wide, plan, wide)
     planned = apply_plan(wide, plan, pipe)
+    other = apply_plan(planned, mixed.replace(weights={"conv_out": 3}), pipe)
+    assert (other.unet.conv_in.weights.bits, other.unet.conv_out.weights.bits) == (8, 3)  # the recipe's again
+    assert torch.equal(other.unet.conv_in.codes, wide.unet.conv_in.codes)
+    assert at_width(planned, 6).unet.hf_quantizer.quantization_config.recipe["rules"][-1]["weight_bits"] == 2
     assert planned.unet.conv_in.weights.bits == 5
     assert planned.unet.conv_in.codes.numel() < wide.unet.conv_in.codes.numel()
     assert planned.unet.conv_in.input.widths == (8,)  # the rule's activations stay
@@ -192,7 +215,7 @@ def test_a_planned_pipeline_is_saved_loaded_and_edited(
     for old, new, message in (
         ('"1: t 501, bits 4 6"', '"1: t 501, bits 5 6"', "step 1 of the plan asks for 5 bits, the model has ranges"),
         ('        "1: t 501, bits 4 6",\n', "", "lacks step 1"),
-        ('"conv_in": 5', '"conv_in": 4', "gives 'conv_in' 4-bit weights, its codes have 5 bits"),
+        ('"conv_in": 5', '"conv_in": 4', "conv_in.codes"),
     ):
         assert old in text
         config.write_text(text.replace(old, new))
@@ -240,7 +263,8 @@ def test_all_widths_cost_one_full_precision_run_and_one_quantized_run_each(pipe:
         alone = measure(pipe, at_width(wide, bits), run)
         assert torch.equal(found.moments, alone.moments)
         assert torch.equal(found.joint, alone.joint)
-        assert found.source["activation_bits"] == str(bits)
+        assert found.source == alone.source
+    assert len({found.source["activation_bits"] for found in stats.values()}) == 3
     halves = measure_widths(pipe, wide, run, resume=measure_widths(pipe, wide, run.replace(samples=4)))
     assert torch.equal(halves[4].moments, stats[4].moments)
     assert halves[4].samples == 8
@@ -293,11 +317,26 @@ def test_a_correction_that_tells_other_timesteps_keeps_the_bits(
     )
     sampled(corrected, still)
     assert seen == [8, 6, 8, 8]
-    clocked = clock_of(corrected.unet)
+    clocked, own = clock_of(planned.unet), clock_of(corrected.unet)
     assert clocked is not None
-    plain = correct(planned, fit_correction(stats, ("cnc",)))
-    sampled(plain, still)
-    assert clocked.told == {}
+    assert own is not None
+    assert own.told
+    assert clocked.told == {}  # of the pipeline that is not corrected
+    assert corrected.unet.conv_in.codes.data_ptr() == planned.unet.conv_in.codes.data_ptr()
+    with pytest.raises(MismatchError, match="made for 4 steps"):
+        sampled(planned, still.replace(steps=5))
+    with pytest.raises(MismatchError, match="the plan is for 4 steps, the correction for 6"):
+        correct(planned, stats, ("cnc", "stepbaq"), steps=6)
+
+
+def test_half_precision_takes_other_weights(
+    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+) -> None:
+    wide.save_pretrained(tmp_path)
+    half = load(tmp_path, dtype=torch.float16)
+    planned = apply_plan(half, mixed.replace(weights={"conv_in": 5}), pipe)
+    assert planned.unet.conv_in.weight.dtype == planned.unet.conv_in.bias.dtype == torch.float16
+    assert bool(torch.isfinite(sampled(planned, run)).all())
 
 
 def test_planning_imports_nothing_of_the_report() -> None:

@@ -153,7 +153,7 @@ def test_sensitivities_are_what_rounding_one_layer_does() -> None:
     for module in (quantized.first, quantized.second):
         module.freeze()
     probe = _Probe(full, quantized, recipe, (3, 4, 8))
-    probe.add(0, (x, 0.0), {}, 2, 1)
+    probe.add(0, (x, 0.0), {}, 2, 1, 0)
     found = probe.result(3)
     assert found.layers == found.weighted == ("first", "second")
     assert found.activations.shape == (3, 2, 2)
@@ -192,7 +192,7 @@ def test_sensitivities_of_a_pipeline(pipe: Any, wide: Any, run: Sampling) -> Non
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in found.layers  # the products' operands
     energy = found.activations.sum((0, 1))
     assert bool((energy[:-1] > 3 * energy[1:]).all())  # two bits more are 16 times less
-    again = measure_sensitivity(pipe, wide, run, weight_bits=(8, 4), steps=2, samples=2)
+    again = measure_sensitivity(pipe, wide, run.replace(batch=1), weight_bits=(8, 4), steps=2, samples=2)
     assert torch.equal(found.activations, again.activations)
 
 

@@ -89,27 +89,29 @@ def _cmd_correct(args: argparse.Namespace) -> None:
 
 
 def _cmd_plan(args: argparse.Namespace) -> None:
-    """Choose a quantized pipeline's bits step by step, and save it with its plan; resumes after a kill."""
+    """Choose a quantized pipeline's bits step by step, and save it with its plan; measured widths survive a kill."""
     import shutil
 
     from ptqd.files import replacing
-    from ptqd.plan_stages import PlanRequest, make_planned, measured_widths
-    from ptqd.quantization import plan_of
+    from ptqd.plan_stages import PlanRequest, make_plan, measured_widths
+    from ptqd.quantization import apply_plan
 
     _check_replaceable(args.out)
-    request = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights)
+    request = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights, args.groups)
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
     run = _sampling(args, pipe)
     scratch = args.out.parent / f".{args.out.name}.{_key(pipe, quantized, run)}"
-    stats = measured_widths(pipe, quantized, run, scratch, title="measuring widths")
-    planned = make_planned(pipe, quantized, run, request, stats, progress=True)
-    plan = plan_of(planned.pipe)
+    stats = {}
+    if request.given is None:
+        stats = measured_widths(pipe, quantized, run, scratch, title="measuring widths")
+    plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
+    planned = apply_plan(quantized, plan, pipe)
     with replacing(args.out) as temporary:
-        planned.pipe.save_pretrained(temporary)
+        planned.save_pretrained(temporary)
         plan.save(temporary / "plan.toml")
-    shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
     print(f"{args.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
-    print("\n".join(f"  {name.replace('_', ' ')}: {value}" for name, value in plan.made.items()))
+    print("".join(f"  {name.replace('_', ' ')}: {value}\n" for name, value in plan.made.items()), end="")
     for i, (t, row) in enumerate(zip(plan.timesteps, plan.bits, strict=True)):
         print(f"  step {i:3d}  t {t:7g}  bits {' '.join(map(str, row))}")
 
@@ -120,7 +122,13 @@ def _cmd_cost(args: argparse.Namespace) -> None:
 
     from ptqd.report.cost import cost_json, cost_table, counted
 
-    cost = counted(args.model, args.recipe, args.plan, lambda pipe: _sampling(args, pipe))
+    cost = counted(
+        args.model,
+        args.recipe,
+        args.plan,
+        lambda pipe: _sampling(args, pipe),
+        lambda pipe: _with_scheduler(pipe, args.scheduler),
+    )
     if args.json:
         print(json.dumps(cost_json(cost), indent=2))
         return
@@ -201,9 +209,9 @@ def _cmd_run(args: argparse.Namespace) -> None:
         if not args.recipe:
             args.recipe = [PLANNED]
             args.weights = args.weights or (PLANNED_WEIGHTS if args.plan == "auto" else None)
-        plan = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights)
-    elif args.budget or args.floor or args.weights:
-        raise InputError("--budget, --floor and --weights go with --plan auto; give that too")
+        plan = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights, args.groups)
+    elif args.budget or args.floor or args.weights or args.groups:
+        raise InputError("--budget, --floor, --weights and --groups go with --plan auto; give that too")
     if not args.recipe:
         raise InputError("give a --recipe, such as w4a8, or a --plan")
     pipe = _pipeline(args, args.model)
@@ -236,24 +244,27 @@ def _cmd_demo(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline":
-    import diffusers
-
-    from ptqd.components import with_components
     from ptqd.loading import best_device, load
 
-    pipe = load(model)
-    if getattr(args, "scheduler", None):
-        scheduler: Any = getattr(diffusers, args.scheduler, None)
-        if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
-            raise InputError(
-                f"diffusers has no scheduler {args.scheduler!r}; name one such as DDIMScheduler or DDPMScheduler"
-            )
-        make: Any = scheduler.from_config  # type: ignore[attr-defined]
-        pipe = with_components(pipe, scheduler=make(pipe.scheduler.config))
+    pipe = _with_scheduler(load(model), getattr(args, "scheduler", None))
     try:
         return pipe.to(args.device or best_device())
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _with_scheduler(pipe: "DiffusionPipeline", name: str | None) -> "DiffusionPipeline":
+    import diffusers
+
+    from ptqd.components import with_components
+
+    if not name:
+        return pipe
+    scheduler: Any = getattr(diffusers, name, None)
+    if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
+        raise InputError(f"diffusers has no scheduler {name!r}; name one such as DDIMScheduler or DDPMScheduler")
+    make: Any = scheduler.from_config  # type: ignore[attr-defined]
+    return with_components(pipe, scheduler=make(pipe.scheduler.config))
 
 
 def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sampling":
@@ -330,21 +341,25 @@ def _samples_file(path: Path) -> Path:
     return path / "samples.safetensors" if path.is_dir() else path
 
 
-def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
+def _add_schedule(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     group.add_argument("--eta", type=float, default=0.0, help="noise of DDIM's step (default: %(default)s)")
     group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    if samples is None:
-        group.set_defaults(samples=1)
-    else:
+    group.add_argument("--scheduler", help="a diffusers scheduler class to use instead of the pipeline's")
+    group.add_argument("--call", action="append", metavar="NAME=JSON", help="a further argument of the pipeline's call")
+    group.set_defaults(samples=1, batch=1, seed=0)
+    return group
+
+
+def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
+    group = _add_schedule(parser)
+    if samples is not None:
         group.add_argument("--samples", type=int, default=samples, help="how many (default: %(default)s)")
     group.add_argument("--batch", type=int, default=64, help="at once; never changes results (default: %(default)s)")
     group.add_argument(
         "--seed", type=int, default=0, help="sample i's seed comes from this and i (default: %(default)s)"
     )
-    group.add_argument("--scheduler", help="a diffusers scheduler class to use instead of the pipeline's")
-    group.add_argument("--call", action="append", metavar="NAME=JSON", help="a further argument of the pipeline's call")
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
@@ -355,6 +370,7 @@ def _add_plan(parser: argparse.ArgumentParser, default: str | None) -> None:
     group.add_argument("--budget", metavar="19.9x", help="auto: this many times fewer bit operations than FP32")
     group.add_argument("--floor", metavar="25dB", help="auto: instead, the final sample's SNR against full precision")
     group.add_argument("--weights", metavar="4,6,8", help="auto: bits that each layer's weights may get too")
+    group.add_argument("--groups", type=int, metavar="8", help="auto: of layers with bits of their own; 1: all alike")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -405,7 +421,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--plan", type=Path, help="a plan (.toml) among the recipe's widths")
     sub.add_argument("--layers", action="store_true", help="a line for each layer, not for each block")
     sub.add_argument("--json", action="store_true", help="print everything, by layer and step, as JSON")
-    _add_sampling(sub, None)
+    _add_schedule(sub)
 
     sub = verb("sample", _cmd_sample)
     sub.add_argument("model", help=MODEL_HELP)

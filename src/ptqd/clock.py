@@ -1,7 +1,8 @@
 """Bits by step at run time: a clock that is set where the denoiser is told its timestep.
 
 Every layer of a group shares one :class:`ptqd.layers.ActiveWidth`; before each call of the denoiser its clock looks up
-the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width.
+the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
+read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 """
 
 import functools
@@ -16,6 +17,10 @@ from torch import nn
 from ptqd.errors import InputError, MismatchError
 from ptqd.layers import ActivationQuantizer, ActiveWidth
 from ptqd.plan import StepPlan
+
+NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what denoisers call it
+EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class StepClock:
@@ -49,17 +54,22 @@ class StepClock:
         """
         if self.told:
             t = self.told[min(self.told, key=lambda other: abs(other - t))]
-        step = self._index.get(t)
-        if step is None and dtype in (torch.float16, torch.bfloat16):  # the plan may be of another precision
-            rounded = torch.tensor(self.plan.timesteps, dtype=dtype).tolist()
-            step = rounded.index(t) if t in rounded else None
-        if step is None:
-            raise self._mismatch(f"the plan has no step at timestep {t:g}")
         before, self._at = self._at, None
+        step = self._nearest(t, TOLERANCE.get(dtype, EXACT), before)
         if before is not None and step > before and self._next.get(before) != step:  # less is a run that starts anew
             raise self._mismatch(f"after timestep {self.plan.timesteps[before]:g} came {t:g}")
         self._at = step
         return step
+
+    def _nearest(self, t: float, tolerance: float, before: int | None) -> int:
+        """The step at a timestep, as exactly as its precision allows; of several the one that is due."""
+        if t in self._index:
+            return self._index[t]
+        close = [(abs(known - t), step) for known, step in self._index.items() if abs(known - t) <= tolerance * abs(t)]
+        due = None if before is None else self._next.get(before)
+        if not close:
+            raise self._mismatch(f"the plan has no step at timestep {t:g}")
+        return due if due in [step for _, step in close] and due is not None else min(close)[1]
 
     def _mismatch(self, what: str) -> MismatchError:
         first, last = self.plan.timesteps[0], self.plan.timesteps[-1]
@@ -70,9 +80,9 @@ class StepClock:
 
 
 @functools.cache
-def _timestep_position(kind: type[nn.Module]) -> int | None:
+def _timestep_argument(kind: type[nn.Module]) -> tuple[str, int] | None:
     parameters = list(inspect.signature(kind.forward).parameters)[1:]
-    return parameters.index("timestep") if "timestep" in parameters else None
+    return next(((name, parameters.index(name)) for name in NAMES if name in parameters), None)
 
 
 def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
@@ -80,10 +90,11 @@ def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
     It may be a number, one a sample, or one a token, of which the largest counts.
     """
-    position = _timestep_position(type(model))  # type: ignore[arg-type]  # classes are hashable
-    if position is None:
+    argument = _timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    if argument is None:
         return None
-    told = kwargs["timestep"] if "timestep" in kwargs else args[position]
+    name, position = argument
+    told = kwargs[name] if name in kwargs else args[position]
     return float(told.max()) if isinstance(told, torch.Tensor) else float(told)
 
 
@@ -111,9 +122,9 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
 
     Raises:
         InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
-            layer; or a denoiser that takes no timestep.
+            layer, or a layer without a group; or a denoiser that takes no timestep.
     """
-    if _timestep_position(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
+    if _timestep_argument(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
     quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
     for name, quantizer in layer_quantizers(model):

@@ -139,16 +139,15 @@ def _hash(digest: Any, name: str, value: Any) -> None:
 
 
 def activation_bits(model: nn.Module) -> str | None:
-    """What decides the bits that a denoiser quantized by ptqd rounds activations to; None for any other."""
+    """A hash of the recipe and the plan of a denoiser that ptqd quantized; None for any other."""
     config = getattr(model, "config", {}).get("quantization_config")
     facts: Mapping[str, Any] = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     if facts.get("quant_method") != "ptqd":
         return None
-    recipe, plan = facts["recipe"], facts.get("plan")
-    if plan is None:
-        return str(recipe.get("activations", {}).get("bits", "the recipe's"))
-    decides = {name: value for name, value in plan.items() if name != "made"}
-    return "plan " + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    decides = [facts["recipe"], facts.get("plan")]
+    if decides[1] is not None:
+        decides[1] = {name: value for name, value in decides[1].items() if name != "made"}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,18 +174,27 @@ def on_meta(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     kind: Any = getattr(type(model), "stands_in_for", type(model))
     if isinstance(config, Mapping) and hasattr(kind, "from_config"):
-        plain = {name: value for name, value in config.items() if name != "quantization_config"}
-        with torch.device("meta"):
-            architecture = kind.from_config(plain)
-        return nn.Module.to(architecture, "meta")  # some parameters are made on the CPU all the same
+        return from_configuration(kind, config)
     return copy_module(model, lambda tensor: tensor.to("meta"))
+
+
+def from_configuration(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A network of diffusers in full precision on the meta device."""
+    with torch.device("meta"):
+        model = kind.from_config({name: value for name, value in config.items() if name != "quantization_config"})
+    return nn.Module.to(model, "meta").eval()  # some parameters are made on the CPU all the same
 
 
 def call_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
     """Multiply-accumulates of one call by layer, on whatever device model and arguments are, such as meta."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    return _by_layer(model, type(model).__name__, counter)
+    return _counted(model, args, kwargs)[1]
+
+
+def _counted(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, int]]:
+    """A call's answer, and its multiply-accumulates by layer. Fused attention would hide its products."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        answer = model(*args, **kwargs)
+    return answer, _by_layer(model, type(model).__name__, counter)
 
 
 def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str, int]:
@@ -192,7 +202,7 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
     counts = {
         name.removeprefix(root).removeprefix("."): sum(ops.values()) // 2
         for name, ops in counter.get_flop_counts().items()
-        if f"{name}.".startswith(f"{root}.")
+        if f"{name}.".startswith(f"{root}.") and ".processor" not in name  # of a quantized attention, which counts it
     }
     own = dict(counts)
     for name, count in counts.items():
@@ -219,35 +229,68 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
 def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
     """Multiply-accumulates of one sample, step by step.
 
+    A denoiser that looks at numbers, as some do at a mask's, is counted while it really samples one.
+
     Raises:
-        InputError: the pipeline cannot run on stand-ins, because it looks at its denoiser's numbers.
+        InputError: such a denoiser without its weights.
     """
+    try:
+        return _run_macs(pipe, run, meta=True)
+    except PtqdError:
+        raise
+    except Exception as error:
+        model = getattr(pipe, denoiser_name(pipe))
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{type(pipe).__name__} cannot be counted without its weights: {reason}") from error
+        return _run_macs(pipe, run, meta=False)
+
+
+def _run_macs(pipe: DiffusionPipeline, run: Sampling, *, meta: bool) -> Macs:
     name = denoiser_name(pipe)
+    denoiser = getattr(pipe, name)
     steps: list[dict[str, int]] = [{}]
 
     def count(call: Mapping[str, int]) -> None:
         for layer, macs in call.items():
             steps[-1][layer] = steps[-1].get(layer, 0) + macs
 
-    denoiser = getattr(pipe, name)
-    model = stand_in(on_meta(denoiser), pipe.device, denoiser.dtype, count)
-    counted = with_components(pipe, **{name: model})
-
     def step(plain: Any, *args: Any, **kwargs: Any) -> Any:
         result = plain(*args, **kwargs)
         steps.append({})
         return result
 
+    if meta:
+        model = stand_in(on_meta(denoiser), pipe.device, denoiser.dtype, count)
+    else:
+        model = _counting(copy_module(denoiser, lambda tensor: tensor), count)
+    counted = with_components(pipe, **{name: model})
     with stepping(counted, step):
-        try:
-            run_batch(counted, run, range(1), "latent")
-        except PtqdError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{type(pipe).__name__} cannot be counted without its numbers: {' '.join(str(error).split())[:200]}"
-            ) from error
+        run_batch(counted, run, range(1), "latent")
     return Macs.of([step for step in steps if step])
+
+
+def _counting(model: Any, count: Callable[[Mapping[str, int]], None]) -> Any:
+    """Let a denoiser count its calls; changed in place."""
+    kind: Any = type(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer, macs = _as_itself(self, kind, args, kwargs)
+        count(macs)
+        return answer
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # pipelines look at it
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return model
+
+
+def _as_itself(model: Any, kind: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, int]]:
+    """Call a model of a changed class as what it was, its modules' names included."""
+    own, model.__class__ = type(model), kind
+    try:
+        return _counted(model, args, kwargs)
+    finally:
+        model.__class__ = own
 
 
 def stand_in(
@@ -271,13 +314,8 @@ def stand_in(
         moved = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         shapes = repr(tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.dtype), moved))
         if shapes not in known:
-            own, self.__class__ = type(self), kind  # called as itself
-            try:
-                with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-                    answer = self(*moved[0], **moved[1])
-            finally:
-                self.__class__ = own
-            known[shapes] = answer, _by_layer(self, kind.__name__, counter)
+            with torch.device("meta"):
+                known[shapes] = _as_itself(self, kind, *moved)
         answer, macs = known[shapes]
         if count is not None:
             count(macs)

@@ -25,14 +25,15 @@ from ptqd.noise import Estimate, NoiseStats
 from ptqd.plan_stages import (
     PlanRequest,
     load_widths,
-    make_planned,
+    make_plan,
     measured_widths,
     plan_facts,
     save_widths,
     trajectory_images,
 )
+from ptqd.planning.problem import planning_problem
 from ptqd.progress import busy
-from ptqd.quantization import plan_of, quantize
+from ptqd.quantization import apply_plan, quantize
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, guidance_of, sample
 from ptqd.stages import RunFolder
@@ -150,25 +151,29 @@ class _Setting:
     def rows(self) -> Iterator[None]:
         """Add row after row to the report."""
         rows: list[dict[str, Any]] = self.report["rows"]
+        recipes = {Path(text).stem: Recipe.parse(text) for text in self.experiment.recipes}
+        for recipe in recipes.values():
+            if self.experiment.plan is not None:
+                self.experiment.plan.check(recipe, len(self.macs.counts))
         reference = self._sample("full-precision", self.pipe, {})
         rows.append(self._row("fp32", "none", reference, None, self.full_bops, self._bytes(self.pipe)))
         yield
-        for text in self.experiment.recipes:
-            recipe, label = Recipe.parse(text), Path(text).stem
+        for label, recipe in recipes.items():
             prefix = f"{self.name}/{label}"
             quantized = self._quantized(prefix, recipe)
             if self.experiment.plan is not None:
-                label = f"{label} {self.experiment.plan.name}"
+                label = f"{label} {self.experiment.plan.name}"  # noqa: PLW2901
                 quantized = self._planned(prefix, label, quantized, self.experiment.plan)
                 prefix = f"{self.name}/{label.replace(' ', '-')}"
-            stats = self._measured(prefix, quantized)
+            fingerprint = pipeline_fingerprint(quantized)
+            stats = self._measured(prefix, quantized, fingerprint)
             self.report["steps"].extend(self._step_rows(label, stats))
             bops = cost_of(getattr(quantized, denoiser_name(quantized)), self.macs).total
             images, before = reference, None
             for methods in self.experiment.corrections:
                 if before is None or methods != (*before, "vsc") or stats.response.draws:
                     inputs: dict[str, Any] = {"recipe": recipe.to_dict(), "methods": methods}
-                    inputs["quantized"] = pipeline_fingerprint(quantized)
+                    inputs["quantized"] = fingerprint
                     corrected = quantized
                     if methods == AUTO:
                         corrected = correct(quantized, self._chosen(prefix, label, quantized, stats).correction)
@@ -191,9 +196,9 @@ class _Setting:
         path = self._stage(f"{prefix}/quantized", inputs, build)
         return load(path).to(self.device)
 
-    def _measured(self, prefix: str, quantized: DiffusionPipeline) -> NoiseStats:
+    def _measured(self, prefix: str, quantized: DiffusionPipeline, fingerprint: str) -> NoiseStats:
         run = self.setting.replace(samples=self.experiment.measured)
-        inputs = {**self.source, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
+        inputs = {**self.source, "setting": run.to_dict(), "quantized": fingerprint}
 
         def build(path: Path, scratch: Path) -> None:
             measure_shards(
@@ -215,10 +220,12 @@ class _Setting:
         name = f"{self.name}/{label.replace(' ', '-')}"
 
         def build(path: Path, scratch: Path) -> None:
-            planned = make_planned(self.pipe, quantized, run, plan, stats, progress=self.progress)
-            planned.pipe.save_pretrained(path)
-            plan_of(planned.pipe).save(path / "plan.toml")
-            write_json(path / "plan.json", plan_facts(planned, self.macs))
+            chosen, problem = make_plan(self.pipe, quantized, run, plan, stats, progress=self.progress)
+            planned = apply_plan(quantized, chosen, self.pipe)
+            planned.save_pretrained(path)
+            chosen.save(path / "plan.toml")
+            problem = problem or planning_problem(self.pipe, quantized, run, stats, progress=self.progress)
+            write_json(path / "plan.json", plan_facts(planned, problem, stats, self.macs))
 
         def picture(path: Path, scratch: Path) -> None:
             images = trajectory_images(self.pipe, run)

@@ -1,9 +1,7 @@
 """Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -11,12 +9,13 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-import ptqd.quantization  # noqa: F401  (registers what saved pipelines refer to)
 from ptqd import zoo
 from ptqd.components import activation_bits, denoiser_name
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.plan import StepPlan
+from ptqd.quantization import plan_of
 
 
 def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -68,37 +67,46 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
         diffusers.utils.logging.enable_progress_bar()
+    _check_complete(pipe, model)
+    _check_plan_file(pipe, folder / "plan.toml")
+    _keep_correction(pipe, model)
+    return pipe
+
+
+def _check_complete(pipe: DiffusionPipeline, model: str | Path) -> None:
+    """Refuse a file that lacked some of a network's tensors."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             missing = [key for key, value in component.state_dict().items() if value.is_meta]
             if missing:
                 raise InputError(f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model")
-    _keep_correction(pipe, model)
-    return pipe
 
 
 def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
     """Some pipelines, DDIM's for one, make a plain scheduler from the one they are given; here it corrects again."""
     scheduler = getattr(pipe, "scheduler", None)
-    if isinstance(scheduler, CorrectedStep):
-        _check_bits(pipe, scheduler.correction.source, model)
-        scheduler.belongs_to(pipe)
-    if scheduler is None or isinstance(scheduler, CorrectedStep) or "correction" not in scheduler.config:
+    if scheduler is None or "correction" not in scheduler.config:
         return
-    corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
-    if DiffusionPipeline.load_config(model)["scheduler"][1] == corrected.__name__:
+    if not isinstance(scheduler, CorrectedStep):
+        corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
+        if DiffusionPipeline.load_config(model)["scheduler"][1] != corrected.__name__:
+            return
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
-        _check_bits(pipe, pipe.scheduler.correction.source, model)
-        pipe.scheduler.belongs_to(pipe)
-
-
-def _check_bits(pipe: DiffusionPipeline, source: Mapping[str, Any], model: str | Path) -> None:
-    """A correction is of the bits it was measured at; a plan can have been edited since."""
-    bits = activation_bits(getattr(pipe, denoiser_name(pipe)))
-    if source.get("activation_bits", bits) != bits:
+    source, bits = pipe.scheduler.correction.source, activation_bits(getattr(pipe, denoiser_name(pipe)))
+    if source.get("activation_bits", bits) != bits:  # a plan can have been edited since
         raise InputError(
             f"{model}: the plan was changed after the correction was measured; apply it to the uncorrected pipeline "
             "(ptqd plan --plan FILE), measure that, and correct it"
+        )
+    pipe.scheduler.belongs_to(pipe)
+
+
+def _check_plan_file(pipe: DiffusionPipeline, path: Path) -> None:
+    """A plan.toml beside a pipeline says what its configuration says; one that was edited has to be applied."""
+    if path.is_file() and StepPlan.load(path) != plan_of(pipe):
+        raise InputError(
+            f"{path} is not the plan of the pipeline; apply it with 'ptqd plan --plan FILE', or edit the plan in the "
+            "denoiser's config.json"
         )
 
 

@@ -12,20 +12,21 @@ A plan is text that a person can read and edit, as TOML on its own and as JSON i
       "2: t 941, bits 8 8",
     ]
 
-    [groups]
-    down = ["down_blocks.*"]
-    rest = ["*"]
+    groups = [
+      "down: down_blocks.* time_embedding.*",
+      "rest: *",
+    ]
 
     [weights]
     conv_in = 8
 
 A layer belongs to the first group with a pattern that its dotted name matches; an attention's products go by the
-attention's name.
+attention's name. A step's bits stand in the order of the groups.
 """
 
 import dataclasses
-import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,8 @@ class StepPlan:
         made: plain facts of how it was made, for people.
 
     Raises:
-        InputError: no step, rows of another length than there are groups, or bits outside 2 to 8.
+        InputError: no step, rows of another length than there are groups, bits outside 2 to 8, or other bits for two
+            steps at one timestep.
     """
 
     timesteps: tuple[float, ...]
@@ -85,12 +87,6 @@ class StepPlan:
         """How many steps it is for."""
         return len(self.timesteps)
 
-    @property
-    def digest(self) -> str:
-        """A hash of all that decides what is computed."""
-        facts = [self.timesteps, self.bits, self.groups, sorted(self.weights.items())]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
     def replace(self, **changes: Any) -> "StepPlan":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -119,7 +115,7 @@ class StepPlan:
             f"{i}: t {_number(t)}, bits {' '.join(map(str, row))}"
             for i, (t, row) in enumerate(zip(self.timesteps, self.bits, strict=True))
         ]
-        groups = {name: list(patterns) for name, patterns in self.groups}
+        groups = [f"{name}: {' '.join(patterns)}" for name, patterns in self.groups]
         plain = {"steps": self.steps, "bits": rows, "groups": groups, "weights": dict(self.weights)}
         return {**plain, "made": dict(self.made)}
 
@@ -156,25 +152,25 @@ class StepPlan:
             raise InputError(
                 f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
             )
-        groups, weights = values.get("groups", {"all": ["*"]}), values.get("weights", {})
-        if not isinstance(groups, Mapping) or not all(
-            isinstance(p, list) and all(isinstance(text, str) for text in p) for p in groups.values()
-        ):
-            raise InputError(f"{where}: 'groups' must give a list of patterns for each name")
+        weights, made = values.get("weights", {}), values.get("made", {})
         if not isinstance(weights, Mapping) or not all(type(bits) is int for bits in weights.values()):
             raise InputError(f"{where}: 'weights' must give a number of bits for each layer")
+        if not isinstance(made, Mapping) or not all(_is_plain(value) for value in made.values()):
+            raise InputError(f"{where}: 'made' must give a word or a number, or a list of them, for each fact")
         try:
-            named = tuple((name, tuple(patterns)) for name, patterns in groups.items())
-            return cls(tuple(timesteps), tuple(rows), named, dict(weights), dict(values.get("made", {})))
+            groups = _groups(values.get("groups", ["all: *"]))
+            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(made))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write it as TOML, atomically."""
         plain = self.to_dict()
-        lines = ["# Activation bits by step, one number for each group of layers in the order of [groups]."]
-        lines += [f"steps = {plain['steps']}", "bits = [", *(f"  {json.dumps(row)}," for row in plain["bits"]), "]"]
-        for table in ("groups", "weights", "made"):
+        lines = ["# Activation bits by step, one number for each group of layers in the order of 'groups'."]
+        lines.append(f"steps = {plain['steps']}")
+        for name in ("bits", "groups"):
+            lines += [f"{name} = [", *(f"  {json.dumps(line)}," for line in plain[name]), "]"]
+        for table in ("weights", "made"):
             lines += ["", f"[{table}]"]
             lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in plain[table].items()]
         write_text(path, "\n".join(lines) + "\n")
@@ -199,6 +195,28 @@ def _number(t: float) -> str:
 
 def _float(text: str) -> float | None:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON and TOML both hold it."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) and not isinstance(v, list | tuple) for v in value)
+    return isinstance(value, str | int | float)
+
+
+def _groups(lines: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found: list[tuple[str, tuple[str, ...]]] = []
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise InputError("'groups' must be a list of lines like 'down: down_blocks.* time_embedding.*'")
+    for line in lines:
+        name, colon, patterns = line.partition(":")
+        if not colon or not patterns.split():
+            raise InputError(f"{line!r} is no group; a group is written like 'down: down_blocks.* time_embedding.*'")
+        if name in dict(found):
+            raise InputError(f"two groups are called {name!r}; give them names of their own")
+        found.append((name, tuple(patterns.split())))
+    return tuple(found)

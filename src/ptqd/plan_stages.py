@@ -1,6 +1,7 @@
 """Plans in a run: what is asked for, the stages that make it, and what the report shows of it."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.affine import Grid
 from ptqd.components import denoiser_name
 from ptqd.cost import Macs, cost_of
 from ptqd.errors import InputError
@@ -19,9 +21,10 @@ from ptqd.measuring import measure_widths
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
 from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
-from ptqd.planning.problem import Problem, planning_problem
-from ptqd.planning.solver import pareto, rated, solve, uniform
-from ptqd.quantization import apply_plan, plan_of
+from ptqd.planning.problem import GROUPS, Problem, planning_problem
+from ptqd.planning.solver import Solution, pareto, rated, solve, uniform
+from ptqd.quantization import plan_of
+from ptqd.recipe import Recipe
 from ptqd.replay import record
 from ptqd.sampling import Sampling, run_batch
 
@@ -37,32 +40,45 @@ class PlanRequest:
         budget: for auto: how many times fewer bit operations than FP32.
         floor: for auto: the final sample's signal-to-noise ratio in dB.
         weight_bits: for auto: that a plan may give each layer's weights; none leaves them.
+        groups: for auto: of layers, at the most, with bits of their own.
+        given: the plan that the path leads to.
     """
 
     kind: str
     budget: float | None = None
     floor: float | None = None
     weight_bits: tuple[int, ...] = ()
+    groups: int = GROUPS
+    given: StepPlan | None = None
 
     @classmethod
-    def parse(cls, kind: str, budget: str | None, floor: str | None, weights: str | None) -> "PlanRequest":
+    def parse(
+        cls, kind: str, budget: str | None, floor: str | None, weights: str | None, groups: int | None = None
+    ) -> "PlanRequest":
         """From a command's words: ``19.9x``, ``25dB``, ``4,6,8``.
 
         Raises:
-            InputError: a word that is no number, or one that goes with another kind of plan.
+            InputError: a word that is no number or goes with another kind of plan; or a plan that cannot be read.
         """
-        bits = _number(weights, "weights", "4,6,8", ",") if weights else []
-        asked = cls(
-            kind,
-            _number(budget, "budget", "19.9x", "x")[0] if budget else None,
-            _number(floor, "floor", "25dB", "dB")[0] if floor else None,
-            tuple(int(b) for b in bits),
-        )
-        if kind == "auto" and (asked.budget is None) == (asked.floor is None):
+        if kind != "auto" and (budget or floor or weights or groups):
+            raise InputError(f"--budget, --floor, --weights and --groups go with --plan auto, not with {kind!r}")
+        if kind == "auto" and (budget is None) == (floor is None):
             raise InputError("--plan auto needs --budget, such as 19.9x, or --floor, such as 25dB; one of them")
-        if kind != "auto" and (budget or floor or weights):
-            raise InputError(f"--budget, --floor and --weights go with --plan auto, not with {kind!r}")
-        return asked
+        if groups is not None and groups < 1:
+            raise InputError(f"--groups must be at least 1; got {groups}")
+        bits = [_number(part, "weights", "4,6,8") for part in weights.split(",")] if weights else []
+        for value in bits:
+            if not value.is_integer():
+                raise InputError(f"--weights are whole numbers of bits, like 4,6,8; got {value:g}")
+            Grid(int(value), symmetric=True)
+        return cls(
+            kind,
+            None if budget is None else _number(budget.removesuffix("x"), "budget", "19.9x"),
+            None if floor is None else _number(floor.removesuffix("dB"), "floor", "25dB"),
+            tuple(sorted({int(value) for value in bits})),
+            groups or GROUPS,
+            None if kind in ("auto", "paper") else StepPlan.load(Path(kind)),
+        )
 
     @property
     def name(self) -> str:
@@ -72,16 +88,40 @@ class PlanRequest:
         return self.kind if self.kind == "paper" else Path(self.kind).stem
 
     def facts(self) -> dict[str, Any]:
-        """All that a plan depends on, as plain values; of a file what is in it."""
-        plain = dataclasses.asdict(self)
-        return plain if self.kind in ("auto", "paper") else {**plain, "plan": StepPlan.load(Path(self.kind)).to_dict()}
+        """All that a plan depends on, as plain values."""
+        plain = dataclasses.asdict(dataclasses.replace(self, given=None))
+        return plain if self.given is None else {**plain, "given": self.given.to_dict()}
+
+    def check(self, recipe: Recipe, steps: int) -> None:
+        """Refuse, before anything is sampled, what cannot come to a plan.
+
+        Raises:
+            InputError: the recipe has one width, or the plan asks for others or is for other steps.
+        """
+        if len(recipe.widths) < 2:
+            only = recipe.widths[0]
+            raise InputError(f"{recipe.name} has ranges for {only}-bit activations only; give a recipe such as w4a4+8")
+        if self.given is None:
+            return
+        if self.given.steps != steps:
+            raise InputError(f"the plan {self.kind} is for {self.given.steps} steps, the run takes {steps}")
+        missing = {bits for row in self.given.bits for bits in row} - set(recipe.widths)
+        if missing:
+            widths = "+".join(map(str, sorted({*recipe.widths, *missing})))
+            raise InputError(
+                f"the plan {self.kind} asks for {min(missing)} bits, for which {recipe.name} has no ranges; "
+                f"give a recipe such as w{recipe.weights.bits}a{widths}"
+            )
 
 
-def _number(text: str, name: str, example: str, mark: str) -> list[float]:
+def _number(text: str, name: str, example: str) -> float:
     try:
-        return [float(part) for part in (text.split(mark) if mark == "," else [text.removesuffix(mark)])]
+        value = float(text)
     except ValueError:
-        raise InputError(f"--{name} {text!r} is no number; give it like {example}") from None
+        value = math.nan
+    if not math.isfinite(value) or value <= 0:
+        raise InputError(f"--{name} {text!r} is no number above 0; give it like {example}")
+    return value
 
 
 def measured_widths(
@@ -114,16 +154,7 @@ def load_widths(folder: Path) -> dict[int, NoiseStats]:
     return {int(path.stem): NoiseStats.load(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A pipeline with its plan, and what the plan was chosen among."""
-
-    pipe: DiffusionPipeline
-    problem: Problem
-    stats: Mapping[int, NoiseStats]
-
-
-def make_planned(
+def make_plan(
     pipe: DiffusionPipeline,
     quantized: DiffusionPipeline,
     run: Sampling,
@@ -131,32 +162,49 @@ def make_planned(
     stats: Mapping[int, NoiseStats],
     *,
     progress: bool,
-) -> Planned:
-    """Make the plan that is asked for, and apply it."""
-    problem = planning_problem(pipe, quantized, run, stats, weight_bits=request.weight_bits, progress=progress)
-    if request.kind == "auto":
-        plan = solve(problem, budget=request.budget, floor=request.floor).plan
-    elif request.kind == "paper":
-        plan = paper_rule(stats)
-    else:
-        plan = StepPlan.load(Path(request.kind))
-    return Planned(apply_plan(quantized, plan, pipe), problem, stats)
+) -> tuple[StepPlan, Problem | None]:
+    """The plan that is asked for, and for auto what it was chosen among.
+
+    Args:
+        pipe: full precision.
+        quantized: with ranges for several widths.
+        run: how it samples.
+        request: which plan.
+        stats: by width; of a plan that is given, none are needed.
+        progress: show bars.
+
+    Raises:
+        InputError: no plan meets the budget or the floor.
+    """
+    if request.given is not None:
+        return request.given, None
+    if request.kind == "paper":
+        return paper_rule(stats), None
+    bits, groups = request.weight_bits, request.groups
+    problem = planning_problem(pipe, quantized, run, stats, weight_bits=bits, groups=groups, progress=progress)
+    return solve(problem, budget=request.budget, floor=request.floor).plan, problem
 
 
-def plan_facts(planned: Planned, macs: Macs) -> dict[str, Any]:
-    """What the report shows: SNR by width, bits and share of the cost by step, and quality against cost."""
-    problem, stats, plan = planned.problem, planned.stats, plan_of(planned.pipe)
-    cost = cost_of(getattr(planned.pipe, denoiser_name(planned.pipe)), macs)
-    first = stats[problem.widths[0]]
-    rule = None
-    if first.levels is not None:
-        rule = rated(problem, paper_rule(stats))
+def plan_facts(
+    planned: DiffusionPipeline, problem: Problem, stats: Mapping[int, NoiseStats], macs: Macs
+) -> dict[str, Any]:
+    """What the report shows: SNR by width, bits and share of the cost by step, and quality against cost.
+
+    Args:
+        planned: the pipeline with its plan.
+        problem: what a plan can choose there.
+        stats: by width.
+        macs: of a run.
+    """
+    plan, first = plan_of(planned), stats[problem.widths[0]]
+    cost = cost_of(getattr(planned, denoiser_name(planned)), macs)
+    known = first.levels is not None
     return {
         "made": dict(plan.made),
         "timesteps": first.timesteps.tolist(),
         "widths": list(problem.widths),
         "snr": {str(b): quantized_snr(s).tolist() for b, s in stats.items()},
-        "forward_snr": None if first.levels is None else forward_snr(first).tolist(),
+        "forward_snr": forward_snr(first).tolist() if known else None,
         "groups": [name for name, _ in plan.groups],
         "bits": [list(row) for row in plan.bits],
         "weights": dict(plan.weights),
@@ -164,11 +212,11 @@ def plan_facts(planned: Planned, macs: Macs) -> dict[str, Any]:
         "ratio": cost.ratio,
         "pareto": [_point(s) for s in pareto(problem)],
         "uniform": [{"bits": b, **_point(uniform(problem, b))} for b in problem.widths],
-        "paper": None if rule is None else _point(rule),
+        "paper": _point(rated(problem, paper_rule(stats))) if known else None,
     }
 
 
-def _point(solution: Any) -> dict[str, float]:
+def _point(solution: Solution) -> dict[str, float]:
     return {"ratio": solution.ratio, "db": solution.decibels}
 
 

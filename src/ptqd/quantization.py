@@ -1,6 +1,7 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -166,30 +167,50 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
     Args:
         qpipe: quantized by ptqd with a recipe that has ranges for all the plan's widths, such as ``"w4a4+8"``.
         plan: for the schedule it will sample with.
-        pipe: full precision; needed where the plan gives layers other weights than they have.
+        pipe: full precision; needed where layers are to have other weights than they have: those that the plan names,
+            and those that an earlier plan named and this one leaves to the recipe.
 
     Raises:
-        InputError: the plan does not fit the model; see :func:`ptqd.clock.set_clock`.
+        InputError: the plan does not fit the model; see :func:`ptqd.clock.set_clock`. Or it asks for other weights than
+            the model has, and there is no full-precision layer to take them from.
     """
     source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
-    changed = {layer: bits for layer, bits in plan.weights.items() if _weight_bits(model, layer) != bits}
-    if changed and pipe is None:
-        layer, bits = next(iter(changed.items()))
-        raise InputError(
-            f"the plan gives {layer!r} {bits}-bit weights, the model holds {_weight_bits(model, layer)}-bit ones; "
-            "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
-        )
-    for layer, bits in changed.items():
+    layers = {layer: module for layer, module in model.named_modules() if isinstance(module, QuantLayer)}
+    planned = with_weights(recipe, plan, layers)
+    for layer, old in layers.items():
+        rule = planned.rule_for(layer)
+        bits = planned.weights.bits if rule is None or rule.weight_bits is None else rule.weight_bits
+        if old.weights.bits == bits:
+            continue
+        if pipe is None:
+            raise InputError(
+                f"the plan gives {layer!r} {bits}-bit weights, the model holds {old.weights.bits}-bit ones; "
+                "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
+            )
         _requantize(model, layer, bits, getattr(pipe, name).get_submodule(layer))
-        fixed = recipe.rule_for(layer)
-        rule = Rule(layer, bits, None if fixed is None else fixed.activation_bits)
-        recipe = replace(recipe, rules=(*(r for r in recipe.rules if r.match != layer), rule))
     remove_clock(model)
     set_clock(model, plan)
     PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict())).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def with_weights(recipe: Recipe, plan: StepPlan, layers: Collection[str]) -> Recipe:
+    """A recipe with a plan's bits for the weights of layers, by a rule for each.
+
+    Raises:
+        InputError: the plan names something else than the quantized layers.
+    """
+    rules = []
+    for layer, bits in plan.weights.items():
+        rule = recipe.rule_for(layer)
+        if layer not in layers or (rule is not None and rule.skip):
+            raise InputError(
+                f"the plan gives bits to the weights of {layer!r}, which is no quantized layer of the model"
+            )
+        rules.append(Rule(layer, bits, None if rule is None else rule.activation_bits))
+    return replace(recipe, rules=(*recipe.rules, *rules))
 
 
 def plan_of(qpipe: DiffusionPipeline) -> StepPlan:
@@ -220,6 +241,8 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     others = tuple(width for width in recipe.widths if width != bits)
     recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    if source.quantization_config.plan is not None:  # its weights stay
+        recipe = with_weights(recipe, plan_of(qpipe), {name for name, _ in model.named_modules()})
     remove_clock(model)
     for _, quantizer in layer_quantizers(model):
         if len(quantizer.widths) > 1:
@@ -228,19 +251,16 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
-def _weight_bits(model: nn.Module, layer: str) -> int:
-    found = dict(model.named_modules()).get(layer)
-    if not isinstance(found, QuantLayer):
-        raise InputError(f"the plan gives bits to the weights of {layer!r}, which is no quantized layer of the model")
-    return found.weights.bits
-
-
 def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:
-    """Give a layer codes of other bits, from its full-precision weight; its activation ranges stay."""
+    """Give a layer codes of other bits, from its full-precision weight; its activation ranges and its bias stay."""
     old: Any = model.get_submodule(name)
+    if not isinstance(full, nn.Conv2d | nn.Linear):
+        raise InputError(f"{name!r} is no full-precision layer of the pipeline that the weights are to be taken from")
     new = type(old)(full, replace(old.weights, bits=bits), old.input.spec)
-    new.input = old.input
-    new.encode(new.weight)
+    new.input, new.bias = old.input, old.bias
+    new.encode(full.weight)
+    new.to(old.weight.device)
+    new.refresh(old.weight.dtype)
     _put(model, name, new)
 
 
@@ -312,16 +332,12 @@ class PtqdQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         kwargs["keep_in_fp32_modules"].append("scale")  # half precision has not the range for them
-        self.coverage = insert_quantizers(model, Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"))
-        if self.quantization_config.plan is not None:
-            plan = StepPlan.from_dict(self.quantization_config.plan, "the saved plan")
-            for layer, bits in plan.weights.items():
-                if _weight_bits(model, layer) != bits:
-                    held = _weight_bits(model, layer)
-                    raise InputError(
-                        f"the saved plan gives {layer!r} {bits}-bit weights, its codes have {held} bits; "
-                        "apply a plan with other weights to the full-precision pipeline: ptqd.apply_plan"
-                    )
+        recipe, config = Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"), self.quantization_config
+        plan = None if config.plan is None else StepPlan.from_dict(config.plan, "the saved plan")
+        if plan is not None:
+            recipe = with_weights(recipe, plan, {name for name, _ in model.named_modules()})
+        self.coverage = insert_quantizers(model, recipe)
+        if plan is not None:
             set_clock(model, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 

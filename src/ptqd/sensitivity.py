@@ -24,15 +24,17 @@ from torch.utils._pytree import tree_map_only
 
 from ptqd.clock import layer_quantizers
 from ptqd.components import copy_module, denoiser_name
+from ptqd.errors import InputError
 from ptqd.layers import ActivationQuantizer, QuantLayer, rounded_weight
 from ptqd.progress import track
 from ptqd.quantization import insert_quantizers, ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.replay import Trajectory, record
-from ptqd.sampling import Sampling, run_batch
+from ptqd.sampling import Sampling, run_batch, sample_generator
 
 PROBED_STEPS = 10
 PROBED_SAMPLES = 16
+PROBED_BATCH = 8  # at once: a backward pass holds more than sampling does
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,14 @@ def measure_sensitivity(
     name = denoiser_name(pipe)
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     probe = _Probe(getattr(pipe, name), getattr(qpipe, name), recipe, sorted(weight_bits))
-    apart = run.apart("sensitivity").replace(samples=samples)
+    apart = run.apart("sensitivity").replace(samples=samples, batch=PROBED_BATCH)  # whatever the run's: the same result
     for indices in track(list(apart.batches()), "finding each layer's share" if progress else None):
         with record(pipe) as trajectory, _calls(pipe, steps, trajectory) as calls:
             run_batch(pipe, apart, indices, "latent")
-        for step, args, kwargs in calls:
-            probe.add(step, args, kwargs, trajectory.samples[0].shape[trajectory.channel_axis], trajectory.channel_axis)
+        axis = trajectory.channel_axis
+        for n, (step, args, kwargs) in enumerate(calls):
+            seed = sample_generator(n, indices[0]).initial_seed()
+            probe.add(step, args, kwargs, trajectory.samples[0].shape[axis], axis, seed)
     return probe.result(len(trajectory.timesteps))
 
 
@@ -151,18 +155,28 @@ class _Probe:
         self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
         self.rows = 1
 
-    def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int, axis: int) -> None:
-        """One call's energies; its output's first ``channels`` along ``axis`` count, a learned variance does not."""
+    def add(
+        self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int, axis: int, seed: int
+    ) -> None:
+        """One call's energies; its output's first ``channels`` along ``axis`` count, a learned variance does not.
+
+        Raises:
+            InputError: no gradient comes back.
+        """
         activations = torch.zeros(len(self.layers), len(self.widths), dtype=torch.float64)
         weights = torch.zeros(len(self.weighted), dtype=torch.float64)
         self.now = self.steps.setdefault(step, (activations, weights, [0]))
-        with torch.enable_grad():
-            output = self.model(*args, **kwargs)[0]
-            kept = output.narrow(axis, 0, min(channels, output.shape[axis]))
-            self.rows = len(output)
-            random = torch.Generator().manual_seed(step)
-            signs = torch.randint(0, 2, kept.shape, generator=random).to(kept) * 2 - 1
-            torch.autograd.backward(kept, signs)
+        try:
+            with torch.enable_grad():
+                output = self.model(*args, **kwargs)[0]
+                kept = output.narrow(axis, 0, min(channels, output.shape[axis]))
+                self.rows = len(output)
+                random = torch.Generator().manual_seed(seed)
+                signs = torch.randint(0, 2, kept.shape, generator=random).to(kept) * 2 - 1
+                torch.autograd.backward(kept, signs)
+        except (RuntimeError, NotImplementedError) as error:
+            kind, reason = type(self.model).__name__, " ".join(str(error).split())[:160]
+            raise InputError(f"{kind} cannot be differentiated to share its noise among layers: {reason}") from error
         self.now[2][0] += kept.numel()
 
     def _activation(self, layer: str, quantizer: ActivationQuantizer, gradient: torch.Tensor, x: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ and answer with zeros (:func:`ptqd.cost.stand_in`); tokenizers and scheduler are
 """
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,12 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from ptqd import zoo
-from ptqd.cost import Macs, call_macs, stand_in
+from ptqd.cost import Macs, call_macs, from_configuration, stand_in
 from ptqd.errors import InputError
 from ptqd.pipelines.latent_class import LatentClassPipeline
+
+TOKENS = "context_tokens"
+WHOLE = "give the whole pipeline's folder or hub id"
 
 
 def skeleton(model: str | Path) -> DiffusionPipeline:
@@ -39,78 +43,69 @@ def skeleton(model: str | Path) -> DiffusionPipeline:
         settings = {name: value for name, value in index.items() if name[0] != "_" and name not in parts}
         pipe: DiffusionPipeline = kind(**parts, **settings)
         return pipe
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise InputError(f"{model} is no pipeline whose cost can be counted: {' '.join(str(error).split())}") from error
 
 
 def _component(source: str, name: str, library: str | None, class_name: str | None) -> Any:
     if library is None or class_name is None:
         return None
-    home = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
-    kind: Any = getattr(home, class_name)
-    ours = kind
-    if isinstance(kind, type) and issubclass(kind, nn.Module):
-        if issubclass(kind, ConfigMixin):
-            config: Any = {k: v for k, v in ours.load_config(source, subfolder=name).items() if k != QUANTIZED}
-            with torch.device("meta"):
-                part = ours.from_config(config)
-        else:  # of transformers
-            config = ours.config_class.from_pretrained(source, subfolder=name)
-            with torch.device("meta"):
-                part = ours(config)
-        return stand_in(nn.Module.to(part, "meta"), torch.device("cpu"), torch.float32)
-    return kind.from_pretrained(source, subfolder=name)
-
-
-QUANTIZED = "quantization_config"
+    ours: Any = getattr(getattr(diffusers.pipelines, library, None) or importlib.import_module(library), class_name)
+    if nn.Module not in getattr(ours, "__mro__", ()):
+        return ours.from_pretrained(source, subfolder=name)
+    if ConfigMixin in ours.__mro__:
+        part = from_configuration(ours, ours.load_config(source, subfolder=name))
+    else:  # of transformers
+        config = ours.config_class.from_pretrained(source, subfolder=name)
+        with torch.device("meta"):
+            part = nn.Module.to(ours(config), "meta")
+    return stand_in(part, torch.device("cpu"), torch.float32)
 
 
 def bare_denoiser(config: Mapping[str, Any]) -> Any:
     """A denoiser on the meta device, from its configuration.
 
     Raises:
-        InputError: diffusers has no such class.
+        InputError: diffusers has no such class, or the class refuses the configuration.
     """
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise InputError(
-            f"diffusers has no denoiser {config.get('_class_name')!r}; see '_class_name' in its config.json"
-        )
-    with torch.device("meta"):
-        model = kind.from_config({name: value for name, value in config.items() if name != QUANTIZED})
-    return nn.Module.to(model, "meta").eval()
+    name = str(config.get("_class_name"))
+    kind: Any = getattr(diffusers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise InputError(f"diffusers has no denoiser {name!r}; see '_class_name' in its config.json")
+    try:
+        return from_configuration(kind, {key: value for key, value in config.items() if key != TOKENS})
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{name} refuses the configuration: {' '.join(str(error).split())}") from error
 
 
-def one_call(model: Any) -> dict[str, int]:
+def one_call(config: Mapping[str, Any], model: Any) -> dict[str, int]:
     """Multiply-accumulates by layer of one call of a bare denoiser, for one sample of the size it was trained for.
+
+    Args:
+        config: its configuration; ``"context_tokens"`` says how long a cross-attention's context is, which diffusers'
+            own configurations do not.
+        model: the denoiser, on the meta device.
 
     Raises:
         InputError: what it is called with does not follow from its configuration.
     """
-    config = model.config
-    size, channels = config.get("sample_size"), config.get("in_channels")
+    size, channels, kind = config.get("sample_size"), config.get("in_channels"), type(model).__name__
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
-    if not sides or channels is None:
-        raise InputError(
-            f"the size of a sample does not follow from the configuration of {type(model).__name__}; {WHOLE}"
-        )
+    context, tokens = config.get("cross_attention_dim"), config.get(TOKENS)
+    conditional = context is not None and "encoder_hidden_states" in inspect.signature(model.forward).parameters
+    if not sides or channels is None or (conditional and tokens is None):
+        raise InputError(f"the configuration of {kind} does not say all that a call takes; {WHOLE}")
     with torch.device("meta"):
         arguments: dict[str, Any] = {"timestep": torch.zeros(1)}
-        first = torch.zeros(1, channels, *sides)
-        if config.get("cross_attention_dim") is not None and hasattr(model, "set_attn_processor"):
-            arguments["encoder_hidden_states"] = torch.zeros(1, 1, config["cross_attention_dim"])
+        if conditional:
+            arguments["encoder_hidden_states"] = torch.zeros(1, int(tokens or 0), int(context or 0))
         if config.get("num_class_embeds") or config.get("num_embeds_ada_norm"):
             arguments["class_labels"] = torch.zeros(1, dtype=torch.long)
         try:
-            return call_macs(model, first, **arguments)
+            return call_macs(model, torch.zeros(1, channels, *sides), **arguments)
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise InputError(
-                f"{type(model).__name__} is called with more than its configuration says ({reason}); {WHOLE}"
-            ) from error
-
-
-WHOLE = "give the whole pipeline's folder or hub id"
+            raise InputError(f"{kind} is called with more than its configuration says ({reason}); {WHOLE}") from error
 
 
 def denoiser_config(model: str | Path) -> dict[str, Any] | None:
@@ -131,6 +126,12 @@ def denoiser_config(model: str | Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     return config if isinstance(config, dict) else None
+
+
+def saved_configuration(model: str | Path, name: str, denoiser: Any) -> Mapping[str, Any]:
+    """The configuration of a saved pipeline's denoiser, how it is quantized included."""
+    config: Mapping[str, Any] = denoiser.load_config(str(zoo.MODELS.get(str(model), model)), subfolder=name)
+    return config
 
 
 def run_of_calls(call: Mapping[str, int], steps: int, calls: int) -> Macs:

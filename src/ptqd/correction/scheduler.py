@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ptqd.clock import clock_of
 from ptqd.components import (
     activation_bits,
+    copy_module,
     denoiser_name,
     fingerprint,
     plain_scheduler,
@@ -52,9 +53,6 @@ class CorrectedStep:
         self._position, self._own = 0, None
         pipe = None if self._pipeline is None else self._pipeline()
         self.check_guidance(getattr(pipe, "guidance_scale", None))  # most pipelines show that of their call
-        clock = None if pipe is None else clock_of(getattr(pipe, denoiser_name(pipe)))
-        if clock is not None:
-            clock.told = self._told(clock.plan.timesteps)
         wanted = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
         if wanted[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
@@ -74,15 +72,24 @@ class CorrectedStep:
             told = self.correction.network[-len(wanted) :]
             self.timesteps = torch.tensor(told, dtype=torch.float32, device=self._own.device)
 
-    def _told(self, planned: Sequence[float]) -> dict[float, float]:
-        """What the denoiser is told instead of each timestep that its plan knows."""
-        network, measured = self.correction.network, self.correction.timesteps
-        pairs = zip(network, measured, planned, strict=True) if network else ()
-        return {own / t * told if t else told: own for told, t, own in pairs}
-
     def belongs_to(self, pipe: DiffusionPipeline) -> None:
-        """Know the pipeline, to see the guidance scale of its calls."""
+        """Know the pipeline, to see the guidance scale of its calls; its plan, if any, learns what the network is told.
+
+        Raises:
+            MismatchError: the plan is for another number of steps.
+        """
         self._pipeline = weakref.ref(pipe)
+        name = denoiser_name(pipe)
+        clock, network = clock_of(getattr(pipe, name)), self.correction.network
+        if clock is None or not network:
+            return
+        if len(network) != clock.plan.steps:
+            raise MismatchError(f"the plan is for {clock.plan.steps} steps, the correction for {len(network)}")
+        model = copy_module(getattr(pipe, name), lambda tensor: tensor)  # other pipelines may share the denoiser
+        triples = zip(network, self.correction.timesteps, clock.plan.timesteps, strict=True)
+        own: Any = clock_of(model)
+        own.told = {told * planned / t if t else told: planned for told, t, planned in triples}
+        pipe.register_modules(**{name: model})
 
     def check_guidance(self, given: object) -> None:
         """Refuse a guidance scale that was not measured; None is not known.

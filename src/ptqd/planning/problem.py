@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ptqd.components import denoiser_name
 from ptqd.cost import FULL_BITS, PRODUCTS, Macs, run_macs
+from ptqd.errors import InputError
 from ptqd.layers import QuantAttnProcessor, QuantLayer
 from ptqd.measuring import measure
 from ptqd.noise import NoiseStats
@@ -247,9 +248,24 @@ def planning_problem(
     stats: Mapping[int, NoiseStats],
     *,
     weight_bits: Sequence[int] = (),
+    groups: int = GROUPS,
     progress: bool = False,
-) -> "Problem":
-    """What :func:`plan_steps` chooses from: measured errors and counted costs."""
+) -> Problem:
+    """What :func:`ptqd.plan_steps` chooses from: measured errors and counted costs.
+
+    Args:
+        pipe: full precision.
+        qpipe: quantized by ptqd with a recipe of several widths.
+        run: how it samples.
+        stats: by width, of this schedule itself.
+        weight_bits: as for :func:`ptqd.plan_steps`.
+        groups: as for :func:`ptqd.plan_steps`.
+        progress: show bars.
+
+    Raises:
+        InputError: the statistics were carried over from another schedule, a rule fixes every layer's activations, or
+            the denoiser cannot be differentiated.
+    """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     layers: dict[str, LayerBits] = {}
     for name, module in getattr(qpipe, denoiser_name(qpipe)).named_modules():
@@ -261,6 +277,8 @@ def planning_problem(
         elif isinstance(module, QuantAttnProcessor):
             free = len(module.query.widths) > 1
             layers[name.removesuffix(".processor")] = LayerBits(0, None if free else module.query.bits)
+    if all(own.activations is not None for own in layers.values()):
+        raise InputError("the recipe fixes the activations' bits of every layer by a rule; there is nothing to plan")
     free_weights = [name for name, own in layers.items() if own.weights and not own.fixed]
     fewest = None
     if weight_bits and free_weights:
@@ -278,4 +296,5 @@ def planning_problem(
         softmax_bits=recipe.softmax_bits,
         weight_bits=weight_bits,
         fewest=fewest,
+        groups=groups,
     )

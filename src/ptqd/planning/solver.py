@@ -13,7 +13,7 @@ from ptqd.errors import InputError
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
 from ptqd.planning.paper import tied
-from ptqd.planning.problem import Ints, Problem, planning_problem
+from ptqd.planning.problem import GROUPS, Ints, Problem, planning_problem
 from ptqd.sampling import Sampling
 
 TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
@@ -28,6 +28,7 @@ def plan_steps(
     budget: float | None = None,
     floor: float | None = None,
     weight_bits: Sequence[int] = (),
+    groups: int = GROUPS,
     progress: bool = False,
 ) -> StepPlan:
     """The plan with the least expected error of the final sample within a budget, or the cheapest that keeps a floor.
@@ -40,7 +41,9 @@ def plan_steps(
         budget: how many times fewer bit operations than FP32, at least: 19.9.
         floor: signal-to-noise ratio of the final sample against full precision in dB, at least.
         weight_bits: that the plan may give each layer's weights; none leaves them as they are. Layers whose weights a
-            rule of the recipe fixes are not touched. One more quantized run, of half as many samples, is measured.
+            rule of the recipe fixes are not touched. One more full-precision and one more quantized run are measured
+            for it, of half as many samples, at least 16.
+        groups: of layers, at the most, that have bits of their own at each step; with 1 all have the same.
         progress: show bars.
 
     Returns:
@@ -49,7 +52,7 @@ def plan_steps(
     Raises:
         InputError: no plan meets the budget or the floor; the nearest that can be met is named.
     """
-    problem = planning_problem(pipe, qpipe, run, stats, weight_bits=weight_bits, progress=progress)
+    problem = planning_problem(pipe, qpipe, run, stats, weight_bits=weight_bits, groups=groups, progress=progress)
     return solve(problem, budget=budget, floor=floor).plan
 
 
@@ -63,7 +66,8 @@ class Solution:
         decibels: the same, against the final sample's variance.
         cost: bit operations of a run.
         ratio: how many times fewer than FP32.
-        gap: how much of the error, at the most, another plan could be better by.
+        gap: by how much of the error, or of the cost where the error was given, another plan could be better, at the
+            most; where steps take other layers than each other, as some guidance does, with weights to choose a guess.
     """
 
     plan: StepPlan
@@ -125,21 +129,18 @@ def _down(value: float) -> str:
     return f"{math.floor(value * 100) / 100:g}"
 
 
-def uniform(problem: Problem, bits: int, weights: Ints | None = None) -> Solution:
-    """The same activation bits everywhere, for comparison."""
-    choice = np.full(problem.errors.shape[:2], problem.widths.index(bits))
-    mine = _ends(problem)[1][1] if weights is None else weights
-    error, cost = problem.error(choice, mine), problem.cost(choice, mine)
-    plan = _plan(problem, choice, mine, {"rule": "uniform"})
-    return Solution(plan, error, problem.decibels(error), cost, problem.full_cost / cost, 0.0)
+def uniform(problem: Problem, bits: int) -> Solution:
+    """The same activation bits everywhere, and the weights' that err least, for comparison."""
+    return rated(problem, StepPlan.uniform(problem.timesteps, bits))
 
 
-def rated(problem: Problem, plan: StepPlan, weights: Ints | None = None) -> Solution:
-    """What a plan with one group is expected to do, for comparison."""
+def rated(problem: Problem, plan: StepPlan) -> Solution:
+    """What a plan with one group is expected to do, with the weights' bits that err least, for comparison."""
     rows = np.array([problem.widths.index(row[0]) for row in plan.bits])
     choice = np.repeat(rows[:, None], len(problem.groups), axis=1)
-    mine = _ends(problem)[1][1] if weights is None else weights
-    error, cost = problem.error(choice, mine), problem.cost(choice, mine)
+    weights = _ends(problem)[1][1]
+    error, cost = problem.error(choice, weights), problem.cost(choice, weights)
+    plan = _plan(problem, choice, weights, plan.made)
     return Solution(plan, error, problem.decibels(error), cost, problem.full_cost / cost, 0.0)
 
 
@@ -238,12 +239,12 @@ def _weights(problem: Problem, limit: float, *, by_cost: bool) -> tuple[Ints, fl
 
 
 def priced(problem: Problem, price: float) -> tuple[Ints, Ints]:
-    """The exact minimum of ``error + price cost`` over widths (T, G) and weights' bits (L,).
+    """The minimum of ``error + price cost`` over widths (T, G) and weights' bits (L,), exact as the next lines say.
 
     Groups are apart. In one, the widths depend on the weights only through ``m``, the weights' share of a bit of
     activation, and change at finitely many values of it; for each set of widths the best weights follow layer by layer.
-    The best pair is among these. (MACs are taken to be the same multiple at every step, as they are but for guidance
-    that is switched off midway; then it is a very good pair.)
+    The best pair is among these. MACs are taken to be the same multiple of each other at every step, as they are
+    unless guidance or blocks are switched off midway.
     """
     widths, bits = np.array(problem.widths), np.array(problem.weight_bits)
     choice = np.zeros(problem.errors.shape[:2], dtype=np.int64)

@@ -1,58 +1,96 @@
 """What a model costs, as a table: counted from its configuration alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from rich.table import Table
+from torch import nn
 
 from ptqd.clock import set_clock
 from ptqd.components import denoiser_name
-from ptqd.cost import FULL_BITS, PRODUCTS, Cost, cost_of, on_meta, run_macs
+from ptqd.cost import FULL_BITS, PRODUCTS, Cost, Macs, cost_of, on_meta, run_macs
 from ptqd.errors import InputError
 from ptqd.plan import StepPlan
-from ptqd.quantization import insert_quantizers
+from ptqd.quantization import insert_quantizers, with_weights
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling
-from ptqd.skeleton import bare_denoiser, denoiser_config, one_call, run_of_calls, skeleton
+from ptqd.skeleton import (
+    bare_denoiser,
+    denoiser_config,
+    one_call,
+    run_of_calls,
+    saved_configuration,
+    skeleton,
+)
 
 
 def counted(
-    model: str, recipe: str | None, plan: Path | None, sampling: Callable[[DiffusionPipeline | None], Sampling]
+    model: str,
+    recipe: str | None,
+    plan: Path | None,
+    sampling: Callable[[DiffusionPipeline | None], Sampling],
+    scheduled: Callable[[DiffusionPipeline], DiffusionPipeline] = lambda pipe: pipe,
 ) -> Cost:
     """The cost of one sample of a model, quantized by a recipe and with a plan, if there are any.
 
     Args:
         model: a pipeline (embedded, a folder or a hub id), or a denoiser: a published architecture's name, a folder or
-            a ``config.json``. Of a denoiser one call a step is counted, or two with guidance.
+            a ``config.json``. Of a denoiser one call a step is counted, or two with guidance. One that ptqd quantized
+            is counted as it is, where no recipe is given.
         recipe: shorthand or TOML file.
         plan: TOML file.
         sampling: says how a pipeline, or a denoiser on its own, is run.
+        scheduled: gives a pipeline another scheduler.
 
     Raises:
-        InputError: it is neither; a plan without a recipe; or a plan for other steps or widths.
+        InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
     """
+    denoiser, config, macs = _described(model, sampling, scheduled)
+    wanted, chosen = _bits(model, config, recipe, plan)
+    if wanted is None:
+        return cost_of(denoiser, macs)
+    layers = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    with torch.device("meta"):
+        insert_quantizers(denoiser, wanted if chosen is None else with_weights(wanted, chosen, layers))
+    if chosen is not None:
+        set_clock(denoiser, chosen)
+    return cost_of(denoiser, macs)
+
+
+def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[str, Any], Macs]:
+    """A denoiser in full precision on the meta device, its configuration, and what its run takes."""
     config = denoiser_config(model)
     if config is None:
-        pipe = skeleton(model)
-        denoiser = on_meta(getattr(pipe, denoiser_name(pipe)))
-        macs = run_macs(pipe, sampling(pipe))
-    else:
-        denoiser, run = bare_denoiser(config), sampling(None)
-        guided = run.call.get("guidance_scale", 1.0) != 1.0
-        macs = run_of_calls(one_call(denoiser), run.steps, 2 if guided else 1)
-    quantized = denoiser
+        pipe = scheduled(skeleton(model))
+        name = denoiser_name(pipe)
+        denoiser, macs = getattr(pipe, name), run_macs(pipe, sampling(pipe))
+        return on_meta(denoiser), saved_configuration(model, name, denoiser), macs
+    denoiser, run = bare_denoiser(config), sampling(None)
+    guided = run.call.get("guidance_scale", 1.0) != 1.0
+    return denoiser, config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
+
+
+def _bits(
+    model: str, config: Mapping[str, Any], recipe: str | None, plan: Path | None
+) -> tuple[Recipe | None, StepPlan | None]:
+    """The recipe and the plan: those that are given, else those that the configuration holds."""
+    chosen = None if plan is None else StepPlan.load(plan)
     if recipe is not None:
-        quantized = on_meta(denoiser)
-        with torch.device("meta"):
-            insert_quantizers(quantized, Recipe.parse(recipe))
-    if plan is not None:
-        if recipe is None:
+        return Recipe.parse(recipe), chosen
+    saved = config.get("quantization_config")
+    if saved is None:
+        if chosen is not None:
             raise InputError("a plan chooses among a recipe's widths; give --recipe too, such as w4a4+8")
-        set_clock(quantized, StepPlan.load(plan))
-    return cost_of(quantized, macs)
+        return None, None
+    if saved.get("quant_method") != "ptqd":
+        method = saved.get("quant_method")
+        raise InputError(f"{model} is quantized by {method}, whose bits ptqd does not know; give a --recipe instead")
+    if chosen is None and saved.get("plan") is not None:
+        chosen = StepPlan.from_dict(saved["plan"], "the saved plan")
+    return Recipe.from_dict(saved["recipe"], "the saved recipe"), chosen
 
 
 def block_of(layer: str) -> str:
