@@ -394,7 +394,7 @@ def test_a_plan_from_the_shell(
 
     assert "no plan meets a budget of 500x; the nearest is" in fails(capsys, *plan, "--budget", "500x")
     assert "needs --budget, such as 19.9x" in fails(capsys, *plan)
-    for bad in ("many", "nan", "0x", "-3x"):
+    for bad in ("many", "nan", "0x"):
         assert "is no number above 0; give it like 19.9x" in fails(capsys, *plan, "--budget", bad)
     assert "whole numbers of bits" in fails(capsys, *plan, "--budget", "20x", "--weights", "4.5")
     assert "bits must be 2 to 8; got 9" in fails(capsys, *plan, "--budget", "20x", "--weights", "4,9")
@@ -407,7 +407,7 @@ def test_a_plan_from_the_shell(
 
 
 def test_what_a_model_costs(model: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cost = ["cost", str(model), *QUANTIZE]
+    cost = ["cost", str(model), "--steps", "3", "--guidance", "2"]
     assert main([*cost, "--json"]) == 0
     full = json.loads(capsys.readouterr().out)
     assert full["bit_operations"] == 1024 * full["macs"]

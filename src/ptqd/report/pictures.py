@@ -70,12 +70,13 @@ def setting_strips(
 
 def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
     """All strips with their labels on one sheet, as a PNG."""
-    margin, line = 190, 22
+    font, line = ImageFont.load_default(15), 22
+    margin = 20 + max(int(font.getlength(label)) for _, rows in strips for label, _ in rows)
     pictures = [Image.open(io.BytesIO(data)) for _, rows in strips for _, data in rows]
     width = margin + max(picture.width for picture in pictures)
     height = sum(picture.height + 3 for picture in pictures) + 2 * line * len(strips)
     sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw = ImageDraw.Draw(sheet)
     y = 0
     for title, rows in strips:
         draw.text((margin, y + line // 2), title, "black", font)
