@@ -163,6 +163,17 @@ def test_a_skeleton_costs_what_the_pipeline_does(pipe: Any, tmp_path: Path) -> N
     assert torch.equal(mine.counts, theirs.counts)
 
 
+@pytest.mark.parametrize("name", ["sd1", "flux", "pixart-sigma", "sd-img2img"])
+def test_pipelines_are_counted_from_their_folders(name: str, tmp_path: Path) -> None:
+    """The last two need their weights: one looks at its prompt's mask, one encodes a picture."""
+    case = CASES[name]
+    pipe = case.build()
+    pipe.save_pretrained(tmp_path)
+    run = Sampling(case.steps, case.eta, 1, 1, 0, {**case.call, **(case.guidance or {})})
+    found = counted(str(tmp_path), None, None, lambda _: run)
+    assert torch.equal(found.macs.counts, run_macs(pipe, run).counts)
+
+
 def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path) -> None:
     from ptqd import quantize
 

@@ -117,7 +117,7 @@ def _cmd_plan(args: argparse.Namespace) -> None:
 
 
 def _cmd_cost(args: argparse.Namespace) -> None:
-    """Count multiply-accumulates, bit operations, parameters and bytes; no weights are loaded."""
+    """Count multiply-accumulates, bit operations, parameters and bytes, without the weights where that suffices."""
     from rich.console import Console
 
     from ptqd.report.cost import cost_json, cost_table, counted

@@ -1,5 +1,6 @@
-"""What a model costs, as a table: counted from its configuration alone."""
+"""What a model costs, as a table: counted from its configuration alone, wherever that suffices."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ptqd.clock import set_clock
 from ptqd.components import denoiser_name
 from ptqd.cost import FULL_BITS, PRODUCTS, Cost, Macs, cost_of, on_meta, run_macs
 from ptqd.errors import InputError
+from ptqd.loading import load
 from ptqd.plan import StepPlan
 from ptqd.quantization import insert_quantizers, with_weights
 from ptqd.recipe import Recipe
@@ -25,6 +27,8 @@ from ptqd.skeleton import (
     saved_configuration,
     skeleton,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def counted(
@@ -65,9 +69,14 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[
     config = denoiser_config(model)
     if config is None:
         pipe = scheduled(skeleton(model))
-        name = denoiser_name(pipe)
-        denoiser, macs = getattr(pipe, name), run_macs(pipe, sampling(pipe))
-        return on_meta(denoiser), saved_configuration(model, name, denoiser), macs
+        try:
+            macs = run_macs(pipe, sampling(pipe))
+        except InputError as error:  # some look at their text encoder's numbers, or encode a picture
+            logger.warning("%s; it is loaded", error)
+            pipe = scheduled(load(model))
+            macs = run_macs(pipe, sampling(pipe))
+        denoiser = getattr(pipe, denoiser_name(pipe))
+        return on_meta(denoiser), saved_configuration(model, denoiser_name(pipe), denoiser), macs
     denoiser, run = bare_denoiser(config), sampling(None)
     guided = run.call.get("guidance_scale", 1.0) != 1.0
     return denoiser, config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
