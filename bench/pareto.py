@@ -23,10 +23,10 @@ from grid import drawn
 import ptqd
 from ptqd.cost import cost_of, run_macs
 from ptqd.experiment import MEASURED
+from ptqd.planned import at_width
 from ptqd.planning.contributions import contributions
 from ptqd.planning.problem import planning_problem
 from ptqd.planning.solver import solve
-from ptqd.quantization import at_width
 from ptqd.sampling import Sampling
 
 SAMPLES = 250

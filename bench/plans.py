@@ -26,9 +26,9 @@ from ptqd.evaluate.moments import Moments
 from ptqd.experiment import MEASURED, load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.noise import NoiseStats
+from ptqd.planned import plan_of
 from ptqd.planning.paper import paper_rule
 from ptqd.planning.solver import plan_steps
-from ptqd.quantization import plan_of
 from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE

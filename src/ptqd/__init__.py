@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from ptqd.noise import NoiseStats
     from ptqd.pipelines.latent_class import LatentClassPipeline
     from ptqd.plan import StepPlan
+    from ptqd.planned import apply_plan
     from ptqd.planning.paper import paper_rule
     from ptqd.planning.solver import plan_steps
-    from ptqd.quantization import apply_plan, quantize
+    from ptqd.quantization import quantize
     from ptqd.recipe import Quantizer, Recipe, Rule
     from ptqd.sampling import Sampling, sample
 
@@ -37,7 +38,7 @@ _HOMES = {
     "Rule": "ptqd.recipe",
     "Sampling": "ptqd.sampling",
     "StepPlan": "ptqd.plan",
-    "apply_plan": "ptqd.quantization",
+    "apply_plan": "ptqd.planned",
     "correct": "ptqd.correction.scheduler",
     "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",

@@ -94,7 +94,7 @@ def _cmd_plan(args: argparse.Namespace) -> None:
 
     from ptqd.files import replacing
     from ptqd.plan_stages import PlanRequest, make_plan, measured_widths
-    from ptqd.quantization import apply_plan
+    from ptqd.planned import apply_plan
 
     _check_replaceable(args.out)
     request = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights, args.groups)

@@ -31,9 +31,10 @@ from ptqd.plan_stages import (
     save_widths,
     trajectory_images,
 )
+from ptqd.planned import apply_plan
 from ptqd.planning.problem import planning_problem
 from ptqd.progress import busy
-from ptqd.quantization import apply_plan, quantize
+from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, guidance_of, sample
 from ptqd.stages import RunFolder

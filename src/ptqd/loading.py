@@ -15,7 +15,7 @@ from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.plan import StepPlan
-from ptqd.quantization import plan_of
+from ptqd.planned import plan_of
 
 
 def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -17,8 +17,9 @@ from ptqd.errors import InputError
 from ptqd.joint import fold_of, fold_sums, joint_moments
 from ptqd.levels import noise_levels
 from ptqd.noise import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
+from ptqd.planned import at_width
 from ptqd.progress import track
-from ptqd.quantization import at_width, ptqd_quantizer
+from ptqd.quantization import ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.replay import Answer, Trajectory, record, replay, whole_samples
 from ptqd.response import Response, linear_response

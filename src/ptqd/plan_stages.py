@@ -20,10 +20,10 @@ from ptqd.files import make_folder, replacing
 from ptqd.measuring import measure_widths
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
+from ptqd.planned import plan_of
 from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
 from ptqd.planning.problem import GROUPS, Problem, planning_problem
 from ptqd.planning.solver import Solution, pareto, rated, solve, uniform
-from ptqd.quantization import plan_of
 from ptqd.recipe import Recipe
 from ptqd.replay import record
 from ptqd.sampling import Sampling, run_batch

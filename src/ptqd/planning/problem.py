@@ -15,9 +15,10 @@ from ptqd.layers import QuantAttnProcessor, QuantLayer
 from ptqd.measuring import measure
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
+from ptqd.planned import apply_plan
 from ptqd.planning.contributions import contributions
 from ptqd.planning.paper import told_timesteps
-from ptqd.quantization import apply_plan, ptqd_quantizer
+from ptqd.quantization import ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling
 from ptqd.sensitivity import Sensitivity, measure_sensitivity

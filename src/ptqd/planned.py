@@ -1,0 +1,106 @@
+"""Quantized pipelines with other bits than they were made with: by a plan, or one width at every step.
+
+What stays the same, codes and ranges, is shared with the pipeline they are made from.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.clock import layer_quantizers, remove_clock, set_clock
+from ptqd.components import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
+from ptqd.errors import InputError
+from ptqd.layers import ActiveWidth, QuantLayer
+from ptqd.plan import StepPlan
+from ptqd.quantization import PtqdConfig, PtqdQuantizer, ptqd_quantizer, put_layer, with_weights
+from ptqd.recipe import Recipe
+
+
+def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline | None = None) -> DiffusionPipeline:
+    """A quantized pipeline whose bits follow a plan; codes and ranges that stay the same are shared, not copied.
+
+    Its scheduler corrects nothing: a correction belongs to the bits it was measured at.
+
+    Args:
+        qpipe: quantized by ptqd with a recipe that has ranges for all the plan's widths, such as ``"w4a4+8"``.
+        plan: for the schedule it will sample with.
+        pipe: full precision; needed where layers are to have other weights than they have: those that the plan names,
+            and those that an earlier plan named and this one leaves to the recipe.
+
+    Raises:
+        InputError: the plan does not fit the model; see :func:`ptqd.clock.set_clock`. Or it asks for other weights than
+            the model has, and there is no full-precision layer to take them from.
+    """
+    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
+    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    recipe = Recipe.from_dict(source.quantization_config.recipe)
+    layers = {layer: module for layer, module in model.named_modules() if isinstance(module, QuantLayer)}
+    planned = with_weights(recipe, plan, layers)
+    for layer, old in layers.items():
+        rule = planned.rule_for(layer)
+        bits = planned.weights.bits if rule is None or rule.weight_bits is None else rule.weight_bits
+        if old.weights.bits == bits:
+            continue
+        if pipe is None:
+            raise InputError(
+                f"the plan gives {layer!r} {bits}-bit weights, the model holds {old.weights.bits}-bit ones; "
+                "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
+            )
+        _requantize(model, layer, bits, getattr(pipe, name).get_submodule(layer))
+    remove_clock(model)
+    set_clock(model, plan)
+    PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict())).adopt(model, source.coverage)
+    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def plan_of(qpipe: DiffusionPipeline) -> StepPlan:
+    """The plan of a quantized pipeline.
+
+    Raises:
+        InputError: it has none, or ptqd did not quantize it.
+    """
+    plan = ptqd_quantizer(qpipe).quantization_config.plan
+    if plan is None:
+        raise InputError("the pipeline has no plan; make one with 'ptqd plan'")
+    return StepPlan.from_dict(plan)
+
+
+def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
+    """A quantized pipeline with the same activation bits at every step; see :func:`apply_plan`.
+
+    Raises:
+        InputError: the model has no ranges for that width.
+    """
+    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
+    recipe = Recipe.from_dict(source.quantization_config.recipe)
+    if bits not in recipe.widths:
+        known = " and ".join(map(str, recipe.widths))
+        raise InputError(
+            f"the model has activation ranges for {known} bits, not for {bits}; quantize with such a recipe"
+        )
+    others = tuple(width for width in recipe.widths if width != bits)
+    recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
+    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    if source.quantization_config.plan is not None:  # its weights stay
+        recipe = with_weights(recipe, plan_of(qpipe), {name for name, _ in model.named_modules()})
+    remove_clock(model)
+    for _, quantizer in layer_quantizers(model):
+        if len(quantizer.widths) > 1:
+            quantizer.active = ActiveWidth(quantizer.widths.index(bits))
+    PtqdQuantizer(PtqdConfig(recipe.to_dict())).adopt(model, source.coverage)
+    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:
+    """Give a layer codes of other bits, from its full-precision weight; its activation ranges and its bias stay."""
+    old: Any = model.get_submodule(name)
+    if not isinstance(full, nn.Conv2d | nn.Linear):
+        raise InputError(f"{name!r} is no full-precision layer of the pipeline that the weights are to be taken from")
+    new = type(old)(full, replace(old.weights, bits=bits), old.input.spec)
+    new.input, new.bias = old.input, old.bias
+    new.encode(full.weight)
+    new.to(old.weight.device)
+    new.refresh(old.weight.dtype)
+    put_layer(model, name, new)
