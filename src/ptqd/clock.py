@@ -8,6 +8,7 @@ read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ class StepClock:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before each call of the denoiser."""
         told = told_timestep(module, args, kwargs)
-        step = self.step_at(float("nan") if told is None else told, getattr(module, "dtype", torch.float32))
+        t = math.nan if told is None else told
+        known = t in self._index  # else its precision matters, which takes a model longer to say
+        step = self.step_at(t, torch.float32 if known else getattr(module, "dtype", torch.float32))
         for group, index in zip(self.groups, self.rows[step], strict=True):
             group.index = index
 
