@@ -49,6 +49,7 @@ ROWS = {
     "w4, a4/a8, cnc": ("paper", ("cnc",)),
     "w4, a4/a8, cnc+bc": ("paper", ("cnc", "bc")),
     "w4, a4/a8, cnc+bc+vsc": ("paper", ("cnc", "bc", "vsc")),
+    "w4, a4/a8, joint+vsc": ("paper", ("joint", "vsc")),
     "w4, a4/a8, auto": ("paper", ("auto",)),
 }
 
