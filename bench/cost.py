@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from ptqd.cost import PRODUCTS, Macs, call_macs, cost_of, on_meta
-from ptqd.quantization import insert_quantizers
+from ptqd.insertion import insert_quantizers
 from ptqd.recipe import Recipe
 from ptqd.skeleton import bare_denoiser, denoiser_config, one_call
 

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ptqd import InputError, Quantizer, Recipe, Sampling, StepPlan, apply_plan
 from ptqd.components import with_components
 from ptqd.cost import Bits, Cost, Macs, call_macs, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost, run_macs
-from ptqd.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
-from ptqd.quantization import insert_quantizers
+from ptqd.attention import QuantAttnProcessor
+from ptqd.layers import QuantConv, QuantLinear
+from ptqd.insertion import insert_quantizers
 from ptqd.report.cost import counted
 from ptqd.sampling import run_batch
 from ptqd.skeleton import bare_denoiser, denoiser_config, one_call, skeleton
@@ -48,7 +49,7 @@ def test_attention_products_by_hand() -> None:
 def test_bits_of_layers_and_products() -> None:
     w4, a8 = Quantizer(4), Quantizer(8, symmetric=False)
     model: Any = nn.Module()
-    model.conv, model.linear = QuantConv2d(nn.Conv2d(4, 6, 3), w4, a8), QuantLinear(nn.Linear(6, 5), w4, a8)
+    model.conv, model.linear = QuantConv(nn.Conv2d(4, 6, 3), w4, a8), QuantLinear(nn.Linear(6, 5), w4, a8)
     model.plain, model.attention = nn.Linear(2, 2), Attention(16, heads=2, dim_head=8)
     model.attention.set_processor(QuantAttnProcessor(Quantizer(4, symmetric=False), 8))
     layers = ("conv", "linear", "plain", "attention.qk", "attention.pv", "nowhere.matmul")
@@ -56,7 +57,7 @@ def test_bits_of_layers_and_products() -> None:
     assert bits.left[0].tolist() == [4, 4, 32, 4, 8, 32]
     assert bits.right[1].tolist() == [8, 8, 32, 4, 4, 32]
     macs = Macs(("conv",), torch.tensor([[10.0], [30.0]], dtype=torch.float64))
-    cost = Cost(macs, Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]])), 0, 0, 0)
+    cost = Cost(macs, Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]]), torch.zeros(1)), 0, 0, 0)
     assert cost.bops.tolist() == [[160.0], [960.0]]
     assert (cost.total, cost.ratio) == (1120, 40 * 1024 / 1120)
 

@@ -5,7 +5,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd import InputError, Quantizer
-from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from ptqd.activations import ActivationQuantizer
+from ptqd.attention import QuantAttnProcessor
+from ptqd.layers import QuantConv, QuantLayer, QuantLinear
 
 W4 = Quantizer(4, symmetric=True, range="minmax")
 W4_AFFINE = Quantizer(4, symmetric=False, range="minmax")
@@ -51,7 +53,7 @@ def test_linear_is_torchs_fake_quantization(weights: Quantizer) -> None:
 def test_convolution_is_torchs_fake_quantization() -> None:
     torch.manual_seed(0)
     plain, x = nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=1, groups=2), torch.randn(4, 6, 9, 9)
-    quantized = frozen(QuantConv2d(plain, W4, A8), x)
+    quantized = frozen(QuantConv(plain, W4, A8), x)
     want = F.conv2d(oracle_input(x), oracle_weight(plain.weight, True), plain.bias, (2, 2), (1, 1), (1, 1), 2)
     assert (quantized(x) - want).abs().mean() < 1e-4
 
@@ -131,4 +133,4 @@ def test_freezing_without_observing_is_an_error() -> None:
 
 def test_padding_modes_without_a_quantized_form_are_refused() -> None:
     with pytest.raises(InputError, match="padding_mode='circular'"):
-        QuantConv2d(nn.Conv2d(1, 1, 3, padding_mode="circular"), W4, A8)
+        QuantConv(nn.Conv2d(1, 1, 3, padding_mode="circular"), W4, A8)

@@ -24,7 +24,7 @@ from ptqd import (
 )
 from ptqd.clock import StepClock, clock_of
 from ptqd.components import with_components
-from ptqd.layers import ActiveWidth
+from ptqd.activations import ActiveWidth
 from ptqd.planned import at_width, plan_of
 from ptqd.sampling import run_batch
 

@@ -12,8 +12,10 @@ from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.components import fingerprint
 from ptqd.cost import disk_bytes
-from ptqd.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
-from ptqd.quantization import coverage_of, quant_modules
+from ptqd.attention import QuantAttnProcessor
+from ptqd.layers import QuantConv, QuantLinear
+from ptqd.adoption import coverage_of
+from ptqd.insertion import quant_modules
 from ptqd.sampling import run_batch
 
 
@@ -50,7 +52,7 @@ def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: A
     before = fingerprint(tiny_pipeline().unet)
     assert fingerprint(pipe.unet) == before
     names = {type(m) for m in quant_modules(qpipe.unet)}
-    assert names == {QuantConv2d, QuantLinear, QuantAttnProcessor}
+    assert names == {QuantConv, QuantLinear, QuantAttnProcessor}
     assert not [m for m in qpipe.unet.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
     assert qpipe.unet.conv_in.weights.bits == 8
     assert qpipe.unet.conv_out.input.spec.bits == 8

@@ -55,8 +55,8 @@ def test_toml(tmp_path: Path) -> None:
     recipe = Recipe.parse(path)
     assert recipe.weights.bits == 4
     assert recipe.activations.percentile == 99.0
-    assert recipe.rule_for("blocks.0.to_k") == recipe.rules[1]
-    assert recipe.rule_for("mid.conv") is None
+    assert recipe.rule_for("blocks.0.to_k", "linear") == recipe.rules[1]
+    assert recipe.rule_for("mid.conv", "conv") is None
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 

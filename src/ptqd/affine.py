@@ -15,6 +15,7 @@ import torch
 from ptqd.errors import InputError
 
 MIN_BITS, MAX_BITS = 2, 8
+WIDE = 16  # of activations that are never packed
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Grid:
     """The integers a tensor is rounded to.
 
     Attributes:
-        bits: 2 to 8.
+        bits: 2 to 8, or 16.
         symmetric: signed and centred (z = 0) or unsigned with a zero point.
 
     Raises:
-        InputError: ``bits`` outside 2 to 8.
+        InputError: other ``bits``.
 
     >>> Grid(4, symmetric=True).qmin, Grid(4, symmetric=True).qmax
     (-8, 7)
@@ -38,7 +39,7 @@ class Grid:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
+        if not MIN_BITS <= self.bits <= MAX_BITS and self.bits != WIDE:
             raise InputError(f"bits must be {MIN_BITS} to {MAX_BITS}; got {self.bits}")
 
     @property

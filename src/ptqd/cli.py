@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ptqd.experiment import Judge
     from ptqd.sampling import Sampling
 
+RECIPE = "w4a8-best"
 PLANNED, PLANNED_WEIGHTS = "w8a4+5+6+7+8", "4,5,6,7,8"  # what a plan chooses among where no recipe says
-MODEL_HELP = "fashion-ldm, a diffusers pipeline's folder, or a hub id"
+MODEL_HELP = "fashion-ldm, -ddpm, -dit or -flow, a diffusers pipeline's folder, or a hub id"
 METHODS_HELP = (
     "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq "
     "(default: %(default)s)"
@@ -24,20 +25,36 @@ METHODS_HELP = (
 
 
 def _cmd_quantize(args: argparse.Namespace) -> None:
-    """Quantize a pipeline's denoiser and save the pipeline as a diffusers folder of packed integer codes."""
-    from ptqd.files import replacing
-    from ptqd.quantization import coverage_of, quantize
-    from ptqd.recipe import Recipe
+    """Quantize a pipeline's denoiser and save it as a diffusers folder of packed integer codes; resumes after a kill."""
+    import shutil
 
-    _check_replaceable(args.out)
+    from rich.console import Console
+
+    from ptqd.adoption import coverage_of
+    from ptqd.explain import explain
+    from ptqd.files import replacing
+    from ptqd.quantization import quantize
+    from ptqd.recipe import Recipe
+    from ptqd.report.layers import layer_table
+
+    if args.out is None and not args.explain:
+        raise InputError("give --out, a folder to write the pipeline to, or --explain")
     recipe = Recipe.parse(args.recipe)
+    if args.out is not None:
+        _check_replaceable(args.out)
     pipe = _pipeline(args, args.model)
-    quantized = quantize(pipe, recipe, _sampling(args, pipe), progress=True)
-    with replacing(args.out) as temporary:
-        quantized.save_pretrained(temporary)
+    run = _sampling(args, pipe)
+    scratch = None if args.out is None else args.out.parent / f".{args.out.name}.{_key(pipe, recipe.to_dict(), run)}"
+    quantized = quantize(pipe, recipe, run, scratch=scratch, progress=True)
     matched = coverage_of(quantized)
-    print(f"{args.out}: {len(matched.quantized)} layers and attention products quantized", end="")
-    print("".join(f"\n  in full precision: {name} ({reason})" for name, reason in matched.skipped))
+    if args.out is not None:
+        with replacing(args.out) as temporary:
+            quantized.save_pretrained(temporary)
+        shutil.rmtree(scratch, ignore_errors=True)  # type: ignore[arg-type]
+        print(f"{args.out}: {len(matched.quantized)} layers and attention products quantized")
+    if args.explain:
+        Console(width=None if sys.stdout.isatty() else 160).print(layer_table(explain(pipe, quantized, run)))
+    print("".join(f"  in full precision: {name} ({reason})\n" for name, reason in matched.skipped), end="")
 
 
 def _cmd_measure(args: argparse.Namespace) -> None:
@@ -120,6 +137,7 @@ def _cmd_cost(args: argparse.Namespace) -> None:
     """Count multiply-accumulates, bit operations, parameters and bytes, without the weights where that suffices."""
     from rich.console import Console
 
+    from ptqd.loading import with_scheduler
     from ptqd.report.cost import cost_json, cost_table, counted
 
     cost = counted(
@@ -127,7 +145,7 @@ def _cmd_cost(args: argparse.Namespace) -> None:
         args.recipe,
         args.plan,
         lambda pipe: _sampling(args, pipe),
-        lambda pipe: _with_scheduler(pipe, args.scheduler),
+        lambda pipe: with_scheduler(pipe, args.scheduler),
     )
     if args.json:
         print(json.dumps(cost_json(cost), indent=2))
@@ -203,6 +221,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
     """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
     from ptqd.experiment import ABLATION, Experiment, run_experiment
     from ptqd.plan_stages import PlanRequest
+    from ptqd.zoo import MODELS
 
     plan = None
     if args.plan is not None:
@@ -223,9 +242,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
         corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
         plan=plan,
     )
-    run_experiment(
-        pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model == "fashion-ldm" else "none"))
-    )
+    run_experiment(pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model in MODELS else "none")))
     args.run, args.markdown = args.out, False
     _cmd_report(args)
 
@@ -244,27 +261,13 @@ def _cmd_demo(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline":
-    from ptqd.loading import best_device, load
+    from ptqd.loading import best_device, load, with_scheduler
 
-    pipe = _with_scheduler(load(model), getattr(args, "scheduler", None))
+    pipe = with_scheduler(load(model), getattr(args, "scheduler", None))
     try:
         return pipe.to(args.device or best_device())
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _with_scheduler(pipe: "DiffusionPipeline", name: str | None) -> "DiffusionPipeline":
-    import diffusers
-
-    from ptqd.components import with_components
-
-    if not name:
-        return pipe
-    scheduler: Any = getattr(diffusers, name, None)
-    if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
-        raise InputError(f"diffusers has no scheduler {name!r}; name one such as DDIMScheduler or DDPMScheduler")
-    make: Any = scheduler.from_config  # type: ignore[attr-defined]
-    return with_components(pipe, scheduler=make(pipe.scheduler.config))
 
 
 def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sampling":
@@ -275,8 +278,10 @@ def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sa
 
     accepted = inspect.signature(type(pipe).__call__).parameters
     call: dict[str, Any] = {}
-    if pipe is not None and "class_labels" in accepted and hasattr(pipe, "class_embedder"):
-        call["class_labels"] = list(range(pipe.class_embedder.config.classes))
+    if pipe is not None and "class_labels" in accepted:
+        embedder = getattr(pipe, "class_embedder", None)
+        known = range(embedder.config.classes) if embedder is not None else getattr(pipe, "labels", {}).values()
+        call |= {"class_labels": sorted(set(known))} if known else {}
     if args.guidance is not None:
         call["guidance_scale"] = args.guidance
     for text in args.call or ():
@@ -292,13 +297,14 @@ def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sa
     return Sampling(args.steps, args.eta, args.samples, args.batch, args.seed, call)
 
 
-def _key(pipe: "DiffusionPipeline", quantized: "DiffusionPipeline", run: "Sampling") -> str:
-    """What an unfinished measurement is kept under."""
+def _key(pipe: "DiffusionPipeline", other: Any, run: "Sampling") -> str:
+    """What unfinished work on a pipeline, and another or plain values, is kept under."""
     from hashlib import sha256
 
     from ptqd.components import pipeline_fingerprint
 
-    inputs = [pipeline_fingerprint(pipe), pipeline_fingerprint(quantized), run.to_dict()]
+    with_what = other if isinstance(other, dict) else pipeline_fingerprint(other)
+    inputs = [pipeline_fingerprint(pipe), with_what, run.to_dict()]
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -385,8 +391,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("quantize", _cmd_quantize)
     sub.add_argument("model", help=MODEL_HELP)
-    sub.add_argument("--recipe", required=True, help="shorthand such as w4a8, or a TOML file")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument(
+        "--recipe", default=RECIPE, help="shorthand such as w4a8-brecq, or a TOML file (default: %(default)s)"
+    )
+    sub.add_argument("--out", type=Path, help="folder to write")
+    sub.add_argument("--explain", action="store_true", help="print each layer's bits, methods, cost, range and error")
     _add_sampling(sub, None)
 
     sub = verb("measure", _cmd_measure)
@@ -454,7 +463,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--methods", default="auto", help=METHODS_HELP)
     sub.add_argument("--ablation", action="store_true", help="rows for none, cnc, cnc,bc, cnc,bc,vsc and auto")
-    sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for fashion-ldm)")
+    sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for the embedded models)")
     _add_sampling(sub, 256)
 
     sub = verb("demo", _cmd_demo)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.activations import ActivationQuantizer, ActiveWidth
 from ptqd.errors import InputError, MismatchError
-from ptqd.layers import ActivationQuantizer, ActiveWidth
 from ptqd.plan import StepPlan
 
 NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what denoisers call it
@@ -83,22 +83,32 @@ class StepClock:
 
 
 @functools.cache
-def _timestep_argument(kind: type[nn.Module]) -> tuple[str, int] | None:
+def timestep_argument(kind: type[nn.Module]) -> tuple[str, int] | None:
+    """The name and the place of the timestep among the arguments of a denoiser's call; None where it takes none."""
     parameters = list(inspect.signature(kind.forward).parameters)[1:]
     return next(((name, parameters.index(name)) for name in NAMES if name in parameters), None)
 
 
-def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
-    """The timestep among the arguments of a denoiser's call; None where it takes none.
+def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
+    """The timesteps among the arguments of a denoiser's call; None where it takes none.
 
     It may be a number, one a sample, or one a token, of which the largest counts.
     """
-    argument = _timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
     if argument is None:
         return None
     name, position = argument
     told = kwargs[name] if name in kwargs else args[position]
-    return float(told.max()) if isinstance(told, torch.Tensor) else float(told)
+    if not isinstance(told, torch.Tensor):
+        return [float(told)]
+    rows: list[float] = told.reshape(len(told) if told.ndim else 1, -1).amax(1).tolist()
+    return rows
+
+
+def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+    """The largest of the timesteps among the arguments of a denoiser's call; None where it takes none."""
+    told = told_timesteps(model, args, kwargs)
+    return None if told is None else max(told)
 
 
 def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
@@ -127,7 +137,7 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
         InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
             layer, or a layer without a group; or a denoiser that takes no timestep.
     """
-    if _timestep_argument(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
+    if timestep_argument(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
     quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
     for name, quantizer in layer_quantizers(model):

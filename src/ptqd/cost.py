@@ -20,10 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptqd.activations import ActivationQuantizer
+from ptqd.attention import QuantAttnProcessor
 from ptqd.clock import clock_of
 from ptqd.components import copy_module, denoiser_name, with_components
 from ptqd.errors import InputError, PtqdError
-from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantLayer
+from ptqd.layers import LOW_RANK_BITS, QuantLayer, SplitConv
 from ptqd.replay import stepping
 from ptqd.sampling import Sampling, run_batch
 
@@ -64,10 +66,12 @@ class Bits:
     Attributes:
         left: of the weight, or of a product's first operand (T, L).
         right: of the activation (T, L).
+        beside: bit operations of a 16-bit low-rank branch, for each multiply-accumulate of the layer itself (L,).
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    beside: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Cost:
     @property
     def bops(self) -> torch.Tensor:
         """Bit operations of each layer at each step (T, L), float64."""
-        return self.macs.counts * self.bits.left * self.bits.right
+        return self.macs.counts * (self.bits.left * self.bits.right + self.bits.beside)
 
     @property
     def total(self) -> int:
@@ -119,7 +123,24 @@ def cost_of(model: nn.Module, macs: Macs) -> Cost:
     """The cost of a denoiser's run of which the multiply-accumulates are known."""
     architecture = on_meta(model)
     parameters = sum(p.numel() for p in architecture.parameters())
+    macs = by_halves(macs, model)
     return Cost(macs, layer_bits(model, macs), parameters, disk_bytes(model), memory_bytes(model))
+
+
+def by_halves(macs: Macs, model: nn.Module) -> Macs:
+    """The same multiply-accumulates, those of split convolutions given to their halves."""
+    modules = dict(model.named_modules())
+    layers: list[str] = []
+    columns: list[torch.Tensor] = []
+    for name, counts in zip(macs.layers, macs.counts.T, strict=True):
+        found = modules.get(name)
+        parts = {"": 1}
+        if isinstance(found, SplitConv):
+            parts = {".hidden": found.hidden.in_channels, ".skip": found.skip.in_channels}
+        for half, channels in parts.items():
+            layers.append(name + half)
+            columns.append(counts * channels / sum(parts.values()))
+    return Macs(tuple(layers), torch.stack(columns, 1))
 
 
 def layer_bits(model: nn.Module, macs: Macs) -> Bits:
@@ -132,6 +153,7 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
     if clock is not None and clock.plan.steps != steps:
         raise InputError(f"the plan is for {clock.plan.steps} steps, the run takes {steps}; make a plan for these")
     left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)
+    beside = torch.zeros(len(macs.layers), dtype=torch.float64)
     modules = dict(model.named_modules())
     for n, name in enumerate(macs.layers):
         layer, _, product = name.rpartition(".")
@@ -140,11 +162,13 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
         if isinstance(found, QuantLayer):
             left[:, n] = found.weights.bits
             right[:, n] = _by_step(found.input, clock, steps)
+            share = found.rank * (1 / found.shape[0] + 1 / found.columns)  # r (I + O) of I O multiply-accumulates
+            beside[n] = share * LOW_RANK_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
             first, second = (0, 1) if product == "qk" else (2, 3)
             left[:, n] = _by_step(processor.quantizers[first], clock, steps)
             right[:, n] = _by_step(processor.quantizers[second], clock, steps)
-    return Bits(left, right)
+    return Bits(left, right, beside)
 
 
 def _by_step(quantizer: ActivationQuantizer, clock: Any, steps: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Quantized convolutions, linear layers and attention products.
+"""Quantized convolutions and linear layers.
 
 A layer is in one of two states, entered by explicit calls: *observing* (full-precision output, every activation
 shown to an observer) and *simulating* (activations rounded to their grid, weights dequantized from their packed
@@ -8,175 +8,206 @@ codes). :meth:`freeze` goes from the first to the second; a layer loaded from a 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ptqd.affine import (
-    Grid,
-    affine_parameters,
-    dequantize_affine,
-    fake_quantize,
-    pack,
-    packed_size,
-    quantize_affine,
-    unpack,
-)
+from ptqd.activations import ActivationQuantizer
+from ptqd.affine import WIDE, pack, packed_size, unpack
 from ptqd.errors import InputError
-from ptqd.observers import Observer, find_range
-from ptqd.recipe import Quantizer
+from ptqd.formats import BLOCKS, block_scales
+from ptqd.recipe import LayerType, Quantizer
+from ptqd.weights import WeightGrid, groups_of
+
+LOW_RANK_BITS = WIDE  # of both operands of a low-rank branch
 
 
-class ActiveWidth:
-    """Which of its widths a quantizer rounds to now; those of one group of layers share one."""
+@dataclass(frozen=True)
+class Extras:
+    """What a layer holds beside codes and one range.
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-class ActivationQuantizer(nn.Module):
-    """Rounds a tensor to one grid, per tensor; the range comes from what it observed.
-
-    Args:
-        spec: the grid, and how its range is found.
-        widths: all bits that it can round to, ascending, each with a range of its own; ``spec.bits`` is one of them,
-            and the one it starts at.
+    Attributes:
+        smooth: a divisor for each input channel (SmoothQuant).
+        rank: of a 16-bit branch (SVDQuant); none where it is 0.
+        ranges: of its input, by step.
     """
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-
-    def __init__(self, spec: Quantizer, widths: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.spec = spec
-        self.widths = tuple(widths) or (spec.bits,)
-        self.active = ActiveWidth(self.widths.index(spec.bits))
-        self.register_buffer("scale", torch.ones(len(self.widths)))
-        self.register_buffer("zero_point", torch.zeros(len(self.widths), dtype=torch.int32))
-        self.observer: Observer | None = None
-        self._numbers: list[tuple[float, float, Grid]] = []
-
-    @property
-    def bits(self) -> int:
-        """What it rounds to now."""
-        return self.widths[self.active.index]
-
-    @property
-    def grids(self) -> list[Grid]:
-        """Of each width."""
-        return [Grid(bits, self.spec.symmetric) for bits in self.widths]
-
-    def observe(self) -> None:
-        """Start to collect the range; outputs are the inputs, untouched."""
-        self.observer = Observer()
-
-    def freeze(self) -> None:
-        """Fix scale and zero point of every width from what was observed, and start to round.
-
-        Raises:
-            InputError: nothing was observed.
-        """
-        if self.observer is None:
-            raise InputError("freeze() needs observe() and at least one forward pass before it")
-        spec = self.spec
-        for i, grid in enumerate(self.grids):
-            low, high = self.observer.range(grid, spec.range, spec.percentile, spec.p)
-            self.scale[i], self.zero_point[i] = affine_parameters(low, high, grid)
-        self.observer = None
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Forget what was derived from the buffers, after they changed."""
-        self._numbers = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` itself while observing, else ``x`` rounded to the active width's grid; any shape."""
-        if self.observer is not None:
-            self.observer.update(x)
-            return x
-        return self.rounded(x, self.active.index)
-
-    def rounded(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """``x`` rounded to the grid of one of the widths."""
-        if not self._numbers:
-            numbers = zip(self.scale.tolist(), map(float, self.zero_point.tolist()), self.grids, strict=True)
-            self._numbers = list(numbers)
-        return fake_quantize(x, *self._numbers[index])
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
-
-
-def weight_parameters(weight: torch.Tensor, spec: Quantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight's rows (O, I), one an output channel, on the CPU, with the scale and zero point (O,) of each."""
-    rows = weight.detach().cpu().float().flatten(1)  # not every device has float64
-    low, high = find_range(rows, spec.grid, spec.range, percentile=spec.percentile, p=spec.p)
-    return rows, *affine_parameters(low, high, spec.grid)
-
-
-def rounded_weight(weight: torch.Tensor, spec: Quantizer) -> torch.Tensor:
-    """A weight as its codes would give it back."""
-    rows, scale, zero = weight_parameters(weight, spec)
-    return fake_quantize(rows, scale[:, None], zero[:, None], spec.grid).view(weight.shape).to(weight)
+    smooth: bool = False
+    rank: int = 0
+    ranges: int = 1
 
 
 class QuantLayer(nn.Module, ABC):
-    """What a quantized convolution and a quantized linear layer share.
+    """What quantized convolutions and linear layers share.
 
-    The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an output channel are
-    the weight; ``weight`` is a float tensor derived from them, kept in memory and never saved.
+    It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
+    recipe's methods put them. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an output
+    channel, or one for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept in memory
+    and never saved.
     """
+
+    kind: ClassVar[LayerType]
+    axis: ClassVar[int]  # of the input's channels
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
+    global_scale: torch.Tensor | None
+    smooth_scale: torch.Tensor | None
+    low_rank_down: torch.Tensor | None
+    low_rank_up: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __init__(
-        self, layer: nn.Conv2d | nn.Linear, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
+        self,
+        layer: nn.Module,
+        weights: Quantizer,
+        activations: Quantizer,
+        widths: Sequence[int] = (),
+        extras: Extras | None = None,
     ) -> None:
         super().__init__()
+        extras = extras or Extras()
+        full: Any = layer.weight
         self.weights = weights
-        self.input = ActivationQuantizer(activations, widths)
-        self.shape = tuple(layer.weight.shape)
-        device, size = layer.weight.device, packed_size(layer.weight.numel(), weights.bits)
+        self.input = ActivationQuantizer(
+            activations, widths, axis=self.axis, ranges=extras.ranges, rowwise=self.axis != -1
+        )
+        self.shape = tuple(full.shape)
+        self.columns = math.prod(self.shape[1:])
+        device = full.device
+        self._make_codes(device)
+        smooth = extras.smooth and getattr(layer, "groups", 1) == 1
+        rank = min(extras.rank, min(self.shape[0], self.columns) // 4) if getattr(layer, "groups", 1) == 1 else 0
+        self.register_buffer("smooth_scale", torch.ones(self.shape[1], device=device) if smooth else None)
+        for name, size in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
+            # bit patterns of float16, which a pipeline of another precision leaves alone
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int16, device=device) if rank else None)
+        self.register_buffer("weight", full.detach(), persistent=False)
+        self.bias = layer.bias  # type: ignore[assignment]
+
+    def _make_codes(self, device: torch.device) -> None:
+        """Room for codes and scales of the weight's format."""
+        spec = self.weights
+        groups, blocks = groups_of(self.columns, spec)[0], spec.format in BLOCKS
+        rows = (self.shape[0],) if groups == 1 and not blocks else (self.shape[0], groups)
+        size = packed_size(math.prod(self.shape), spec.bits)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.ones(self.shape[0], device=device))
-        zero = None if weights.symmetric else torch.zeros(self.shape[0], dtype=torch.uint8, device=device)
-        self.register_buffer("zero_point", zero)
-        self.register_buffer("weight", layer.weight.detach(), persistent=False)
-        self.bias = layer.bias
+        scale = torch.zeros(rows, dtype=torch.uint8, device=device) if blocks else torch.ones(rows, device=device)
+        self.register_buffer("scale", scale)
+        affine = spec.format == "int" and not spec.symmetric
+        self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.uint8, device=device) if affine else None)
+        self.register_buffer("global_scale", torch.ones((), device=device) if spec.format == "nvfp4" else None)
+
+    def set_bits(self, bits: int) -> None:
+        """Make room for codes of other bits, which are then to be written."""
+        self.weights = self.weights.of(bits)
+        self._make_codes(self.codes.device)
 
     @abstractmethod
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What the layer makes of an input and a weight."""
 
+    @abstractmethod
+    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x`` through a weight (O, r) that mixes channels, at each place."""
+
+    @property
+    def rank(self) -> int:
+        """Of its 16-bit branch; 0 where it has none."""
+        return 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
-        return self.product(self.input(x), self.weight, self.bias)
+        x = self.smoothed(x)
+        y = self.product(self.input(x), self.weight, self.bias)
+        return y if self.low_rank_up is None else y + self.branch(x)
+
+    def smoothed(self, x: torch.Tensor) -> torch.Tensor:
+        """An input divided by what smooths it."""
+        if self.smooth_scale is None:
+            return x
+        return x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the low-rank branch makes of a smoothed input."""
+        down, up = self._low_rank()
+        return self.combine(self.product(x, down.view(-1, *self.shape[1:]).to(x)), up.to(x))
 
     def observe(self) -> None:
-        """Show the inputs of the following forward passes to the observer."""
+        """Show the inputs of the following forward passes to the observers."""
         self.input.observe()
 
     def freeze(self) -> None:
-        """Fix the activation's range and turn the full-precision weight into codes (round to nearest)."""
+        """Fix the activation's ranges and turn the full-precision weight into codes (round to nearest)."""
         self.input.freeze()
-        self.encode(self.weight)
+        self._encode(self.weight.detach().cpu().float().flatten(1))
 
     def encode(self, weight: torch.Tensor) -> None:
         """Turn a full-precision weight into codes (round to nearest)."""
-        grid = self.weights.grid
-        rows, scale, zero = weight_parameters(weight, self.weights)
-        self.codes.copy_(pack(quantize_affine(rows, scale[:, None], zero[:, None], grid), grid))
-        self.scale.copy_(scale)
+        self._encode(self.target(weight))
+
+    def _encode(self, rows: torch.Tensor) -> None:
+        grid = WeightGrid.find(rows, self.weights)
+        self.write(grid, grid.codes(rows))
+
+    def target(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the codes should stand for, rows (O, I), float32, on the CPU: the weight smoothed, less the branch."""
+        rows = weight.detach().cpu().float()
+        if self.smooth_scale is not None:
+            rows = rows * self.smooth_scale.cpu().view(1, -1, *[1] * (rows.ndim - 2))
+        rows = rows.flatten(1)
+        if self.low_rank_up is not None:
+            down, up = (t.cpu() for t in self._low_rank())
+            rows = rows - up @ down
+        return rows
+
+    def prepare(self, weight: torch.Tensor) -> None:
+        """While observing: compute with a full-precision weight, as it is smoothed and split."""
+        self.weight = self.target(weight).view(self.shape).to(weight)
+
+    def set_low_rank(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Give it a branch ``up @ down``, (O, r) and (r, I)."""
+        assert self.low_rank_down is not None
+        assert self.low_rank_up is not None
+        self.low_rank_down.copy_(down.half().view(torch.int16))
+        self.low_rank_up.copy_(up.half().view(torch.int16))
+
+    def _low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.low_rank_down is not None
+        assert self.low_rank_up is not None
+        return self.low_rank_down.view(torch.float16).float(), self.low_rank_up.view(torch.float16).float()
+
+    def grid(self) -> WeightGrid:
+        """The numbers its rows are rounded to."""
+        rows = (self.shape[0], -1)
+        stored = None
+        scale = self.scale
+        if self.weights.format in BLOCKS:
+            shared = self.global_scale if self.global_scale is not None else torch.ones((), device=scale.device)
+            stored = (scale, shared)
+            scale = block_scales(scale, shared, self.weights.format)
+        scale = scale.float().view(rows)
+        zero = (
+            torch.zeros_like(scale, dtype=torch.int32) if self.zero_point is None else self.zero_point.int().view(rows)
+        )
+        return WeightGrid(self.weights, scale, zero, self.columns, stored)
+
+    def write(self, grid: WeightGrid, codes: torch.Tensor) -> None:
+        """Take a grid and codes (O, I) as the weight."""
+        self.codes.copy_(pack(codes, self.weights.grid))
+        if grid.stored is None:
+            self.scale.copy_(grid.scale.view(self.scale.shape))
+        else:
+            self.scale.copy_(grid.stored[0])
+            if self.global_scale is not None:
+                self.global_scale.copy_(grid.stored[1])
         if self.zero_point is not None:
-            self.zero_point.copy_(zero)
+            self.zero_point.copy_(grid.zero.view(self.zero_point.shape))
         self.refresh()
 
     def integer_weight(self) -> torch.Tensor:
@@ -185,9 +216,7 @@ class QuantLayer(nn.Module, ABC):
 
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
-        column = (-1, *[1] * (len(self.shape) - 1))
-        zero = torch.zeros_like(self.scale, dtype=torch.int16) if self.zero_point is None else self.zero_point
-        weight = dequantize_affine(self.integer_weight(), self.scale.view(column), zero.to(torch.int16).view(column))
+        weight = self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
         self.weight = weight.to(dtype or self.weight.dtype)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -198,100 +227,84 @@ class QuantLayer(nn.Module, ABC):
 class QuantLinear(QuantLayer):
     """A linear layer with quantized weight and input."""
 
-    def __init__(
-        self, layer: nn.Linear, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
-    ) -> None:
-        super().__init__(layer, weights, activations, widths)
+    kind = "linear"
+    axis = -1
+
+    def __init__(self, layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Linear map of ``x`` (..., in_features)."""
         return F.linear(x, weight, bias)
 
+    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Linear map of ``x`` (..., r)."""
+        return F.linear(x, weight)
 
-class QuantConv2d(QuantLayer):
-    """A 2-d convolution with quantized weight and input."""
 
-    def __init__(
-        self, layer: nn.Conv2d, weights: Quantizer, activations: Quantizer, widths: Sequence[int] = ()
-    ) -> None:
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class QuantConv(QuantLayer):
+    """A 1-, 2- or 3-d convolution with quantized weight and input."""
+
+    kind = "conv"
+    axis = 1
+
+    def __init__(self, layer: Convolution, *args: Any, **kwargs: Any) -> None:
         if layer.padding_mode != "zeros":
             raise InputError(f"a convolution with padding_mode={layer.padding_mode!r} has no quantized form; skip it")
-        super().__init__(layer, weights, activations, widths)
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        super().__init__(layer, *args, **kwargs)
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.groups, self.in_channels, self.out_channels = layer.groups, layer.in_channels, layer.out_channels
+        self.kernel_size = layer.kernel_size
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Convolution of ``x`` (N, in_channels, H, W)."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        """Convolution of ``x`` (N, in_channels, ...)."""
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+        result: torch.Tensor = convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return result
+
+    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Convolution of ``x`` (N, r, ...) by a kernel of one place."""
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+        result: torch.Tensor = convolve(x, weight.view(*weight.shape, *[1] * (x.ndim - 2)))
+        return result
 
 
-class QuantAttnProcessor(nn.Module):
-    """Attention whose products q.k and p.v have quantized operands; replaces diffusers' AttnProcessor(2_0)."""
+class SplitConv(nn.Module):
+    """A convolution of a concatenation: what comes from below and what is skipped have quantizers of their own.
 
-    def __init__(self, activations: Quantizer, softmax_bits: int, widths: Sequence[int] = ()) -> None:
+    Q-Diffusion (arXiv 2302.04304, section 4.2): ``W [a, b] = W_a a + W_b b``.
+    """
+
+    def __init__(self, hidden: QuantConv, skip: QuantConv) -> None:
         super().__init__()
-        self.query, self.key, self.value = (ActivationQuantizer(activations, widths) for _ in range(3))
-        self.probabilities = ActivationQuantizer(Quantizer(softmax_bits, symmetric=False, range="minmax"))
+        self.hidden, self.skip = hidden, skip
 
-    @property
-    def quantizers(self) -> tuple[ActivationQuantizer, ...]:
-        """Of q, k, softmax and v."""
-        return self.query, self.key, self.probabilities, self.value
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution of ``x`` (N, hidden + skip, ...)."""
+        own, skipped = x.split((self.hidden.in_channels, self.skip.in_channels), dim=1)
+        result: torch.Tensor = self.hidden(own) + self.skip(skipped)
+        return result
 
-    def observe(self) -> None:
-        """Show the operands of the following forward passes to the observers."""
-        for quantizer in self.quantizers:
-            quantizer.observe()
 
-    def freeze(self) -> None:
-        """Fix the operands' ranges."""
-        for quantizer in self.quantizers:
-            quantizer.freeze()
+def full_weight(full: nn.Module, name: str, layer: QuantLayer) -> torch.Tensor:
+    """The weight that a quantized layer was made from, in the full-precision model.
 
-    def forward(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """What diffusers' AttnProcessor computes, of hidden states (N, L, C) or (N, C, H, W)."""
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if image_shape is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # N,L,C
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
-
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (attn.head_to_batch_dim(x) for x in (query, key, value))  # N*heads,L,D
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        scores = attn.get_attention_scores(self.query(query), self.key(key), attention_mask)  # N*heads,L,K
-        hidden_states = torch.bmm(self.probabilities(scores), self.value(value))
-        hidden_states = attn.batch_to_head_dim(hidden_states)  # N,L,C
-        for module in attn.to_out:
-            hidden_states = module(hidden_states)
-        if image_shape is not None:
-            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        output: torch.Tensor = hidden_states / attn.rescale_output_factor
-        return output
+    Raises:
+        InputError: that model has no such layer.
+    """
+    parent, _, half = name.rpartition(".")
+    modules = dict(full.named_modules())
+    if name in modules:
+        weight: Any = modules[name].weight
+    elif half in ("hidden", "skip") and isinstance(modules.get(parent), Convolution):
+        whole: Any = modules[parent].weight
+        weight = whole[:, : layer.shape[1]] if half == "hidden" else whole[:, -layer.shape[1] :]
+    else:
+        weight = None
+    if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != layer.shape:
+        raise InputError(f"{name!r} is no full-precision layer of the pipeline that the weights are to be taken from")
+    return weight.detach()

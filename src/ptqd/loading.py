@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ptqd import zoo
-from ptqd.components import activation_bits, denoiser_name
+from ptqd.components import activation_bits, denoiser_name, with_components
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent_class import LatentClassPipeline
@@ -108,6 +109,21 @@ def _check_plan_file(pipe: DiffusionPipeline, path: Path) -> None:
             f"{path} is not the plan of the pipeline; apply it with 'ptqd plan --plan FILE', or edit the plan in the "
             "denoiser's config.json"
         )
+
+
+def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
+    """A pipeline with another scheduler of diffusers, made from its own's configuration; the same where there is no name.
+
+    Raises:
+        InputError: diffusers has none of that name.
+    """
+    if name is None:
+        return pipe
+    scheduler: Any = getattr(diffusers, name, None)
+    if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
+        raise InputError(f"diffusers has no scheduler {name!r}; name one such as DDIMScheduler or DDPMScheduler")
+    make: Any = scheduler.from_config  # type: ignore[attr-defined]
+    return with_components(pipe, scheduler=make(pipe.scheduler.config))
 
 
 def best_device() -> str:

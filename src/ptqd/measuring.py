@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.adoption import ptqd_quantizer
 from ptqd.components import activation_bits, denoiser_name, fingerprint, schedule_of, scheduler_of
 from ptqd.errors import InputError
 from ptqd.joint import fold_of, fold_sums, joint_moments
@@ -19,7 +20,6 @@ from ptqd.levels import noise_levels
 from ptqd.noise import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
 from ptqd.planned import at_width
 from ptqd.progress import track
-from ptqd.quantization import ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.replay import Answer, Trajectory, record, replay, whole_samples
 from ptqd.response import Response, linear_response

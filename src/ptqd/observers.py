@@ -5,6 +5,7 @@ minimises the p-norm of the quantization error (``pnorm``; LAPQ, arXiv 1911.0719
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -98,6 +99,21 @@ class Observer:
         self.high = -math.inf
         self.exponent = -126
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
+
+    @classmethod
+    def merged(cls, parts: "Sequence[Observer]") -> "Observer":
+        """An observer that has seen what several have."""
+        whole = cls()
+        whole.low = min((part.low for part in parts), default=math.inf)
+        whole.high = max((part.high for part in parts), default=-math.inf)
+        whole.exponent = max((part.exponent for part in parts), default=whole.exponent)
+        for part in parts:
+            copied = cls()
+            copied.exponent, copied.counts = part.exponent, part.counts
+            while copied.exponent < whole.exponent and copied.counts.any():
+                copied._widen(2.0**whole.exponent)
+            whole.counts = whole.counts + copied.counts
+        return whole
 
     def update(self, x: torch.Tensor) -> None:
         """Show it one batch, of any shape.

@@ -9,12 +9,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.activations import ActiveWidth
+from ptqd.adoption import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.clock import layer_quantizers, remove_clock, set_clock
 from ptqd.components import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
 from ptqd.errors import InputError
-from ptqd.layers import ActiveWidth, QuantLayer
+from ptqd.insertion import names_of, put_layer
+from ptqd.layers import QuantLayer, full_weight
 from ptqd.plan import StepPlan
-from ptqd.quantization import PtqdConfig, PtqdQuantizer, ptqd_quantizer, put_layer, with_weights
 from ptqd.recipe import Recipe
 
 
@@ -37,10 +39,9 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
     layers = {layer: module for layer, module in model.named_modules() if isinstance(module, QuantLayer)}
-    planned = with_weights(recipe, plan, layers)
+    planned = with_weights(recipe, plan, {layer: module.kind for layer, module in layers.items()})
     for layer, old in layers.items():
-        rule = planned.rule_for(layer)
-        bits = planned.weights.bits if rule is None or rule.weight_bits is None else rule.weight_bits
+        bits = planned.quantizers_for(planned.rule_for(names_of(layer), old.kind))[0].bits
         if old.weights.bits == bits:
             continue
         if pipe is None:
@@ -48,10 +49,11 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
                 f"the plan gives {layer!r} {bits}-bit weights, the model holds {old.weights.bits}-bit ones; "
                 "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
             )
-        _requantize(model, layer, bits, getattr(pipe, name).get_submodule(layer))
+        _requantize(model, layer, bits, getattr(pipe, name))
     remove_clock(model)
     set_clock(model, plan)
-    PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict())).adopt(model, source.coverage)
+    ranges = source.quantization_config.ranges
+    PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict(), ranges)).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
@@ -84,23 +86,22 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
     if source.quantization_config.plan is not None:  # its weights stay
-        recipe = with_weights(recipe, plan_of(qpipe), {name for name, _ in model.named_modules()})
+        kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+        recipe = with_weights(recipe, plan_of(qpipe), kinds)
     remove_clock(model)
     for _, quantizer in layer_quantizers(model):
         if len(quantizer.widths) > 1:
             quantizer.active = ActiveWidth(quantizer.widths.index(bits))
-    PtqdQuantizer(PtqdConfig(recipe.to_dict())).adopt(model, source.coverage)
+    config = PtqdConfig(recipe.to_dict(), ranges=source.quantization_config.ranges)
+    PtqdQuantizer(config).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
 def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:
-    """Give a layer codes of other bits, from its full-precision weight; its activation ranges and its bias stay."""
+    """Give a layer codes of other bits, rounded to nearest; its ranges, smoothing, branch and bias stay."""
     old: Any = model.get_submodule(name)
-    if not isinstance(full, nn.Conv2d | nn.Linear):
-        raise InputError(f"{name!r} is no full-precision layer of the pipeline that the weights are to be taken from")
-    new = type(old)(full, replace(old.weights, bits=bits), old.input.spec)
-    new.input, new.bias = old.input, old.bias
-    new.encode(full.weight)
-    new.to(old.weight.device)
-    new.refresh(old.weight.dtype)
+    weight = full_weight(full, name, old)
+    new = copy_module(old, lambda tensor: tensor)
+    new.set_bits(bits)
+    new.encode(weight)
     put_layer(model, name, new)

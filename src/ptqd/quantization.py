@@ -1,138 +1,48 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from fnmatch import fnmatchcase
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.clock import set_clock
+from ptqd.adoption import PtqdConfig, PtqdQuantizer
+from ptqd.calibration import ERROR_SAMPLES, Pool, draw_pool, measured_errors, step_weights
 from ptqd.components import denoiser_name, scheduler_of, with_components
 from ptqd.errors import InputError
-from ptqd.layers import ActivationQuantizer, QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
-from ptqd.plan import StepPlan
+from ptqd.insertion import Coverage, check_weights, insert_quantizers, names_of, quant_modules
+from ptqd.layers import QuantLayer
+from ptqd.methods import Gptq, Learned, LowRank, Smooth
 from ptqd.progress import track
-from ptqd.recipe import Quantizer, Recipe, Rule
-from ptqd.sampling import Sampling, sample
+from ptqd.ranges import StepRanges, set_ranges
+from ptqd.recipe import Recipe
+from ptqd.replay import record
+from ptqd.rounding import columns, learned, smooth
+from ptqd.sampling import Sampling, run_batch, sample
+from ptqd.survey import Survey, survey
 
-QuantModule = QuantLayer | QuantAttnProcessor
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What a recipe did to a model.
-
-    Attributes:
-        quantized: dotted names of the quantized layers and attention products.
-        skipped: name and reason of those left in full precision.
-    """
-
-    quantized: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-
-def insert_quantizers(model: nn.Module, recipe: Recipe) -> Coverage:
-    """Replace a denoiser's layers, in place, by quantized ones that still have to observe and freeze, or to be loaded.
-
-    Args:
-        model: holds ``nn.Conv2d``, ``nn.Linear`` and diffusers ``Attention`` modules; may be on the meta device.
-        recipe: which bits where.
-
-    Returns:
-        What matched and what did not.
-
-    Raises:
-        InputError: a rule of the recipe matches no layer, or nothing at all was quantized.
-    """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    for rule in recipe.rules:
-        if not rule.optional and not any(fnmatchcase(name, rule.match) for name in layers):
-            raise InputError(
-                f"the rule match={rule.match!r} matches no layer of {type(model).__name__}; "
-                f"its layers are named like {', '.join(sorted(layers)[:3])}"
-            )
-    quantized: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    for name, layer in layers.items():
-        rule_or_none = recipe.rule_for(name)
-        if rule_or_none is not None and rule_or_none.skip:
-            skipped.append((name, f"rule {rule_or_none.match!r}"))
-            continue
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-            skipped.append((name, f"padding_mode {layer.padding_mode!r}"))
-            continue
-        weights, activations, widths = recipe.weights, recipe.activations, recipe.widths
-        if rule_or_none is not None:
-            weights = _with_bits(weights, rule_or_none.weight_bits)
-            activations = _with_bits(activations, rule_or_none.activation_bits)
-            if rule_or_none.activation_bits is not None:
-                widths = ()
-        kind: Any = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        put_layer(model, name, kind(layer, weights, activations, widths))
-        quantized.append(name)
-    if recipe.attention:
-        _insert_products(model, recipe, quantized, skipped)
-    if not quantized:
-        raise InputError(f"{type(model).__name__} holds no convolution, linear layer or attention to quantize")
-    return Coverage(tuple(quantized), tuple(skipped))
-
-
-def _insert_products(model: nn.Module, recipe: Recipe, quantized: list[str], skipped: list[tuple[str, str]]) -> None:
-    """The attention products' part of :func:`insert_quantizers`."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Attention):
-            continue
-        if type(module.processor) in (AttnProcessor, AttnProcessor2_0):
-            module.set_processor(QuantAttnProcessor(recipe.activations, recipe.softmax_bits, recipe.widths))
-            quantized.append(f"{name}.processor")
-        else:
-            skipped.append((name, f"attention products of {type(module.processor).__name__}"))
-
-
-def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of the one with a dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _with_bits(spec: Quantizer, bits: int | None) -> Quantizer:
-    return spec if bits is None else replace(spec, bits=bits)
-
-
-def quant_modules(model: nn.Module) -> list[QuantModule]:
-    """Its quantized layers and attention products."""
-    return [m for m in model.modules() if isinstance(m, QuantLayer | QuantAttnProcessor)]
-
-
-def check_weights(model: nn.Module, name: str) -> None:
-    """Raise InputError, naming the first, if parameters are NaN or infinite."""
-    for key, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"{name}.{key} holds NaN or infinite weights; the checkpoint is damaged, get it again")
+OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
+BATCH = 64  # rows at once
 
 
 def quantize(
-    pipe: DiffusionPipeline, recipe: str | Recipe, run: Sampling, *, progress: bool = False
+    pipe: DiffusionPipeline, recipe: str | Recipe, run: Sampling, *, scratch: Path | None = None, progress: bool = False
 ) -> DiffusionPipeline:
     """Quantize a pipeline's denoiser.
 
-    The activation ranges are found while the full-precision pipeline samples ``recipe.calibration_samples`` whole
-    trajectories: each layer sees exactly the inputs it really gets, drawn evenly over all sampling steps
-    (Q-Diffusion, arXiv 2302.04304), guidance included.
+    Ranges and all that is learned come from ``recipe.calibration_samples`` whole trajectories of the full-precision
+    pipeline: each layer sees exactly the inputs it really gets, guidance included, drawn over the sampling steps as the
+    recipe says.
 
     Args:
         pipe: any diffusers pipeline with a UNet or transformer; it is left untouched.
         recipe: a shorthand such as ``"w4a8"``, a TOML file, or a Recipe.
         run: how it samples.
+        scratch: a folder that keeps what was learned over a kill: the same call goes on from there, with the same
+            result. It belongs to this pipeline, recipe and run, and is left to the caller to delete.
         progress: show a bar.
 
     Returns:
@@ -140,137 +50,145 @@ def quantize(
         packed integer codes; :func:`ptqd.load` loads it again.
 
     Raises:
-        InputError: NaN weights or activations, or a rule that matches nothing.
+        InputError: NaN weights or activations, a rule that matches nothing, groups that do not fit a layer, or fewer
+            calibration inputs than a batch.
     """
     recipe = Recipe.parse(recipe)
-    name = denoiser_name(pipe)
-    check_weights(getattr(pipe, name), name)
-    model = copy.deepcopy(getattr(pipe, name))
-    coverage = insert_quantizers(model, recipe)
-    quantized = with_components(pipe, **{name: model}, scheduler=copy.deepcopy(scheduler_of(pipe)))
-    modules = quant_modules(model)
-    for module in modules:
-        module.observe()
-    calibration = run.apart("calibration").replace(samples=recipe.calibration_samples)
-    for _ in sample(quantized, calibration, output="latent", progress="calibrating" if progress else None):
-        pass
-    for module in track(modules, "finding ranges" if progress else None):
-        module.freeze()
-    PtqdQuantizer(PtqdConfig(recipe.to_dict())).adopt(model, coverage)
-    return quantized
+    with tempfile.TemporaryDirectory() as temporary:
+        return _Quantizing(pipe, recipe, run, scratch or Path(temporary), progress).go()
 
 
-def with_weights(recipe: Recipe, plan: StepPlan, layers: Collection[str]) -> Recipe:
-    """A recipe with a plan's bits for the weights of layers, by a rule for each.
+class _Quantizing:
+    """One call of :func:`quantize`: its parts, in the order they come."""
 
-    Raises:
-        InputError: the plan names something else than the quantized layers.
-    """
-    rules = []
-    for layer, bits in plan.weights.items():
-        rule = recipe.rule_for(layer)
-        if layer not in layers or (rule is not None and rule.skip):
+    def __init__(self, pipe: DiffusionPipeline, recipe: Recipe, run: Sampling, scratch: Path, progress: bool) -> None:
+        self.pipe, self.recipe, self.scratch, self.progress = pipe, recipe, scratch, progress
+        self.name = denoiser_name(pipe)
+        self.full: nn.Module = getattr(pipe, self.name)
+        check_weights(self.full, self.name)
+        self.run = run.apart("calibration").replace(samples=recipe.calibration_samples)
+
+    def go(self) -> DiffusionPipeline:
+        recipe = self.recipe
+        found = self._survey() if recipe.time_embedding or recipe.step_ranges > 1 else None
+        ranges = None if found is None else found.ranges(recipe.step_ranges, exact=recipe.time_embedding)
+        quantized, coverage = self._inserted(ranges)
+        model = getattr(quantized, self.name)
+        drawn = recipe.calibration_steps != "uniform"
+        wanted = [method.inputs for method in recipe.methods if not isinstance(method, LowRank | Smooth)]
+        wanted += [BATCH] * any(isinstance(method, Smooth) for method in recipe.methods) + [OBSERVED] * drawn
+        pool = self._pool(max(wanted)) if wanted else None
+        self._prepare(model, pool)
+        self._find_ranges(quantized, pool if drawn else None, found, ranges)
+        temporal = frozenset(ranges.temporal) if ranges is not None else frozenset[str]()
+        if temporal:
+            columns.fit_temporal(quantized, self.full, self.run, temporal, found.temporal if found else {})
+        for method in recipe.methods:
+            fixed = temporal | self._passed_over(model, method.name)
+            if isinstance(method, Gptq):
+                assert pool is not None
+                columns.fit_columns(
+                    model, self.full, pool.first(method.inputs), method, fixed, self._title(method.name)
+                )
+            elif isinstance(method, Learned):
+                assert pool is not None
+                kept = self.scratch / method.name
+                learned.learn(
+                    model, self.full, pool, method, fixed, kept, seed=self.run.seed, progress=self._title(method.name)
+                )
+        config = PtqdConfig(recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
+        PtqdQuantizer(config).adopt(model, coverage)
+        return quantized
+
+    def _title(self, text: str) -> str | None:
+        return text if self.progress else None
+
+    def _inserted(self, ranges: StepRanges | None) -> tuple[DiffusionPipeline, Coverage]:
+        """The pipeline with quantizers that are still to find their ranges."""
+        model = copy.deepcopy(self.full)
+        coverage = insert_quantizers(model, self.recipe, ranges)
+        if ranges is not None:
+            set_ranges(model, ranges)
+        parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
+        return with_components(self.pipe, **parts), coverage
+
+    def _survey(self) -> Survey:
+        quantized, _ = self._inserted(None)
+        for module in quant_modules(getattr(quantized, self.name)):
+            module.observe()
+        found = survey(quantized, self.run)
+        if not found.timesteps:
             raise InputError(
-                f"the plan gives bits to the weights of {layer!r}, which is no quantized layer of the model"
+                f"{type(self.full).__name__} is told no timestep, so its ranges cannot follow the steps; leave step_ranges "
+                "at 1 and time_embedding out"
             )
-        rules.append(Rule(layer, bits, None if rule is None else rule.activation_bits))
-    return replace(recipe, rules=(*recipe.rules, *rules))
+        return found
 
+    def _pool(self, rows: int) -> Pool:
+        """The denoiser's inputs that are learned from."""
+        errors = None
+        if self.recipe.calibration_steps == "error":
+            few = min(ERROR_SAMPLES, self.run.samples)
+            plain = Recipe(
+                self.recipe.weights,
+                self.recipe.activations,
+                attention=self.recipe.attention,
+                softmax_bits=self.recipe.softmax_bits,
+                calibration_samples=few,
+                rules=tuple(rule for rule in self.recipe.rules),
+            )
+            rounded = quantize(self.pipe, plain, self.run)
+            errors = measured_errors(self.pipe, rounded, self.run.replace(samples=few))
+        steps = self._steps() if errors is None else len(errors)
+        weights = step_weights(self.recipe.calibration_steps, steps, errors)
+        return draw_pool(self.pipe, self.run, rows, weights, progress=self._title("drawing calibration inputs"))
 
-def ptqd_quantizer(pipe: DiffusionPipeline) -> "PtqdQuantizer":
-    """What ptqd left with the denoiser that it quantized.
+    def _steps(self) -> int:
+        """How often the scheduler steps in a run."""
+        with record(self.pipe) as trajectory:
+            run_batch(self.pipe, self.run, range(1), "latent")
+        return len(trajectory.timesteps)
 
-    Raises:
-        InputError: ptqd did not quantize it.
-    """
-    quantizer = getattr(getattr(pipe, denoiser_name(pipe)), "hf_quantizer", None)
-    if not isinstance(quantizer, PtqdQuantizer):
-        raise InputError("this pipeline was not quantized by ptqd; quantize it first")
-    return quantizer
+    def _passed_over(self, model: nn.Module, method: str) -> frozenset[str]:
+        """Layers that a rule keeps from a method."""
+        passed = set()
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantLayer):
+                rule = self.recipe.rule_for(names_of(name), layer.kind)
+                if rule is not None and method in rule.without:
+                    passed.add(name)
+        return frozenset(passed)
 
+    def _prepare(self, model: nn.Module, pool: Pool | None) -> None:
+        """What changes weights before they are rounded: smoothing and low-rank branches."""
+        for method in self.recipe.methods:
+            if isinstance(method, Smooth):
+                assert pool is not None
+                smooth.fit_smoothing(model, self.full, pool.first(BATCH), method, self._title("smoothing"))
+            elif isinstance(method, LowRank):
+                smooth.fit_low_rank(model, self.full, self.run.seed)
 
-def coverage_of(pipe: DiffusionPipeline) -> Coverage:
-    """What a recipe did to a pipeline that ptqd quantized.
-
-    Raises:
-        InputError: ptqd did not quantize it.
-    """
-    return ptqd_quantizer(pipe).coverage
-
-
-class _Method(StrEnum):
-    PTQD = "ptqd"
-
-
-class PtqdConfig(QuantizationConfigMixin):
-    """``quantization_config`` in a saved denoiser's ``config.json``."""
-
-    def __init__(self, recipe: dict[str, Any], plan: dict[str, Any] | None = None, quant_method: str = "ptqd") -> None:
-        self.quant_method = _Method(quant_method)
-        self.recipe = recipe
-        self.plan = plan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for ``config.json``."""
-        plan = {} if self.plan is None else {"plan": self.plan}
-        return {"quant_method": self.quant_method.value, "recipe": self.recipe, **plan}
-
-    to_diff_dict = to_dict
-
-
-class PtqdQuantizer(DiffusersQuantizer):
-    """Lets diffusers' ``from_pretrained`` and ``save_pretrained`` handle denoisers that ptqd quantized."""
-
-    use_keep_in_fp32_modules = False
-    requires_calibration = False
-    coverage: Coverage
-
-    def adopt(self, model: ModelMixin, coverage: Coverage) -> None:
-        """Mark a model as quantized by ptqd, so that it saves as such."""
-        self.coverage = coverage
-        model.register_to_config(quantization_config=self.quantization_config)
-        model.hf_quantizer = self
-        model.is_quantized = True
-        model.quantization_method = self.quantization_config.quant_method
-
-    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        """Refuse a file that lacks some of the model's tensors."""
-        if missing_keys:
-            raise InputError(f"the saved model lacks {missing_keys[0]!r}; the file is damaged or of another model")
-        return missing_keys
-
-    def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
-        """False: codes and scales are ordinary buffers."""
-        return False
-
-    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        kwargs["keep_in_fp32_modules"].append("scale")  # half precision has not the range for them
-        recipe, config = Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"), self.quantization_config
-        plan = None if config.plan is None else StepPlan.from_dict(config.plan, "the saved plan")
-        if plan is not None:
-            recipe = with_weights(recipe, plan, {name for name, _ in model.named_modules()})
-        self.coverage = insert_quantizers(model, recipe)
-        if plan is not None:
-            set_clock(model, plan)
-        model.register_to_config(quantization_config=self.quantization_config)
-
-    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, QuantLayer):
-                module.refresh(model.dtype)
-            elif isinstance(module, ActivationQuantizer):
-                module.refresh()
-
-    @property
-    def is_serializable(self) -> bool:
-        """Codes, scales and zero points save as safetensors."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codes are integers."""
-        return False
-
-
-AUTO_QUANTIZER_MAPPING["ptqd"] = PtqdQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING["ptqd"] = PtqdConfig
+    def _find_ranges(
+        self, quantized: DiffusionPipeline, pool: Pool | None, found: Survey | None, ranges: StepRanges | None
+    ) -> None:
+        """Observe, then freeze: ranges fixed, weights rounded to nearest."""
+        model = getattr(quantized, self.name)
+        modules = quant_modules(model)
+        for module in modules:
+            module.observe()
+        if found is not None and ranges is not None:
+            for name in ranges.temporal:
+                layer: Any = model.get_submodule(name)
+                if layer.input.ranges > 1:
+                    layer.input.fix(found.temporal[name])
+        title = self._title("calibrating")
+        if pool is None:
+            for _ in sample(quantized, self.run, output="latent", progress=title):
+                pass
+        else:
+            with torch.no_grad():
+                for rows in track(list(pool.batches(BATCH)), title):
+                    args, kwargs = pool.call(rows)
+                    model(*args, **kwargs)
+        for module in track(modules, self._title("finding ranges")):
+            module.freeze()

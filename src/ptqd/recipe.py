@@ -4,18 +4,21 @@ import dataclasses
 import json
 import re
 import tomllib
-import types
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from ptqd.affine import Grid
+from ptqd.affine import MAX_BITS, WIDE, Grid
 from ptqd.errors import InputError
+from ptqd.formats import BLOCKS, FORMAT_BITS, Format
+from ptqd.methods import METHODS, Brecq, Distill, Learned, Method, check_order
 from ptqd.observers import RangeMethod
+from ptqd.strict import build
 
-T = TypeVar("T")
+CalibrationSteps = Literal["uniform", "ptq4dm", "error"]
+LayerType = Literal["conv", "linear", "attention"]
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,37 @@ class Quantizer:
     """One kind of quantizer.
 
     Attributes:
-        bits: 2 to 8.
-        symmetric: signed grid around zero, or unsigned with a zero point.
-        range: how the range is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
+        bits: 2 to 8; those of the format where it is none of integers.
+        symmetric: signed grid around zero, or unsigned with a zero point; of integers.
+        range: how the range of integers is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
         percentile: share of values inside the range, for ``"percentile"``.
         p: the norm, for ``"pnorm"``.
+        format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"`` (:mod:`ptqd.formats`).
+        group: of weights: inputs that share a scale; all of a row where it is 0.
+        dynamic: of activations: the range of each token of a linear layer or attention, of each sample of a convolution,
+            found as it comes (ViDiT-Q, Zhao et al., arXiv 2406.02540). Blocks of ``mxfp4`` and ``nvfp4`` always are.
     """
 
-    bits: int = 8
+    bits: int = 0
     symmetric: bool = True
     range: RangeMethod = "pnorm"
     percentile: float = 99.9
     p: float = 2.4
+    format: Format = "int"
+    group: int = 0
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.grid
+        natural = FORMAT_BITS.get(self.format)
+        if natural is None:
+            object.__setattr__(self, "bits", self.bits or MAX_BITS)
+            _ = self.grid
+        elif self.bits not in (0, natural):
+            raise InputError(f"{self.format} has {natural} bits; got {self.bits}")
+        else:
+            object.__setattr__(self, "bits", natural)
+        if self.group < 0:
+            raise InputError(f"group must be at least 1, or 0 for whole rows; got {self.group}")
         if not 0 < self.percentile <= 100:
             raise InputError(f"percentile must be in (0, 100]; got {self.percentile}")
         if self.p <= 0:
@@ -45,32 +64,52 @@ class Quantizer:
 
     @property
     def grid(self) -> Grid:
-        """The integers it rounds to."""
-        return Grid(self.bits, self.symmetric)
+        """The integers it rounds to; of a floating-point format, those that its codes take."""
+        return Grid(self.bits, self.symmetric and self.format == "int")
+
+    def of(self, bits: int) -> "Quantizer":
+        """The same with integers of other bits."""
+        return replace(self, bits=bits, format="int")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Other bits for the layers whose dotted name matches; the last rule that matches a layer wins.
+    """Something else for the layers whose dotted name and type match; the last rule that matches a layer wins.
 
     Attributes:
-        match: a shell pattern over module names, such as ``"conv_in"`` or ``"*.to_k"``.
-        weight_bits: bits instead of the recipe's.
-        activation_bits: bits instead of the recipe's.
+        match: a shell pattern over module names, such as ``"conv_in"`` or ``"*.to_k"``; an attention's own name is that of
+            its products.
+        weight_bits: integers of these bits instead of the recipe's.
+        activation_bits: integers of these bits instead of the recipe's.
         skip: leave the layer in full precision.
         optional: the rule may match no layer, which is an error otherwise.
+        type: ``"conv"``, ``"linear"`` or ``"attention"``; any where it is none.
+        group: of the weights, instead of the recipe's.
+        dynamic: of the activations, instead of the recipe's.
+        without: methods of the recipe that pass these layers over.
     """
 
-    match: str
+    match: str = "*"
     weight_bits: int | None = None
     activation_bits: int | None = None
     skip: bool = False
     optional: bool = False
+    type: LayerType | None = None
+    group: int | None = None
+    dynamic: bool | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.activation_bits):
             if bits is not None:
                 Grid(bits, symmetric=True)
+        for name in self.without:
+            if name not in METHODS:
+                raise InputError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
+
+    def matches(self, name: str, kind: LayerType) -> bool:
+        """Whether it is for a layer."""
+        return self.type in (None, kind) and fnmatchcase(name, self.match)
 
 
 _UNETS, _TRANSFORMERS = ("conv_in", "conv_out"), ("*_embed.proj", "x_embedder", "proj_in", "proj_out", "proj_out_2")
@@ -83,7 +122,8 @@ class Recipe:
 
     Weights have one scale per output channel; activations one per tensor. ``"w4a8"`` is shorthand for a recipe:
     4-bit weights, 8-bit activations, attention products included, first and last layer at 8 bits. ``"w4a4+8"`` has
-    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step.
+    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step. Formats, ranges
+    and methods follow, as in ``"w8a8-dynamic"``, ``"w4a4-svd"`` and ``"w4a8-brecq"``: see :data:`WORDS`.
 
     Attributes:
         weights: of convolutions and linear layers.
@@ -91,9 +131,19 @@ class Recipe:
         attention: quantize the products q.k and p.v as well.
         step_bits: further widths that activations get ranges for; a plan chooses among these and ``activations.bits``.
             A rule's ``activation_bits`` are not for a plan to change.
-        softmax_bits: of the attention probabilities (Q-Diffusion, arXiv 2302.04304, keeps them at 8 or more).
-        calibration_samples: samples whose whole trajectories the activation ranges are found on.
-        rules: exceptions by layer name.
+        softmax_bits: of the attention probabilities, 2 to 8 or 16 (Q-Diffusion, arXiv 2302.04304, has 8 and 16).
+        calibration_samples: samples whose whole trajectories everything is found on.
+        rules: exceptions by layer name and type.
+        split_shortcuts: the halves of a skip connection's concatenation get ranges, of activations and weights, of their
+            own (Q-Diffusion, section 4.2).
+        time_embedding: layers that see nothing but the timestep are calibrated exactly on the run's steps: a range for
+            each, and weights rounded for these inputs (TFMQ-DM, Huang et al., arXiv 2311.16503).
+        step_ranges: groups of neighbouring steps with activation ranges of their own.
+        calibration_steps: which steps' inputs are learned from, and ranges found on: ``"uniform"``, all alike
+            (Q-Diffusion); ``"ptq4dm"``, normally distributed around two fifths of the way to the data's end (PTQ4DM,
+            Shang et al., arXiv 2211.15736, section 3.3); ``"error"``, half of them in proportion to the error measured
+            with weights and activations rounded to nearest.
+        methods: in order; see :mod:`ptqd.methods`.
 
     >>> Recipe.parse("w4a8").weights.bits
     4
@@ -106,12 +156,36 @@ class Recipe:
     softmax_bits: int = 8
     calibration_samples: int = 32
     rules: tuple[Rule, ...] = FIRST_AND_LAST
+    split_shortcuts: bool = False
+    time_embedding: bool = False
+    step_ranges: int = 1
+    calibration_steps: CalibrationSteps = "uniform"
+    methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.softmax_bits, *self.step_bits):
+        Grid(self.softmax_bits, symmetric=False)
+        for bits in self.step_bits:
             Grid(bits, symmetric=False)
-        if self.calibration_samples < 1:
-            raise InputError(f"calibration_samples must be at least 1; got {self.calibration_samples}")
+        for name in ("calibration_samples", "step_ranges"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for bits in (self.weights.bits, self.activations.bits, *self.step_bits):
+            if bits == WIDE:
+                raise InputError(f"bits must be 2 to {MAX_BITS}; got {WIDE}, which only softmax_bits can be")
+        if self.weights.dynamic:
+            raise InputError("weights do not change from call to call; dynamic is for activations")
+        if self.activations.group:
+            raise InputError("group is for weights; activations have mxfp4 and nvfp4 for blocks")
+        if self.step_bits and (self.activations.format != "int" or self.activations.dynamic):
+            raise InputError("several widths of activations need integers with ranges found beforehand")
+        if self.step_ranges > 1 and (self.activations.format in BLOCKS or self.activations.dynamic):
+            raise InputError(
+                "ranges by step are for activations whose range is found beforehand; leave step_ranges at 1"
+            )
+        learned = [method.name for method in self.methods if isinstance(method, Learned)]
+        if learned and self.weights.format != "int":
+            raise InputError(f"{learned[0]!r} learns to round to integers; {self.weights.format} can have gptq")
+        check_order(self.methods)
 
     @classmethod
     def parse(cls, text: "str | Path | Recipe") -> "Recipe":
@@ -122,13 +196,13 @@ class Recipe:
         """
         if isinstance(text, Recipe):
             return text
-        short = re.fullmatch(r"w(\d+)a(\d+(?:\+\d+)*)", str(text))
-        if short:
-            *fewer, most = sorted({int(bits) for bits in short[2].split("+")})
-            return cls(Quantizer(int(short[1])), Quantizer(most, symmetric=False), tuple(fewer))
+        if re.fullmatch(_SHORT, str(text)):
+            return _from_shorthand(str(text))
         path = Path(text)
         if path.suffix != ".toml":
-            raise InputError(f"recipe {str(text)!r} is neither a shorthand such as 'w4a8' nor the path of a .toml file")
+            raise InputError(
+                f"recipe {str(text)!r} is neither a shorthand such as 'w4a8' or 'w4a8-brecq' nor the path of a .toml file"
+            )
         if not path.is_file():
             raise InputError(f"recipe file {path} does not exist")
         try:
@@ -140,62 +214,105 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
         """A recipe from plain values, as :meth:`to_dict` gives them; unknown keys are errors."""
-        return _build(cls, values, where)
+        return build(cls, values, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for values, method in zip(plain["methods"], self.methods, strict=True):
+            values["name"] = method.name
         return plain
 
     @property
     def name(self) -> str:
         """Shorthand of its main bit widths."""
-        return f"w{self.weights.bits}a{'+'.join(map(str, self.widths))}"
+        weights, activations = self.weights, self.activations
+        left = weights.bits if weights.format == "int" else weights.format
+        right = "+".join(map(str, self.widths)) if activations.format == "int" else activations.format
+        return f"w{left}a{right}"
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The activation bits that ranges are found for, ascending."""
         return tuple(sorted({self.activations.bits, *self.step_bits}))
 
-    def rule_for(self, layer: str) -> Rule | None:
-        """The last rule that matches a layer's dotted name."""
-        return next((rule for rule in reversed(self.rules) if fnmatchcase(layer, rule.match)), None)
+    def rule_for(self, names: str | Iterable[str], kind: LayerType) -> Rule | None:
+        """The last rule that matches a layer, by any of the dotted names it goes by."""
+        known = (names,) if isinstance(names, str) else tuple(names)
+        return next((rule for rule in reversed(self.rules) if any(rule.matches(name, kind) for name in known)), None)
+
+    def quantizers_for(self, rule: Rule | None) -> tuple[Quantizer, Quantizer, tuple[int, ...]]:
+        """The quantizers of a layer's weights and activations, and the activations' widths, under a rule."""
+        weights, activations, widths = self.weights, self.activations, self.widths
+        if rule is None:
+            return weights, activations, widths
+        if rule.weight_bits is not None:
+            weights = weights.of(rule.weight_bits)
+        if rule.group is not None:
+            weights = replace(weights, group=rule.group)
+        if rule.activation_bits is not None:
+            activations, widths = activations.of(rule.activation_bits), ()
+        if rule.dynamic is not None:
+            activations, widths = replace(activations, dynamic=rule.dynamic), ()
+        return weights, activations, widths
 
 
-def _build(cls: type[T], values: Any, where: str) -> T:
-    """A dataclass from plain values: nested, strict about keys and types."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where} must be a table; got {values!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(known)}")
-    converted = {k: _convert(hints[k], v, f"{where}, key {k!r}") for k, v in values.items()}
-    try:
-        return cls(**converted)
-    except TypeError as error:  # a required key is missing
-        raise InputError(f"{where}: {str(error).split(') ')[-1]}") from error
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+_NUMBERS = "|".join(FORMAT_BITS)
+_SHORT = rf"w(\d+|{_NUMBERS})a(\d+(?:\+\d+)*|{_NUMBERS})((?:-[a-z0-9]+)*)"
+_UNET_BASE = {"split_shortcuts": True, "softmax_bits": WIDE}
+WORDS: dict[str, dict[str, Any]] = {
+    "best": {
+        "split_shortcuts": True,
+        "time_embedding": True,
+        "calibration_steps": "error",
+        "calibration_samples": 64,
+        "methods": (Brecq(), Distill()),
+    },
+    "split": {"split_shortcuts": True},
+    "time": {"time_embedding": True},
+    "ptq4dm": {"calibration_steps": "ptq4dm"},
+    "qdiffusion": {**_UNET_BASE, "methods": (Brecq(drop=0.0),)},
+    "tfmq": {**_UNET_BASE, "time_embedding": True, "methods": (Brecq(drop=0.0),)},
+}
+"""What a word of a shorthand sets. Besides: ``dynamic``; a method's name, ``svd`` bringing ``smooth`` along; ``svd32`` for
+its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``,
+``qdiffusion`` and ``tfmq``."""
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)  # type: ignore[arg-type]
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InputError(f"{where} must be a list; got {value!r}")
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{where} must be one of {', '.join(map(repr, args))}; got {value!r}")
-        return value
-    allowed = args if origin is types.UnionType else (hint,)
-    if type(value) is int and float in allowed:
-        return float(value)
-    if type(value) not in allowed and not (value is None and type(None) in allowed):
-        names = " or ".join("none" if a is type(None) else a.__name__ for a in allowed)
-        raise InputError(f"{where} must be {names}; got {value!r}")
-    return value
+def _from_shorthand(text: str) -> Recipe:
+    """A recipe from what :data:`_SHORT` matches."""
+    found = re.fullmatch(_SHORT, text)
+    assert found is not None
+    number, widths, words = found.groups()
+    step_bits: list[int] = []
+    if widths in FORMAT_BITS:
+        activations = Quantizer(format=widths)
+    else:
+        *step_bits, most = sorted({int(bits) for bits in widths.split("+")})
+        activations = Quantizer(most, symmetric=False)
+    weights = Quantizer(format=number) if number in FORMAT_BITS else Quantizer(int(number))
+    values: dict[str, Any] = {"methods": ()}
+    for word in words.split("-")[1:]:
+        numbered = re.fullmatch(r"(svd|g|steps)(\d+)", word)
+        name, count = (numbered[1], int(numbered[2])) if numbered else (word, 0)
+        if name == "dynamic":
+            activations = replace(activations, dynamic=True)
+        elif name == "g" and numbered:
+            weights = replace(weights, group=count)
+        elif name == "steps" and numbered:
+            values["step_ranges"] = count
+        elif name in METHODS:
+            method = METHODS[name](rank=count) if numbered else METHODS[name]()  # type: ignore[call-arg]
+            before = (METHODS["smooth"](),) if name == "svd" and "-smooth" not in words else ()
+            values["methods"] = (*values["methods"], *before, method)
+        elif name in WORDS:
+            values |= {**WORDS[name], "methods": (*values["methods"], *WORDS[name].get("methods", ()))}
+        else:
+            known = ", ".join([*WORDS, *METHODS, "dynamic", "g64", "steps8", "svd32"])
+            raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
+    rules = tuple(
+        rule
+        for rule in FIRST_AND_LAST
+        if min(weights.bits, activations.bits) < MAX_BITS or "int" in (weights.format, activations.format)
+    )
+    return Recipe(weights, activations, tuple(step_bits), rules=rules, **values)

@@ -22,15 +22,18 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ptqd.activations import ActivationQuantizer
+from ptqd.adoption import ptqd_quantizer
 from ptqd.clock import layer_quantizers
 from ptqd.components import copy_module, denoiser_name
 from ptqd.errors import InputError
-from ptqd.layers import ActivationQuantizer, QuantLayer, rounded_weight
+from ptqd.insertion import insert_quantizers
+from ptqd.layers import QuantLayer
 from ptqd.progress import track
-from ptqd.quantization import insert_quantizers, ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.replay import Trajectory, record
 from ptqd.sampling import Sampling, run_batch, sample_generator
+from ptqd.weights import rounded_weight
 
 PROBED_STEPS = 10
 PROBED_SAMPLES = 16

@@ -104,11 +104,12 @@ class LatentClassPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise InputError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = latents.to(device) * self.scheduler.init_noise_sigma
+        x = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
         for t in self.progress_bar(self.scheduler.timesteps):
-            inputs = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            inputs = scale(torch.cat([x, x]) if guided else x, t)
             eps = self.unet(inputs, t, encoder_hidden_states=context).sample
             if guided:
                 eps_null, eps_class = eps.chunk(2)

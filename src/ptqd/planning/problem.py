@@ -8,17 +8,19 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
+from ptqd.adoption import ptqd_quantizer
+from ptqd.attention import QuantAttnProcessor
 from ptqd.components import denoiser_name
-from ptqd.cost import FULL_BITS, PRODUCTS, Macs, run_macs
+from ptqd.cost import FULL_BITS, PRODUCTS, Macs, by_halves, run_macs
 from ptqd.errors import InputError
-from ptqd.layers import QuantAttnProcessor, QuantLayer
+from ptqd.insertion import names_of
+from ptqd.layers import QuantLayer
 from ptqd.measuring import measure
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
 from ptqd.planned import apply_plan
 from ptqd.planning.contributions import contributions
 from ptqd.planning.paper import told_timesteps
-from ptqd.quantization import ptqd_quantizer
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling
 from ptqd.sensitivity import Sensitivity, measure_sensitivity
@@ -269,9 +271,10 @@ def planning_problem(
     """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     layers: dict[str, LayerBits] = {}
-    for name, module in getattr(qpipe, denoiser_name(qpipe)).named_modules():
-        rule = recipe.rule_for(name)
+    model = getattr(qpipe, denoiser_name(qpipe))
+    for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
+            rule = recipe.rule_for(names_of(name), module.kind)
             free = len(module.input.widths) > 1
             fixed = rule is not None and rule.weight_bits is not None
             layers[name] = LayerBits(module.weights.bits, None if free else module.input.bits, fixed)
@@ -291,7 +294,7 @@ def planning_problem(
     known = sorted({*(own.weights for own in layers.values() if own.weights), *weight_bits})
     return make_problem(
         stats,
-        run_macs(pipe, run),
+        by_halves(run_macs(pipe, run), model),
         measure_sensitivity(pipe, qpipe, run, weight_bits=known, progress=progress),
         layers,
         softmax_bits=recipe.softmax_bits,

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from rich.table import Table
-from torch import nn
 
+from ptqd.adoption import with_weights
 from ptqd.clock import set_clock
 from ptqd.components import denoiser_name
 from ptqd.cost import FULL_BITS, PRODUCTS, Cost, Macs, cost_of, on_meta, run_macs
 from ptqd.errors import InputError
+from ptqd.insertion import insert_quantizers, layer_types
 from ptqd.loading import load
 from ptqd.plan import StepPlan
-from ptqd.quantization import insert_quantizers, with_weights
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling
 from ptqd.skeleton import (
@@ -56,9 +56,10 @@ def counted(
     wanted, chosen = _bits(model, config, recipe, plan)
     if wanted is None:
         return cost_of(denoiser, macs)
-    layers = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    if chosen is not None:
+        wanted = with_weights(wanted, chosen, layer_types(denoiser, wanted))
     with torch.device("meta"):
-        insert_quantizers(denoiser, wanted if chosen is None else with_weights(wanted, chosen, layers))
+        insert_quantizers(denoiser, wanted)
     if chosen is not None:
         set_clock(denoiser, chosen)
     return cost_of(denoiser, macs)

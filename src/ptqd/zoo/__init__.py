@@ -4,7 +4,7 @@ from pathlib import Path
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
-MODELS = {"fashion-ldm": _WEIGHTS / "fashion-ldm"}
+MODELS = {name: _WEIGHTS / name for name in ("fashion-ldm", "fashion-ddpm", "fashion-dit", "fashion-flow")}
 CLASSIFIER = _WEIGHTS / "fashion-classifier"
 _PUBLISHED = Path(__file__).parent / "architectures"
 ARCHITECTURES = {name: _PUBLISHED / f"{name}.json" for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches")}

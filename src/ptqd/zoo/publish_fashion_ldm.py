@@ -9,6 +9,7 @@ Writes into the package's ``zoo/weights``; into the card's folder go ``README.md
 import argparse
 import csv
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ptqd.evaluate.features import Features, Reference, evaluate, extract
 from ptqd.evaluate.metrics import Metric
 from ptqd.experiment import load_images, sample_images
 from ptqd.files import read_json, replacing, write_json, write_text
-from ptqd.loading import load
+from ptqd.loading import load, with_scheduler
 from ptqd.report.pictures import grid
 from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
@@ -45,22 +46,22 @@ def save_half(module: nn.Module, folder: Path) -> None:
     module.float()
 
 
-def sampled(run: Sampling, card: Path) -> torch.Tensor:
-    """Images of the published model, kept beside the card while it is made."""
-    pipe = load("fashion-ldm")
+def sampled(model: str, run: Sampling, card: Path, scheduler: str | None = None) -> torch.Tensor:
+    """Images of a published model, kept beside the card while it is made."""
+    pipe = with_scheduler(load(model), scheduler)
     inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
     path = RunFolder(card / ".samples").stage(
-        f"g{run.call['guidance_scale']}.safetensors",
+        f"{scheduler or 'own'}-g{run.call.get('guidance_scale', 1)}.safetensors",
         inputs,
         lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling"),
     )
     return load_images(path)
 
 
-def draw_losses(trained: Path, path: Path) -> None:
-    """The three training logs, one panel each."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
-    for axis, stage in zip(axes, STAGES, strict=True):
+def draw_losses(trained: Path, path: Path, stages: Sequence[str]) -> None:
+    """The training logs, one panel each."""
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.4 * len(stages), 3.4), layout="constrained", squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
         rows = list(csv.DictReader((trained / f"{stage}.csv").open()))
         name = "l1" if stage == "autoencoder" else "loss"
         axis.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows])
@@ -105,7 +106,7 @@ def main() -> None:
     shown: list[torch.Tensor] = []
     for guidance in (1.0, 1.5, 3.0):
         call = {"class_labels": list(range(10)), "guidance_scale": guidance}
-        images = sampled(Sampling(50, 0.0, args.samples, 100, 0, call), args.card)
+        images = sampled("fashion-ldm", Sampling(50, 0.0, args.samples, 100, 0, call), args.card)
         judged[f"guidance {guidance:g}"] = evaluate(images, classifier, reference, labels=labels)
         if guidance == 1.5:
             shown = [images[i * 10 : i * 10 + 10] for i in range(10)]
@@ -121,7 +122,7 @@ def main() -> None:
 
     with replacing(args.card / "samples.png") as temporary:
         grid(shown).save(temporary, "PNG")
-    draw_losses(args.trained, args.card / "loss.png")
+    draw_losses(args.trained, args.card / "loss.png", STAGES)
     for stage in STAGES:
         shutil.copy(args.trained / f"{stage}.csv", args.card / f"{stage}.csv")
     sizes = {

@@ -1,0 +1,218 @@
+"""Activation quantizers: one tensor rounded, by a range that was observed or as it comes.
+
+The range may depend on the step: a quantizer then has several, and an :class:`Active` that its clock sets says which one
+holds, for the whole batch or for each of its rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqd.affine import Grid, affine_parameters, fake_quantize
+from ptqd.errors import InputError
+from ptqd.formats import BLOCKS, LARGEST, fake_blocks, round_float
+from ptqd.observers import Observer, find_range
+from ptqd.recipe import Quantizer
+
+
+class Active:
+    """Which of several things holds now; shared by all that change together. For each row of a batch, a tensor (N,)."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index: Any = index
+
+
+class ActiveWidth(Active):
+    """Which of its widths a quantizer rounds to now; those of one group of layers share one."""
+
+    index: int
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a tensor to one format.
+
+    Args:
+        spec: the format, and how its range is found.
+        widths: all bits that it can round to, ascending, each with a range of its own; ``spec.bits`` is one of them,
+            and the one it starts at.
+        axis: where the channels are.
+        ranges: how many it has, by step.
+        rowwise: a dynamic range is of each sample, not of each token: what a convolution, or the second operand of a
+            product, needs.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(
+        self, spec: Quantizer, widths: Sequence[int] = (), *, axis: int = -1, ranges: int = 1, rowwise: bool = False
+    ) -> None:
+        super().__init__()
+        self.spec, self.axis, self.rowwise = spec, axis, rowwise
+        self.widths = tuple(widths) or (spec.bits,)
+        self.active = ActiveWidth(self.widths.index(spec.bits))
+        self.step = Active()
+        shape = (len(self.widths),) if ranges == 1 else (ranges, len(self.widths))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.observers: list[Observer] | None = None
+        self.learner: Callable[[torch.Tensor], torch.Tensor] | None = None  # rounds instead, while it learns
+        self._numbers: list[list[tuple[float, float, Grid]]] = []
+
+    @property
+    def bits(self) -> int:
+        """What it rounds to now."""
+        return self.widths[self.active.index]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of each width."""
+        return [Grid(bits, self.spec.symmetric and self.spec.format == "int") for bits in self.widths]
+
+    @property
+    def ranges(self) -> int:
+        """How many ranges it has, by step."""
+        return len(self.scale) if self.scale.ndim == 2 else 1
+
+    @property
+    def found_beforehand(self) -> bool:
+        """Whether it has a range that is observed."""
+        return not self.spec.dynamic and self.spec.format not in BLOCKS
+
+    def observe(self) -> None:
+        """Start to collect the ranges; outputs are the inputs, untouched."""
+        self.observers = [Observer() for _ in range(self.ranges)]
+
+    def fix(self, values: torch.Tensor) -> None:
+        """Fix the range of each step from what comes there (T, n), instead of observing it."""
+        scales, zeros = (t.view(self.ranges, -1) for t in (self.scale, self.zero_point))
+        for i, grid in enumerate(self.grids):
+            if self.spec.format == "int":
+                low, high = find_range(values, grid, self.spec.range, percentile=self.spec.percentile, p=self.spec.p)
+                scale, zero = affine_parameters(low, high, grid)
+                scales[:, i], zeros[:, i] = scale.to(scales.device), zero.to(zeros.device)
+            else:
+                largest = values.abs().amax(1)
+                scales[:, i] = torch.where(largest > 0, largest / LARGEST[self.spec.format], 1.0).to(scales.device)
+        self.observers = [] if self.observers is not None else None
+        self.refresh()
+
+    def freeze(self) -> None:
+        """Fix scale and zero point of every range and width from what was observed, and start to round.
+
+        A range whose steps were never seen gets that of all the others.
+
+        Raises:
+            InputError: nothing was observed.
+        """
+        if self.observers is None:
+            raise InputError("freeze() needs observe() and at least one forward pass before it")
+        if self.found_beforehand and self.observers:
+            seen = [observer for observer in self.observers if observer.low <= observer.high]
+            whole = self.observers[0] if len(seen) == len(self.observers) else Observer.merged(seen)
+            for s, observer in enumerate(self.observers):
+                self._fix(s, observer if observer.low <= observer.high else whole)
+        self.observers = None
+        self.refresh()
+
+    def _fix(self, s: int, observer: Observer) -> None:
+        spec = self.spec
+        scales, zeros = (t.view(self.ranges, -1) for t in (self.scale, self.zero_point))
+        for i, grid in enumerate(self.grids):
+            if spec.format != "int":
+                low, high = observer.range(grid, "minmax", spec.percentile, spec.p)
+                largest = torch.maximum(-low, high)
+                scales[s, i] = largest / LARGEST[spec.format] if largest > 0 else 1.0
+            else:
+                low, high = observer.range(grid, spec.range, spec.percentile, spec.p)
+                scales[s, i], zeros[s, i] = affine_parameters(low, high, grid)
+
+    def refresh(self) -> None:
+        """Forget what was derived from the buffers, after they changed."""
+        self._numbers = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` itself while observing, else ``x`` rounded to the active width's grid; any shape."""
+        if self.observers is not None:
+            self._show(x)
+            return x
+        if self.learner is not None:
+            return self.learner(x)
+        return self.rounded(x, self.active.index)
+
+    def rounded(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """``x`` rounded to the grid of one of the widths."""
+        if self.spec.format in BLOCKS:
+            return fake_blocks(x, self.spec.format, self.axis)
+        if self.spec.dynamic:
+            scale, zero = self._as_it_comes(x, index)
+            return _round(x, scale, zero, self.spec, self.grids[index])
+        if isinstance(self.step.index, torch.Tensor):
+            scale, zero = (self.by_row(t, x, index) for t in (self.scale, self.zero_point))
+            return _round(x, scale.to(x.dtype), zero, self.spec, self.grids[index])
+        if not self._numbers:
+            both = (t.view(self.ranges, -1).tolist() for t in (self.scale, self.zero_point))
+            self._numbers = [
+                list(zip(scales, map(float, zeros), self.grids, strict=True))
+                for scales, zeros in zip(*both, strict=True)
+            ]
+        here = self._numbers[self.step.index if self.ranges > 1 else 0]
+        scale_, zero_, grid = here[index]
+        return _round(x, scale_, zero_, self.spec, grid)
+
+    def by_row(self, values: torch.Tensor, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What of ``values`` (S, W) or (W,) holds for each row of ``x``: (N, 1, ..., 1), or one number for all."""
+        column = values.view(self.ranges, -1)[:, index]  # S
+        if self.ranges == 1:
+            return column[0]
+        if not isinstance(self.step.index, torch.Tensor):
+            return column[self.step.index]
+        rows = self.step.index.to(column.device)
+        if len(x) % len(rows):
+            raise InputError(
+                f"{len(x)} rows of an activation cannot be told the steps of {len(rows)} samples; "
+                "leave step_ranges at 1 and time_embedding out for this denoiser"
+            )
+        chosen = column[rows].repeat_interleave(len(x) // len(rows))  # heads follow their sample
+        return chosen.view(-1, *[1] * (x.ndim - 1))
+
+    def _as_it_comes(self, x: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of each token, or sample, of ``x``."""
+        axes = tuple(range(1, x.ndim)) if self.rowwise and x.ndim > 1 else (self.axis,)
+        low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        low, high, grid = low.clamp(max=0), high.clamp(min=0), self.grids[index]
+        tiny = torch.finfo(torch.float32).tiny
+        if self.spec.format != "int" or grid.symmetric:
+            most = LARGEST.get(self.spec.format, grid.qmax)
+            scale = torch.maximum(-low, high).float() / most
+            return torch.where(scale > tiny, scale, 1.0).to(x.dtype), torch.zeros_like(scale)
+        scale = (high - low).float() / (grid.qmax - grid.qmin)
+        scale = torch.where(scale > tiny, scale, 1.0)
+        zero = (grid.qmin - low / scale).round().clamp(grid.qmin, grid.qmax)
+        return scale.to(x.dtype), zero.to(x.dtype)
+
+    def _show(self, x: torch.Tensor) -> None:
+        assert self.observers is not None
+        index = self.step.index
+        if not self.observers:  # its ranges are fixed
+            return
+        if self.ranges == 1:
+            self.observers[0].update(x)
+        elif isinstance(index, torch.Tensor):
+            each = index.to(x.device).repeat_interleave(max(1, len(x) // len(index)))
+            for s in index.unique().tolist():
+                self.observers[s].update(x[each == s])
+        else:
+            self.observers[index].update(x)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+
+def _round(x: torch.Tensor, scale: Any, zero: Any, spec: Quantizer, grid: Grid) -> torch.Tensor:
+    if spec.format == "int":
+        return fake_quantize(x, scale, zero, grid)
+    return round_float(x / scale, spec.format).mul_(scale)

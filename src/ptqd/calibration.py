@@ -1,0 +1,204 @@
+"""The inputs a denoiser really sees, drawn over its sampling steps.
+
+Rows of the denoiser's batch, guidance's halves included, are taken from whole trajectories of the full-precision pipeline.
+Which steps a sample gives depends on its seed alone, so neither batch size nor order changes what is drawn.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ptqd.clock import timestep_argument
+from ptqd.components import denoiser_name
+from ptqd.errors import InputError
+from ptqd.progress import track
+from ptqd.recipe import CalibrationSteps
+from ptqd.replay import Trajectory, record, replay
+from ptqd.sampling import Sampling, run_batch
+
+PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
+ERROR_SAMPLES = 8
+
+
+@dataclass
+class Pool:
+    """Rows of calls of a denoiser, all steps mixed.
+
+    Attributes:
+        leaves: what the calls were given: tensors of which the rows are stacked (N, ...), and what all calls share.
+        stacked: which of the leaves are stacked.
+        structure: how leaves make arguments.
+        steps: of each row (N,), by number.
+    """
+
+    leaves: list[Any]
+    stacked: list[bool]
+    structure: Any
+    steps: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def call(self, rows: torch.Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call with some of the rows."""
+        leaves = [x[rows] if stacked else x for x, stacked in zip(self.leaves, self.stacked, strict=True)]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices of neighbouring rows."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def first(self, rows: int) -> "Pool":
+        """The first rows of it; they are in random order."""
+        keep = slice(0, rows)
+        leaves = [x[keep] if stacked else x for x, stacked in zip(self.leaves, self.stacked, strict=True)]
+        return Pool(leaves, self.stacked, self.structure, self.steps[keep])
+
+
+def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None = None) -> np.ndarray[Any, Any]:
+    """The probability that a row is drawn from each step, first step (noise) first.
+
+    Args:
+        kind: see :class:`ptqd.Recipe`.
+        steps: T.
+        errors: measured at each step (T,), for ``"error"``.
+    """
+    flat = np.full(steps, 1 / steps)
+    if kind == "ptq4dm":
+        place = np.linspace(1, 0, steps)
+        weights = np.exp(-(((place - PTQ4DM_MEAN) / PTQ4DM_DEVIATION) ** 2) / 2)
+        return np.asarray(weights / weights.sum())
+    if kind == "error" and errors is not None and float(errors.sum()) > 0:
+        share = errors.double().numpy() / float(errors.double().sum())
+        return np.asarray((flat + share) / 2)
+    return flat
+
+
+def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> torch.Tensor:
+    """What quantization changes at each step: the sum over samples of the squared change of the next sample (T,)."""
+    totals: list[float] = []
+    for indices in run.batches():
+        with record(pipe) as trajectory:
+            run_batch(pipe, run, indices, "latent")
+        with replay(qpipe, trajectory) as answer:
+            run_batch(qpipe, run, indices, "latent")
+        moved = [value * len(indices) for value in answer.moved]
+        totals = moved if not totals else [a + b for a, b in zip(totals, moved, strict=True)]
+    return torch.tensor(totals, dtype=torch.float64)
+
+
+def draw_pool(
+    pipe: DiffusionPipeline, run: Sampling, rows: int, weights: np.ndarray[Any, Any], *, progress: str | None = None
+) -> Pool:
+    """Draw rows of the denoiser's calls from ``run``'s trajectories; in random order.
+
+    Args:
+        pipe: full precision.
+        run: its samples are drawn from.
+        rows: wanted; fewer where the run has fewer.
+        weights: probability of each step (T,).
+        progress: title of a bar.
+
+    Raises:
+        InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
+    """
+    count = min(int((weights > 0).sum()), -(-rows // run.samples))
+    taken: list[_Taken] = []
+    for indices in track(list(run.batches()), progress):
+        wanted = [_steps_of(run.seed, i, count, weights) for i in indices]
+        with record(pipe) as trajectory, _listening(pipe, trajectory, indices, wanted, taken):
+            run_batch(pipe, run, indices, "latent")
+    taken.sort(key=lambda part: (part.sample, part.step))
+    return _stack(taken, rows, run.seed)
+
+
+@dataclass
+class _Taken:
+    """One sample's rows of one call; of leaves that are shared, the leaf itself."""
+
+    sample: int
+    step: int
+    leaves: list[Any]
+    stacked: list[bool]
+    structure: Any
+
+
+def _steps_of(seed: int, sample: int, count: int, weights: np.ndarray[Any, Any]) -> list[int]:
+    """The steps that a sample gives, by its own seed."""
+    chosen: list[int] = np.random.default_rng([seed, sample]).choice(len(weights), count, False, weights).tolist()
+    return chosen
+
+
+@contextmanager
+def _listening(
+    pipe: DiffusionPipeline,
+    trajectory: Trajectory,
+    samples: Sequence[int],
+    wanted: Sequence[Sequence[int]],
+    taken: list[_Taken],
+) -> Iterator[None]:
+    """Keep the wanted samples' rows of the calls inside the block."""
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = len(trajectory.timesteps)
+        chosen = [n for n, steps in enumerate(wanted) if step in steps]
+        if not chosen:
+            return
+        batch = next(len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.ndim > 1)
+        leaves, structure = tree_flatten(_with_timesteps_by_row(module, args, kwargs, batch))
+        stacked = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == batch for x in leaves]
+        for n in chosen:
+            rows = torch.arange(n, batch, len(samples))  # one in each of guidance's parts
+            parts = [x[rows.to(x.device)] if by_row else x for x, by_row in zip(leaves, stacked, strict=True)]
+            taken.append(_Taken(samples[n], step, parts, stacked, structure))
+
+    hook = getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _with_timesteps_by_row(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
+    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    if argument is None:
+        return args, dict(kwargs)
+    name, position = argument
+    told = kwargs[name] if name in kwargs else args[position]
+    told = torch.as_tensor(told)
+    told = told.expand(batch) if told.numel() == 1 else told
+    if name in kwargs:
+        return args, {**kwargs, name: told}
+    return (*args[:position], told, *args[position + 1 :]), dict(kwargs)
+
+
+def _stack(taken: list[_Taken], rows: int, seed: int) -> Pool:
+    first = taken[0]
+    for part in taken[1:]:
+        for known, leaf, by_row in zip(first.leaves, part.leaves, first.stacked, strict=True):
+            same = by_row or (torch.equal(known, leaf) if isinstance(known, torch.Tensor) else known == leaf)
+            if not same or part.stacked != first.stacked:
+                raise InputError(
+                    "the denoiser is called with arguments that differ from step to step and are not one a sample; "
+                    "methods that learn cannot mix such calls: use a recipe without methods"
+                )
+    sizes = [next(len(x) for x, by_row in zip(part.leaves, part.stacked, strict=True) if by_row) for part in taken]
+    steps = torch.tensor([part.step for part in taken]).repeat_interleave(torch.tensor(sizes))
+    order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed))[:rows]
+    leaves: list[Any] = [
+        torch.cat([part.leaves[i] for part in taken])[order.to(leaf.device)] if first.stacked[i] else leaf
+        for i, leaf in enumerate(first.leaves)
+    ]
+    return Pool(leaves, first.stacked, first.structure, steps[order])

@@ -1,0 +1,152 @@
+"""What a recipe did, layer by layer: bits, methods, cost, range, and the error each layer makes on its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.adoption import ptqd_quantizer
+from ptqd.attention import QuantAttnProcessor
+from ptqd.calibration import draw_pool, step_weights
+from ptqd.components import denoiser_name
+from ptqd.cost import PRODUCTS, by_halves, run_macs
+from ptqd.insertion import HALVES, names_of
+from ptqd.layers import QuantLayer, full_weight
+from ptqd.ranges import range_clock_of, range_of
+from ptqd.recipe import Quantizer, Recipe
+from ptqd.sampling import Sampling
+
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, or the products of one attention.
+
+    Attributes:
+        name: dotted; an attention's products by the attention's own name.
+        weights: format and groups of the weights; empty for products.
+        activations: format of the activations.
+        methods: that chose its codes, in order.
+        macs: multiply-accumulates of one sample's run.
+        range: the least and the largest number its input can take; none where the range comes with the input.
+        ranges: how many ranges it has, by step.
+        error: squared error of its output, quantized alone, over the output's energy, on inputs of the full-precision
+            model; of an attention that of all of it, its own layers quantized too.
+    """
+
+    name: str
+    weights: str
+    activations: str
+    methods: tuple[str, ...]
+    macs: int
+    range: tuple[float, float] | None
+    ranges: int
+    error: float
+
+
+def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> list[LayerReport]:
+    """Report on each layer that a recipe quantized, worst first.
+
+    Args:
+        pipe: full precision.
+        qpipe: quantized by ptqd from it.
+        run: how it samples.
+
+    Raises:
+        InputError: ptqd did not quantize ``qpipe``.
+    """
+    recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
+    name = denoiser_name(pipe)
+    full, model = getattr(pipe, name), getattr(qpipe, name)
+    macs = by_halves(run_macs(pipe, run), model)
+    counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
+    errors = _errors(pipe, full, model, run, len(macs.counts))
+    temporal = getattr(getattr(range_clock_of(model), "ranges", None), "temporal", ())
+    reports = []
+    for layer, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            quantizer, weights, count = module.input, _format(module.weights), counts.get(layer, 0)
+            rule = recipe.rule_for(names_of(layer), module.kind)
+            without = () if rule is None else rule.without
+            methods = tuple(m.name for m in recipe.methods if m.name not in without)
+            if layer in temporal:
+                methods = (*(m for m in methods if m in ("smooth", "svd")), "exact")
+        elif isinstance(module, QuantAttnProcessor):
+            layer = layer.removesuffix(".processor")  # noqa: PLW2901
+            quantizer, weights, methods = module.query, "", ()
+            count = sum(counts.get(layer + product, 0) for product in PRODUCTS)
+        else:
+            continue
+        fixed = range_of(quantizer) if quantizer.found_beforehand and quantizer.spec.format == "int" else None
+        report = (layer, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
+        reports.append(LayerReport(*report, quantizer.ranges, errors.get(layer, float("nan"))))
+    return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
+
+
+def _format(spec: Quantizer) -> str:
+    text = f"int{spec.bits}" if spec.format == "int" else spec.format
+    text += f" by {spec.group}" if spec.group else ""
+    return text + (" dynamic" if spec.dynamic else "")
+
+
+def _errors(pipe: DiffusionPipeline, full: nn.Module, model: nn.Module, run: Sampling, steps: int) -> dict[str, float]:
+    """Relative squared error of each layer's output."""
+    few = run.apart("explaining").replace(samples=16, batch=16)
+    pool = draw_pool(pipe, few, ROWS, step_weights("uniform", steps))
+    sums: dict[str, list[float]] = {}
+    with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
+        args, kwargs = pool.call(slice(0, len(pool)))
+        clock = range_clock_of(model)
+        if clock is not None:
+            clock.set(pool.steps.tolist())
+        full(*args, **kwargs)
+    return {name: wrong / energy if energy > 0 else wrong for name, (wrong, energy) in sums.items()}
+
+
+@contextmanager
+def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[str, list[float]]) -> Iterator[None]:
+    """Let each quantized layer answer the inputs of its full-precision self."""
+
+    def compare(name: str, got: Any, want: Any) -> None:
+        both = sums.setdefault(name, [0.0, 0.0])
+        both[0] += float((got - want).double().square().sum())
+        both[1] += float(want.double().square().sum())
+
+    def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        twin: Any = quantized[name]
+        if isinstance(twin, QuantLayer):
+            compare(name, twin(*args, **kwargs), output)
+        elif isinstance(getattr(twin, "processor", None), QuantAttnProcessor):
+            compare(name, twin(*args, **kwargs), output)
+        else:
+            parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)
+            for half, x in zip(HALVES, parts, strict=True):
+                layer: QuantLayer = getattr(twin, half)
+                want = layer.product(x, full_weight(full, f"{name}.{half}", layer), layer.bias)
+                compare(f"{name}.{half}", layer(x), want)
+
+    def wanted(module: nn.Module) -> bool:
+        split = all(isinstance(getattr(module, half, None), QuantLayer) for half in HALVES)
+        return (
+            isinstance(module, QuantLayer)
+            or split
+            or isinstance(getattr(module, "processor", None), QuantAttnProcessor)
+        )
+
+    hooks = [
+        full.get_submodule(name).register_forward_hook(
+            lambda m, args, kwargs, output, name=name: shadow(name, m, args, kwargs, output), with_kwargs=True
+        )
+        for name, module in quantized.items()
+        if wanted(module) and not name.endswith(HALVES)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

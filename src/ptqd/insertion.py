@@ -1,0 +1,196 @@
+"""A denoiser's layers and attention products replaced by quantized ones, as a recipe says."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from ptqd.activations import ActivationQuantizer
+from ptqd.attention import QuantAttnProcessor
+from ptqd.errors import InputError
+from ptqd.formats import BLOCKS
+from ptqd.layers import Convolution, Extras, QuantConv, QuantLayer, QuantLinear, SplitConv
+from ptqd.methods import LowRank, Smooth
+from ptqd.ranges import StepRanges
+from ptqd.recipe import LayerType, Quantizer, Recipe, Rule
+from ptqd.structure import concatenations
+
+HALVES = ("hidden", "skip")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a recipe did to a model.
+
+    Attributes:
+        quantized: dotted names of the quantized layers and attention products.
+        skipped: name and reason of those left in full precision.
+    """
+
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def layer_types(model: nn.Module, recipe: Recipe) -> dict[str, LayerType]:
+    """The layers of a full-precision denoiser that can be quantized, halves of split ones by names of their own."""
+    return {part: _type_of(layer) for name, layer in _layers(model) for part in _parts(name, _splits(model, recipe))}
+
+
+def insert_quantizers(model: nn.Module, recipe: Recipe, ranges: StepRanges | None = None) -> Coverage:
+    """Replace a denoiser's layers, in place, by quantized ones that still have to observe and freeze, or to be loaded.
+
+    Args:
+        model: holds convolutions, ``nn.Linear`` and diffusers ``Attention`` modules; may be on the meta device.
+        recipe: which bits where.
+        ranges: by step; none where all steps share one.
+
+    Returns:
+        What matched and what did not.
+
+    Raises:
+        InputError: a rule of the recipe matches no layer, its groups do not fit one, or nothing at all was quantized.
+    """
+    layers, splits = dict(_layers(model)), _splits(model, recipe)
+    _check_rules(model, recipe, {part: _type_of(m) for n, m in layers.items() for part in (n, *_parts(n, splits))})
+    quantized: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    for name, layer in layers.items():
+        made: dict[str, Any] = {}
+        for part, piece in zip(_parts(name, splits), _pieces(layer, splits.get(name)), strict=True):
+            rule = recipe.rule_for(names_of(part), _type_of(layer))
+            if rule is not None and rule.skip:
+                skipped.append((part, f"rule {rule.match!r}"))
+            elif getattr(layer, "padding_mode", "zeros") != "zeros":
+                skipped.append((part, f"padding_mode {layer.padding_mode!r}"))
+            else:
+                made[part] = _quantized(part, piece, recipe, rule, ranges)
+        if len(made) == len(_pieces(layer, splits.get(name))):
+            put_layer(model, name, SplitConv(*made.values()) if name in splits else made[name])
+            quantized.extend(made)
+        elif made:
+            raise InputError(f"a rule skips one half of {name!r}; skip both, or set split_shortcuts to false")
+    if recipe.attention:
+        _insert_products(model, recipe, ranges, quantized, skipped)
+    if not quantized:
+        raise InputError(f"{type(model).__name__} holds no convolution, linear layer or attention to quantize")
+    return Coverage(tuple(quantized), tuple(skipped))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Convolution | nn.Linear):
+            yield name, module
+
+
+def _type_of(layer: nn.Module) -> LayerType:
+    return "linear" if isinstance(layer, nn.Linear) else "conv"
+
+
+def _splits(model: nn.Module, recipe: Recipe) -> dict[str, int]:
+    return concatenations(model) if recipe.split_shortcuts else {}
+
+
+def _parts(name: str, splits: dict[str, int]) -> tuple[str, ...]:
+    return tuple(f"{name}.{half}" for half in HALVES) if name in splits else (name,)
+
+
+def names_of(part: str) -> tuple[str, ...]:
+    """The names that rules may know a quantized layer by: of half a split one, the whole's and its own."""
+    whole, _, half = part.rpartition(".")
+    return (whole, part) if half in HALVES else (part,)
+
+
+def _pieces(layer: Any, hidden: int | None) -> tuple[Any, ...]:
+    """A convolution of a concatenation as two, the bias with the first; any other layer as it is."""
+    if hidden is None:
+        return (layer,)
+    pieces = []
+    for part, bias in ((layer.weight[:, :hidden], layer.bias), (layer.weight[:, hidden:], None)):
+        piece = copy.copy(layer)
+        piece._parameters = {"weight": nn.Parameter(part.detach().clone(), layer.weight.requires_grad), "bias": bias}
+        piece.in_channels = part.shape[1]
+        pieces.append(piece)
+    return tuple(pieces)
+
+
+def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges: StepRanges | None) -> QuantLayer:
+    weights, activations, widths = recipe.quantizers_for(rule)
+    without = () if rule is None else rule.without
+    wanted = {method.name: method for method in recipe.methods if method.name not in without}
+    low_rank = wanted.get(LowRank.name)
+    rank = low_rank.rank if isinstance(low_rank, LowRank) else 0
+    extras = Extras(Smooth.name in wanted, rank, _count(name, activations, ranges))
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    try:
+        made: QuantLayer = kind(layer, weights, activations, widths, extras)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    return made
+
+
+def _count(name: str, activations: Quantizer, ranges: StepRanges | None) -> int:
+    if ranges is None or activations.dynamic or activations.format in BLOCKS:
+        return 1
+    return ranges.of_layer(name)
+
+
+def _insert_products(
+    model: nn.Module,
+    recipe: Recipe,
+    ranges: StepRanges | None,
+    quantized: list[str],
+    skipped: list[tuple[str, str]],
+) -> None:
+    """The attention products' part of :func:`insert_quantizers`."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Attention):
+            continue
+        rule = recipe.rule_for(name, "attention")
+        if rule is not None and rule.skip:
+            skipped.append((f"{name}.processor", f"rule {rule.match!r}"))
+        elif type(module.processor) in (AttnProcessor, AttnProcessor2_0):
+            _, activations, widths = recipe.quantizers_for(rule)
+            count = _count(name, activations, ranges)
+            module.set_processor(QuantAttnProcessor(activations, recipe.softmax_bits, widths, count))
+            quantized.append(f"{name}.processor")
+        else:
+            skipped.append((name, f"attention products of {type(module.processor).__name__}"))
+
+
+def _check_rules(model: nn.Module, recipe: Recipe, layers: dict[str, LayerType]) -> None:
+    known: list[tuple[str, LayerType]] = [*layers.items()]
+    known += [(name, "attention") for name, module in model.named_modules() if isinstance(module, Attention)]
+    for rule in recipe.rules:
+        if not rule.optional and not any(rule.matches(name, kind) for name, kind in known):
+            kind = "layer" if rule.type is None else f"{rule.type} layer"
+            raise InputError(
+                f"the rule match={rule.match!r} matches no {kind} of {type(model).__name__}; "
+                f"its layers are named like {', '.join(sorted(layers)[:3])}"
+            )
+
+
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one with a dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def quant_modules(model: nn.Module) -> list[QuantLayer | QuantAttnProcessor]:
+    """Its quantized layers and attention products."""
+    return [m for m in model.modules() if isinstance(m, QuantLayer | QuantAttnProcessor)]
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """All of a model's."""
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Raise InputError, naming the first, if parameters are NaN or infinite."""
+    for key, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{name}.{key} holds NaN or infinite weights; the checkpoint is damaged, get it again")

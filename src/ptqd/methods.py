@@ -1,0 +1,161 @@
+"""The methods a recipe can name, in order: what each is told, and what is allowed.
+
+``smooth`` and ``svd`` change what is quantized, so they come first; the others choose codes.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ptqd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): move outliers from activations to weights.
+
+    Attributes:
+        alpha: the exponent in ``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)``; searched for each layer, for the least
+            error of its output, where it is none.
+    """
+
+    name: ClassVar[str] = "smooth"
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha must be between 0 and 1; got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize.
+
+    Attributes:
+        rank: of the branch; at most a quarter of a layer's smaller side.
+    """
+
+    name: ClassVar[str] = "svd"
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1; got {self.rank}")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): round column by column, the rest makes up for it.
+
+    Attributes:
+        order: columns by falling activation energy (act-order), not as they come.
+        damping: share of the mean diagonal that is added to the Hessian's.
+        inputs: rows of the denoiser's batch that Hessians are taken on.
+    """
+
+    name: ClassVar[str] = "gptq"
+    order: bool = True
+    damping: float = 0.01
+    inputs: int = 256
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0:
+            raise InputError(f"damping must be positive; got {self.damping}")
+        _check_count("inputs", self.inputs)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What learned rounding is told.
+
+    Attributes:
+        iterations: optimiser steps of each unit.
+        batch: rows of the denoiser's batch that a step sees.
+        inputs: rows that are learned from, drawn by the recipe's calibration.
+        rate: Adam's learning rate of the rounding.
+        scale_rate: of the activations' log scale; 0 leaves them as they were found.
+        drop: share of activations left in full precision while learning (QDrop, Wei et al., arXiv 2203.05740).
+    """
+
+    iterations: int = 300
+    batch: int = 32
+    inputs: int = 512
+    rate: float = 1e-2
+    scale_rate: float = 1e-3
+    drop: float = 0.5
+
+    unit: ClassVar[Literal["layer", "block", "model"]]
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "inputs"):
+            _check_count(name, getattr(self, name))
+        if not 0 <= self.drop < 1:
+            raise InputError(f"drop must be in [0, 1); got {self.drop}")
+        if self.rate <= 0 or self.scale_rate < 0:
+            raise InputError(f"learning rates must be positive; got {self.rate} and {self.scale_rate}")
+        if self.batch > self.inputs:
+            raise InputError(f"a batch of {self.batch} needs as many inputs; there are {self.inputs}")
+
+
+@dataclass(frozen=True)
+class AdaRound(_Learned):
+    """AdaRound (Nagel et al., arXiv 2004.10568, eq. 21 to 25): learn each weight's rounding, layer by layer."""
+
+    name: ClassVar[str] = "adaround"
+    unit: ClassVar[Literal["layer", "block", "model"]] = "layer"
+    scale_rate: float = 0.0
+    drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Brecq(_Learned):
+    """BRECQ (Li et al., arXiv 2102.05426) with QDrop: the same, block by block, and activations' scales with it."""
+
+    name: ClassVar[str] = "brecq"
+    unit: ClassVar[Literal["layer", "block", "model"]] = "block"
+
+
+@dataclass(frozen=True)
+class Distill(_Learned):
+    """The whole denoiser at once, taught by its full-precision self, through straight-through rounding.
+
+    Weights move from where they were rounded; scales of weights and activations (LSQ, Esser et al., arXiv 1902.08153) move
+    with them. It takes a training step's memory.
+    """
+
+    name: ClassVar[str] = "distill"
+    unit: ClassVar[Literal["layer", "block", "model"]] = "model"
+    iterations: int = 1000
+    batch: int = 64
+    inputs: int = 4096
+    rate: float = 2e-3
+    scale_rate: float = 2e-3
+    drop: float = 0.0
+
+
+Method = Smooth | LowRank | Gptq | AdaRound | Brecq | Distill
+Learned = AdaRound | Brecq | Distill
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Smooth, LowRank, Gptq, AdaRound, Brecq, Distill)}
+FIRST = (Smooth, LowRank)
+
+
+def check_order(methods: tuple[Method, ...]) -> None:
+    """Refuse a method that is named twice, or that comes too late.
+
+    Raises:
+        InputError: either of these.
+    """
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"the method {name!r} is named twice; name it once")
+    for before, after in itertools.pairwise(methods):
+        if isinstance(after, FIRST) and not isinstance(before, FIRST):
+            raise InputError(f"{after.name!r} changes what {before.name!r} quantizes; name it before")
+    if "svd" in names and "smooth" in names and names.index("svd") < names.index("smooth"):
+        raise InputError("'smooth' changes what 'svd' splits; name it before")
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name} must be at least 1; got {value}")

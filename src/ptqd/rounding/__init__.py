@@ -1,0 +1,1 @@
+"""How codes are chosen, one method a file."""

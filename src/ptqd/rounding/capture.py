@@ -1,0 +1,157 @@
+"""What a unit of a denoiser is given and what it makes of it, for every row of a pool.
+
+The model runs batch by batch up to the unit and stops there. What is kept goes to files that are mapped into memory, so that
+what lies in memory is a batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ptqd.calibration import Pool
+from ptqd.errors import InputError
+
+BATCH = 64  # rows that a model runs at once
+
+
+class _Stop(Exception):  # noqa: N818  # no error: the unit was reached
+    pass
+
+
+@dataclass
+class Captured:
+    """A tree of tensors for all rows; leaves that are the same for every row are kept once."""
+
+    leaves: list[Any]
+    factors: list[int]  # entries of a leaf for each row; 0 where it is shared
+    structure: Any
+
+    def rows(self, index: torch.Tensor) -> list[Any]:
+        """The leaves for some rows."""
+        picked: list[Any] = []
+        for leaf, factor in zip(self.leaves, self.factors, strict=True):
+            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[index.numpy()]).flatten(0, 1))
+        return picked
+
+    def tree(self, leaves: list[Any]) -> Any:
+        """Leaves as they were given or made."""
+        return tree_unflatten(leaves, self.structure)
+
+
+def capture(
+    model: nn.Module, unit: str, pool: Pool, folder: Path, *, outputs: bool = False, batch: int = BATCH
+) -> tuple[Captured, Captured | None]:
+    """The inputs, and if asked for the outputs, of a unit for every row of a pool.
+
+    Args:
+        model: the denoiser.
+        unit: the name of one of its modules; ``""`` is itself.
+        pool: rows of its calls.
+        folder: where the mapped files go.
+        outputs: keep what it makes of them too.
+        batch: rows at once.
+
+    Raises:
+        InputError: the unit is not reached when the denoiser is called.
+    """
+    factors = [
+        _factors(*pair) for pair in zip(*(_run(model, unit, pool, slice(0, n), outputs) for n in (2, 3)), strict=True)
+    ]
+    kept: list[Captured | None] = [None, None]
+    for rows in pool.batches(batch):
+        for side, tree in enumerate(_run(model, unit, pool, rows, outputs)):
+            if side == 1 and not outputs:
+                continue
+            leaves, structure = tree_flatten(tree)
+            if kept[side] is None:
+                mapped = [
+                    _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(pool)) if factor else leaf
+                    for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
+                ]
+                kept[side] = Captured(mapped, factors[side], structure)
+            for into, leaf, factor in zip(kept[side].leaves, leaves, factors[side], strict=True):  # type: ignore[union-attr]
+                if factor:
+                    into[rows] = _plain(leaf).unflatten(0, (-1, factor)).numpy()
+    assert kept[0] is not None
+    return kept[0], kept[1]
+
+
+def _mapped(path: Path, leaf: torch.Tensor, factor: int, rows: int) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.memmap(path, _plain(leaf[:1]).numpy().dtype, "w+", shape=(rows, factor, *leaf.shape[1:]))
+
+
+def _plain(leaf: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, in a type that numpy has."""
+    leaf = leaf.detach().cpu()
+    return leaf.float() if leaf.is_floating_point() else leaf
+
+
+def _factors(two: Any, three: Any) -> list[int]:
+    """How many entries of each leaf a row has, from calls with two and with three rows."""
+    found = []
+    for a, b in zip(tree_flatten(two)[0], tree_flatten(three)[0], strict=True):
+        grows = isinstance(a, torch.Tensor) and a.ndim > 0 and 3 * len(a) == 2 * len(b)
+        found.append(len(a) // 2 if grows else 0)
+    return found
+
+
+def _run(model: nn.Module, unit: str, pool: Pool, rows: slice, outputs: bool) -> tuple[Any, Any]:
+    """A unit's arguments and its output in a call with some rows."""
+    args, kwargs = pool.call(rows)
+    kept: list[Any] = []
+    with _reaching(model.get_submodule(unit), kept, outputs), torch.no_grad():
+        with suppress(_Stop):
+            model(*args, **kwargs)
+    if not kept:
+        raise InputError(f"the denoiser never calls its module {unit!r}, so it cannot be learned as a whole")
+    return kept[0], kept[1] if outputs else ()
+
+
+@contextmanager
+def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> Iterator[None]:
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        if not kept:
+            kept.append((args, kwargs))
+            if not outputs:
+                raise _Stop
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        if len(kept) == 1:
+            kept.append(output)
+            raise _Stop
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reached_in_order(model: nn.Module, names: list[str], pool: Pool) -> list[str]:
+    """The named modules that a call reaches, in the order it first does."""
+    order: list[str] = []
+    hooks = []
+    for name in names:
+
+        def note(module: Any, args: Any, name: str = name) -> None:
+            if name not in order:
+                order.append(name)
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(note))
+    args, kwargs = pool.call(slice(0, 2))
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order

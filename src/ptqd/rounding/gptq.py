@@ -1,0 +1,70 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323), as a function of a weight's rows and their inputs' Hessian.
+
+Column by column, each rounding's error is made up for by the columns still to come, as the inverse Hessian of the layer's
+squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ptqd.layers import QuantLayer
+from ptqd.weights import WeightGrid, round_to
+
+_BLOCK = 128  # columns whose updates of the rest are made at once
+
+
+def hessian_inputs(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+    """What multiplies a layer's rows: (n, I) of an input, at every place and token."""
+    if layer.kind == "linear":
+        return x.reshape(-1, layer.columns)
+    conv: Any = layer
+    kernel, stride, padding, dilation = (
+        getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    if isinstance(padding, str):
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)) if padding == "same" else 0
+    if len(kernel) == 2:
+        return F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2).reshape(-1, layer.columns)
+    x = F.pad(x, [p for side in reversed(padding) for p in (side, side)])
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # places first, the kernel's own axes last
+    places = tuple(range(2, 2 + len(kernel)))
+    return x.movedim(places, tuple(range(1, 1 + len(kernel)))).reshape(-1, layer.columns)
+
+
+def gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, *, order: bool, damping: float) -> torch.Tensor:
+    """Rows on their grid, chosen one column after the other.
+
+    Args:
+        rows: (O, I), float32.
+        hessian: ``X^T X`` of the layer's inputs (I, I).
+        grid: the numbers that rows are rounded to; its scales stay.
+        order: columns by falling diagonal of the Hessian.
+        damping: share of its mean diagonal that is added to it.
+
+    Returns:
+        Rounded rows (O, I), on the grid.
+    """
+    hessian = hessian.double().clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0  # inputs that are always 0: any rounding does
+    diagonal[dead] = 1
+    permutation = diagonal.argsort(descending=True, stable=True) if order else torch.arange(len(diagonal))
+    hessian = hessian[permutation][:, permutation]
+    hessian.diagonal().add_(damping * float(hessian.diagonal().mean()))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    scale, zero = (t[:, permutation] for t in grid.expanded())
+    left, result = rows[:, permutation].clone(), torch.empty_like(rows)
+    for start in range(0, left.shape[1], _BLOCK):
+        end = min(start + _BLOCK, left.shape[1])
+        errors = torch.zeros(len(left), end - start)
+        for j in range(start, end):
+            rounded = round_to(left[:, j], scale[:, j], zero[:, j], grid.spec)
+            error = (left[:, j] - rounded) / upper[j, j]
+            left[:, j:end] -= error[:, None] * upper[j, j:end]
+            errors[:, j - start] = error
+            result[:, j] = rounded
+        left[:, end:] -= errors @ upper[start:end, end:]
+    return result[:, permutation.argsort()]

@@ -1,0 +1,220 @@
+"""Learned rounding of a quantized denoiser, unit by unit: AdaRound, BRECQ with QDrop, and the whole model at once.
+
+Each unit minimises the squared distance between what it makes of the quantized model's inputs and what its full-precision
+self makes of the full-precision model's (BRECQ, arXiv 2102.05426, eq. 10 without the Fisher weights, as in Q-Diffusion).
+In memory are two models, one unit's learning and a batch; inputs are recomputed for each unit and mapped from disk. Every
+batch follows from the method's seed, the unit and the iteration alone: a run that was killed goes on with the same result.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from ptqd.activations import ActivationQuantizer
+from ptqd.calibration import Pool
+from ptqd.errors import InputError
+from ptqd.files import read_tensors, replacing, write_tensors
+from ptqd.layers import QuantLayer, SplitConv, full_weight
+from ptqd.methods import Learned
+from ptqd.progress import track
+from ptqd.ranges import range_clock_of
+from ptqd.rounding.capture import capture, reached_in_order
+from ptqd.rounding.parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
+from ptqd.structure import find_units
+
+CHECKPOINT = 200  # iterations between two checkpoints
+PENALTY = 0.1  # of unrounded weights, against an error that starts at 1
+
+
+def learn(
+    quantized: nn.Module,
+    full: nn.Module,
+    pool: Pool,
+    method: Learned,
+    fixed: frozenset[str],
+    scratch: Path,
+    *,
+    seed: int = 0,
+    progress: str | None = None,
+) -> None:
+    """Learn a quantized denoiser's rounding, in place.
+
+    Args:
+        quantized: already rounded to nearest, with its ranges.
+        full: the same denoiser in full precision.
+        pool: rows of its calls.
+        method: says which units, and how long.
+        fixed: layers that stay as they are.
+        scratch: keeps finished units, and the one at work, over a kill.
+        seed: of batches and drops.
+        progress: title of a bar.
+
+    Raises:
+        InputError: the pool has fewer rows than a batch.
+    """
+    if len(pool) < method.batch:
+        raise InputError(
+            f"the calibration has {len(pool)} inputs, fewer than a batch of {method.batch}; give more "
+            "calibration_samples or steps, or a smaller batch"
+        )
+    pool = pool.first(method.inputs)
+    for number, unit in enumerate(track(units_of(quantized, method, pool), progress)):
+        done = scratch / f"{method.name}-{number:04d}.safetensors"
+        layers = {name: m for name, m in quantized.get_submodule(unit).named_modules() if isinstance(m, QuantLayer)}
+        if not any(_full_name(unit, name) not in fixed for name in layers):
+            continue
+        if not done.is_file():
+            folder = scratch / "inputs"
+            try:
+                _Unit(quantized, full, unit, pool, method, fixed, folder).learn(done, seed + 1000 * number)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        quantized.get_submodule(unit).load_state_dict(read_tensors(done)[0])
+
+
+def units_of(model: nn.Module, method: Learned, pool: Pool) -> list[str]:
+    """The units of a method, in the order the denoiser reaches them."""
+    if method.unit == "model":
+        return [""]
+    if method.unit == "block":
+        return reached_in_order(model, find_units(model), pool)
+    layers = [name for name, module in model.named_modules() if isinstance(module, QuantLayer | SplitConv)]
+    whole = [name for name in layers if name.rpartition(".")[0] not in layers]  # halves are learned together
+    return reached_in_order(model, whole, pool)
+
+
+def _full_name(unit: str, name: str) -> str:
+    return ".".join(part for part in (unit, name) if part)
+
+
+class _Unit:
+    """One unit: its inputs and targets, and what is learned of it."""
+
+    def __init__(
+        self,
+        quantized: nn.Module,
+        full: nn.Module,
+        unit: str,
+        pool: Pool,
+        method: Learned,
+        fixed: frozenset[str],
+        folder: Path,
+    ) -> None:
+        self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
+        self.clock = range_clock_of(quantized)
+        self.device = next(quantized.buffers()).device
+        whole = method.unit == "model"
+        self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True)
+        assert targets is not None
+        self.targets = targets
+        self.inputs = self.exact if whole else capture(quantized, unit, pool, folder / "quantized")[0]
+        kind: Any = Straight if whole else Soft
+        self.weights: dict[str, LearnedWeight] = {}
+        self.scales: dict[str, LearnedScale] = {}
+        for name, module in self.module.named_modules():
+            known = _full_name(unit, name)
+            if isinstance(module, QuantLayer) and known not in fixed:
+                self.weights[name] = kind(module, module.target(full_weight(full, known, module)))
+            elif isinstance(module, ActivationQuantizer) and known.removesuffix(".input") not in fixed:
+                self.scales[name] = LearnedScale(module, method.drop)
+
+    def learn(self, done: Path, seed: int) -> None:
+        """Learn, and write the unit's tensors."""
+        named = {f"{n}.{k}": p for n, weight in self.weights.items() for k, p in weight.parameters().items()}
+        rounding = [p for name, p in named.items() if not name.endswith("log_scale")]
+        named |= {f"{n}.log_scale": scale.log_scale for n, scale in self.scales.items()}
+        scales = [p for name, p in named.items() if name.endswith("log_scale")]
+        method = self.method
+        groups = [{"params": rounding, "lr": method.rate}, {"params": scales, "lr": method.scale_rate}]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        checkpoint = done.with_suffix(".ckpt")
+        start = _resume(checkpoint, named, optimizer)
+        with self._learning():
+            base = self._error(torch.arange(min(len(self.pool), 2 * method.batch)), None).detach().clamp(min=1e-20)
+            for iteration in range(start, method.iterations):
+                progress = iteration / method.iterations
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress)) if method.unit == "model" else rate
+                random = torch.Generator().manual_seed(
+                    int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
+                )
+                rows = torch.randint(len(self.pool), (method.batch,), generator=random)
+                loss = self._error(rows, random) / base
+                if method.unit != "model":
+                    penalties = [weight.penalty(annealed(progress)) for weight in self.weights.values()]
+                    loss = loss + PENALTY * torch.stack(penalties).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if (iteration + 1) % CHECKPOINT == 0:
+                    _keep(checkpoint, iteration + 1, named, optimizer)
+        for weight in self.weights.values():
+            weight.harden()
+        for scale in self.scales.values():
+            scale.harden()
+        write_tensors(done, self.module.state_dict(), {"ptqd.unit": "learned"})
+        checkpoint.unlink(missing_ok=True)
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Quantizers round as they learn, and nothing else takes gradients."""
+        taking = [p for p in self.module.parameters() if p.requires_grad]
+        self.module.requires_grad_(False)
+        for scale in self.scales.values():
+            scale.quantizer.learner = scale
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for scale in self.scales.values():
+                scale.quantizer.learner = None
+            for parameter in taking:
+                parameter.requires_grad_(True)
+
+    def _error(self, rows: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
+        """Mean over the rows of the squared distance to what full precision makes; with drops, where there is chance."""
+        leaves = self.inputs.rows(rows)
+        if self.method.drop > 0 and random is not None and self.inputs is not self.exact:
+            for i, (leaf, exact) in enumerate(zip(leaves, self.exact.rows(rows), strict=True)):
+                if self.inputs.factors[i] and leaf.is_floating_point():
+                    leaves[i] = torch.where(torch.rand(leaf.shape, generator=random) < self.method.drop, exact, leaf)
+        args, kwargs = self.inputs.tree([x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves])
+        for scale in self.scales.values():
+            scale.generator = random
+        for name, weight in self.weights.items():
+            self.module.get_submodule(name).weight = weight.weight()
+        if self.clock is not None:
+            self.clock.set(self.pool.steps[rows].tolist())
+        made = tree_flatten(self.module(*args, **kwargs))[0]
+        error = torch.zeros((), device=self.device)
+        for out, target, factor in zip(made, self.targets.rows(rows), self.targets.factors, strict=True):
+            if factor:
+                error = error + (out - target.to(out)).square().sum() / len(rows)
+        return error
+
+
+def _keep(path: Path, iteration: int, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    state = {"iteration": iteration, "parameters": dict(named), "optimizer": optimizer.state_dict()}
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Go on from a checkpoint; the iteration it was written after, 0 where there is none."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["iteration"])

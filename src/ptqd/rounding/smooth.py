@@ -1,0 +1,129 @@
+"""SmoothQuant (Xiao et al., arXiv 2211.10438) with a searched exponent, and SVDQuant's low-rank branch (arXiv 2411.05007)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ptqd.activations import ActivationQuantizer
+from ptqd.calibration import Pool
+from ptqd.layers import QuantLayer, full_weight
+from ptqd.methods import Smooth
+from ptqd.progress import track
+from ptqd.rounding.capture import reached_in_order
+from ptqd.structure import find_units
+from ptqd.weights import WeightGrid
+
+ALPHAS = tuple(i / 10 for i in range(11))
+_TINY = 1e-5
+
+
+def smoothing(seen: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`` (eq. 4), of geometric mean 1; 1 where a channel is always 0.
+
+    Args:
+        seen: largest magnitude of each input channel (I,).
+        weight: the layer's, input channels second.
+        alpha: between 0 and 1.
+
+    >>> smoothing(torch.tensor([4.0, 1.0]), torch.ones(1, 2), 0.5).tolist()
+    [1.4142135381698608, 0.7071067690849304]
+    """
+    strength = weight.detach().abs().transpose(0, 1).flatten(1).amax(1).float()  # I
+    seen = seen.float()
+    alive = (seen > 0) & (strength > 0)
+    scale = seen.clamp(min=_TINY).pow(alpha) / strength.clamp(min=_TINY).pow(1 - alpha)
+    scale = torch.where(alive, scale, 1.0)
+    if alive.any():
+        scale = torch.where(alive, scale / scale[alive].log().mean().exp(), 1.0)
+    return scale.clamp(_TINY, 1 / _TINY)
+
+
+def search_smoothing(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, alpha: float | None) -> None:
+    """Give a layer the smoothing under which its output errs least, on inputs ``x`` as it gets them.
+
+    Each exponent is tried with weights and activations rounded to nearest; none, if no exponent is better than that.
+    """
+    assert layer.smooth_scale is not None
+    axes = [axis for axis in range(x.ndim) if axis != layer.axis % x.ndim]
+    seen = x.abs().amax(axes).cpu()
+    want = layer.product(x, weight)
+    best, choice = float("inf"), torch.ones_like(layer.smooth_scale)
+    if alpha is None:
+        best = _error(layer, weight, x, want)
+    for tried in ALPHAS if alpha is None else (alpha,):
+        layer.smooth_scale.copy_(smoothing(seen, weight.cpu(), tried))
+        error = _error(layer, weight, x, want)
+        if error < best:
+            best, choice = error, layer.smooth_scale.clone()
+    layer.smooth_scale.copy_(choice)
+
+
+def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch.Tensor) -> float:
+    """Squared error of the output with rounding to nearest and the smoothing that the layer has now."""
+    quantizer = ActivationQuantizer(layer.input.spec, axis=layer.axis, rowwise=layer.axis != -1)
+    smoothed = layer.smoothed(x)
+    quantizer.observe()
+    quantizer(smoothed)
+    quantizer.freeze()
+    rows = layer.target(weight)
+    spec = (
+        layer.weights if layer.weights.range == "minmax" else replace(layer.weights, range="minmax")
+    )  # one try is quick
+    rounded = WeightGrid.find(rows, spec).rounded(rows).view(layer.shape).to(weight)
+    return float((layer.product(quantizer(smoothed), rounded) - want).square().sum())
+
+
+def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
+    """Give a layer the branch that takes most of its smoothed weight, by randomised SVD (Halko et al., arXiv 0909.4061)."""
+    if layer.rank == 0:
+        return
+    down, up = (torch.zeros(size) for size in ((layer.rank, layer.columns), (layer.shape[0], layer.rank)))
+    layer.set_low_rank(down, up)
+    rows = layer.target(weight)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(rows, min(layer.rank + 8, *rows.shape), niter=4)
+    root = s[: layer.rank].sqrt()
+    layer.set_low_rank(root[:, None] * v[:, : layer.rank].T, u[:, : layer.rank] * root)
+
+
+def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth, progress: str | None) -> None:
+    """Smooth every layer that has room for it, unit by unit, on inputs of the full-precision model."""
+    for unit in track(reached_in_order(full, find_units(model), pool), progress):
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantLayer) and layer.smooth_scale is not None and f"{name}.".startswith(f"{unit}.")
+        }
+        seen: dict[str, torch.Tensor] = {}
+        with _inputs(layers, seen), torch.no_grad():
+            args, kwargs = pool.call(slice(0, len(pool)))
+            model(*args, **kwargs)
+        for name, x in seen.items():
+            search_smoothing(layers[name], full_weight(full, name, layers[name]), x, method.alpha)
+            layers[name].prepare(full_weight(full, name, layers[name]))
+
+
+def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
+    """Give every layer that has room for it its branch."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer) and layer.rank:
+            split_low_rank(layer, full_weight(full, name, layer), seed)
+            layer.prepare(full_weight(full, name, layer))
+
+
+@contextmanager
+def _inputs(layers: Mapping[str, QuantLayer], seen: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Keep what layers are given inside the block."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,78 @@
+"""A denoiser's structure, read off its modules: skip connections' concatenations, and the units that are learned.
+
+No model is named here. A UNet is known by blocks whose ``forward`` takes ``res_hidden_states_tuple``, diffusers' sign of an
+up block; units by lists of blocks.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ptqd.attention import QuantAttnProcessor
+from ptqd.layers import QuantLayer, SplitConv
+
+SKIPS = "res_hidden_states_tuple"
+
+
+def concatenations(model: nn.Module) -> dict[str, int]:
+    """The convolutions that see a skip connection's concatenation as it is, and how many channels come from below.
+
+    In an up block, residual block i sees what came before it, as wide as that block's output, and beside it a skipped
+    tensor; its shortcut sees both unchanged.
+    """
+    found: dict[str, int] = {}
+    before = _width(getattr(model, "mid_block", None)) or _width(_last(getattr(model, "down_blocks", None)))
+    for name, module in model.named_modules():
+        resnets = getattr(module, "resnets", None)
+        if resnets is None or SKIPS not in inspect.signature(module.forward).parameters:
+            continue
+        for i, block in enumerate(resnets):
+            shortcut = getattr(block, "conv_shortcut", None)
+            if isinstance(shortcut, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 0 < before < shortcut.in_channels:
+                found[f"{name}.resnets.{i}.conv_shortcut"] = before
+            before = _width(block)
+    return found
+
+
+def _last(blocks: Any) -> Any:
+    return blocks[-1] if blocks else None
+
+
+def _width(block: Any) -> int:
+    """The channels that a residual block, or the last one of a block, gives; 0 where there is none."""
+    block = _last(getattr(block, "resnets", None)) or block
+    return int(getattr(block, "out_channels", 0) or 0)
+
+
+def layer_names(model: nn.Module) -> Iterator[tuple[str, QuantLayer | QuantAttnProcessor]]:
+    """Its quantized layers and attention products, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer | QuantAttnProcessor):
+            yield name, module
+
+
+def find_units(model: nn.Module) -> list[str]:
+    """The modules whose rounding is learned together: residual blocks, transformer blocks, and layers between them.
+
+    A module is taken apart while it holds a list of modules with two or more quantized layers each; what is left is a
+    unit.
+    """
+    return [name for child, module in model.named_children() for name in _units(child, module)]
+
+
+def _units(name: str, module: nn.Module) -> list[str]:
+    if not any(isinstance(m, QuantLayer) for m in module.modules()):
+        return []
+    if isinstance(module, QuantLayer | SplitConv) or not _holds_blocks(module):
+        return [name]
+    return [unit for child, inner in module.named_children() for unit in _units(f"{name}.{child}", inner)]
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is, or has inside, a list of modules that are more than a layer."""
+    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict))
+    return any(
+        sum(isinstance(m, QuantLayer) for m in item.modules()) > 1 for items in lists for item in items.children()
+    )
