@@ -22,9 +22,9 @@ from ptqd import (
     measure_widths,
     quantize,
 )
+from ptqd.activations import ActiveWidth
 from ptqd.clock import StepClock, clock_of
 from ptqd.components import with_components
-from ptqd.activations import ActiveWidth
 from ptqd.planned import at_width, plan_of
 from ptqd.sampling import run_batch
 

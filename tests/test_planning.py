@@ -30,15 +30,15 @@ from ptqd.affine import fake_quantize
 from ptqd.clock import layer_quantizers
 from ptqd.components import with_components
 from ptqd.cost import run_cost
-from ptqd.weights import rounded_weight
+from ptqd.insertion import insert_quantizers
 from ptqd.planned import at_width
 from ptqd.planning.contributions import contributions, final_coefficients
 from ptqd.planning.paper import forward_snr
 from ptqd.planning.problem import Problem, planning_problem
 from ptqd.planning.solver import pareto, priced, rated, solve, uniform
-from ptqd.insertion import insert_quantizers
 from ptqd.sampling import run_batch
 from ptqd.sensitivity import _Probe, measure_sensitivity
+from ptqd.weights import rounded_weight
 from tiny import CASES
 
 

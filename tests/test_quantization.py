@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
+from ptqd.adoption import coverage_of
+from ptqd.attention import QuantAttnProcessor
 from ptqd.components import fingerprint
 from ptqd.cost import disk_bytes
-from ptqd.attention import QuantAttnProcessor
-from ptqd.layers import QuantConv, QuantLinear
-from ptqd.adoption import coverage_of
 from ptqd.insertion import quant_modules
+from ptqd.layers import QuantConv, QuantLinear
 from ptqd.sampling import run_batch
 
 

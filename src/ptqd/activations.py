@@ -1,7 +1,7 @@
 """Activation quantizers: one tensor rounded, by a range that was observed or as it comes.
 
-The range may depend on the step: a quantizer then has several, and an :class:`Active` that its clock sets says which one
-holds, for the whole batch or for each of its rows.
+The range may depend on the step: a quantizer then has several, and an :class:`Active` that its clock sets says which
+one holds, for the whole batch or for each of its rows.
 """
 
 from collections.abc import Callable, Sequence

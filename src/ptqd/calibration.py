@@ -1,7 +1,7 @@
 """The inputs a denoiser really sees, drawn over its sampling steps.
 
-Rows of the denoiser's batch, guidance's halves included, are taken from whole trajectories of the full-precision pipeline.
-Which steps a sample gives depends on its seed alone, so neither batch size nor order changes what is drawn.
+Rows of the denoiser's batch, guidance's halves included, are taken from whole trajectories of the full-precision
+pipeline. Which steps a sample gives depends on its seed alone, so neither batch size nor order changes what is drawn.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

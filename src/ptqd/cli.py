@@ -25,7 +25,7 @@ METHODS_HELP = (
 
 
 def _cmd_quantize(args: argparse.Namespace) -> None:
-    """Quantize a pipeline's denoiser and save it as a diffusers folder of packed integer codes; resumes after a kill."""
+    """Quantize a pipeline's denoiser and save it as a diffusers folder of packed codes; resumes after a kill."""
     import shutil
 
     from rich.console import Console

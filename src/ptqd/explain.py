@@ -119,9 +119,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
 
     def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         twin: Any = quantized[name]
-        if isinstance(twin, QuantLayer):
-            compare(name, twin(*args, **kwargs), output)
-        elif isinstance(getattr(twin, "processor", None), QuantAttnProcessor):
+        if isinstance(twin, QuantLayer) or isinstance(getattr(twin, "processor", None), QuantAttnProcessor):
             compare(name, twin(*args, **kwargs), output)
         else:
             parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)

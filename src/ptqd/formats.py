@@ -1,9 +1,9 @@
 """Floating-point number formats of 8 and 4 bits, as pure tensor functions.
 
-``e4m3`` and ``e5m2`` are the OCP 8-bit formats (Micikevicius et al., arXiv 2209.05433), with one scale a row or a tensor.
-``mxfp4`` (OCP Microscaling 1.0, arXiv 2310.10537, section 3) and ``nvfp4`` hold E2M1 numbers (0, 0.5, 1, 1.5, 2, 3, 4, 6
-and their negatives) in blocks that share a scale: 32 of them a power of two, or 16 of them an E4M3 number times one
-float32 number a tensor. A last block may be short.
+``e4m3`` and ``e5m2`` are the OCP 8-bit formats (Micikevicius et al., arXiv 2209.05433), with one scale a row or a
+tensor. ``mxfp4`` (OCP Microscaling 1.0, arXiv 2310.10537, section 3) and ``nvfp4`` hold E2M1 numbers (0, 0.5, 1, 1.5,
+2, 3, 4, 6 and their negatives) in blocks that share a scale: 32 of them a power of two, or 16 of them an E4M3 number
+times one float32 number a tensor. A last block may be short.
 """
 
 from typing import Literal
@@ -76,7 +76,8 @@ def block_codes(largest: torch.Tensor, kind: Format) -> tuple[torch.Tensor, torc
 def block_scales(codes: torch.Tensor, shared: torch.Tensor, kind: Format) -> torch.Tensor:
     """Scales (float32) of the bit patterns that :func:`block_codes` gave."""
     if kind == "mxfp4":
-        return torch.ldexp(torch.ones((), device=codes.device), codes.int() - 127)
+        exponent = codes.int() - 127
+        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     return codes.view(torch.float8_e4m3fn).float() * shared
 
 

@@ -44,9 +44,9 @@ class QuantLayer(nn.Module, ABC):
     """What quantized convolutions and linear layers share.
 
     It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
-    recipe's methods put them. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an output
-    channel, or one for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept in memory
-    and never saved.
+    recipe's methods put them. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an
+    output channel, or one for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept
+    in memory and never saved.
     """
 
     kind: ClassVar[LayerType]
@@ -298,8 +298,9 @@ def full_weight(full: nn.Module, name: str, layer: QuantLayer) -> torch.Tensor:
     """
     parent, _, half = name.rpartition(".")
     modules = dict(full.named_modules())
-    if name in modules:
-        weight: Any = modules[name].weight
+    weight: Any
+    if isinstance(modules.get(name), Convolution | nn.Linear):
+        weight = modules[name].weight
     elif half in ("hidden", "skip") and isinstance(modules.get(parent), Convolution):
         whole: Any = modules[parent].weight
         weight = whole[:, : layer.shape[1]] if half == "hidden" else whole[:, -layer.shape[1] :]

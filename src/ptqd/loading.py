@@ -112,7 +112,7 @@ def _check_plan_file(pipe: DiffusionPipeline, path: Path) -> None:
 
 
 def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
-    """A pipeline with another scheduler of diffusers, made from its own's configuration; the same where there is no name.
+    """A pipeline with another scheduler of diffusers, of its own's configuration; the same where there is no name.
 
     Raises:
         InputError: diffusers has none of that name.

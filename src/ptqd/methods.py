@@ -77,7 +77,7 @@ class _Learned:
         drop: share of activations left in full precision while learning (QDrop, Wei et al., arXiv 2203.05740).
     """
 
-    iterations: int = 300
+    iterations: int = 150
     batch: int = 32
     inputs: int = 512
     rate: float = 1e-2
@@ -119,17 +119,17 @@ class Brecq(_Learned):
 class Distill(_Learned):
     """The whole denoiser at once, taught by its full-precision self, through straight-through rounding.
 
-    Weights move from where they were rounded; scales of weights and activations (LSQ, Esser et al., arXiv 1902.08153) move
-    with them. It takes a training step's memory.
+    Weights move from where they were rounded; scales of weights and activations (LSQ, Esser et al., arXiv 1902.08153)
+    move with them. It takes a training step's memory.
     """
 
     name: ClassVar[str] = "distill"
     unit: ClassVar[Literal["layer", "block", "model"]] = "model"
-    iterations: int = 1000
+    iterations: int = 300
     batch: int = 64
     inputs: int = 4096
-    rate: float = 2e-3
-    scale_rate: float = 2e-3
+    rate: float = 1e-2
+    scale_rate: float = 1e-2
     drop: float = 0.0
 
 

@@ -119,8 +119,8 @@ class _Quantizing:
         found = survey(quantized, self.run)
         if not found.timesteps:
             raise InputError(
-                f"{type(self.full).__name__} is told no timestep, so its ranges cannot follow the steps; leave step_ranges "
-                "at 1 and time_embedding out"
+                f"{type(self.full).__name__} is told no timestep, so its ranges cannot follow the steps; "
+                "leave step_ranges at 1 and time_embedding out"
             )
         return found
 

@@ -1,8 +1,8 @@
 """Activation ranges that know the step: which range holds when, and the clock that says so.
 
-Steps that follow each other form groups with a range each; layers that see nothing but the timestep have a range for every
-step. At run time that is a look-up before each call of the denoiser. A timestep that was not calibrated takes the ranges of
-the nearest one.
+Steps that follow each other form groups with a range each; layers that see nothing but the timestep have a range for
+every step. At run time that is a look-up before each call of the denoiser. A timestep that was not calibrated takes the
+ranges of the nearest one.
 """
 
 import bisect

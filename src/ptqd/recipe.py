@@ -33,8 +33,9 @@ class Quantizer:
         p: the norm, for ``"pnorm"``.
         format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"`` (:mod:`ptqd.formats`).
         group: of weights: inputs that share a scale; all of a row where it is 0.
-        dynamic: of activations: the range of each token of a linear layer or attention, of each sample of a convolution,
-            found as it comes (ViDiT-Q, Zhao et al., arXiv 2406.02540). Blocks of ``mxfp4`` and ``nvfp4`` always are.
+        dynamic: of activations: the range of each token of a linear layer or attention, of each sample of a
+            convolution, found as it comes (ViDiT-Q, Zhao et al., arXiv 2406.02540). Blocks of ``mxfp4`` and ``nvfp4``
+            always are.
     """
 
     bits: int = 0
@@ -77,8 +78,8 @@ class Rule:
     """Something else for the layers whose dotted name and type match; the last rule that matches a layer wins.
 
     Attributes:
-        match: a shell pattern over module names, such as ``"conv_in"`` or ``"*.to_k"``; an attention's own name is that of
-            its products.
+        match: a shell pattern over module names, such as ``"conv_in"`` or ``"*.to_k"``; an attention's own name is that
+            of its products.
         weight_bits: integers of these bits instead of the recipe's.
         activation_bits: integers of these bits instead of the recipe's.
         skip: leave the layer in full precision.
@@ -89,7 +90,7 @@ class Rule:
         without: methods of the recipe that pass these layers over.
     """
 
-    match: str = "*"
+    match: str
     weight_bits: int | None = None
     activation_bits: int | None = None
     skip: bool = False
@@ -114,6 +115,10 @@ class Rule:
 
 _UNETS, _TRANSFORMERS = ("conv_in", "conv_out"), ("*_embed.proj", "x_embedder", "proj_in", "proj_out", "proj_out_2")
 FIRST_AND_LAST = tuple(Rule(name, 8, 8, optional=True) for name in (*_UNETS, *_TRANSFORMERS))
+_SEES_THE_SAMPLE = ("conv_in", "*_embed.proj", "x_embedder", "proj_in")
+UNCLIPPED = tuple(replace(rule, dynamic=True) if rule.match in _SEES_THE_SAMPLE else rule for rule in FIRST_AND_LAST)
+"""The same, the first layer's range found as it comes: a sample with a larger value than any calibration sample,
+clipped at every step, would run away (docs/quantizers)."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Recipe:
 
     Weights have one scale per output channel; activations one per tensor. ``"w4a8"`` is shorthand for a recipe:
     4-bit weights, 8-bit activations, attention products included, first and last layer at 8 bits. ``"w4a4+8"`` has
-    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step. Formats, ranges
-    and methods follow, as in ``"w8a8-dynamic"``, ``"w4a4-svd"`` and ``"w4a8-brecq"``: see :data:`WORDS`.
+    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step. Formats,
+    ranges and methods follow, as in ``"w8a8-dynamic"``, ``"w4a4-svd"`` and ``"w4a8-brecq"``: see :data:`WORDS`.
 
     Attributes:
         weights: of convolutions and linear layers.
@@ -134,8 +139,8 @@ class Recipe:
         softmax_bits: of the attention probabilities, 2 to 8 or 16 (Q-Diffusion, arXiv 2302.04304, has 8 and 16).
         calibration_samples: samples whose whole trajectories everything is found on.
         rules: exceptions by layer name and type.
-        split_shortcuts: the halves of a skip connection's concatenation get ranges, of activations and weights, of their
-            own (Q-Diffusion, section 4.2).
+        split_shortcuts: the halves of a skip connection's concatenation get ranges, of activations and weights, of
+            their own (Q-Diffusion, section 4.2).
         time_embedding: layers that see nothing but the timestep are calibrated exactly on the run's steps: a range for
             each, and weights rounded for these inputs (TFMQ-DM, Huang et al., arXiv 2311.16503).
         step_ranges: groups of neighbouring steps with activation ranges of their own.
@@ -201,7 +206,7 @@ class Recipe:
         path = Path(text)
         if path.suffix != ".toml":
             raise InputError(
-                f"recipe {str(text)!r} is neither a shorthand such as 'w4a8' or 'w4a8-brecq' nor the path of a .toml file"
+                f"recipe {str(text)!r} is neither a shorthand such as 'w4a8' or 'w4a8-brecq' nor a .toml file's path"
             )
         if not path.is_file():
             raise InputError(f"recipe file {path} does not exist")
@@ -264,19 +269,20 @@ WORDS: dict[str, dict[str, Any]] = {
     "best": {
         "split_shortcuts": True,
         "time_embedding": True,
-        "calibration_steps": "error",
         "calibration_samples": 64,
-        "methods": (Brecq(), Distill()),
+        "rules": UNCLIPPED,
+        "methods": (Distill(),),
     },
+    "unclipped": {"rules": UNCLIPPED},
     "split": {"split_shortcuts": True},
     "time": {"time_embedding": True},
     "ptq4dm": {"calibration_steps": "ptq4dm"},
     "qdiffusion": {**_UNET_BASE, "methods": (Brecq(drop=0.0),)},
     "tfmq": {**_UNET_BASE, "time_embedding": True, "methods": (Brecq(drop=0.0),)},
 }
-"""What a word of a shorthand sets. Besides: ``dynamic``; a method's name, ``svd`` bringing ``smooth`` along; ``svd32`` for
-its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``,
-``qdiffusion`` and ``tfmq``."""
+"""What a word of a shorthand sets. Besides: ``dynamic``; a method's name, ``svd`` bringing ``smooth`` along; ``svd32``
+for its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes:
+``ptq4dm``, ``qdiffusion`` and ``tfmq``."""
 
 
 def _from_shorthand(text: str) -> Recipe:
@@ -315,4 +321,4 @@ def _from_shorthand(text: str) -> Recipe:
         for rule in FIRST_AND_LAST
         if min(weights.bits, activations.bits) < MAX_BITS or "int" in (weights.format, activations.format)
     )
-    return Recipe(weights, activations, tuple(step_bits), rules=rules, **values)
+    return Recipe(weights, activations, tuple(step_bits), **{"rules": rules, **values})

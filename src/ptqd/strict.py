@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain values, strict about keys and types; unions of dataclasses tell themselves by ``name``."""
+"""Frozen dataclasses from plain values, strict about keys and types; of several dataclasses ``name`` says which."""
 
 import dataclasses
 import types

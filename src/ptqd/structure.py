@@ -1,7 +1,7 @@
 """A denoiser's structure, read off its modules: skip connections' concatenations, and the units that are learned.
 
-No model is named here. A UNet is known by blocks whose ``forward`` takes ``res_hidden_states_tuple``, diffusers' sign of an
-up block; units by lists of blocks.
+No model is named here. A UNet is known by blocks whose ``forward`` takes ``res_hidden_states_tuple``, diffusers' sign
+of an up block; units by lists of blocks.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from ptqd.attention import QuantAttnProcessor
 from ptqd.layers import QuantLayer, SplitConv
 
 SKIPS = "res_hidden_states_tuple"
+LISTS = nn.ModuleList | nn.ModuleDict
 
 
 def concatenations(model: nn.Module) -> dict[str, int]:
@@ -65,14 +66,19 @@ def find_units(model: nn.Module) -> list[str]:
 def _units(name: str, module: nn.Module) -> list[str]:
     if not any(isinstance(m, QuantLayer) for m in module.modules()):
         return []
-    if isinstance(module, QuantLayer | SplitConv) or not _holds_blocks(module):
+    if isinstance(module, QuantLayer | SplitConv) or not (isinstance(module, LISTS) or _holds_blocks(module)):
         return [name]
+    return inner_units(name, module)
+
+
+def inner_units(name: str, module: nn.Module) -> list[str]:
+    """The units inside a module, where it is none itself."""
     return [unit for child, inner in module.named_children() for unit in _units(f"{name}.{child}", inner)]
 
 
 def _holds_blocks(module: nn.Module) -> bool:
     """Whether it is, or has inside, a list of modules that are more than a layer."""
-    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict))
+    lists = (m for m in module.modules() if isinstance(m, LISTS))
     return any(
         sum(isinstance(m, QuantLayer) for m in item.modules()) > 1 for items in lists for item in items.children()
     )

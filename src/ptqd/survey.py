@@ -1,4 +1,4 @@
-"""A look at a run before it is quantized: what each quantizer's input spans at each step, and which see the step alone."""
+"""A look at a run before it is quantized: what quantizers' inputs span at each step, and which see the step alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

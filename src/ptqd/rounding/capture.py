@@ -1,7 +1,7 @@
 """What a unit of a denoiser is given and what it makes of it, for every row of a pool.
 
-The model runs batch by batch up to the unit and stops there. What is kept goes to files that are mapped into memory, so that
-what lies in memory is a batch.
+The model runs batch by batch up to the unit and stops there. What is kept goes to files that are mapped into memory, so
+that what lies in memory is a batch.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptqd.calibration import Pool
 from ptqd.errors import InputError
+from ptqd.structure import inner_units
 
 BATCH = 64  # rows that a model runs at once
 
@@ -107,9 +108,8 @@ def _run(model: nn.Module, unit: str, pool: Pool, rows: slice, outputs: bool) ->
     """A unit's arguments and its output in a call with some rows."""
     args, kwargs = pool.call(rows)
     kept: list[Any] = []
-    with _reaching(model.get_submodule(unit), kept, outputs), torch.no_grad():
-        with suppress(_Stop):
-            model(*args, **kwargs)
+    with _reaching(model.get_submodule(unit), kept, outputs), torch.no_grad(), suppress(_Stop):
+        model(*args, **kwargs)
     if not kept:
         raise InputError(f"the denoiser never calls its module {unit!r}, so it cannot be learned as a whole")
     return kept[0], kept[1] if outputs else ()
@@ -134,6 +134,13 @@ def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def units_in_order(model: nn.Module, names: list[str], pool: Pool) -> list[str]:
+    """Units in the order a call reaches them; one whose parts are called without it is taken apart."""
+    order = reached_in_order(model, names, pool)
+    apart = [unit for name in names if name not in order for unit in inner_units(name, model.get_submodule(name))]
+    return units_in_order(model, [*order, *apart], pool) if apart else order
 
 
 def reached_in_order(model: nn.Module, names: list[str], pool: Pool) -> list[str]:

@@ -13,7 +13,7 @@ from ptqd.components import denoiser_name
 from ptqd.layers import QuantLayer, full_weight
 from ptqd.methods import Gptq
 from ptqd.progress import track
-from ptqd.rounding.capture import BATCH, reached_in_order
+from ptqd.rounding.capture import BATCH, units_in_order
 from ptqd.rounding.gptq import gptq, hessian_inputs
 from ptqd.sampling import Sampling
 from ptqd.structure import find_units
@@ -26,7 +26,7 @@ def fit_columns(
     quantized: nn.Module, full: nn.Module, pool: Pool, method: Gptq, fixed: frozenset[str], progress: str | None
 ) -> None:
     """GPTQ, unit by unit: Hessians are of the inputs that layers get behind units that are already rounded."""
-    for unit in track(reached_in_order(quantized, find_units(quantized), pool), progress):
+    for unit in track(units_in_order(quantized, find_units(quantized), pool), progress):
         layers = {
             name: layer
             for name, layer in quantized.named_modules()
@@ -78,8 +78,8 @@ def fit_temporal(
 ) -> None:
     """Round the layers that see nothing but the step for exactly the inputs they will get, in place.
 
-    Layers with the same inputs go together, those closest to the timestep first; the inputs of the next are then looked up
-    behind them.
+    Layers with the same inputs go together, those closest to the timestep first; the inputs of the next are then looked
+    up behind them.
 
     Args:
         qpipe: frozen.
@@ -116,8 +116,8 @@ def _rounded_by_step(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
 def fit_exactly(layer: QuantLayer, rows: torch.Tensor, x: torch.Tensor, seen: torch.Tensor, damping: float) -> None:
     """Round a layer for the only inputs it will ever see (TFMQ-DM, arXiv 2311.16503, section 4.2, in closed form).
 
-    The rows first become those that make the most of the rounded inputs, then they are rounded by GPTQ, and the mean error
-    that is left goes into the bias.
+    The rows first become those that make the most of the rounded inputs, then they are rounded by GPTQ, and the mean
+    error that is left goes into the bias.
 
     Args:
         layer: with its input's ranges fixed.

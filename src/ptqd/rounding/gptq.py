@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), as a function of a weight's rows and their inputs' Hessian.
 
-Column by column, each rounding's error is made up for by the columns still to come, as the inverse Hessian of the layer's
-squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
+Column by column, each rounding's error is made up for by the columns still to come, as the inverse Hessian of the
+layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
 """
 
 from typing import Any

@@ -1,9 +1,10 @@
 """Learned rounding of a quantized denoiser, unit by unit: AdaRound, BRECQ with QDrop, and the whole model at once.
 
-Each unit minimises the squared distance between what it makes of the quantized model's inputs and what its full-precision
-self makes of the full-precision model's (BRECQ, arXiv 2102.05426, eq. 10 without the Fisher weights, as in Q-Diffusion).
-In memory are two models, one unit's learning and a batch; inputs are recomputed for each unit and mapped from disk. Every
-batch follows from the method's seed, the unit and the iteration alone: a run that was killed goes on with the same result.
+Each unit minimises the squared distance between what it makes of the quantized model's inputs and what its
+full-precision self makes of the full-precision model's (BRECQ, arXiv 2102.05426, eq. 10 without the Fisher weights, as
+in Q-Diffusion). In memory are two models, one unit's learning and a batch; inputs are recomputed for each unit and
+mapped from disk. Every batch follows from the method's seed, the unit and the iteration alone: a run that was killed
+goes on with the same result.
 """
 
 import math
@@ -26,7 +27,7 @@ from ptqd.layers import QuantLayer, SplitConv, full_weight
 from ptqd.methods import Learned
 from ptqd.progress import track
 from ptqd.ranges import range_clock_of
-from ptqd.rounding.capture import capture, reached_in_order
+from ptqd.rounding.capture import capture, units_in_order
 from ptqd.rounding.parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
 from ptqd.structure import find_units
 
@@ -85,10 +86,10 @@ def units_of(model: nn.Module, method: Learned, pool: Pool) -> list[str]:
     if method.unit == "model":
         return [""]
     if method.unit == "block":
-        return reached_in_order(model, find_units(model), pool)
+        return units_in_order(model, find_units(model), pool)
     layers = [name for name, module in model.named_modules() if isinstance(module, QuantLayer | SplitConv)]
     whole = [name for name in layers if name.rpartition(".")[0] not in layers]  # halves are learned together
-    return reached_in_order(model, whole, pool)
+    return units_in_order(model, whole, pool)
 
 
 def _full_name(unit: str, name: str) -> str:
@@ -137,9 +138,9 @@ class _Unit:
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint = done.with_suffix(".ckpt")
-        start = _resume(checkpoint, named, optimizer)
         with self._learning():
             base = self._error(torch.arange(min(len(self.pool), 2 * method.batch)), None).detach().clamp(min=1e-20)
+            start = _resume(checkpoint, named, optimizer)
             for iteration in range(start, method.iterations):
                 progress = iteration / method.iterations
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -181,7 +182,7 @@ class _Unit:
                 parameter.requires_grad_(True)
 
     def _error(self, rows: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
-        """Mean over the rows of the squared distance to what full precision makes; with drops, where there is chance."""
+        """Mean over rows of the squared distance to what full precision makes; with drops, where there is chance."""
         leaves = self.inputs.rows(rows)
         if self.method.drop > 0 and random is not None and self.inputs is not self.exact:
             for i, (leaf, exact) in enumerate(zip(leaves, self.exact.rows(rows), strict=True)):

@@ -1,8 +1,8 @@
 """What learned rounding learns: each weight's rounding, and scales.
 
 ``Soft``, AdaRound's (arXiv 2004.10568, eq. 22 to 24): ``w = s (floor(w / s) + h(v))`` with the rectified sigmoid
-``h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1)``, pushed to 0 or 1 by ``sum 1 - |2 h - 1|^beta``. ``Straight``: the weight itself
-and its scale, through rounding with a straight-through gradient (LSQ, arXiv 1902.08153).
+``h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1)``, pushed to 0 or 1 by ``sum 1 - |2 h - 1|^beta``. ``Straight``: the weight
+itself and its scale, through rounding with a straight-through gradient (LSQ, arXiv 1902.08153).
 """
 
 import math
@@ -86,7 +86,8 @@ class Straight:
 
     Args:
         layer: already rounded; it starts from its codes.
-        rows: what its codes should stand for (O, I): where these round otherwise, the start is moved into the code's cell.
+        rows: what its codes should stand for (O, I): where these round otherwise, the start is moved into the code's
+            cell.
     """
 
     def __init__(self, layer: QuantLayer, rows: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al., arXiv 2211.10438) with a searched exponent, and SVDQuant's low-rank branch (arXiv 2411.05007)."""
+"""SmoothQuant (arXiv 2211.10438) with a searched exponent, and SVDQuant's low-rank branch (arXiv 2411.05007)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ptqd.calibration import Pool
 from ptqd.layers import QuantLayer, full_weight
 from ptqd.methods import Smooth
 from ptqd.progress import track
-from ptqd.rounding.capture import reached_in_order
+from ptqd.rounding.capture import units_in_order
 from ptqd.structure import find_units
 from ptqd.weights import WeightGrid
 
@@ -49,6 +49,7 @@ def search_smoothing(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, a
     assert layer.smooth_scale is not None
     axes = [axis for axis in range(x.ndim) if axis != layer.axis % x.ndim]
     seen = x.abs().amax(axes).cpu()
+    weight = weight.detach()
     want = layer.product(x, weight)
     best, choice = float("inf"), torch.ones_like(layer.smooth_scale)
     if alpha is None:
@@ -77,7 +78,7 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
 
 
 def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
-    """Give a layer the branch that takes most of its smoothed weight, by randomised SVD (Halko et al., arXiv 0909.4061)."""
+    """Give a layer the branch that takes most of its smoothed weight, by randomised SVD (arXiv 0909.4061)."""
     if layer.rank == 0:
         return
     down, up = (torch.zeros(size) for size in ((layer.rank, layer.columns), (layer.shape[0], layer.rank)))
@@ -92,7 +93,7 @@ def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
 
 def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth, progress: str | None) -> None:
     """Smooth every layer that has room for it, unit by unit, on inputs of the full-precision model."""
-    for unit in track(reached_in_order(full, find_units(model), pool), progress):
+    for unit in track(units_in_order(full, find_units(model), pool), progress):
         layers = {
             name: layer
             for name, layer in model.named_modules()

@@ -47,15 +47,15 @@ KINDS = {
         {"DDIM, 50 steps": ("DDIMScheduler", {}), "DDPM, 50 steps": (None, {})},
     ),
     "dit": Kind(
-        "A class-conditional transformer (`DiTTransformer2DModel`, six blocks of width 112 with seven heads, over 4 x 4 "
-        "tokens) on fashion-ldm's latents, with a copy of its autoencoder; eps-prediction, LDM's scaled-linear schedule, "
-        "10 % label dropout. It loads as a `DiTPipeline`, whose null class is number 1000, so the embedding has 1001 "
-        "entries, of which eleven are used.",
+        "A class-conditional transformer (`DiTTransformer2DModel`, six blocks of width 112 with seven heads, over "
+        "4 x 4 tokens) on fashion-ldm's latents, with a copy of its autoencoder; eps-prediction, LDM's scaled-linear "
+        "schedule, 10 % label dropout. It loads as a `DiTPipeline`, whose null class is number 1000, so the embedding "
+        "has 1001 entries, of which eleven are used.",
         GUIDED,
     ),
     "flow": Kind(
-        "Flow matching on fashion-ldm's latents, with a copy of its autoencoder: a `UNet2DConditionModel` like its own but "
-        "narrower (32, 64, 80 channels) predicts the velocity `noise - x0` along straight paths (arXiv 2210.02747); "
+        "Flow matching on fashion-ldm's latents, with a copy of its autoencoder: a `UNet2DConditionModel` like its own "
+        "but narrower (32, 64, 80 channels) predicts the velocity `noise - x0` along straight paths (arXiv 2210.02747), "
         "class-conditional, 10 % label dropout. It samples with `FlowMatchEulerDiscreteScheduler`.",
         GUIDED,
     ),

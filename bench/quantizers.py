@@ -1,0 +1,177 @@
+"""Every way to quantize, on every embedded model: the same seeds, the same calibration samples.
+
+    python bench/quantizers.py --out DIR --models fashion-ldm      # a cell takes 1 to 4 minutes of one core
+    python bench/quantizers.py --out DIR --table
+
+Rows: rounding to nearest; PTQ4DM's, Q-Diffusion's and TFMQ-DM's published recipes as ptqd recipes (what is theirs:
+which steps are calibrated on, split shortcuts, softmax at 16 bits, exact time embeddings, block reconstruction); on the
+transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default; at W8A8 the quantizers of other packages
+(bench/others.py, which says what each of them leaves in full precision). Judged by PSNR to the full-precision images of
+the same seeds, and by the Frechet distance to the test images in the classifier's features: its value, and how far it
+is above full precision's, in percent, with the jackknife's interval over samples, left out of both together. "to FP" is
+the Frechet distance to the full-precision images. Rows with a correction show what the sampler's corrections add to a
+quantizer. The same command resumes; cells can be shared among processes by --models and --rows.
+"""
+
+import argparse
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from plans import above, plus_minus
+
+import ptqd
+from ptqd.evaluate.features import Reference, extract
+from ptqd.evaluate.metrics import frechet_distance, mean_metric, psnr
+from ptqd.evaluate.moments import Moments
+from ptqd.experiment import load_images, sample_images
+from ptqd.files import read_json, write_json
+from ptqd.loading import with_scheduler
+from ptqd.noise import NoiseStats
+from ptqd.recipe import Recipe
+from ptqd.sampling import Sampling
+from ptqd.stages import RunFolder
+from ptqd.zoo import CLASSIFIER, REFERENCE
+from ptqd.zoo.classifier import FashionClassifier
+
+CALIBRATION = 64  # samples, whole trajectories, for every row
+MEASURED = 64
+CALL = {"class_labels": list(range(10)), "guidance_scale": 1.5}
+MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "fashion-ldm": (None, CALL),
+    "fashion-ddpm": ("DDIMScheduler", {}),
+    "fashion-flow": (None, CALL),
+    "fashion-dit": (None, CALL),
+}
+PUBLISHED = ("ptq4dm", "qdiffusion", "tfmq")
+TRANSFORMER = ("dynamic", "smooth", "gptq", "svd", "svd-gptq-dynamic")
+OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
+CORRECTED = ("best",)
+CORRECTIONS = ("cnc+bc", "auto")
+
+
+def rows_of(model: str) -> list[str]:
+    """The rows of a model's table: recipe, or package at W8A8, and a correction after a blank."""
+    rows = ["w8a8", "w8a8-best", *(f"w8a8 {package}" for package in OTHERS)]
+    extra = TRANSFORMER if model == "fashion-dit" else ()
+    for bits in ("w4a8", "w4a4"):
+        rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
+        rows += [f"{recipe} {correction}" for recipe in (bits, f"{bits}-best") for correction in CORRECTIONS]
+    return [*rows, "w3a8-best"]
+
+
+class Bench:
+    def __init__(self, model: str, folder: Path, samples: int) -> None:
+        scheduler, call = MODELS[model]
+        self.folder = RunFolder(folder / model)
+        self.pipe = with_scheduler(ptqd.load(model), scheduler)
+        self.run = Sampling(20, 0.0, samples, 100, call=call)
+        self.facts = {"samples": samples, "model": model}
+
+    def quantized(self, recipe: str) -> Any:
+        """The quantized pipeline; made once, its time and memory noted."""
+
+        def build(path: Path, scratch: Path) -> None:
+            wanted = dataclasses.replace(Recipe.parse(recipe), calibration_samples=CALIBRATION)
+            before = time.monotonic()
+            ptqd.quantize(self.pipe, wanted, self.run.replace(batch=32), scratch=scratch).save_pretrained(path)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            facts = {"seconds": time.monotonic() - before, "peak": peak, "threads": torch.get_num_threads()}
+            write_json(path / "made.json", facts)
+
+        return ptqd.load(self.folder.stage(f"{recipe}/quantized", {"recipe": recipe}, build))
+
+    def made(self, row: str) -> Any:
+        """The pipeline of a row."""
+        recipe, _, more = row.partition(" ")
+        if more in OTHERS:
+            from others import quantize_with
+
+            return quantize_with(more, self.pipe, self.run.replace(batch=32), CALIBRATION)
+        quantized = self.quantized(recipe)
+        if not more:
+            return quantized
+        run = self.run.replace(samples=MEASURED, batch=64)
+
+        def measure(path: Path, scratch: Path) -> None:
+            ptqd.measure(self.pipe, quantized, run).save(path)
+
+        stats = NoiseStats.load(self.folder.stage(f"{recipe}/noise.safetensors", {"recipe": recipe}, measure))
+        if more == "auto":
+            return ptqd.correct(quantized, ptqd.fit_auto(quantized, stats, run).correction)
+        return ptqd.correct(quantized, stats, more.split("+"))
+
+    def images(self, row: str) -> torch.Tensor:
+        """Images of a row; ``"full"`` is full precision."""
+
+        def build(path: Path, scratch: Path) -> None:
+            sample_images(self.pipe if row == "full" else self.made(row), self.run, path, scratch, title=None)
+
+        name = f"{row.replace(' ', '-')}.safetensors"
+        return load_images(self.folder.stage(name, {**self.facts, "row": row}, build))
+
+    def has(self, row: str) -> bool:
+        return (self.folder.folder / f"{row.replace(' ', '-')}.safetensors").exists()
+
+
+def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
+    judge, reference = FashionClassifier.from_pretrained(CLASSIFIER).float().eval(), Reference.load(REFERENCE)
+    yield f"{samples} samples, 20 steps, eta 0, calibration on {CALIBRATION} samples, torch {torch.__version__}"
+    for model in models:
+        bench = Bench(model, folder, samples)
+        if not bench.has("full"):
+            continue
+        full = bench.images("full")
+        theirs = extract(judge, full).pooled
+        x = Moments.of(theirs)
+        own = frechet_distance(x.mean, x.covariance, reference.mean, reference.covariance)
+        guidance = f", guidance {bench.run.call['guidance_scale']:g}" if bench.run.call else ""
+        yield f"\n{model}: {type(bench.pipe.scheduler).__name__}{guidance}; full precision: Frechet {own:.3f}"
+        yield f"  {'row':28s} {'PSNR dB':>13s} {'Frechet':>13s} {'above FP %':>15s} {'to FP':>8s} {'quantizing':>12s}"
+        for row in rows_of(model):
+            if not bench.has(row):
+                continue
+            images = bench.images(row)
+            mine = extract(judge, images).pooled
+            value, relative = above(mine, theirs, reference.mean, reference.covariance)
+            y = Moments.of(mine)
+            apart = frechet_distance(y.mean, y.covariance, x.mean, x.covariance)
+            near = mean_metric(psnr(images / 255, full / 255))
+            made = bench.folder.folder / row.partition(" ")[0] / "quantized" / "made.json"
+            spent = f"{read_json(made)['seconds']:.0f} s" if " " not in row and made.exists() else ""
+            yield (
+                f"  {row:28s} {plus_minus(near, 2):>13s} {plus_minus(value, 3):>13s} "
+                f"{plus_minus(relative, 1):>15s} {apart:8.4f} {spent:>12s}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", help="some rows instead of all")
+    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        for line in table(args.out, args.models, args.samples):
+            print(line, flush=True)
+        return
+    for model in args.models:
+        bench = Bench(model, args.out, args.samples)
+        for row in ["full", *(args.rows or rows_of(model))]:
+            started = time.monotonic()
+            try:
+                bench.images(row)
+            except ImportError as error:
+                print(f"{model} {row}: left out, {error}", flush=True)
+                continue
+            print(f"{model} {row}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
+from ptqd.components import fingerprint
+from ptqd.insertion import insert_quantizers
+from ptqd.layers import Extras, QuantConv, QuantLayer, QuantLinear
+from ptqd.replay import record, replay
+from ptqd.rounding import learned
+from ptqd.rounding.columns import fit_exactly
+from ptqd.rounding.gptq import gptq, hessian_inputs
+from ptqd.rounding.parameters import LearnedScale, Soft, Straight, annealed
+from ptqd.rounding.smooth import search_smoothing, smoothing, split_low_rank
+from ptqd.sampling import run_batch
+from ptqd.weights import WeightGrid
+
+W4, A8 = Quantizer(4), Quantizer(8, symmetric=False)
+
+
+def frozen(layer: nn.Module, x: torch.Tensor, weights: Quantizer = W4, extras: Extras | None = None) -> QuantLayer:
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    made: QuantLayer = kind(layer, weights, A8, (), extras)
+    made.observe()
+    made(x)
+    made.freeze()
+    return made
+
+
+def plain_gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, damping: float) -> torch.Tensor:
+    """GPTQ as optimal brain surgery says it: after each column, the rest by the inverse Hessian of the rest."""
+    w = rows.double().clone()
+    h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    result = torch.empty_like(rows)
+    for j in range(w.shape[1]):
+        inverse = torch.linalg.inv(h[j:, j:])
+        q = grid.rounded(w.float())[:, j].double()
+        w[:, j:] -= ((w[:, j] - q) / inverse[0, 0])[:, None] * inverse[0]
+        result[:, j] = q.float()
+    return result
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_gptq_is_optimal_brain_surgery(group: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 12) @ torch.randn(12, 12)
+    rows, hessian = torch.randn(5, 12), x.T @ x
+    grid = WeightGrid.find(rows, Quantizer(3, group=group))
+    got = gptq(rows, hessian, grid, order=False, damping=0.01)
+    assert torch.allclose(got, plain_gptq(rows, hessian, grid, 0.01), atol=1e-4)
+    assert torch.equal(grid.rounded(got), got)
+    ordered = gptq(rows, hessian, grid, order=True, damping=0.01)
+    nearest = (x @ (grid.rounded(rows) - rows).T).square().sum()
+    for rounded in (got, ordered):
+        assert (x @ (rounded - rows).T).square().sum() < nearest
+
+
+def test_gptq_with_inputs_that_are_always_zero() -> None:
+    rows, hessian = torch.randn(3, 6), torch.zeros(6, 6)
+    grid = WeightGrid.find(rows, W4)
+    assert torch.equal(gptq(rows, hessian, grid, order=True, damping=0.01), grid.rounded(rows))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(6, 4, bias=False), torch.randn(2, 3, 6)),
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1, bias=False), torch.randn(2, 3, 9)),
+        (nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False), torch.randn(2, 3, 9, 8)),
+        (nn.Conv2d(3, 4, 3, padding="same", bias=False), torch.randn(2, 3, 5, 5)),
+        (nn.Conv3d(2, 4, (1, 3, 3), padding=(0, 1, 1), bias=False), torch.randn(2, 2, 3, 5, 5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_is_its_rows_times_these_inputs(layer: Any, x: torch.Tensor) -> None:
+    made = frozen(layer, x)
+    product = hessian_inputs(made, x) @ layer.weight.flatten(1).T
+    want = layer(x)
+    want = want.movedim(1, -1) if made.kind == "conv" else want
+    assert torch.allclose(product.view(want.shape), want, atol=1e-5)
+
+
+def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid() -> None:
+    layer = nn.Linear(16, 8)
+    made = frozen(layer, torch.randn(4, 16), Quantizer(4, group=8))
+    soft = Soft(made, made.target(layer.weight))
+    inside = (soft.floor >= -8) & (soft.floor < 7)
+    assert torch.allclose(soft.weight().flatten(1)[inside], layer.weight[inside], atol=1e-3)
+    soft.harden()
+    assert (made.weight - layer.weight).abs()[inside].max() <= soft.scale.max() * 0.51
+    with torch.no_grad():
+        soft.v.fill_(-9)
+    soft.harden()
+    assert torch.equal(made.weight, (soft.floor.clamp(-8, 7) * soft.scale).view(8, 16))
+    assert soft.penalty(2.0).item() == 0
+    assert [annealed(p) for p in (0.0, 0.1, 1.0)] == [20, 20, pytest.approx(2)]
+
+
+@pytest.mark.parametrize("spec", [W4, Quantizer(4, symmetric=False), Quantizer(4, group=8)], ids=str)
+def test_straight_rounding_starts_at_the_codes(spec: Quantizer) -> None:
+    layer = nn.Linear(16, 8)
+    made = frozen(layer, torch.randn(4, 16), spec)
+    with torch.no_grad():
+        moved = made.integer_weight().flatten(1)
+        moved[0, 0] = spec.grid.qmin if moved[0, 0] > 0 else spec.grid.qmax  # a code far from the weight
+        made.write(made.grid(), moved)
+    before = made.weight.clone()
+    straight = Straight(made, made.target(layer.weight))
+    assert torch.allclose(straight.weight(), before, atol=1e-6)
+    straight.harden()
+    assert torch.allclose(made.weight, before, atol=1e-6)
+    straight.weight().square().sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in straight.parameters().values())
+
+
+def test_a_learned_scale_rounds_as_the_quantizer_does_and_has_lsqs_gradient() -> None:
+    made = frozen(nn.Linear(6, 4), 3 * torch.randn(20, 6))
+    x = torch.randn(5, 6)
+    scale = LearnedScale(made.input, drop=0.0)
+    assert torch.allclose(scale(x), made.input(x), atol=1e-5)
+    s, z, grid = float(made.input.scale[0]), float(made.input.zero_point[0]), made.input.grids[0]
+    scale(x).sum().backward()
+    steps = x / s
+    inside = (steps >= grid.qmin - z) & (steps <= grid.qmax - z)
+    by_hand = torch.where(inside, steps.round() - steps, steps.clamp(grid.qmin - z, grid.qmax - z))  # LSQ, eq. 3
+    assert scale.log_scale.grad is not None
+    assert scale.log_scale.grad.item() == pytest.approx(float((by_hand * s).sum()), rel=1e-3)
+    dropped = LearnedScale(made.input, drop=0.5)
+    dropped.generator = torch.Generator().manual_seed(0)
+    assert 0.2 < (dropped(x) == x).float().mean() < 0.9
+
+
+def test_smoothing_evens_outliers_and_changes_nothing_in_full_precision() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 6), torch.randn(40, 8)
+    x[:, 2] *= 60
+    x[:, 5] = 0
+    made = QuantLinear(layer, Quantizer(8), Quantizer(4, symmetric=False), (), Extras(smooth=True))
+    search_smoothing(made, layer.weight, x, None)
+    made.prepare(layer.weight)
+    made.observe()
+    assert torch.allclose(made(x), layer(x), atol=1e-4)
+    made.freeze()
+    plain = QuantLinear(layer, Quantizer(8), Quantizer(4, symmetric=False))
+    plain.observe()
+    plain(x)
+    plain.freeze()
+    assert (made(x) - layer(x)).square().sum() < 0.9 * (plain(x) - layer(x)).square().sum()
+    assert smoothing(torch.zeros(8), layer.weight, 0.5).tolist() == [1.0] * 8
+    scale = smoothing(x.abs().amax(0), layer.weight, 1.0)
+    assert scale[5] == 1
+    assert (x / scale).abs().amax(0)[[0, 2]].diff().abs().item() < 1e-3
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 24), nn.Conv2d(16, 24, 3, padding=1)], ids=["linear", "conv"])
+def test_a_low_rank_branch_takes_outliers(layer: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 32) if isinstance(layer, nn.Linear) else torch.randn(2, 16, 5, 5)
+    with torch.no_grad():
+        layer.weight += (
+            3 * torch.randn(24, 1).view(-1, *[1] * (layer.weight.ndim - 1)) * torch.randn(layer.weight.shape[1:])
+        )
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    errors = []
+    for rank in (0, 4):
+        made = kind(layer, W4, A8, (), Extras(rank=rank))
+        split_low_rank(made, layer.weight, 0)
+        made.prepare(layer.weight)
+        made.observe()
+        assert torch.allclose(made(x), layer(x), atol=2e-2)
+        made.freeze()
+        errors.append(float((made(x) - layer(x)).square().sum()))
+    assert errors[1] < errors[0] / 10
+    assert made.low_rank_up.dtype == torch.int16  # two bytes a number on disk
+
+
+def test_a_finite_set_of_inputs_is_fitted_better_than_to_nearest() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16), torch.randn(6, 32)
+    made = frozen(layer, x, Quantizer(3))
+    want = layer(x)
+    before = (made(x) - want).square().sum()
+    fit_exactly(made, made.target(layer.weight), x, made.input(x).float(), 0.01)
+    assert (made(x) - want).square().sum() < before / 20
+
+
+def quick(*methods: dict[str, Any], recipe: str = "w3a4", **changes: Any) -> Recipe:
+    values = {**Recipe.parse(recipe).to_dict(), "calibration_samples": 8, "methods": list(methods), **changes}
+    return Recipe.from_dict(values)
+
+
+SHORT = {"iterations": 60, "inputs": 64, "batch": 16}
+
+
+def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
+    with record(pipe) as trajectory:
+        run_batch(pipe, run, range(8), "latent")
+    with replay(quantized, trajectory) as answer:
+        run_batch(quantized, run, range(8), "latent")
+    pairs = zip(answer.outputs, trajectory.outputs, strict=True)
+    return sum(float((a - b).square().mean()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [{"name": "gptq", "inputs": 64}],
+        [{"name": "adaround", **SHORT}],
+        [{"name": "brecq", **SHORT}],
+        [{"name": "distill", **SHORT}],
+        [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}],
+    ],
+    ids=lambda methods: "+".join(m["name"] for m in methods),
+)
+def test_methods_lower_the_error_and_are_saved(methods: Any, pipe: Any, run: Sampling, tmp_path: Path) -> None:
+    changes = {"split_shortcuts": True, "time_embedding": True}
+    nearest = quantize(pipe, quick(**changes), run)
+    made = quantize(pipe, quick(*methods, **changes), run)
+    assert output_error(pipe, made, run) < 0.95 * output_error(pipe, nearest, run)
+    made.save_pretrained(tmp_path / "q")
+    again = load(tmp_path / "q")
+    assert fingerprint(again.unet) == fingerprint(made.unet)
+    assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(made, run, range(2), "latent"))
+
+
+@pytest.mark.parametrize("name", ["brecq", "distill"])
+def test_a_kill_between_or_inside_units_changes_nothing(
+    name: str, pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned, "CHECKPOINT", 4)
+    recipe = quick({"name": name, "iterations": 10, "inputs": 32, "batch": 8})
+    want = quantize(pipe, recipe, run)
+    kept = learned._keep
+    calls = 0
+
+    def killed(*args: Any) -> None:
+        nonlocal calls
+        kept(*args)
+        calls += 1
+        if calls % 3 == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learned, "_keep", killed)
+    kills = 0
+    while True:
+        try:
+            got = quantize(pipe, recipe, run, scratch=tmp_path)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+            assert kills < 100
+    assert kills >= 1
+    assert fingerprint(got.unet) == fingerprint(want.unet)
+    assert not list(tmp_path.rglob("*.bin"))  # inputs are not left behind
+
+
+def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:
+    rules = [{"match": "*", "type": "linear", "without": ["gptq", "smooth"]}]
+    made = quantize(pipe, quick({"name": "smooth"}, {"name": "gptq"}, rules=rules), run)
+    nearest = quantize(pipe, quick(rules=rules), run)
+    linear, conv = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2", "down_blocks.0.resnets.0.conv1"
+    assert torch.equal(made.unet.get_submodule(linear).codes, nearest.unet.get_submodule(linear).codes)
+    assert not torch.equal(made.unet.get_submodule(conv).codes, nearest.unet.get_submodule(conv).codes)
+    assert made.unet.get_submodule(linear).smooth_scale is None
+
+
+def test_too_few_inputs_are_named(pipe: Any, run: Sampling) -> None:
+    recipe = quick({"name": "brecq", "inputs": 200, "batch": 100}, calibration_samples=1)
+    with pytest.raises(InputError, match="the calibration has 8 inputs, fewer than a batch of 100"):
+        quantize(pipe, recipe, run)
+
+
+def test_groups_that_do_not_fit_are_named(pipe: Any) -> None:
+    import copy
+
+    with pytest.raises(
+        InputError, match=r"conv_in: groups of 32 do not divide its 36 inputs; choose one of 9, 12, 18, 36"
+    ):
+        insert_quantizers(copy.deepcopy(pipe.unet), Recipe.parse("w4a8-g32"))
+
+
+def test_half_a_split_layer_cannot_be_skipped(pipe: Any) -> None:
+    import copy
+
+    recipe = Recipe.from_dict(
+        {**Recipe.parse("w4a8-split").to_dict(), "rules": [{"match": "*.conv_shortcut.skip", "skip": True}]}
+    )
+    with pytest.raises(InputError, match="a rule skips one half of"):
+        insert_quantizers(copy.deepcopy(pipe.unet), recipe)
+
+
+def test_an_activation_that_never_varies_and_a_weight_that_is_zero(run: Sampling) -> None:
+    from conftest import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.down_blocks[0].resnets[0].conv1.weight.zero_()
+        pipe.unet.down_blocks[0].resnets[0].norm2.weight.zero_()  # conv2 then always sees the same
+    for methods in (
+        [{"name": "brecq", **SHORT, "iterations": 5}],
+        [{"name": "smooth"}, {"name": "svd"}, {"name": "gptq"}],
+    ):
+        made = quantize(pipe, quick(*methods), run)
+        assert bool(torch.isfinite(run_batch(made, run, range(2), "latent")).all())
+
+
+@pytest.mark.parametrize("recipe", ["we4m3ae4m3", "we5m2ae5m2", "wmxfp4amxfp4", "wnvfp4anvfp4", "w4a8-dynamic", "w2a8"])
+def test_formats_quantize_save_and_load(recipe: str, pipe: Any, run: Sampling, tmp_path: Path) -> None:
+    made = quantize(pipe, Recipe.from_dict({**Recipe.parse(recipe).to_dict(), "calibration_samples": 2}), run)
+    made.save_pretrained(tmp_path / "q")
+    again = load(tmp_path / "q")
+    assert fingerprint(again.unet) == fingerprint(made.unet)
+    images = run_batch(made, run, range(3), "latent")
+    assert torch.equal(images, run_batch(again, run, range(3), "latent"))
+    assert bool(torch.isfinite(images).all())
