@@ -50,7 +50,8 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
 PUBLISHED = ("ptq4dm", "qdiffusion", "tfmq")
 TRANSFORMER = ("dynamic", "smooth", "gptq", "svd", "svd-gptq-dynamic")
 OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
-CORRECTED = ("best",)
+ABLATION = ("split", "unclipped", "time", "steps8", "dynamic", "smooth", "svd", "gptq", "adaround", "brecq", "distill")
+TOGETHER = ("split-unclipped", "split-unclipped-time", "split-unclipped-distill")
 CORRECTIONS = ("cnc+bc", "auto")
 
 
@@ -61,7 +62,8 @@ def rows_of(model: str) -> list[str]:
     for bits in ("w4a8", "w4a4"):
         rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
         rows += [f"{recipe} {correction}" for recipe in (bits, f"{bits}-best") for correction in CORRECTIONS]
-    return [*rows, "w3a8-best"]
+    alone = [f"w4a4-{word}" for word in (*ABLATION, *TOGETHER)] if model == "fashion-ldm" else []
+    return [*rows, "w3a8-best", *alone]
 
 
 class Bench:

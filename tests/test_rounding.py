@@ -112,7 +112,7 @@ def test_straight_rounding_starts_at_the_codes(spec: Quantizer) -> None:
     assert torch.allclose(straight.weight(), before, atol=1e-6)
     straight.harden()
     assert torch.allclose(made.weight, before, atol=1e-6)
-    straight.weight().square().sum().backward()  # type: ignore[no-untyped-call]
+    straight.weight().square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in straight.parameters().values())
 
 
@@ -216,7 +216,7 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
     ids=lambda methods: "+".join(m["name"] for m in methods),
 )
 def test_methods_lower_the_error_and_are_saved(methods: Any, pipe: Any, run: Sampling, tmp_path: Path) -> None:
-    changes = {"split_shortcuts": True, "time_embedding": True}
+    changes: dict[str, Any] = {"split_shortcuts": True, "time_embedding": True}
     nearest = quantize(pipe, quick(**changes), run)
     made = quantize(pipe, quick(*methods, **changes), run)
     assert output_error(pipe, made, run) < 0.95 * output_error(pipe, nearest, run)

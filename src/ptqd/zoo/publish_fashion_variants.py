@@ -55,8 +55,8 @@ KINDS = {
     ),
     "flow": Kind(
         "Flow matching on fashion-ldm's latents, with a copy of its autoencoder: a `UNet2DConditionModel` like its own "
-        "but narrower (32, 64, 80 channels) predicts the velocity `noise - x0` along straight paths (arXiv 2210.02747), "
-        "class-conditional, 10 % label dropout. It samples with `FlowMatchEulerDiscreteScheduler`.",
+        "but narrower (32, 64, 80 channels) predicts the velocity `noise - x0` along straight paths (arXiv "
+        "2210.02747), class-conditional, 10 % label dropout. It samples with `FlowMatchEulerDiscreteScheduler`.",
         GUIDED,
     ),
 }
