@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, 
 from ptqd.adoption import coverage_of
 from ptqd.attention import QuantAttnProcessor
 from ptqd.components import fingerprint
-from ptqd.cost import disk_bytes
+from ptqd.cost import disk_bytes, run_cost
 from ptqd.insertion import quant_modules
 from ptqd.layers import QuantConv, QuantLinear
 from ptqd.sampling import run_batch
@@ -128,3 +129,39 @@ def test_half_precision_pipelines(run: Sampling, tmp_path: Path, dtype: torch.dt
 def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:
     with pytest.raises(InputError, match="not quantized by ptqd"):
         coverage_of(pipe)
+
+
+def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> None:
+    from ptqd.explain import explain
+
+    rules = [{"match": "mid_block.resnets.0.conv1", "weight_bits": 2}]
+    values = {**Recipe.parse("w8a8-split-time-gptq").to_dict(), "calibration_samples": 4, "rules": rules}
+    quantized = quantize(pipe, Recipe.from_dict(values), run)
+    reports = explain(pipe, quantized, run)
+    assert {report.name for report in reports} == {
+        name.removesuffix(".processor") for name in coverage_of(quantized).quantized
+    }
+    assert reports[0].name == "mid_block.resnets.0.conv1"
+    assert reports[0].weights == "int2"
+    assert reports[0].error > 10 * reports[-1].error
+    assert all(a.error >= b.error for a, b in itertools.pairwise(reports))
+    by_name = {report.name: report for report in reports}
+    assert by_name["time_embedding.linear_1"].methods == ("exact",)
+    assert by_name["time_embedding.linear_1"].ranges == run.steps
+    assert by_name["conv_in"].methods == ("gptq",)
+    whole = by_name["up_blocks.0.resnets.0.conv_shortcut.hidden"], by_name["up_blocks.0.resnets.0.conv_shortcut.skip"]
+    macs = run_cost(quantized, run).macs
+    assert sum(report.macs for report in reports) == pytest.approx(macs.total, rel=0.01)
+    assert whole[0].range != whole[1].range
+    assert by_name["up_blocks.0.attentions.0.transformer_blocks.0.attn1"].weights == ""
+
+
+def test_a_split_pipeline_costs_the_same_and_a_low_rank_branch_costs_more(pipe: Any, run: Sampling) -> None:
+    costs = {}
+    for recipe in ("w4a4", "w4a4-split", "w4a4-svd8"):
+        values = {**Recipe.parse(recipe).to_dict(), "calibration_samples": 2}
+        costs[recipe] = run_cost(quantize(pipe, Recipe.from_dict(values), run), run)
+    assert costs["w4a4-split"].total == costs["w4a4"].total
+    assert costs["w4a4-split"].macs.total == costs["w4a4"].macs.total
+    assert costs["w4a4-svd8"].total > costs["w4a4"].total
+    assert costs["w4a4-svd8"].disk > costs["w4a4"].disk

@@ -9,6 +9,7 @@ import torch
 from conftest import SCHEDULE
 from ptqd import InputError, LatentClassPipeline, Sampling, load, sample
 from ptqd.evaluate.features import Reference, evaluate
+from ptqd.loading import with_scheduler
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
 from ptqd.zoo.classifier import FashionClassifier
 
@@ -94,3 +95,33 @@ def test_nine_of_ten_samples_are_of_the_asked_for_class(fashion: Any) -> None:
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
     metrics = evaluate(pixels, classifier, Reference.load(REFERENCE), labels=torch.arange(1000) % 10)
     assert metrics["class_agreement"].value >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "prediction"),
+    [
+        ("fashion-ddpm", "DDPMPipeline", "epsilon"),
+        ("fashion-dit", "DiTPipeline", "epsilon"),
+        ("fashion-flow", "LatentClassPipeline", None),
+    ],
+)
+def test_the_variants_are_small_and_sample(name: str, kind: str, prediction: str | None) -> None:
+    pipe = with_scheduler(load(name), "DDIMScheduler" if name == "fashion-ddpm" else None)
+    assert type(pipe).__name__ == kind
+    assert size(MODELS[name]) <= 6.1e6
+    assert pipe.scheduler.config.get("prediction_type") == prediction
+    call = {} if name == "fashion-ddpm" else {"class_labels": list(range(10)), "guidance_scale": 1.5}
+    ((_, images),) = sample(pipe, Sampling(20, 0.0, 40, 40, 0, call))
+    pixels = torch.from_numpy((images * 255).round()).to(torch.uint8)
+    classifier, reference = FashionClassifier.from_pretrained(CLASSIFIER).float().eval(), Reference.load(REFERENCE)
+    metrics = evaluate(pixels, classifier, reference, labels=torch.arange(40) % 10 if call else None)
+    if call:
+        assert metrics["class_agreement"].value >= 0.75
+    noise = evaluate(torch.randint_like(pixels, 256), classifier, reference)
+    assert metrics["frechet_distance"].value < noise["frechet_distance"].value / 3
+
+
+def test_the_flow_model_runs_with_stochastic_and_other_flow_schedulers() -> None:
+    pipe = with_scheduler(load("fashion-flow"), "FlowMatchHeunDiscreteScheduler")
+    ((_, latents),) = sample(pipe, Sampling(4, 0.0, 2, 2, 0, {"class_labels": [1, 2]}), output="latent")
+    assert bool(torch.isfinite(latents).all())

@@ -192,7 +192,8 @@ class _Setting:
         inputs = {**self.source, "recipe": recipe.to_dict(), "setting": self._run_facts(samples=0)}
 
         def build(path: Path, scratch: Path) -> None:
-            quantize(self.pipe, recipe, self.setting, progress=self.progress).save_pretrained(path)
+            made = quantize(self.pipe, recipe, self.setting, scratch=scratch, progress=self.progress)
+            made.save_pretrained(path)
 
         path = self._stage(f"{prefix}/quantized", inputs, build)
         return load(path).to(self.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ptqd.rounding.gptq import gptq, hessian_inputs
 from ptqd.sampling import Sampling
 from ptqd.structure import find_units
 from ptqd.survey import survey
+from ptqd.weights import WeightGrid
 
 DAMPING = 0.01
 
@@ -39,16 +41,12 @@ def fit_columns(
                 quantized(*args, **kwargs)
         for name, hessian in hessians.items():
             layer = layers[name]
-            grid = layer.grid()
-            rows_ = layer.target(full_weight(full, name, layer))
-            rounded = gptq(rows_, hessian, _on_cpu(layer), order=method.order, damping=method.damping)
-            layer.write(grid, _on_cpu(layer).codes(rounded).to(layer.codes.device))
+            grid, target = _on_cpu(layer), layer.target(full_weight(full, name, layer))
+            layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
 
 
-def _on_cpu(layer: QuantLayer) -> Any:
+def _on_cpu(layer: QuantLayer) -> WeightGrid:
     """A layer's grid, on the CPU: not every device has float64 and Cholesky factors."""
-    from dataclasses import replace
-
     grid = layer.grid()
     return replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())
 
@@ -131,9 +129,9 @@ def fit_exactly(layer: QuantLayer, rows: torch.Tensor, x: torch.Tensor, seen: to
     wanted = x @ rows.T  # T,O
     missing = seen.T.double() @ (wanted - seen @ rows.T).double()  # I,O
     better = rows + torch.linalg.solve(ridge, missing).T.float()
-    grid = layer.grid()
+    grid = _on_cpu(layer)
     rounded = gptq(better, gram.float(), grid, order=True, damping=damping)
-    layer.write(grid, grid.codes(rounded.to(grid.scale.device)))
+    layer.write(grid, grid.codes(rounded))
     if layer.bias is not None:
         with torch.no_grad():
             layer.bias += (wanted - seen @ rounded.T).mean(0).to(layer.bias)

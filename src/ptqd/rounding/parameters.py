@@ -45,8 +45,8 @@ class Soft:
     def __init__(self, layer: QuantLayer, rows: torch.Tensor) -> None:
         self.layer, self.grid = layer, layer.grid()
         scale, zero = self.grid.expanded()
-        self.scale, self.zero = scale.to(layer.weight), zero.to(layer.weight)
-        parts = rows.to(layer.weight) / self.scale
+        self.scale, self.zero = scale, zero.float()
+        parts = rows.to(scale) / scale  # in float32, whatever the model's precision
         self.floor = parts.floor()
         low, high = _STRETCH
         share = ((parts - self.floor - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
@@ -64,7 +64,7 @@ class Soft:
     def _weight(self, up: torch.Tensor) -> torch.Tensor:
         spec = self.layer.weights.grid
         codes = torch.clamp(self.floor + up + self.zero, spec.qmin, spec.qmax)
-        return ((codes - self.zero) * self.scale).view(self.layer.shape)
+        return ((codes - self.zero) * self.scale).view(self.layer.shape).to(self.layer.weight.dtype)
 
     def penalty(self, beta: float) -> torch.Tensor:
         """``mean(1 - |2 h - 1|^beta)``."""
@@ -92,17 +92,17 @@ class Straight:
 
     def __init__(self, layer: QuantLayer, rows: torch.Tensor) -> None:
         self.layer, self.found = layer, layer.grid()
-        scale, zero = (t.to(layer.weight) for t in self.found.expanded())
-        codes = layer.integer_weight().flatten(1).to(layer.weight) - zero
-        inside = (rows.to(layer.weight) / scale - codes).clamp(-0.49, 0.49)
-        spec = layer.weights.grid
-        outside = (rows.to(layer.weight) / scale).clamp(spec.qmin - zero, spec.qmax - zero)
+        scale, zero = (t.float() for t in self.found.expanded())
+        codes = layer.integer_weight().flatten(1).float() - zero
+        spec, parts = layer.weights.grid, rows.to(scale) / scale
+        inside = (parts - codes).clamp(-0.49, 0.49)
+        outside = parts.clamp(spec.qmin - zero, spec.qmax - zero)
         start = torch.where((outside - codes).abs() <= 0.5, outside, codes + inside)
         self.size = scale.mean().item()
         self.w = nn.Parameter(
             start * scale / self.size
         )  # in units of the layer's mean scale: one rate suits all layers
-        self.log_scale = nn.Parameter(self.found.scale.to(layer.weight).log())
+        self.log_scale = nn.Parameter(self.found.scale.log())
 
     def _expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
         grid = WeightGrid(
@@ -114,7 +114,8 @@ class Straight:
         """The weight to compute with now."""
         scale, zero = self._expanded()
         spec = self.layer.weights.grid
-        return straight_round(self.w * self.size, scale, spec.qmin - zero, spec.qmax - zero).view(self.layer.shape)
+        rounded = straight_round(self.w * self.size, scale, spec.qmin - zero, spec.qmax - zero)
+        return rounded.view(self.layer.shape).to(self.layer.weight.dtype)
 
     def penalty(self, beta: float) -> torch.Tensor:
         """None: it is always rounded."""

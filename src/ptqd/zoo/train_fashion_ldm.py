@@ -83,7 +83,11 @@ class Run:
         state = torch.load(self.checkpoint, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return int(state["step"])
+        step = int(state["step"])
+        header, *rows = self.log_path.read_text("utf-8").splitlines()
+        kept = [row for row in rows if int(row.split(",")[0]) <= step]  # what came after is logged again
+        self.log_path.write_text("\n".join([header, *kept]) + "\n", "utf-8")
+        return step
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
         temporary = self.checkpoint.with_suffix(".tmp")
