@@ -43,7 +43,7 @@ MEASURED = 64
 CALL = {"class_labels": list(range(10)), "guidance_scale": 1.5}
 MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "fashion-ldm": (None, CALL),
-    "fashion-ddpm": ("DDIMScheduler", {}),
+    "fashion-ddpm": (None, {}),
     "fashion-flow": (None, CALL),
     "fashion-dit": (None, CALL),
 }
@@ -77,15 +77,16 @@ class Bench:
     def quantized(self, recipe: str) -> Any:
         """The quantized pipeline; made once, its time and memory noted."""
 
+        wanted = dataclasses.replace(Recipe.parse(recipe), calibration_samples=CALIBRATION)
+
         def build(path: Path, scratch: Path) -> None:
-            wanted = dataclasses.replace(Recipe.parse(recipe), calibration_samples=CALIBRATION)
             before = time.monotonic()
             ptqd.quantize(self.pipe, wanted, self.run.replace(batch=32), scratch=scratch).save_pretrained(path)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             facts = {"seconds": time.monotonic() - before, "peak": peak, "threads": torch.get_num_threads()}
             write_json(path / "made.json", facts)
 
-        return ptqd.load(self.folder.stage(f"{recipe}/quantized", {"recipe": recipe}, build))
+        return ptqd.load(self.folder.stage(f"{recipe}/quantized", {"recipe": wanted.to_dict()}, build))
 
     def made(self, row: str) -> Any:
         """The pipeline of a row."""
@@ -102,7 +103,8 @@ class Bench:
         def measure(path: Path, scratch: Path) -> None:
             ptqd.measure(self.pipe, quantized, run).save(path)
 
-        stats = NoiseStats.load(self.folder.stage(f"{recipe}/noise.safetensors", {"recipe": recipe}, measure))
+        made = self.folder.key(f"{recipe}/quantized")
+        stats = NoiseStats.load(self.folder.stage(f"{recipe}/noise.safetensors", {"quantized": made}, measure))
         if more == "auto":
             return ptqd.correct(quantized, ptqd.fit_auto(quantized, stats, run).correction)
         return ptqd.correct(quantized, stats, more.split("+"))
@@ -113,8 +115,12 @@ class Bench:
         def build(path: Path, scratch: Path) -> None:
             sample_images(self.pipe if row == "full" else self.made(row), self.run, path, scratch, title=None)
 
-        name = f"{row.replace(' ', '-')}.safetensors"
-        return load_images(self.folder.stage(name, {**self.facts, "row": row}, build))
+        inputs: dict[str, Any] = {**self.facts, "row": row}
+        recipe, _, more = row.partition(" ")
+        if row != "full" and more not in OTHERS:
+            self.quantized(recipe)
+            inputs["quantized"] = self.folder.key(f"{recipe}/quantized")
+        return load_images(self.folder.stage(f"{row.replace(' ', '-')}.safetensors", inputs, build))
 
     def has(self, row: str) -> bool:
         return (self.folder.folder / f"{row.replace(' ', '-')}.safetensors").exists()

@@ -38,7 +38,7 @@ def test_nvfp4_is_torchaos() -> None:
 
     x = numbers(1, 32, 64)
     theirs = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max())).dequantize(torch.float32)
-    difference = (fake_blocks(x, "nvfp4", 1) - theirs).abs().max() / x.abs().max()
+    difference = (fake_blocks(x[None], "nvfp4", 2)[0] - theirs).abs().max() / x.abs().max()
     assert difference < 1e-6  # they divide in another order
 
 
@@ -63,9 +63,12 @@ def test_a_short_last_block_and_zeros() -> None:
     x = numbers(3, 4, 37)
     whole = torch.nn.functional.pad(x, (0, 27))
     assert torch.equal(fake_blocks(x, "mxfp4", 1), fake_blocks(whole, "mxfp4", 1)[:, :37])
-    for kind in ("mxfp4", "nvfp4"):
+    kinds: tuple[Format, ...] = ("mxfp4", "nvfp4")
+    for kind in kinds:
         assert torch.equal(fake_blocks(torch.zeros(2, 40), kind, 1), torch.zeros(2, 40))
     assert torch.equal(fake_blocks(x.T, "mxfp4", 0), fake_blocks(x, "mxfp4", 1).T)
+    for kind in kinds:  # whoever is with a sample
+        assert torch.equal(fake_blocks(x[:, None], kind, 2)[1:2], fake_blocks(x[1:2, None], kind, 2))
 
 
 def test_block_scales_round_trip() -> None:
@@ -98,7 +101,7 @@ def test_groups_have_scales_of_their_own() -> None:
     assert (split - rows)[:, :16].square().mean() < (whole - rows)[:, :16].square().mean() / 100
     assert groups_of(32, Quantizer(4, group=8)) == (4, 8)
     assert groups_of(40, Quantizer(format="mxfp4")) == (2, BLOCKS["mxfp4"])
-    with pytest.raises(InputError, match="groups of 12 do not divide its 32 inputs; choose one of 8, 16, 32"):
+    with pytest.raises(InputError, match="groups of 12 do not divide its 32 inputs; choose one of 2, 4, 8, 16, 32"):
         groups_of(32, Quantizer(4, group=12))
 
 

@@ -159,3 +159,19 @@ def test_step_weights() -> None:
 def test_ranges_are_found_on_drawn_steps(kind: str, pipe: Any, run: Sampling) -> None:
     drawn = quantize(pipe, few("w8a8", calibration_steps=kind), run)
     assert fingerprint(drawn.unet) != fingerprint(quantize(pipe, few("w8a8"), run).unet)
+
+
+def test_drawn_steps_follow_the_weights(pipe: Any, run: Sampling) -> None:
+    weights = step_weights("ptq4dm", 4)
+    pool = draw_pool(pipe, run.replace(samples=32, batch=16), 400, weights)
+    share = torch.bincount(pool.steps, minlength=4) / len(pool)
+    assert torch.allclose(share, torch.from_numpy(weights).float(), atol=0.08)
+
+
+@pytest.mark.parametrize(("batch", "guidance", "labels"), [(3, 2.0, [0, 1, 2]), (1, 1.0, [3]), (4, 1.0, [3])])
+def test_layers_that_see_the_step_alone_whatever_the_run(batch: int, guidance: float, labels: Any, pipe: Any) -> None:
+    run = Sampling(steps=3, samples=4, batch=batch, call={"class_labels": labels, "guidance_scale": guidance})
+    clock = range_clock_of(quantize(pipe, few("w8a8-time"), run).unet)
+    assert clock is not None
+    assert len(clock.ranges.temporal) == 10
+    assert not any("attn" in name for name in clock.ranges.temporal)

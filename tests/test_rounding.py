@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_a_low_rank_branch_takes_outliers(layer: Any) -> None:
         made.observe()
         assert torch.allclose(made(x), layer(x), atol=2e-2)
         made.freeze()
-        errors.append(float((made(x) - layer(x)).square().sum()))
+        errors.append(float((made(x) - layer(x)).detach().square().sum()))
     assert errors[1] < errors[0] / 10
     assert made.low_rank_up.dtype == torch.int16  # two bytes a number on disk
 
@@ -240,7 +241,7 @@ def test_a_kill_between_or_inside_units_changes_nothing(
         nonlocal calls
         kept(*args)
         calls += 1
-        if calls % 3 == 2:
+        if calls in (2, 5):  # inside a unit, and between two or inside the next
             raise KeyboardInterrupt
 
     monkeypatch.setattr(learned, "_keep", killed)
@@ -251,7 +252,6 @@ def test_a_kill_between_or_inside_units_changes_nothing(
             break
         except KeyboardInterrupt:
             kills += 1
-            assert kills < 100
     assert kills >= 1
     assert fingerprint(got.unet) == fingerprint(want.unet)
     assert not list(tmp_path.rglob("*.bin"))  # inputs are not left behind
@@ -260,7 +260,7 @@ def test_a_kill_between_or_inside_units_changes_nothing(
 def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:
     rules = [{"match": "*", "type": "linear", "without": ["gptq", "smooth"]}]
     made = quantize(pipe, quick({"name": "smooth"}, {"name": "gptq"}, rules=rules), run)
-    nearest = quantize(pipe, quick(rules=rules), run)
+    nearest = quantize(pipe, quick(), run)
     linear, conv = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2", "down_blocks.0.resnets.0.conv1"
     assert torch.equal(made.unet.get_submodule(linear).codes, nearest.unet.get_submodule(linear).codes)
     assert not torch.equal(made.unet.get_submodule(conv).codes, nearest.unet.get_submodule(conv).codes)
@@ -274,17 +274,15 @@ def test_too_few_inputs_are_named(pipe: Any, run: Sampling) -> None:
 
 
 def test_groups_that_do_not_fit_are_named(pipe: Any) -> None:
-    import copy
-
-    with pytest.raises(
-        InputError, match=r"conv_in: groups of 32 do not divide its 36 inputs; choose one of 9, 12, 18, 36"
-    ):
+    made = copy.deepcopy(pipe.unet)
+    insert_quantizers(made, Recipe.parse("w4a8-g8"))  # the first layer's 36 inputs share a scale
+    assert made.conv_in.scale.shape == (8,)
+    assert made.down_blocks[1].resnets[0].conv1.scale.shape == (16, 9)
+    with pytest.raises(InputError, match=r"groups of 32 do not divide its \d+ inputs; choose one of 2, "):
         insert_quantizers(copy.deepcopy(pipe.unet), Recipe.parse("w4a8-g32"))
 
 
 def test_half_a_split_layer_cannot_be_skipped(pipe: Any) -> None:
-    import copy
-
     recipe = Recipe.from_dict(
         {**Recipe.parse("w4a8-split").to_dict(), "rules": [{"match": "*.conv_shortcut.skip", "skip": True}]}
     )
@@ -316,3 +314,63 @@ def test_formats_quantize_save_and_load(recipe: str, pipe: Any, run: Sampling, t
     images = run_batch(made, run, range(3), "latent")
     assert torch.equal(images, run_batch(again, run, range(3), "latent"))
     assert bool(torch.isfinite(images).all())
+
+
+def test_smoothing_is_fitted_on_full_precision_inputs(
+    pipe: Any, run: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptqd.rounding import smooth
+
+    seen: dict[int, torch.Tensor] = {}
+    want: list[torch.Tensor] = []
+    name = "up_blocks.1.resnets.0.conv1"
+    weight = pipe.unet.get_submodule(name).weight
+
+    def search(layer: Any, full: torch.Tensor, x: torch.Tensor, alpha: Any) -> None:
+        if full.data_ptr() == weight.data_ptr():
+            seen[0] = x
+
+    def fit(model: Any, full: Any, pool: Any, *rest: Any) -> None:
+        hook = full.get_submodule(name).register_forward_pre_hook(lambda m, args: want.append(args[0]))
+        args, kwargs = pool.call(slice(0, len(pool)))
+        with torch.no_grad():
+            full(*args, **kwargs)
+        hook.remove()
+        kept(model, full, pool, *rest)
+
+    kept = smooth.fit_smoothing
+    monkeypatch.setattr(smooth, "search_smoothing", search)
+    monkeypatch.setattr(smooth, "fit_smoothing", fit)
+    quantize(pipe, quick({"name": "smooth"}), run)
+    assert torch.allclose(seen[0], want[0], atol=1e-5)
+
+
+def test_a_second_method_starts_where_the_first_ended() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16), torch.randn(64, 32)
+    made = frozen(layer, x)
+    moved = made.integer_weight().flatten(1).clone()
+    up = (layer.weight / made.scale[:, None]).floor() == moved  # rounded down: take the other side
+    moved = torch.where(up, moved + 1, moved - 1).clamp(-8, 7).to(moved.dtype)
+    made.write(made.grid(), moved)
+    soft = Soft(made, made.target(layer.weight))
+    soft.harden()
+    assert (made.integer_weight().flatten(1) == moved).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("recipe", ["w4a8-smooth-qdiffusion", "w4a8-time-steps2"])
+def test_half_precision_pipelines(recipe: str, run: Sampling) -> None:
+    from conftest import tiny_pipeline
+
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    parsed = Recipe.parse(recipe).to_dict()
+    for method in parsed["methods"]:
+        if method["name"] == "brecq":
+            method |= {"iterations": 3, "inputs": 16, "batch": 8}
+    made = quantize(pipe, Recipe.from_dict({**parsed, "calibration_samples": 4}), run)
+    assert bool(torch.isfinite(run_batch(made, run, range(2), "latent").float()).all())
+
+
+def test_a_rule_without_a_method_that_is_not_there() -> None:
+    with pytest.raises(InputError, match="is without 'gptq', which is not among the methods"):
+        quick(rules=[{"match": "*", "without": ["gptq"]}])

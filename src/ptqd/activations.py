@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqd.affine import Grid, affine_parameters, fake_quantize
+from ptqd.affine import MAX_BITS, Grid, affine_parameters, fake_quantize
 from ptqd.errors import InputError
 from ptqd.formats import BLOCKS, LARGEST, fake_blocks, round_float
 from ptqd.observers import Observer, find_range
@@ -183,7 +183,7 @@ class ActivationQuantizer(nn.Module):
         axes = tuple(range(1, x.ndim)) if self.rowwise and x.ndim > 1 else (self.axis,)
         low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         low, high, grid = low.clamp(max=0), high.clamp(min=0), self.grids[index]
-        tiny = torch.finfo(torch.float32).tiny
+        tiny = torch.finfo(x.dtype).smallest_normal
         if self.spec.format != "int" or grid.symmetric:
             most = LARGEST.get(self.spec.format, grid.qmax)
             scale = torch.maximum(-low, high).float() / most
@@ -213,6 +213,8 @@ class ActivationQuantizer(nn.Module):
 
 
 def _round(x: torch.Tensor, scale: Any, zero: Any, spec: Quantizer, grid: Grid) -> torch.Tensor:
+    if grid.bits > MAX_BITS and x.dtype != torch.float32:  # half precision has not as many numbers
+        return _round(x.float(), scale, zero, spec, grid).to(x.dtype)
     if spec.format == "int":
         return fake_quantize(x, scale, zero, grid)
     return round_float(x / scale, spec.format).mul_(scale)

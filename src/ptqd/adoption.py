@@ -14,7 +14,7 @@ from ptqd.activations import ActivationQuantizer
 from ptqd.clock import set_clock
 from ptqd.components import denoiser_name
 from ptqd.errors import InputError
-from ptqd.insertion import Coverage, insert_quantizers, layer_types
+from ptqd.insertion import Coverage, insert_quantizers, layer_types, names_of
 from ptqd.layers import QuantLayer
 from ptqd.plan import StepPlan
 from ptqd.ranges import StepRanges, set_ranges
@@ -29,7 +29,7 @@ def with_weights(recipe: Recipe, plan: StepPlan, layers: Mapping[str, LayerType]
     """
     rules = []
     for layer, bits in plan.weights.items():
-        rule = recipe.rule_for(layer, layers[layer]) if layer in layers else None
+        rule = recipe.rule_for(names_of(layer), layers[layer]) if layer in layers else None
         if layer not in layers or (rule is not None and rule.skip):
             raise InputError(
                 f"the plan gives bits to the weights of {layer!r}, which is no quantized layer of the model"
@@ -113,7 +113,9 @@ class PtqdQuantizer(DiffusersQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        kwargs["keep_in_fp32_modules"].append("scale")  # half precision has not the range for them
+        kwargs["keep_in_fp32_modules"].extend(
+            ["scale", "smooth_scale", "global_scale"]
+        )  # half precision has not the range for them
         recipe, config = Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"), self.quantization_config
         plan = None if config.plan is None else StepPlan.from_dict(config.plan, "the saved plan")
         ranges = None if config.ranges is None else StepRanges.from_dict(config.ranges)

@@ -111,7 +111,7 @@ def draw_pool(
     Raises:
         InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
     """
-    count = min(int((weights > 0).sum()), -(-rows // run.samples))
+    count = -(-rows // run.samples)
     taken: list[_Taken] = []
     for indices in track(list(run.batches()), progress):
         wanted = [_steps_of(run.seed, i, count, weights) for i in indices]
@@ -133,8 +133,12 @@ class _Taken:
 
 
 def _steps_of(seed: int, sample: int, count: int, weights: np.ndarray[Any, Any]) -> list[int]:
-    """The steps that a sample gives, by its own seed."""
-    chosen: list[int] = np.random.default_rng([seed, sample]).choice(len(weights), count, False, weights).tolist()
+    """The steps that a sample gives, by its own seed; where all are alike, none twice."""
+    random = np.random.default_rng([seed, sample])
+    alike = bool(np.allclose(weights, weights[0]))
+    chosen: list[int] = random.choice(
+        len(weights), min(count, len(weights)) if alike else count, not alike, weights
+    ).tolist()
     return chosen
 
 
@@ -153,13 +157,14 @@ def _listening(
         chosen = [n for n, steps in enumerate(wanted) if step in steps]
         if not chosen:
             return
-        batch = next(len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.ndim > 1)
-        leaves, structure = tree_flatten(_with_timesteps_by_row(module, args, kwargs, batch))
+        sample = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.ndim > 1)
+        batch = len(sample)
+        leaves, structure = tree_flatten(_with_timesteps_by_row(module, args, kwargs, batch, sample.device))
         stacked = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == batch for x in leaves]
         for n in chosen:
             rows = torch.arange(n, batch, len(samples))  # one in each of guidance's parts
             parts = [x[rows.to(x.device)] if by_row else x for x, by_row in zip(leaves, stacked, strict=True)]
-            taken.append(_Taken(samples[n], step, parts, stacked, structure))
+            taken.extend([_Taken(samples[n], step, parts, stacked, structure)] * wanted[n].count(step))
 
     hook = getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -169,7 +174,7 @@ def _listening(
 
 
 def _with_timesteps_by_row(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
     argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
@@ -177,7 +182,7 @@ def _with_timesteps_by_row(
         return args, dict(kwargs)
     name, position = argument
     told = kwargs[name] if name in kwargs else args[position]
-    told = torch.as_tensor(told)
+    told = torch.as_tensor(told).to(device)
     told = told.expand(batch) if told.numel() == 1 else told
     if name in kwargs:
         return args, {**kwargs, name: told}

@@ -50,16 +50,19 @@ def float_values(codes: torch.Tensor, kind: Format) -> torch.Tensor:
     return codes.to(torch.uint8).view(_eight_bits(kind)).float()
 
 
-def block_codes(largest: torch.Tensor, kind: Format) -> tuple[torch.Tensor, torch.Tensor]:
+def block_codes(
+    largest: torch.Tensor, kind: Format, whole: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The shared scales of blocks of E2M1 numbers.
 
     Args:
         largest: largest magnitude of each block, any shape.
         kind: ``"mxfp4"`` or ``"nvfp4"``.
+        whole: the largest magnitude of all that shares a float32 number; by default that of all blocks.
 
     Returns:
-        The scales' bit patterns (uint8, E8M0 or E4M3), and the float32 number that ``nvfp4`` shares (a scalar; 1 for
-        ``mxfp4``).
+        The scales' bit patterns (uint8, E8M0 or E4M3), and the float32 number that ``nvfp4`` shares (of ``whole``'s
+        shape; 1 for ``mxfp4``).
     """
     largest = largest.float()
     one = torch.ones((), device=largest.device)
@@ -67,7 +70,7 @@ def block_codes(largest: torch.Tensor, kind: Format) -> tuple[torch.Tensor, torc
         _, exponent = torch.frexp(largest)
         exponent = torch.where(largest > 0, exponent - 3, 0).clamp(*_EXPONENTS)
         return (exponent + 127).to(torch.uint8), one
-    whole = largest.max() if largest.numel() else one
+    whole = largest.max() if whole is None else whole.float()
     shared = torch.where(whole > 0, whole / (LARGEST["e4m3"] * LARGEST["nvfp4"]), one)
     scale = (largest / LARGEST["nvfp4"] / shared).clamp(2.0**-9, LARGEST["e4m3"])  # never 0
     return scale.to(torch.float8_e4m3fn).view(torch.uint8), shared
@@ -90,7 +93,9 @@ def fake_blocks(x: torch.Tensor, kind: Format, axis: int) -> torch.Tensor:
     moved = x.movedim(axis, -1)
     count, size = moved.shape[-1], BLOCKS[kind]
     blocks = F.pad(moved, (0, -count % size)).unflatten(-1, (-1, size)).float()  # ...,G,B
-    scale = block_scales(*block_codes(blocks.abs().amax(-1), kind), kind)[..., None]
+    largest = blocks.abs().amax(-1)  # ...,G
+    whole = largest.flatten(1).amax(1).view(-1, *[1] * (largest.ndim - 1))  # of each sample, whoever is with it
+    scale = block_scales(*block_codes(largest, kind, whole), kind)[..., None]
     rounded = (round_float(blocks / scale, kind) * scale).flatten(-2)[..., :count]
     return rounded.movedim(-1, axis).to(x.dtype)
 

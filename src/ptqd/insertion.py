@@ -127,6 +127,7 @@ def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges:
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     try:
         made: QuantLayer = kind(layer, weights, activations, widths, extras)
+        made.input.to(layer.weight.device)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return made
@@ -155,7 +156,8 @@ def _insert_products(
         elif type(module.processor) in (AttnProcessor, AttnProcessor2_0):
             _, activations, widths = recipe.quantizers_for(rule)
             count = _count(name, activations, ranges)
-            module.set_processor(QuantAttnProcessor(activations, recipe.softmax_bits, widths, count))
+            device = next(module.parameters()).device
+            module.set_processor(QuantAttnProcessor(activations, recipe.softmax_bits, widths, count).to(device))
             quantized.append(f"{name}.processor")
         else:
             skipped.append((name, f"attention products of {type(module.processor).__name__}"))

@@ -17,6 +17,7 @@ from ptqd.errors import InputError
 from ptqd.insertion import names_of, put_layer
 from ptqd.layers import QuantLayer, full_weight
 from ptqd.plan import StepPlan
+from ptqd.ranges import range_clock_of
 from ptqd.recipe import Recipe
 
 
@@ -104,4 +105,7 @@ def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None
     new = copy_module(old, lambda tensor: tensor)
     new.set_bits(bits)
     new.encode(weight)
+    clock = range_clock_of(model)
+    if clock is not None and name in clock.ranges.temporal:  # its bias was fitted to its old codes
+        new.bias = full.get_submodule(name).bias
     put_layer(model, name, new)

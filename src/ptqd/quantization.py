@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,15 @@ class _Quantizing:
         errors = None
         if self.recipe.calibration_steps == "error":
             few = min(ERROR_SAMPLES, self.run.samples)
-            plain = Recipe(
-                self.recipe.weights,
-                self.recipe.activations,
-                attention=self.recipe.attention,
-                softmax_bits=self.recipe.softmax_bits,
+            plain = replace(
+                self.recipe,
+                methods=(),
+                step_bits=(),
+                step_ranges=1,
+                time_embedding=False,
+                calibration_steps="uniform",
                 calibration_samples=few,
-                rules=tuple(rule for rule in self.recipe.rules),
+                rules=tuple(replace(rule, without=()) for rule in self.recipe.rules),
             )
             rounded = quantize(self.pipe, plain, self.run)
             errors = measured_errors(self.pipe, rounded, self.run.replace(samples=few))
@@ -161,6 +164,8 @@ class _Quantizing:
 
     def _prepare(self, model: nn.Module, pool: Pool | None) -> None:
         """What changes weights before they are rounded: smoothing and low-rank branches."""
+        for module in quant_modules(model):
+            module.observe()  # in full precision
         for method in self.recipe.methods:
             if isinstance(method, Smooth):
                 assert pool is not None
@@ -180,7 +185,7 @@ class _Quantizing:
             for name in ranges.temporal:
                 layer: Any = model.get_submodule(name)
                 if layer.input.ranges > 1:
-                    layer.input.fix(found.temporal[name])
+                    layer.input.fix(layer.smoothed(found.temporal[name].to(layer.weight)).float().cpu())
         title = self._title("calibrating")
         if pool is None:
             for _ in sample(quantized, self.run, output="latent", progress=title):

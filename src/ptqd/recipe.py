@@ -119,6 +119,11 @@ _SEES_THE_SAMPLE = ("conv_in", "*_embed.proj", "x_embedder", "proj_in")
 UNCLIPPED = tuple(replace(rule, dynamic=True) if rule.match in _SEES_THE_SAMPLE else rule for rule in FIRST_AND_LAST)
 """The same, the first layer's range found as it comes: a sample with a larger value than any calibration sample,
 clipped at every step, would run away (docs/quantizers)."""
+BY_TOKEN = (
+    Rule("*", type="linear", dynamic=True, optional=True),
+    Rule("*", type="attention", dynamic=True, optional=True),
+)
+"""Ranges of each token as it comes, which engines have for linear layers and attention; not for convolutions."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,16 @@ class Recipe:
         if learned and self.weights.format != "int":
             raise InputError(f"{learned[0]!r} learns to round to integers; {self.weights.format} can have gptq")
         check_order(self.methods)
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        named = [method.name for method in self.methods]
+        for rule in self.rules:
+            for name in rule.without:
+                if name not in named:
+                    raise InputError(
+                        f"the rule match={rule.match!r} is without {name!r}, which is not among the methods"
+                    )
 
     @classmethod
     def parse(cls, text: "str | Path | Recipe") -> "Recipe":
@@ -270,7 +285,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "split_shortcuts": True,
         "time_embedding": True,
         "calibration_samples": 64,
-        "rules": UNCLIPPED,
+        "rules": (*BY_TOKEN, *UNCLIPPED),
         "methods": (Distill(),),
     },
     "unclipped": {"rules": UNCLIPPED},
@@ -321,4 +336,7 @@ def _from_shorthand(text: str) -> Recipe:
         for rule in FIRST_AND_LAST
         if min(weights.bits, activations.bits) < MAX_BITS or "int" in (weights.format, activations.format)
     )
-    return Recipe(weights, activations, tuple(step_bits), **{"rules": rules, **values})
+    chosen = values.pop("rules", rules)
+    if weights.group:  # first and last layers have few inputs
+        chosen = tuple(replace(rule, group=0) if rule.weight_bits else rule for rule in chosen)
+    return Recipe(weights, activations, tuple(step_bits), rules=chosen, **values)

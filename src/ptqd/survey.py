@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_map_only
 
 from ptqd.activations import ActivationQuantizer
-from ptqd.clock import layer_quantizers
+from ptqd.clock import layer_quantizers, timestep_argument
 from ptqd.components import denoiser_name
 from ptqd.layers import QuantLayer
 from ptqd.ranges import StepRanges, group_steps
@@ -47,12 +48,15 @@ def survey(qpipe: DiffusionPipeline, run: Sampling) -> Survey:
     seen: dict[tuple[int, int], tuple[float, float]] = {}
     inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers.values()}
     timesteps: tuple[float, ...] = ()
+    calls: list[Any] = []
     for indices in few.batches():
-        with record(qpipe) as trajectory, _watching(model, trajectory, layers, seen, inputs):
+        with record(qpipe) as trajectory, _watching(model, trajectory, layers, seen, inputs, calls):
             run_batch(qpipe, few, indices, "latent")
         timesteps = tuple(trajectory.told)
+    _drop_what_sees_more(model, layers, inputs, *calls[0])
     count = len(timesteps)
-    widths = [[seen[step, q][1] - seen[step, q][0] for q in names if (0, q) in seen] for step in range(count)]
+    always = [q for q in names if all((step, q) in seen for step in range(count))]
+    widths = [[seen[step, q][1] - seen[step, q][0] for q in always] for step in range(count)]
     temporal = {
         name: torch.stack([found[t] for t in range(count)]) for name, found in inputs.items() if len(found) == count
     }
@@ -66,7 +70,14 @@ def _watching(
     layers: dict[int, str],
     seen: dict[tuple[int, int], tuple[float, float]],
     inputs: dict[str, dict[int, torch.Tensor]],
+    calls: list[Any],
 ) -> Iterator[None]:
+    """Note what each quantizer is given at each step, and the first call."""
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        if not calls:
+            calls.append(tree_map_only(torch.Tensor, torch.clone, (args, kwargs)))
+
     def look(module: Any, args: tuple[torch.Tensor]) -> None:
         x, step, key = args[0].detach(), len(trajectory.timesteps), id(module)
         low, high = (float(end) for end in torch.aminmax(x))
@@ -77,15 +88,57 @@ def _watching(
             return
         first = x[:1].flatten().float().cpu()
         known = inputs[name].get(step, first)
-        same = x.ndim == 2 and len(x) > 1 and bool((x == x[:1]).all()) and torch.equal(known, first)
-        if same:
+        if x.ndim == 2 and torch.allclose(x.float().cpu(), known.expand(x.shape), rtol=1e-4, atol=1e-6):
             inputs[name][step] = first
         else:
             del inputs[name]  # it sees more than the step
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    hooks.append(model.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_what_sees_more(
+    model: torch.nn.Module,
+    layers: dict[int, str],
+    inputs: dict[str, dict[int, torch.Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Drop layers whose input changes when everything but the timestep does: a run may hold one condition only."""
+    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    if argument is None:
+        return
+    name, position = argument
+    random = torch.Generator().manual_seed(0)
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            return x + torch.randn(x.shape, generator=random).to(x)
+        return x if x.dtype == torch.bool else torch.where(x == 0, 1, 0).to(x)
+
+    told = kwargs.get(name, args[position] if position < len(args) else None)
+    args, kwargs = tree_map_only(torch.Tensor, other, (args, kwargs))
+    if name in kwargs:
+        kwargs[name] = told
+    else:
+        args = (*args[:position], told, *args[position + 1 :])
+
+    def compare(module: Any, given: tuple[torch.Tensor]) -> None:
+        layer = layers[id(module)]
+        if layer in inputs:
+            x, known = given[0].detach().float().cpu(), inputs[layer][0]
+            if not torch.allclose(x, known.expand(x.shape), rtol=1e-4, atol=1e-6):
+                del inputs[layer]
+
+    hooks = [m.register_forward_pre_hook(compare) for m in model.modules() if id(m) in layers]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

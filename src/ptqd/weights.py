@@ -24,7 +24,7 @@ def groups_of(columns: int, spec: Quantizer) -> tuple[int, int]:
     if spec.group in (0, columns):
         return 1, columns
     if spec.group > columns or columns % spec.group:
-        divisors = [d for d in range(8, columns + 1) if columns % d == 0]
+        divisors = [d for d in range(2, columns + 1) if columns % d == 0]
         raise InputError(
             f"groups of {spec.group} do not divide its {columns} inputs; choose one of "
             f"{', '.join(map(str, divisors))}, or 0 for whole rows, with a rule for this layer"

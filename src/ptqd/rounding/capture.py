@@ -32,13 +32,14 @@ class Captured:
 
     leaves: list[Any]
     factors: list[int]  # entries of a leaf for each row; 0 where it is shared
+    dtypes: list[Any]
     structure: Any
 
     def rows(self, index: torch.Tensor) -> list[Any]:
         """The leaves for some rows."""
         picked: list[Any] = []
-        for leaf, factor in zip(self.leaves, self.factors, strict=True):
-            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[index.numpy()]).flatten(0, 1))
+        for leaf, factor, dtype in zip(self.leaves, self.factors, self.dtypes, strict=True):
+            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[index.numpy()]).flatten(0, 1).to(dtype))
         return picked
 
     def tree(self, leaves: list[Any]) -> Any:
@@ -76,7 +77,8 @@ def capture(
                     _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(pool)) if factor else leaf
                     for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
                 ]
-                kept[side] = Captured(mapped, factors[side], structure)
+                dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
+                kept[side] = Captured(mapped, factors[side], dtypes, structure)
             for into, leaf, factor in zip(kept[side].leaves, leaves, factors[side], strict=True):  # type: ignore[union-attr]
                 if factor:
                     into[rows] = _plain(leaf).unflatten(0, (-1, factor)).numpy()

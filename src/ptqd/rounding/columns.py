@@ -94,18 +94,19 @@ def fit_temporal(
         for name in alike:
             layer: Any = model.get_submodule(name)
             x = now.get(name, inputs[name])
+            exact, x = (layer.smoothed(t.to(layer.weight)).float().cpu() for t in (inputs[name], x))
             if layer.input.ranges > 1:
                 layer.input.fix(x)
             seen = _rounded_by_step(layer, x)
-            fit_exactly(layer, layer.target(full_weight(full, name, layer)), inputs[name], seen, DAMPING)
+            fit_exactly(layer, layer.target(full_weight(full, name, layer)), exact, seen, DAMPING)
         left = [name for name in left if name not in alike]
 
 
 def _rounded_by_step(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
-    """A layer's inputs (T, I) as it rounds them, each at its step."""
+    """A layer's smoothed inputs (T, I) as it rounds them, each at its step."""
     before, layer.input.step.index = layer.input.step.index, torch.arange(len(x))
     try:
-        rounded: torch.Tensor = layer.input(layer.smoothed(x.to(layer.weight)))
+        rounded: torch.Tensor = layer.input(x.to(layer.weight))
         return rounded.float().cpu()
     finally:
         layer.input.step.index = before

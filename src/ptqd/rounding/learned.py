@@ -2,7 +2,7 @@
 
 Each unit minimises the squared distance between what it makes of the quantized model's inputs and what its
 full-precision self makes of the full-precision model's (BRECQ, arXiv 2102.05426, eq. 10 without the Fisher weights, as
-in Q-Diffusion). In memory are two models, one unit's learning and a batch; inputs are recomputed for each unit and
+in Q-Diffusion). In memory are two models, the pool, one unit's learning and a batch; units' inputs are recomputed and
 mapped from disk. Every batch follows from the method's seed, the unit and the iteration alone: a run that was killed
 goes on with the same result.
 """
@@ -31,7 +31,7 @@ from ptqd.rounding.capture import capture, units_in_order
 from ptqd.rounding.parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
 from ptqd.structure import find_units
 
-CHECKPOINT = 200  # iterations between two checkpoints
+CHECKPOINT = 50  # iterations between two checkpoints
 PENALTY = 0.1  # of unrounded weights, against an error that starts at 1
 
 
@@ -139,7 +139,8 @@ class _Unit:
         rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint = done.with_suffix(".ckpt")
         with self._learning():
-            base = self._error(torch.arange(min(len(self.pool), 2 * method.batch)), None).detach().clamp(min=1e-20)
+            with torch.no_grad():
+                base = self._error(torch.arange(method.batch), None).clamp(min=1e-20)
             start = _resume(checkpoint, named, optimizer)
             for iteration in range(start, method.iterations):
                 progress = iteration / method.iterations
@@ -199,7 +200,7 @@ class _Unit:
         error = torch.zeros((), device=self.device)
         for out, target, factor in zip(made, self.targets.rows(rows), self.targets.factors, strict=True):
             if factor:
-                error = error + (out - target.to(out)).square().sum() / len(rows)
+                error = error + (out.float() - target.to(out.device).float()).square().sum() / len(rows)
         return error
 
 

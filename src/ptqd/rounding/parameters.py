@@ -38,7 +38,7 @@ class Soft:
     """AdaRound's; see the module's docstring.
 
     Args:
-        layer: already rounded; its grid stays.
+        layer: already rounded; its grid stays, and it starts where it was rounded to.
         rows: what its codes should stand for (O, I).
     """
 
@@ -49,7 +49,12 @@ class Soft:
         parts = rows.to(scale) / scale  # in float32, whatever the model's precision
         self.floor = parts.floor()
         low, high = _STRETCH
-        share = ((parts - self.floor - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
+        part = parts - self.floor
+        chosen = layer.integer_weight().flatten(1).float() - self.zero - self.floor  # 0 or 1, where nothing is clipped
+        part = torch.where(
+            (part >= 0.5) == (chosen >= 0.5), part, 0.49 + 0.02 * chosen.clamp(0, 1)
+        )  # what is chosen stays
+        share = ((part - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
         self.v = nn.Parameter(torch.log(share / (1 - share)))
 
     def up(self) -> torch.Tensor:

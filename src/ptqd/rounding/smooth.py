@@ -74,7 +74,7 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
         layer.weights if layer.weights.range == "minmax" else replace(layer.weights, range="minmax")
     )  # one try is quick
     rounded = WeightGrid.find(rows, spec).rounded(rows).view(layer.shape).to(weight)
-    return float((layer.product(quantizer(smoothed), rounded) - want).square().sum())
+    return float((layer.product(quantizer(smoothed), rounded) - want).float().square().sum())
 
 
 def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
@@ -93,7 +93,7 @@ def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
 
 def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth, progress: str | None) -> None:
     """Smooth every layer that has room for it, unit by unit, on inputs of the full-precision model."""
-    for unit in track(units_in_order(full, find_units(model), pool), progress):
+    for unit in track(units_in_order(model, find_units(model), pool), progress):
         layers = {
             name: layer
             for name, layer in model.named_modules()

@@ -44,7 +44,7 @@ KINDS = {
         "An unconditional pixel-space diffusion model: a `UNet2DModel` of four levels (24, 48, 96 and 96 channels) on "
         "1 x 32 x 32, with self-attention at 8 x 8; eps-prediction, a cosine schedule, clipped samples. "
         "It loads as a `DDPMPipeline`.",
-        {"DDIM, 50 steps": ("DDIMScheduler", {}), "DDPM, 50 steps": (None, {})},
+        {"DDPM, 50 steps": (None, {}), "DDIM, 50 steps": ("DDIMScheduler", {})},
     ),
     "dit": Kind(
         "A class-conditional transformer (`DiTTransformer2DModel`, six blocks of width 112 with seven heads, over "
@@ -122,7 +122,7 @@ def card_text(name: str, kind: Kind, facts: dict[str, Any], judged: dict[str, di
     shown = (
         "guidance 1.5, 50 DDIM steps, eta 0, not selected; a column is a class"
         if guided
-        else ("50 DDIM steps, eta 0, not selected")
+        else ("50 DDPM steps, not selected")
     )
     if name == "fashion-flow":
         shown = shown.replace("50 DDIM steps, eta 0", "50 Euler steps")
