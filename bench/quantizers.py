@@ -25,6 +25,7 @@ import torch
 from plans import above, plus_minus
 
 import ptqd
+from ptqd.cost import run_cost
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.metrics import frechet_distance, mean_metric, psnr
 from ptqd.evaluate.moments import Moments
@@ -139,7 +140,10 @@ def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
         own = frechet_distance(x.mean, x.covariance, reference.mean, reference.covariance)
         guidance = f", guidance {bench.run.call['guidance_scale']:g}" if bench.run.call else ""
         yield f"\n{model}: {type(bench.pipe.scheduler).__name__}{guidance}; full precision: Frechet {own:.3f}"
-        yield f"  {'row':28s} {'PSNR dB':>13s} {'Frechet':>13s} {'above FP %':>15s} {'to FP':>8s} {'quantizing':>12s}"
+        yield (
+            f"  {'row':28s} {'PSNR dB':>13s} {'Frechet':>13s} {'above FP %':>15s} {'to FP':>8s} {'fewer BOPs':>10s} "
+            f"{'quantizing':>12s}"
+        )
         for row in rows_of(model):
             if not bench.has(row):
                 continue
@@ -151,9 +155,10 @@ def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
             near = mean_metric(psnr(images / 255, full / 255))
             made = bench.folder.folder / row.partition(" ")[0] / "quantized" / "made.json"
             spent = f"{read_json(made)['seconds']:.0f} s" if " " not in row and made.exists() else ""
+            fewer = f"{run_cost(ptqd.load(made.parent), bench.run).ratio:.1f}x" if made.exists() else ""
             yield (
                 f"  {row:28s} {plus_minus(near, 2):>13s} {plus_minus(value, 3):>13s} "
-                f"{plus_minus(relative, 1):>15s} {apart:8.4f} {spent:>12s}"
+                f"{plus_minus(relative, 1):>15s} {apart:8.4f} {fewer:>10s} {spent:>12s}"
             )
 
 
