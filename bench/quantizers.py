@@ -155,7 +155,8 @@ def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
             near = mean_metric(psnr(images / 255, full / 255))
             made = bench.folder.folder / row.partition(" ")[0] / "quantized" / "made.json"
             spent = f"{read_json(made)['seconds']:.0f} s" if " " not in row and made.exists() else ""
-            fewer = f"{run_cost(ptqd.load(made.parent), bench.run).ratio:.1f}x" if made.exists() else ""
+            foreign = row.partition(" ")[2] in OTHERS
+            fewer = "" if foreign else f"{run_cost(ptqd.load(made.parent), bench.run).ratio:.1f}x"
             yield (
                 f"  {row:28s} {plus_minus(near, 2):>13s} {plus_minus(value, 3):>13s} "
                 f"{plus_minus(relative, 1):>15s} {apart:8.4f} {fewer:>10s} {spent:>12s}"
