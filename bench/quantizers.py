@@ -58,7 +58,7 @@ CORRECTIONS = ("cnc+bc", "auto")
 
 def rows_of(model: str) -> list[str]:
     """The rows of a model's table: recipe, or package at W8A8, and a correction after a blank."""
-    rows = ["w8a8", "w8a8-best", *(f"w8a8 {package}" for package in OTHERS)]
+    rows = ["w8a8", "w8a8-dynamic", "w8a8-best", *(f"w8a8 {package}" for package in OTHERS)]
     extra = TRANSFORMER if model == "fashion-dit" else ()
     for bits in ("w4a8", "w4a4"):
         rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
