@@ -193,7 +193,7 @@ def quick(*methods: dict[str, Any], recipe: str = "w3a4", **changes: Any) -> Rec
     return Recipe.from_dict(values)
 
 
-SHORT = {"iterations": 60, "inputs": 64, "batch": 16}
+SHORT = {"iterations": 40, "inputs": 64, "batch": 16}
 
 
 def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
@@ -209,7 +209,7 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
     "methods",
     [
         [{"name": "gptq", "inputs": 64}],
-        [{"name": "adaround", **SHORT}],
+        pytest.param([{"name": "adaround", **SHORT}], marks=pytest.mark.slow),
         [{"name": "brecq", **SHORT}],
         [{"name": "distill", **SHORT}],
         [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}],
@@ -227,7 +227,7 @@ def test_methods_lower_the_error_and_are_saved(methods: Any, pipe: Any, run: Sam
     assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(made, run, range(2), "latent"))
 
 
-@pytest.mark.parametrize("name", ["brecq", "distill"])
+@pytest.mark.parametrize("name", [pytest.param("brecq", marks=pytest.mark.slow), "distill"])
 def test_a_kill_between_or_inside_units_changes_nothing(
     name: str, pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
