@@ -9,7 +9,6 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
 from ptqd.attention import QuantAttnProcessor
 from ptqd.errors import InputError
 from ptqd.formats import BLOCKS
@@ -184,11 +183,6 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def quant_modules(model: nn.Module) -> list[QuantLayer | QuantAttnProcessor]:
     """Its quantized layers and attention products."""
     return [m for m in model.modules() if isinstance(m, QuantLayer | QuantAttnProcessor)]
-
-
-def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
-    """All of a model's."""
-    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
 
 
 def check_weights(model: nn.Module, name: str) -> None:

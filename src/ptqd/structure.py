@@ -5,12 +5,10 @@ of an up block; units by lists of blocks.
 """
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from ptqd.attention import QuantAttnProcessor
 from ptqd.layers import QuantLayer, SplitConv
 
 SKIPS = "res_hidden_states_tuple"
@@ -45,13 +43,6 @@ def _width(block: Any) -> int:
     """The channels that a residual block, or the last one of a block, gives; 0 where there is none."""
     block = _last(getattr(block, "resnets", None)) or block
     return int(getattr(block, "out_channels", 0) or 0)
-
-
-def layer_names(model: nn.Module) -> Iterator[tuple[str, QuantLayer | QuantAttnProcessor]]:
-    """Its quantized layers and attention products, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer | QuantAttnProcessor):
-            yield name, module
 
 
 def find_units(model: nn.Module) -> list[str]:

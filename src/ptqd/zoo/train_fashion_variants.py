@@ -140,7 +140,7 @@ def ddpm(data: Path) -> Task:
         return F.mse_loss(unet(schedule.add_noise(x0, noise, t), t).sample, noise)
 
     modules = nn.ModuleDict({"unet": unet})
-    return Task(modules, pixels(data), loss, lambda: DDPMPipeline(unet, schedule), 6000, 32, 1e-3)
+    return Task(modules, pixels(data), loss, lambda: DDPMPipeline(unet, schedule), 4300, 32, 1e-3)
 
 
 def dit(data: Path) -> Task:
@@ -158,7 +158,7 @@ def dit(data: Path) -> Task:
         scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
         return DiTPipeline(model, vae, scheduler, id2label=dict(enumerate(fashion_mnist.CLASSES)))
 
-    return Task(nn.ModuleDict({"transformer": model}), latents(data, vae), loss, pipeline, 16000, 64, 8e-4)
+    return Task(nn.ModuleDict({"transformer": model}), latents(data, vae), loss, pipeline, 12000, 64, 8e-4)
 
 
 def flow(data: Path) -> Task:
@@ -176,7 +176,7 @@ def flow(data: Path) -> Task:
         return LatentClassPipeline(vae, unet, embedder, FlowMatchEulerDiscreteScheduler())
 
     modules = nn.ModuleDict({"unet": unet, "class_embedder": embedder})
-    return Task(modules, latents(data, vae), loss, pipeline, 10000, 64, 1.2e-3)
+    return Task(modules, latents(data, vae), loss, pipeline, 8000, 64, 1.2e-3)
 
 
 STAGES: dict[str, Callable[[Path], Task]] = {"ddpm": ddpm, "dit": dit, "flow": flow}
