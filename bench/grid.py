@@ -1,6 +1,7 @@
-"""Does a correction ever make things worse? Every recipe with every scheduler, on fashion-ldm.
+"""Does a correction ever make things worse? Every recipe with every scheduler, on the models that ship.
 
-    python bench/grid.py --out grid.jsonl      # an hour of one core; the same command resumes
+    python bench/grid.py --out grid.jsonl      # fashion-ldm: an hour of one core; the same command resumes
+    python bench/grid.py --out models.jsonl --models fashion-dit --recipes w4a4 w4a4-best --schedulers "DDIM, eta 0"
     python bench/grid.py --out grid.jsonl --table
 
 In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc
@@ -11,6 +12,7 @@ the worse whose interval does not hold 0.
 """
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -37,14 +39,16 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], float]] = {  # class, configura
     "DDIM, eta 1": ("DDIMScheduler", {}, 1.0),
     "DDPM": ("DDPMScheduler", {}, 0.0),
     "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, 0.0),
+    "flow, Euler": ("FlowMatchEulerDiscreteScheduler", {}, 0.0),
 }
 STOCHASTIC = ("DDIM, eta 1", "DDPM", "Euler ancestral")
+MODELS = ("fashion-ldm", "fashion-dit", "fashion-flow", "fashion-ddpm")
 
 
-def setting(scheduler: str) -> Sampling:
+def setting(model: str, scheduler: str) -> Sampling:
     """The paper's: 20 steps and guidance 3 where nothing is drawn; guidance 1.5, and 50 steps, where noise is."""
     steps, guidance = (50, 1.5) if scheduler in STOCHASTIC else (20, 3.0)
-    call = {"class_labels": list(range(10)), "guidance_scale": guidance}
+    call = {} if model == "fashion-ddpm" else {"class_labels": list(range(10)), "guidance_scale": guidance}
     return Sampling(steps, SCHEDULERS[scheduler][2], SAMPLES, 50, call=call)
 
 
@@ -53,6 +57,10 @@ def drawn(pipe: Any, run: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Final latents, and images in [0, 1]."""
     latents, images = [], []
     for indices in run.batches():
+        if not hasattr(pipe, "vae"):  # in pixels
+            images.append(torch.from_numpy(run_batch(pipe, run, indices)).permute(0, 3, 1, 2))
+            latents.append(images[-1].double())
+            continue
         z = run_batch(pipe, run, indices, "latent")
         latents.append(z.double())
         images.append(pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5)
@@ -69,10 +77,11 @@ def jackknife(values: list[float]) -> float:
     return 1.96 * math.sqrt((n - 1) * torch.tensor(values).var(unbiased=False).item())
 
 
-def cell(pipe: Any, judge: FashionClassifier, scheduler: str, recipe: str) -> dict[str, Any]:
+def cell(model: str, judge: FashionClassifier, scheduler: str, recipe: str) -> dict[str, Any]:
     name, config, _ = SCHEDULERS[scheduler]
+    pipe = ptqd.load(model)
     plain = with_components(pipe, scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config, **config))
-    run = setting(scheduler)
+    run = setting(model, scheduler)
     quantized = ptqd.quantize(plain, recipe, run)
     stats = ptqd.measure(plain, quantized, run.replace(samples=MEASURED))
     choice = ptqd.fit_auto(quantized, stats, run)
@@ -84,7 +93,7 @@ def cell(pipe: Any, judge: FashionClassifier, scheduler: str, recipe: str) -> di
     }
     latents, images = drawn(plain, run)
     reference = features(judge, images)
-    found: dict[str, Any] = {"scheduler": scheduler, "recipe": recipe, "taken": choice.name, "rows": {}}
+    found: dict[str, Any] = {"model": model, "scheduler": scheduler, "recipe": recipe, "taken": choice.name, "rows": {}}
     groups = torch.arange(SAMPLES) % 50
     for row, corrected in pipes.items():
         mine, pictures = drawn(corrected, run)
@@ -121,38 +130,39 @@ def difference(found: dict[str, Any], row: str) -> dict[str, float]:
 
 def table(cells: list[dict[str, Any]]) -> str:
     lines = [
-        f"fashion-ldm, {SAMPLES} samples, statistics of {MEASURED}, torch {torch.__version__}; differences to no "
-        "correction, 95 % intervals",
+        f"{SAMPLES} samples, statistics of {MEASURED}, torch {torch.__version__}; differences to no correction, "
+        "95 % intervals",
         "PSNR to FP in dB (higher is better), Frechet to FP (lower is better), cut of the final latents' squared "
         "distance; ! marks a regression",
     ]
     worse: dict[str, list[str]] = {"ptqd": [], "auto": []}
     means: dict[str, list[tuple[float, ...]]] = {"ptqd": [], "auto": []}
-    for scheduler in SCHEDULERS:
-        lines.append(
-            f"\n{scheduler}, {setting(scheduler).steps} steps, guidance {setting(scheduler).call['guidance_scale']}"
-        )
-        for recipe in RECIPES:
-            for found in (c for c in cells if c["scheduler"] == scheduler and c["recipe"] == recipe):
-                none = found["rows"]["none"]
-                psnr = torch.tensor(none["psnr"]).mean().item()
-                lines.append(f"  {recipe}  none  PSNR {psnr:6.2f}          Frechet {none['frechet']:.4f}")
-                for row, record in worse.items():
-                    d = difference(found, row)
-                    bad = [
-                        name
-                        for name, lost in (("psnr", -d["psnr"]), ("frechet", d["frechet"]))
-                        if lost > d[f"{name}_half"]
-                    ]
-                    record += [f"{recipe}, {scheduler}: {name}" for name in bad]
-                    share = 100 * (1 - found["rows"][row]["frechet"] / none["frechet"])
-                    means[row].append((d["psnr"], share, d["cut"]))
-                    lines.append(
-                        f"        {row}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
-                        f"Frechet {d['frechet']:+.4f} ± {d['frechet_half']:.4f}{'!' if 'frechet' in bad else ' '}"
-                        f" ({-share:+4.0f} %)  distance cut {d['cut']:+5.1f} %"
-                        + (f"  kept: {found['taken']}" if row == "auto" else "")
-                    )
+    groups = dict.fromkeys((c["model"], c["scheduler"]) for c in cells)
+    for model, scheduler in sorted(
+        groups, key=lambda group: (MODELS.index(group[0]), list(SCHEDULERS).index(group[1]))
+    ):
+        run = setting(model, scheduler)
+        guidance = f", guidance {run.call['guidance_scale']}" if run.call else ""
+        lines.append(f"\n{model}, {scheduler}, {run.steps} steps{guidance}")
+        for found in (c for c in cells if (c["model"], c["scheduler"]) == (model, scheduler)):
+            recipe = found["recipe"]
+            none = found["rows"]["none"]
+            psnr = torch.tensor(none["psnr"]).mean().item()
+            lines.append(f"  {recipe}  none  PSNR {psnr:6.2f}          Frechet {none['frechet']:.4f}")
+            for row, record in worse.items():
+                d = difference(found, row)
+                bad = [
+                    name for name, lost in (("psnr", -d["psnr"]), ("frechet", d["frechet"])) if lost > d[f"{name}_half"]
+                ]
+                record += [f"{model}, {recipe}, {scheduler}: {name}" for name in bad]
+                share = 100 * (1 - found["rows"][row]["frechet"] / none["frechet"])
+                means[row].append((d["psnr"], share, d["cut"]))
+                lines.append(
+                    f"        {row}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
+                    f"Frechet {d['frechet']:+.4f} ± {d['frechet_half']:.4f}{'!' if 'frechet' in bad else ' '}"
+                    f" ({-share:+4.0f} %)  distance cut {d['cut']:+5.1f} %"
+                    + (f"  kept: {found['taken']}" if row == "auto" else "")
+                )
     lines.append("")
     for row, record in worse.items():
         gain = torch.tensor(means[row]).mean(0).tolist()
@@ -168,23 +178,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
-    parser.add_argument("--schedulers", nargs="*", default=list(SCHEDULERS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["fashion-ldm"])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument(
+        "--schedulers", nargs="+", choices=SCHEDULERS, default=[n for n in SCHEDULERS if "flow" not in n]
+    )
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     if args.table:
         print(table(done))
         return
-    pipe = ptqd.load("fashion-ldm")
     judge = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    for scheduler in args.schedulers:
-        for recipe in RECIPES:
-            if not any(c["scheduler"] == scheduler and c["recipe"] == recipe for c in done):
-                found = cell(pipe, judge, scheduler, recipe)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(
-                    scheduler, recipe, found["taken"], {r: difference(found, r) for r in ("ptqd", "auto")}, flush=True
-                )
+    for model, scheduler, recipe in itertools.product(args.models, args.schedulers, args.recipes):
+        if not any((c["model"], c["scheduler"], c["recipe"]) == (model, scheduler, recipe) for c in done):
+            found = cell(model, judge, scheduler, recipe)
+            with args.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            gained = {row: difference(found, row) for row in ("ptqd", "auto")}
+            print(model, scheduler, recipe, found["taken"], gained, flush=True)
 
 
 if __name__ == "__main__":

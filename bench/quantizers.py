@@ -49,10 +49,10 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "fashion-dit": (None, CALL),
 }
 PUBLISHED = ("ptq4dm", "qdiffusion", "tfmq")
-TRANSFORMER = ("dynamic", "smooth", "gptq", "svd", "svd-gptq-dynamic")
+TRANSFORMER = ("dynamic", "smooth", "gptq", "smooth-gptq-dynamic", "svd", "svd-gptq-dynamic", "svd-best")
 OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
 ABLATION = ("split", "unclipped", "time", "steps8", "dynamic", "smooth", "svd", "gptq", "adaround", "brecq", "distill")
-TOGETHER = ("split-unclipped", "split-unclipped-time", "split-unclipped-distill")
+TOGETHER = ("split-unclipped", "split-unclipped-time", "smooth-gptq-distill", "svd-best")
 CORRECTIONS = ("cnc+bc", "auto")
 
 

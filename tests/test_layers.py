@@ -114,6 +114,17 @@ def test_attention_takes_a_mask() -> None:
     assert torch.allclose(attention(x, attention_mask=mask), want, atol=1e-5)
 
 
+def test_attention_gets_what_its_spatial_norm_needs() -> None:
+    torch.manual_seed(0)
+    attention = Attention(32, heads=2, dim_head=16, spatial_norm_dim=4)
+    x, latents = torch.randn(2, 32, 6, 6), torch.randn(2, 4, 3, 3)
+    want = attention(x, temb=latents)
+    processor = QuantAttnProcessor(Quantizer(8, symmetric=False), 8)
+    attention.set_processor(processor)
+    processor.observe()
+    assert torch.allclose(attention(x, temb=latents), want, atol=1e-5)
+
+
 def test_constant_activations_and_dead_channels_stay_finite() -> None:
     plain = nn.Linear(4, 3)
     plain.weight.data[1] = 0

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,21 @@ def test_smoothing_is_fitted_on_full_precision_inputs(
     monkeypatch.setattr(smooth, "fit_smoothing", fit)
     quantize(pipe, quick({"name": "smooth"}), run)
     assert torch.allclose(seen[0], want[0], atol=1e-5)
+
+
+def test_smoothed_time_embeddings_are_fitted_to_the_inputs_they_get(pipe: Any, run: Sampling) -> None:
+    recipe = dataclasses.replace(Recipe.parse("w4a8-smooth-time"), calibration_samples=4)
+    quantized = quantize(pipe, recipe, run)
+    assert quantized.unet.time_embedding.linear_2.smooth_scale.std() > 0
+    made: list[list[torch.Tensor]] = []
+    for sampled in (pipe, quantized):
+        outputs: list[torch.Tensor] = []
+        hook = sampled.unet.time_embedding.register_forward_hook(lambda m, args, out, kept=outputs: kept.append(out))
+        run_batch(sampled, run, range(2), "latent")
+        hook.remove()
+        made.append(outputs)
+    want, got = (torch.stack(outputs) for outputs in made)
+    assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_a_second_method_starts_where_the_first_ended() -> None:

@@ -1,7 +1,6 @@
 """Quantized attention products."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -35,15 +34,25 @@ class QuantAttnProcessor(nn.Module):
         for quantizer in self.quantizers:
             quantizer.freeze()
 
-    def forward(
+    def __call__(
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+    ) -> torch.Tensor:
+        """See :meth:`forward`; diffusers reads here which arguments it may pass."""
+        made: torch.Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return made
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        temb: torch.Tensor | None,
     ) -> torch.Tensor:
         """What diffusers' AttnProcessor computes, of hidden states (N, L, C) or (N, C, H, W)."""
         residual = hidden_states

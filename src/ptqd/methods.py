@@ -73,7 +73,8 @@ class _Learned:
         batch: rows of the denoiser's batch that a step sees.
         inputs: rows that are learned from, drawn by the recipe's calibration.
         rate: Adam's learning rate of the rounding.
-        scale_rate: of the activations' log scale; 0 leaves them as they were found.
+        scale_rate: of the activations' log scale; 0 leaves them as they were found. Of ``distill``: of all log scales
+            with 16 levels, and less in proportion for more levels.
         drop: share of activations left in full precision while learning (QDrop, Wei et al., arXiv 2203.05740).
     """
 
@@ -128,8 +129,8 @@ class Distill(_Learned):
     iterations: int = 300
     batch: int = 64
     inputs: int = 4096
-    rate: float = 1e-2
-    scale_rate: float = 1e-2
+    rate: float = 3e-3
+    scale_rate: float = 3e-3
     drop: float = 0.0
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ptqd.affine import MAX_BITS, WIDE, Grid
 from ptqd.errors import InputError
 from ptqd.formats import BLOCKS, FORMAT_BITS, Format
-from ptqd.methods import METHODS, Brecq, Distill, Learned, Method, check_order
+from ptqd.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, check_order
 from ptqd.observers import RangeMethod
 from ptqd.strict import build
 
@@ -115,10 +115,9 @@ class Rule:
 
 _UNETS, _TRANSFORMERS = ("conv_in", "conv_out"), ("*_embed.proj", "x_embedder", "proj_in", "proj_out", "proj_out_2")
 FIRST_AND_LAST = tuple(Rule(name, 8, 8, optional=True) for name in (*_UNETS, *_TRANSFORMERS))
-_SEES_THE_SAMPLE = ("conv_in", "*_embed.proj", "x_embedder", "proj_in")
-UNCLIPPED = tuple(replace(rule, dynamic=True) if rule.match in _SEES_THE_SAMPLE else rule for rule in FIRST_AND_LAST)
+UNCLIPPED = tuple(rule if rule.match == "conv_out" else replace(rule, dynamic=True) for rule in FIRST_AND_LAST)
 """The same, the first layer's range found as it comes: a sample with a larger value than any calibration sample,
-clipped at every step, would run away (docs/quantizers)."""
+clipped at every step, would run away (docs/quantizers). The last linear layer's too, as all linear ones'."""
 BY_TOKEN = (
     Rule("*", type="linear", dynamic=True, optional=True),
     Rule("*", type="attention", dynamic=True, optional=True),
@@ -286,7 +285,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "time_embedding": True,
         "calibration_samples": 64,
         "rules": (*BY_TOKEN, *UNCLIPPED),
-        "methods": (Distill(),),
+        "methods": (Smooth(), Gptq(), Distill()),
     },
     "unclipped": {"rules": UNCLIPPED},
     "split": {"split_shortcuts": True},
@@ -327,7 +326,9 @@ def _from_shorthand(text: str) -> Recipe:
             before = (METHODS["smooth"](),) if name == "svd" and "-smooth" not in words else ()
             values["methods"] = (*values["methods"], *before, method)
         elif name in WORDS:
-            values |= {**WORDS[name], "methods": (*values["methods"], *WORDS[name].get("methods", ()))}
+            named = {method.name for method in values["methods"]}
+            more = (method for method in WORDS[name].get("methods", ()) if method.name not in named)
+            values |= {**WORDS[name], "methods": (*values["methods"], *more)}
         else:
             known = ", ".join([*WORDS, *METHODS, "dynamic", "g64", "steps8", "svd32"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")

@@ -27,7 +27,7 @@ class Survey:
     Attributes:
         timesteps: that the denoiser was told, step by step.
         widths: of each quantizer's range at each step (T, Q).
-        temporal: the inputs of layers that see nothing but the step (T, I), by name.
+        temporal: what the quantizers of layers that see nothing but the step are given (T, I), by name.
     """
 
     timesteps: tuple[float, ...]

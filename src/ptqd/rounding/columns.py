@@ -84,7 +84,7 @@ def fit_temporal(
         full: its denoiser in full precision.
         run: its steps.
         names: of the layers.
-        inputs: of each of them in full precision (T, I).
+        inputs: of each of them in full precision, not smoothed (T, I).
     """
     model = getattr(qpipe, denoiser_name(qpipe))
     left = [name for name in inputs if name in names]
@@ -93,8 +93,8 @@ def fit_temporal(
         now = survey(qpipe, run.replace(samples=2)).temporal
         for name in alike:
             layer: Any = model.get_submodule(name)
-            x = now.get(name, inputs[name])
-            exact, x = (layer.smoothed(t.to(layer.weight)).float().cpu() for t in (inputs[name], x))
+            exact = layer.smoothed(inputs[name].to(layer.weight)).float().cpu()
+            x = now.get(name, exact)  # smoothed already
             if layer.input.ranges > 1:
                 layer.input.fix(x)
             seen = _rounded_by_step(layer, x)

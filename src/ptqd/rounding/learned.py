@@ -32,7 +32,9 @@ from ptqd.rounding.parameters import LearnedScale, LearnedWeight, Soft, Straight
 from ptqd.structure import find_units
 
 CHECKPOINT = 50  # iterations between two checkpoints
+LEVELS = 16  # of the grid that a method's scale_rate is for
 PENALTY = 0.1  # of unrounded weights, against an error that starts at 1
+_SCALE = "log_scale"
 
 
 def learn(
@@ -129,13 +131,8 @@ class _Unit:
 
     def learn(self, done: Path, seed: int) -> None:
         """Learn, and write the unit's tensors."""
-        named = {f"{n}.{k}": p for n, weight in self.weights.items() for k, p in weight.parameters().items()}
-        rounding = [p for name, p in named.items() if not name.endswith("log_scale")]
-        named |= {f"{n}.log_scale": scale.log_scale for n, scale in self.scales.items()}
-        scales = [p for name, p in named.items() if name.endswith("log_scale")]
-        method = self.method
-        groups = [{"params": rounding, "lr": method.rate}, {"params": scales, "lr": method.scale_rate}]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        method, named = self.method, self._named()
+        optimizer = torch.optim.Adam(self._rates(named))
         rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint = done.with_suffix(".ckpt")
         with self._learning():
@@ -165,6 +162,23 @@ class _Unit:
             scale.harden()
         write_tensors(done, self.module.state_dict(), {"ptqd.unit": "learned"})
         checkpoint.unlink(missing_ok=True)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """All that moves."""
+        named = {f"{n}.{k}": p for n, weight in self.weights.items() for k, p in weight.parameters().items()}
+        return named | {f"{n}.{_SCALE}": scale.log_scale for n, scale in self.scales.items()}
+
+    def _rates(self, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """Adam's groups. Where weights' scales move, one of a finer grid moves less: its ends, by as many steps."""
+        method, groups = self.method, dict[float, list[nn.Parameter]]()
+        for name, parameter in named.items():
+            rate, (layer, _, kind) = method.rate, name.rpartition(".")
+            if kind == _SCALE:
+                scale = self.scales.get(layer)
+                grid = self.weights[layer].layer.weights.grid if scale is None else scale.quantizer.grids[scale.index]
+                rate = method.scale_rate * (LEVELS / (grid.qmax - grid.qmin + 1) if method.unit == "model" else 1)
+            groups.setdefault(rate, []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
     @contextmanager
     def _learning(self) -> Iterator[None]:

@@ -16,10 +16,13 @@ from ptqd.layers import QuantLayer
 from ptqd.weights import WeightGrid
 
 _STRETCH = (-0.1, 1.1)
+MOVED = 0.2  # of a step, from the code's centre
 
 
 class LearnedWeight(Protocol):
     """A layer's weight while it is learned."""
+
+    layer: QuantLayer
 
     def weight(self) -> torch.Tensor:
         """The weight to compute with now, in the layer's shape."""
@@ -92,7 +95,7 @@ class Straight:
     Args:
         layer: already rounded; it starts from its codes.
         rows: what its codes should stand for (O, I): where these round otherwise, the start is moved into the code's
-            cell.
+            cell, far enough that one step does not round it back.
     """
 
     def __init__(self, layer: QuantLayer, rows: torch.Tensor) -> None:
@@ -100,7 +103,7 @@ class Straight:
         scale, zero = (t.float() for t in self.found.expanded())
         codes = layer.integer_weight().flatten(1).float() - zero
         spec, parts = layer.weights.grid, rows.to(scale) / scale
-        inside = (parts - codes).clamp(-0.49, 0.49)
+        inside = (parts - codes).sign() * MOVED
         outside = parts.clamp(spec.qmin - zero, spec.qmax - zero)
         start = torch.where((outside - codes).abs() <= 0.5, outside, codes + inside)
         self.size = scale.mean().item()
