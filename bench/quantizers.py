@@ -4,13 +4,14 @@
     python bench/quantizers.py --out DIR --table
 
 Rows: rounding to nearest; PTQ4DM's, Q-Diffusion's and TFMQ-DM's published recipes as ptqd recipes (what is theirs:
-which steps are calibrated on, split shortcuts, softmax at 16 bits, exact time embeddings, block reconstruction); on the
-transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default; at W8A8 the quantizers of other packages
-(bench/others.py, which says what each of them leaves in full precision). Judged by PSNR to the full-precision images of
-the same seeds, and by the Frechet distance to the test images in the classifier's features: its value, and how far it
-is above full precision's, in percent, with the jackknife's interval over samples, left out of both together. "to FP" is
-the Frechet distance to the full-precision images. Rows with a correction show what the sampler's corrections add to a
-quantizer. The same command resumes; cells can be shared among processes by --models and --rows.
+which steps are calibrated on, split shortcuts, softmax at 16 bits, exact time embeddings, block reconstruction); on
+the transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default; at W8A8 the quantizers of other packages
+(bench/others.py, which says what each of them leaves in full precision), and ours of just what torchao quantizes.
+Judged by PSNR to the full-precision images of the same seeds, and by the Frechet distance to the test images in the
+classifier's features: its value, and how far it is above full precision's, in percent, with the jackknife's interval
+over samples, left out of both together. "to FP" is the Frechet distance to the full-precision images. Rows with a
+correction show what the sampler's corrections add to a quantizer. The same command resumes; cells can be shared among
+processes by --models and --rows.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from ptqd.experiment import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
 from ptqd.noise import NoiseStats
-from ptqd.recipe import Recipe
+from ptqd.recipe import Recipe, Rule
 from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
@@ -54,11 +55,23 @@ OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
 ABLATION = ("split", "unclipped", "time", "steps8", "dynamic", "smooth", "svd", "gptq", "adaround", "brecq", "distill")
 TOGETHER = ("split-unclipped", "split-unclipped-time", "smooth-gptq-distill", "svd-best")
 CORRECTIONS = ("cnc+bc", "auto")
+ONE_BY_ONE = ("*conv_shortcut", "*attentions.*proj_in", "*attentions.*proj_out")  # as in diffusers' UNets
+LIKE_TORCHAO = "w8a8-like-torchao"
+OWN = {
+    LIKE_TORCHAO: dataclasses.replace(
+        Recipe.parse("w8a8-dynamic"),
+        attention=False,
+        rules=(
+            Rule("*", type="conv", skip=True, optional=True),
+            *(Rule(name, type="conv", optional=True) for name in ONE_BY_ONE),
+        ),
+    )
+}
 
 
 def rows_of(model: str) -> list[str]:
     """The rows of a model's table: recipe, or package at W8A8, and a correction after a blank."""
-    rows = ["w8a8", "w8a8-dynamic", "w8a8-best", *(f"w8a8 {package}" for package in OTHERS)]
+    rows = ["w8a8", "w8a8-dynamic", "w8a8-best", LIKE_TORCHAO, *(f"w8a8 {package}" for package in OTHERS)]
     extra = TRANSFORMER if model == "fashion-dit" else ()
     for bits in ("w4a8", "w4a4"):
         rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
@@ -78,7 +91,7 @@ class Bench:
     def quantized(self, recipe: str) -> Any:
         """The quantized pipeline; made once, its time and memory noted."""
 
-        wanted = dataclasses.replace(Recipe.parse(recipe), calibration_samples=CALIBRATION)
+        wanted = dataclasses.replace(OWN.get(recipe) or Recipe.parse(recipe), calibration_samples=CALIBRATION)
 
         def build(path: Path, scratch: Path) -> None:
             before = time.monotonic()
