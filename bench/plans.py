@@ -7,8 +7,8 @@
 Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
 by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; and 4-bit weights with activations
 of 4 or 8 bits by the paper's rule, with the paper's ablation. Distances are in the features of the classifier that
-ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the jackknife's over samples,
-left out of both together. The same command resumes; --rows names some, so that processes can share them.
+ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's over samples,
+drawn for both together. The same command resumes; --rows names some, so that processes can share them.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import torch
 import ptqd
 from ptqd.cost import run_cost
 from ptqd.evaluate.features import Reference, extract
-from ptqd.evaluate.metrics import Metric, frechet_distance, jackknife_metric, mean_metric, psnr
-from ptqd.evaluate.moments import Moments
+from ptqd.evaluate.intervals import Metric, Statistic
+from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.experiment import MEASURED, load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.noise import NoiseStats
@@ -110,20 +110,13 @@ class Setting:
 
 def above(features: torch.Tensor, full: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> list[Metric]:
     """Frechet distance of features (N, D) to a reference, and by how many percent it is above full precision's."""
-    mine, theirs = Moments.of(features), Moments.of(full)
-    found: list[float] = []
-
-    def percent(left_out: torch.Tensor | None) -> float:
-        x, y = mine, theirs
-        if left_out is not None:
-            x, y = x - Moments.of(features[left_out]), y - Moments.of(full[left_out])
-        a, b = (frechet_distance(m.mean, m.covariance, mean.double(), covariance.double()) for m in (x, y))
-        found.append(a)
-        return 100 * (a / b - 1)
-
-    relative = jackknife_metric(len(features), percent)
-    values = iter(found)  # the same blocks in the same order
-    return [jackknife_metric(len(features), lambda _: next(values)), relative]
+    mine, theirs = (frechet_statistic(x, mean, covariance) for x in (features, full))
+    share = mine.above(theirs)
+    classes = torch.arange(len(features)) % 10  # they take turns
+    return [
+        mine.interval(classes),
+        Statistic(100 * share.value, 100 * share.influence).interval(classes),
+    ]
 
 
 def plus_minus(metric: Metric, digits: int) -> str:
@@ -162,8 +155,7 @@ def table(folder: Path) -> Iterator[str]:
                 line += f"  {label} {plus_minus(value, 3)}"
                 line += f" ({plus_minus(relative, 2)} %)" if kind else ""
             if kind:
-                x, y = Moments.of(mine.pooled), Moments.of(theirs.pooled)
-                line += f"  to FP {frechet_distance(x.mean, x.covariance, y.mean, y.covariance):.4f}"
+                line += f"  to FP {paired_frechet_statistic(mine.pooled, theirs.pooled).value:.4f}"
                 line += f"  PSNR {plus_minus(mean_metric(psnr(images / 255, same / 255)), 2)}"
             yield line
 

@@ -8,8 +8,8 @@ which steps are calibrated on, split shortcuts, softmax at 16 bits, exact time e
 the transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default; at W8A8 the quantizers of other packages
 (bench/others.py, which says what each of them leaves in full precision), and ours of just what torchao quantizes.
 Judged by PSNR to the full-precision images of the same seeds, and by the Frechet distance to the test images in the
-classifier's features: its value, and how far it is above full precision's, in percent, with the jackknife's interval
-over samples, left out of both together. "to FP" is the Frechet distance to the full-precision images. Rows with a
+classifier's features: its value, and how far it is above full precision's, in percent, with the bootstrap's interval
+over samples, drawn for both together. "to FP" is the Frechet distance to the full-precision images. Rows with a
 correction show what the sampler's corrections add to a quantizer. The same command resumes; cells can be shared among
 processes by --models and --rows.
 """
@@ -28,8 +28,7 @@ from plans import above, plus_minus
 import ptqd
 from ptqd.cost import run_cost
 from ptqd.evaluate.features import Reference, extract
-from ptqd.evaluate.metrics import frechet_distance, mean_metric, psnr
-from ptqd.evaluate.moments import Moments
+from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.experiment import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
@@ -149,8 +148,7 @@ def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
             continue
         full = bench.images("full")
         theirs = extract(judge, full).pooled
-        x = Moments.of(theirs)
-        own = frechet_distance(x.mean, x.covariance, reference.mean, reference.covariance)
+        own = frechet_statistic(theirs, reference.mean, reference.covariance).value
         guidance = f", guidance {bench.run.call['guidance_scale']:g}" if bench.run.call else ""
         yield f"\n{model}: {type(bench.pipe.scheduler).__name__}{guidance}; full precision: Frechet {own:.3f}"
         yield (
@@ -163,8 +161,7 @@ def table(folder: Path, models: list[str], samples: int) -> Iterator[str]:
             images = bench.images(row)
             mine = extract(judge, images).pooled
             value, relative = above(mine, theirs, reference.mean, reference.covariance)
-            y = Moments.of(mine)
-            apart = frechet_distance(y.mean, y.covariance, x.mean, x.covariance)
+            apart = paired_frechet_statistic(mine, theirs).value
             near = mean_metric(psnr(images / 255, full / 255))
             made = bench.folder.folder / row.partition(" ")[0] / "quantized" / "made.json"
             spent = f"{read_json(made)['seconds']:.0f} s" if " " not in row and made.exists() else ""

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,21 @@ from scipy import linalg
 from ptqd import InputError
 from ptqd.evaluate.features import Features, Reference, evaluate, extract
 from ptqd.evaluate.metrics import (
+    clip_score,
+    density_coverage,
+    extrapolated_frechet,
     frechet_distance,
-    frechet_metric,
-    jackknife_metric,
+    frechet_statistic,
+    inception_score,
     kernel_distance,
-    kernel_metric,
+    kernel_statistic,
     mean_metric,
+    mean_statistic,
+    paired_frechet_statistic,
+    precision_recall,
     psnr,
     share_metric,
+    ssim,
 )
 from ptqd.evaluate.moments import Moments
 
@@ -69,63 +77,175 @@ def test_kernel_distance_agrees_with_its_definition() -> None:
     xy = [kernel(u, v) for u in x for v in y]
     want = float(np.mean(xx) + np.mean(yy) - 2 * np.mean(xy))
     assert kernel_distance(x, y) == pytest.approx(want)
-    metric = kernel_metric(x, y)
+    metric = kernel_statistic(x, y).interval()
     assert metric.value == pytest.approx(want)
     assert metric.low < want < metric.high
 
 
-def test_jackknife_is_exact_for_a_mean_and_covers() -> None:
-    x = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def statistic(left_out: torch.Tensor | None) -> float:
-        keep = torch.ones(len(x), dtype=torch.bool)
-        if left_out is not None:
-            keep[left_out] = False
-        return x[keep].mean().item()
-
-    metric = jackknife_metric(len(x), statistic)
-    half = (metric.high - metric.low) / 2
-    assert metric.value == pytest.approx(x.mean().item())
-    assert half == pytest.approx(2.09 / math.sqrt(4000), rel=0.5)
+def weighted(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of samples that are there ``weights`` times."""
+    mean = weights @ x / weights.sum()
+    centred = x - mean
+    return mean, (centred * weights[:, None]).T @ centred / (weights.sum() - 1)
 
 
-def test_frechet_intervals_cover_the_spread_over_repetitions() -> None:
-    reference = Moments.of(features(20_000, 6, seed=5))
-    values, halves = [], []
-    for seed in range(40):
-        metric = frechet_metric(features(300, 6, seed=10 + seed, shift=0.4), reference.mean, reference.covariance)
-        values.append(metric.value)
-        halves.append((metric.high - metric.low) / 2)
-    assert np.mean(halves) == pytest.approx(2.09 * np.std(values, ddof=1), rel=0.35)
+def slope(x: torch.Tensor, i: int, distance: Callable[[torch.Tensor], float], step: float = 1e-3) -> float:
+    """How a distance changes with the weight of one sample, times N; the others' shares fall together."""
+    values = []
+    for sign in (1, -1):
+        weights = torch.ones(len(x), dtype=torch.float64)
+        weights[i] += sign * step
+        values.append(distance(weights))
+    return (values[0] - values[1]) / (2 * step) * len(x)
 
 
-def test_intervals_are_right_for_samples_whose_classes_take_turns() -> None:
-    """Class means far apart: a block that held one class alone would make the interval many times too wide."""
-    centres = 3 * features(10, 6, seed=7)
+def test_a_samples_influence_on_frechet_is_its_derivative() -> None:
+    x, reference = features(200, 5, shift=0.3), Moments.of(features(400, 5, seed=3))
+    found = frechet_statistic(x, reference.mean, reference.covariance)
+    own = Moments.of(x)
+    want = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
+    assert found.value == pytest.approx(want)
+    assert abs(found.influence.mean()) < 1e-12
+    for i in (0, 7, 111):
+        numeric = slope(x, i, lambda w: frechet_distance(*weighted(x, w), reference.mean, reference.covariance))
+        assert found.influence[i].item() == pytest.approx(numeric, rel=0.03, abs=0.02)
+
+
+def test_influence_on_the_distance_of_two_sets_of_the_same_seeds() -> None:
+    x, y = features(200, 4, shift=0.3), features(200, 4, seed=3)
+    found = paired_frechet_statistic(x, y)
+    for i in (0, 19):
+        numeric = slope(x, i, lambda w: frechet_distance(*weighted(x, w), *weighted(y, w)))
+        assert found.influence[i].item() == pytest.approx(numeric, rel=0.03, abs=0.03)
+
+
+def test_influence_on_the_kernel_distance() -> None:
+    x, y = features(60, 4), features(50, 4, seed=1)
+    found = kernel_statistic(x, y)
+    left_out = torch.tensor([kernel_distance(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(60)])
+    jackknife = 59 * (left_out.mean() - left_out)  # of first order, and a little of second
+    assert torch.corrcoef(torch.stack([found.influence, jackknife.double()]))[0, 1] > 0.999
+    assert found.influence.std() == pytest.approx(jackknife.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["alike", "classes take turns"])
+def test_frechet_intervals_cover_the_spread_over_repetitions(classes: bool) -> None:
+    """With classes far apart, drawing samples as if they had none would make intervals many times too wide."""
+    centres = 3 * classes * features(10, 6, seed=7)
     reference = Moments.of(features(20_000, 6, seed=5) + centres.repeat(2000, 1) + 0.4)
+    strata = torch.arange(400) % 10 if classes else None
     values, halves = [], []
     for seed in range(40):
         x = features(400, 6, seed=10 + seed) + centres.repeat(40, 1)
-        metric = frechet_metric(x, reference.mean, reference.covariance)
+        metric = frechet_statistic(x, reference.mean, reference.covariance).interval(strata)
         values.append(metric.value)
         halves.append((metric.high - metric.low) / 2)
-    assert np.mean(halves) == pytest.approx(2.09 * np.std(values, ddof=1), rel=0.35)
+    assert np.mean(halves) == pytest.approx(1.96 * np.std(values, ddof=1), rel=0.3)
+
+
+def test_a_means_bootstrap_is_students() -> None:
+    x = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric, student = mean_statistic(x).interval(), mean_metric(x)
+    assert metric.value == pytest.approx(student.value)
+    assert metric.high - metric.low == pytest.approx(student.high - student.low, rel=0.1)
+
+
+def test_differences_are_paired() -> None:
+    x = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    worse = mean_statistic(x + 0.01).minus(mean_statistic(x)).interval()
+    assert worse.low == pytest.approx(0.01)
+    assert worse.high == pytest.approx(0.01)
+    share = mean_statistic(3 * x.exp()).above(mean_statistic(x.exp())).interval()
+    assert share.low == pytest.approx(2)
+    assert share.high == pytest.approx(2)
+    with pytest.raises(InputError, match="needs the same seeds"):
+        mean_statistic(x).minus(mean_statistic(x[:3]))
+
+
+def test_groups_of_one_are_drawn_from_together() -> None:
+    x = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone, plain = mean_statistic(x).interval(torch.arange(50)), mean_statistic(x).interval()
+    assert alone.low == pytest.approx(plain.low)
+    assert alone.high == pytest.approx(plain.high)
+
+
+def test_extrapolation_takes_the_bias_of_few_samples_away() -> None:
+    reference = Moments.of(features(50_000, 12, seed=5))
+    plain, extrapolated = [], []
+    for seed in range(30):
+        x = features(200, 12, seed=10 + seed)
+        plain.append(frechet_statistic(x, reference.mean, reference.covariance).value)
+        extrapolated.append(extrapolated_frechet(x, reference.mean, reference.covariance))
+    assert np.mean(plain) > 0.1
+    assert abs(np.mean(extrapolated)) < 0.15 * np.mean(plain)
+
+
+def test_the_inception_score_and_its_bounds() -> None:
+    certain = 50 * torch.eye(4).repeat(25, 1)
+    mean, spread = inception_score(certain, splits=5)
+    assert mean == pytest.approx(4)
+    assert spread == pytest.approx(0, abs=1e-9)
+    assert inception_score(torch.zeros(20, 4), splits=2)[0] == pytest.approx(1)
+    with pytest.raises(InputError, match="10 splits need"):
+        inception_score(certain[:4])
+
+
+def test_precision_recall_density_and_coverage_by_their_definitions() -> None:
+    x, y = features(40, 3), features(30, 3, seed=2, shift=0.4)
+
+    def within(points: torch.Tensor, centres: torch.Tensor, k: int) -> np.ndarray:
+        between = torch.cdist(centres, centres).numpy()
+        radii = np.sort(between, axis=1)[:, k]
+        return np.asarray(torch.cdist(points, centres).numpy() <= radii)
+
+    precision, recall = precision_recall(x, y, 3)
+    assert precision.value == pytest.approx(within(x, y, 3).any(1).mean())
+    assert recall.value == pytest.approx(within(y, x, 3).any(1).mean())
+    assert (len(precision.influence), len(recall.influence)) == (40, 30)
+    density, coverage = density_coverage(x, y, 5)
+    assert density.value == pytest.approx(within(x, y, 5).sum() / 5 / 40)
+    assert coverage.value == pytest.approx(within(x, y, 5).any(0).mean())
+    with pytest.raises(InputError, match="needs more samples"):
+        precision_recall(x[:3], y)
+
+
+def test_distances_agree_with_torchmetrics() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+    from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.kid import poly_mmd
+
+    x, y = features(300, 8), features(250, 8, seed=1, shift=0.2)
+    a, b = Moments.of(x), Moments.of(y)
+    want = _compute_fid(a.mean, a.covariance, b.mean, b.covariance).item()
+    assert frechet_statistic(x, b.mean, b.covariance).value == pytest.approx(want, rel=1e-6)
+    assert kernel_distance(x[:250], y) == pytest.approx(poly_mmd(x[:250], y).item(), rel=1e-6)  # alike in number
+    images = torch.rand(3, 2, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    _, theirs = structural_similarity_index_measure(noisy, images, data_range=1.0, return_full_image=True)
+    fits = theirs[..., 5:-5, 5:-5]  # theirs counts places where its padding is seen, Wang's and ours do not
+    assert torch.allclose(ssim(noisy, images), fits.mean((1, 2, 3)).double(), rtol=1e-6)
+    assert torch.allclose(ssim(images, images), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(InputError, match="11 x 11"):
+        ssim(images[..., :8], images[..., :8])
+
+
+def test_clip_scores_of_known_angles() -> None:
+    images = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
+    texts = torch.tensor([[2.0, 0], [1, 3**0.5], [-1, 0]])
+    assert clip_score(images, texts).value == pytest.approx((100 + 50 + 0) / 3, rel=1e-6)
+
+
+def test_features_that_are_not_finite_are_counted() -> None:
+    x = features(20, 3)
+    x[4, 1], x[9, 0] = math.nan, math.inf
+    with pytest.raises(InputError, match="the features of 2 of 20 images are not finite"):
+        frechet_statistic(x, torch.zeros(3), torch.eye(3))
 
 
 def test_shares_have_wilsons_interval() -> None:
     metric = share_metric(torch.tensor([True] * 20))
     assert metric.value == metric.high == 1
     assert metric.low == pytest.approx(1 / (1 + 1.96**2 / 20), abs=1e-3)
-
-
-def test_leaving_blocks_out_is_recomputing_without_them() -> None:
-    x, y = features(60, 4), features(50, 4, seed=1)
-    blocks = [torch.arange(3 * b, 3 * b + 3) for b in range(20)]
-    kept = [x[[i for i in range(60) if i not in set(block.tolist())]] for block in blocks]
-    values = [kernel_distance(k, y) for k in kept]
-    error = math.sqrt(19 / 20 * sum((v - sum(values) / 20) ** 2 for v in values))
-    metric = kernel_metric(x, y)
-    assert (metric.high - metric.low) / 2 == pytest.approx(2.0930 * error, rel=1e-3)
 
 
 def test_psnr_and_means() -> None:
@@ -140,7 +260,7 @@ def test_psnr_and_means() -> None:
 
 def test_fewer_than_two_samples_are_refused() -> None:
     with pytest.raises(InputError, match="at least three samples"):
-        frechet_metric(features(2, 3), torch.zeros(3), torch.eye(3))
+        frechet_statistic(features(2, 3), torch.zeros(3), torch.eye(3))
     with pytest.raises(InputError, match="at least two images"):
         Reference.of(Features(*[torch.zeros(1, 3)] * 3))
 
@@ -178,7 +298,8 @@ def test_evaluate_and_a_reference_that_is_saved(tmp_path: Path) -> None:
     worse = evaluate(images // 2, Pixels(), reference)
     assert worse["frechet_distance"].value > 0.1
     assert worse["kernel_distance"].value > metrics["kernel_distance"].value
-    assert set(worse) == {"frechet_distance", "spatial_frechet_distance", "kernel_distance"}
+    expected = {"frechet_distance", "spatial_frechet_distance", "kernel_distance", "extrapolated_frechet_distance"}
+    assert set(worse) == expected
 
 
 def test_a_foreign_reference_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images to features, and what a set of images is judged by."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ptqd.errors import InputError
+from ptqd.evaluate.intervals import Metric
 from ptqd.evaluate.metrics import (
-    Metric,
-    frechet_metric,
-    kernel_metric,
+    extrapolated_frechet,
+    frechet_statistic,
+    kernel_statistic,
     mean_metric,
-    paired_frechet_metric,
+    paired_frechet_statistic,
     psnr,
     share_metric,
 )
@@ -152,20 +154,26 @@ def evaluate(
 
     Returns:
         ``frechet_distance``, ``spatial_frechet_distance``, ``kernel_distance`` (all in the extractor's features), and
-        those above, each with a 95 % interval.
+        those above, each with a 95 % interval: the bootstrap's within classes where there are labels. And
+        ``extrapolated_frechet_distance``, without the bias of few samples, which has none.
     """
     features = extract(extractor, images)
-    metrics = {
-        "frechet_distance": frechet_metric(features.pooled, reference.mean, reference.covariance),
-        "spatial_frechet_distance": frechet_metric(
+    of_pooled = (features.pooled, reference.mean, reference.covariance)
+    statistics = {
+        "frechet_distance": frechet_statistic(*of_pooled),
+        "spatial_frechet_distance": frechet_statistic(
             features.spatial, reference.spatial_mean, reference.spatial_covariance
         ),
-        "kernel_distance": kernel_metric(features.pooled, reference.sample),
+        "kernel_distance": kernel_statistic(features.pooled, reference.sample),
     }
+    if same_seed is not None:
+        theirs = extract(extractor, same_seed).pooled
+        statistics["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
+    metrics = {name: statistic.interval(labels) for name, statistic in statistics.items()}
+    extrapolated = extrapolated_frechet(*of_pooled)
+    metrics["extrapolated_frechet_distance"] = Metric(extrapolated, -math.inf, math.inf)
     if labels is not None:
         metrics["class_agreement"] = share_metric(features.logits.argmax(1) == labels)
     if same_seed is not None:
-        theirs = extract(extractor, same_seed).pooled
-        metrics["frechet_distance_to_full_precision"] = paired_frechet_metric(features.pooled, theirs)
         metrics["psnr"] = mean_metric(psnr(images / 255, same_seed / 255))
     return metrics

@@ -1,32 +1,22 @@
-"""Distances between sets of images, from features; nothing here knows of quantization.
+"""Distances between sets of images, from features; nothing here knows of quantization, or of an extractor.
 
-Frechet distance (Heusel et al., arXiv 1706.08500), of pooled features; the same of spatial features, as sFID is
-constructed (Nash et al., arXiv 2103.03841); kernel distance (Binkowski et al., arXiv 1801.01401). In features other
-than Inception's these are not FID, sFID or KID, and are never called so.
-
-Intervals are the delete-a-block jackknife's over samples: 20 contiguous blocks, Student's t.
+Pure functions give values; those that end in ``_statistic`` give the influence of each sample too, from which
+:mod:`ptqd.evaluate.intervals` makes intervals and paired differences. In features other than Inception's the Frechet
+distance (Heusel et al., arXiv 1706.08500), the same of spatial features (Nash et al., arXiv 2103.03841) and the kernel
+distance (Binkowski et al., arXiv 1801.01401) are not FID, sFID or KID, and are never called so.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from scipy import stats as scipy_stats
 
 from ptqd.errors import InputError
-from ptqd.evaluate.moments import Moments
+from ptqd.evaluate.intervals import Metric, Statistic
+from ptqd.evaluate.moments import ROWS, Moments
 
-BLOCKS = 20
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A value with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
+_SINGULAR = 1e-10  # an eigenvalue this far below the largest is 0
 
 
 def frechet_distance(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Tensor, cov_b: torch.Tensor) -> float:
@@ -40,11 +30,91 @@ def frechet_distance(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Te
         mean_b: like ``mean_a``.
         cov_b: like ``cov_a``.
     """
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root = square_root(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     difference = mean_a - mean_b
     return float(difference @ difference + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def square_root(covariance: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of a covariance (D, D)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root: torch.Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
+
+
+def frechet_statistic(features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> Statistic:
+    """Frechet distance of features (N, D) to a reference's mean (D,) and covariance (D, D).
+
+    A sample's influence is ``2 (m - m_r).(x - m) + (x - m)^T G (x - m) - tr(G C)`` with
+    ``G = 1 - C_r^1/2 (C_r^1/2 C C_r^1/2)^-1/2 C_r^1/2``, the derivative by the covariance C.
+
+    Raises:
+        InputError: fewer than three samples, or features that are not finite.
+    """
+    own = _moments(features)
+    return _frechet(own, mean.double(), covariance.double(), features)
+
+
+def paired_frechet_statistic(features: torch.Tensor, reference: torch.Tensor) -> Statistic:
+    """Frechet distance of features (N, D) to those of other images of the same seeds (N, D), drawn together."""
+    a, b = _moments(features), _moments(reference)
+    mine = _frechet(a, b.mean, b.covariance, features)
+    theirs = _frechet(b, a.mean, a.covariance, reference)
+    return Statistic(mine.value, mine.influence + theirs.influence)
+
+
+def extrapolated_frechet(features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> float:
+    """Frechet distance to a reference without its bias of order 1/N (Chong and Forsyth, arXiv 1911.07023).
+
+    The line through the distances of all N samples and of either half, at infinitely many. Halves are first and last
+    samples, so that classes that take turns are in both.
+    """
+    middle = len(features) // 2
+    halves = [_moments(part) for part in (features[:middle], features[middle:])]
+    whole = halves[0] + halves[1]
+    mean, covariance = mean.double(), covariance.double()
+    root = square_root(covariance)
+    whole_value, *half_values = (
+        _value(root, part.mean, part.covariance, mean, covariance) for part in (whole, *halves)
+    )
+    return 2 * whole_value - sum(half_values) / 2
+
+
+def _moments(features: torch.Tensor) -> Moments:
+    if len(features) < 3:
+        raise InputError(f"a distance between sets needs at least three samples; got {len(features)}")
+    found = Moments.of(features)
+    if not bool(torch.isfinite(found.total).all()):
+        broken = sum(int((~torch.isfinite(part).all(1)).sum()) for part in features.split(ROWS))
+        raise InputError(f"the features of {broken} of {len(features)} images are not finite; look at these images")
+    return found
+
+
+def _value(
+    root: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, other: torch.Tensor, theirs: torch.Tensor
+) -> float:
+    cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+    return float((mean - other).square().sum() + covariance.trace() + theirs.trace() - 2 * cross)
+
+
+def _frechet(own: Moments, mean: torch.Tensor, covariance: torch.Tensor, features: torch.Tensor) -> Statistic:
+    root, mine = square_root(covariance), own.covariance
+    values, vectors = torch.linalg.eigh(root @ mine @ root)
+    values = values.clamp(min=0)
+    shift = own.mean - mean
+    value = float(shift @ shift + mine.trace() + covariance.trace() - 2 * values.sqrt().sum())
+    kept = values > _SINGULAR * values.max()
+    across = root @ vectors[:, kept]  # D,K
+    inverse = values[kept].rsqrt()
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in features.split(ROWS):
+            x = part.double() - own.mean
+            yield 2 * (x @ shift) + x.square().sum(1) - (x @ across).square() @ inverse
+
+    influence = torch.cat(list(parts()))
+    return Statistic(value, influence - influence.mean())
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -54,19 +124,132 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
         features: (n, D), n at least 2.
         reference: (m, D), m at least 2.
     """
-    a, b = _sums(features.double(), features.double()), _sums(reference.double(), reference.double())
+    return kernel_statistic(features, reference).value
+
+
+def kernel_statistic(features: torch.Tensor, reference: torch.Tensor) -> Statistic:
+    """Kernel distance of features (N, D) to a reference set's (M, D), in parts: memory grows with N + M.
+
+    Its influence is twice the first-order part of the U-statistic (Hoeffding 1948).
+    """
     n, m = len(features), len(reference)
-    cross = _kernel(features.double(), reference.double()).mean().item()
-    return (a[0] - a[1]) / (n * (n - 1)) + (b[0] - b[1]) / (m * (m - 1)) - 2 * cross
+    if min(n, m) < 2:
+        raise InputError(f"a kernel distance needs at least two samples on either side; got {n} and {m}")
+    within, across = _kernel_sums(features, features), _kernel_sums(features, reference)
+    own = within - _diagonal(features)  # N, sums over the others
+    theirs = (_kernel_sums(reference, reference) - _diagonal(reference)).sum().item() / (m * (m - 1))
+    value = own.sum().item() / (n * (n - 1)) + theirs - 2 * across.sum().item() / (n * m)
+    influence = 2 * (own / (n - 1) - across / m)
+    return Statistic(value, influence - influence.mean())
 
 
-def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _kernel_sums(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sums of the kernel over ``y``, for each of ``x`` (N,)."""
+
+    def sums() -> Iterator[torch.Tensor]:
+        for part in x.split(ROWS):
+            total = torch.zeros(len(part), dtype=torch.float64, device=x.device)
+            for other in y.split(ROWS):
+                total += _kernel(part.double() @ other.double().T, x.shape[1]).sum(1)
+            yield total
+
+    return torch.cat(list(sums()))
 
 
-def _sums(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    gram = _kernel(x, y)
-    return gram.sum().item(), gram.trace().item()
+def _diagonal(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([_kernel(part.double().square().sum(1), x.shape[1]) for part in x.split(ROWS)])
+
+
+def _kernel(product: torch.Tensor, width: int) -> torch.Tensor:
+    return (product / width + 1) ** 3
+
+
+def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over splits of ``exp(E KL(p(y|x) || p(y)))`` (Salimans et al., arXiv 1606.03498).
+
+    Args:
+        logits: of a classifier (N, classes); an Inception score only in Inception's.
+        splits: consecutive parts, whose classes' shares are taken by themselves.
+    """
+    n = len(logits)
+    if n < splits:
+        raise InputError(f"{splits} splits need as many images; got {n}")
+    scores = []
+    for i in range(splits):
+        log_p = logits[i * n // splits : (i + 1) * n // splits].double().log_softmax(1)
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
+    found = torch.stack(scores)
+    return found.mean().item(), found.std(correction=0).item()
+
+
+def precision_recall(
+    features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3
+) -> tuple[Statistic, Statistic]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, eq. 1 and 2).
+
+    Precision is the share of generated samples within the ball around some reference sample that reaches its k-th
+    neighbour; recall, the other way round. The influences are of the samples that are counted: generated ones (N,) for
+    precision, the reference's (M,) for recall.
+
+    Args:
+        features: generated (N, D).
+        reference: real (M, D).
+        neighbours: k.
+    """
+    return _share_within(features, reference, neighbours), _share_within(reference, features, neighbours)
+
+
+def density_coverage(
+    features: torch.Tensor, reference: torch.Tensor, neighbours: int = 5
+) -> tuple[Statistic, Statistic]:
+    """Density and coverage (Naeem et al., arXiv 2002.09797, eq. 3 and 4).
+
+    Density: how many balls around reference samples hold a generated one, over k; coverage: the share of these balls
+    that hold any. Influences are of generated samples (N,) and of the reference's (M,).
+
+    Args:
+        features: generated (N, D).
+        reference: real (M, D).
+        neighbours: k.
+    """
+    radii = _radii(reference, neighbours)
+    held = torch.zeros(len(features), dtype=torch.float64)
+    reached = torch.zeros(len(reference), dtype=torch.bool)
+    for rows, distances in _distances(features, reference):
+        inside = distances < radii
+        held[rows] = inside.double().sum(1).cpu() / neighbours
+        reached |= inside.any(0).cpu()
+    return mean_statistic(held), mean_statistic(reached)
+
+
+def _share_within(x: torch.Tensor, centres: torch.Tensor, neighbours: int) -> Statistic:
+    radii = _radii(centres, neighbours)
+    return mean_statistic(torch.cat([(distances <= radii).any(1) for _, distances in _distances(x, centres)]))
+
+
+def _radii(x: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Distance of each of ``x`` to its k-th neighbour (N,)."""
+    if len(x) <= neighbours:
+        raise InputError(f"the {neighbours}-th neighbour needs more samples than {len(x)}")
+    return torch.cat([distances.kthvalue(neighbours + 1, 1).values for _, distances in _distances(x, x)])
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Distances (n, M) of parts of ``x`` to ``y``, with which rows they are."""
+    for start in range(0, len(x), ROWS // 4):
+        rows = slice(start, min(start + ROWS // 4, len(x)))
+        yield rows, torch.cat([torch.cdist(x[rows].double(), part.double()) for part in y.split(ROWS)], 1)
+
+
+def clip_score(images: torch.Tensor, texts: torch.Tensor) -> Statistic:
+    """``mean(max(100 cos, 0))`` of each image's and its text's embedding (Hessel et al., arXiv 2104.08718).
+
+    Args:
+        images: CLIP's (N, D).
+        texts: of the same samples (N, D).
+    """
+    return mean_statistic((100 * torch.cosine_similarity(images.double(), texts.double())).clamp(min=0))
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -81,6 +264,42 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """
     mse = (images.double() - reference.double()).square().flatten(1).mean(1)
     return -10 * mse.clamp(min=1e-10).log10()
+
+
+def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each image (Wang et al., IEEE TIP 13, 2004, eq. 13), with its Gaussian window.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], at least 11 x 11.
+        reference: like ``images``.
+
+    Returns:
+        (N,), float64: the mean over channels and the places where the window of 11 fits.
+    """
+    size, sigma, c1, c2 = 11, 1.5, 0.01**2, 0.03**2
+    if min(images.shape[-2:]) < size:
+        raise InputError(f"structural similarity needs images of {size} x {size} or more; got {tuple(images.shape)}")
+    window = torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - size // 2) / sigma) ** 2)
+    window = (window / window.sum()).to(images.device)
+
+    def blurred(x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)[:, None]  # N*C,1,H,W
+        rows = torch.nn.functional.conv2d(rows, window.view(1, 1, -1, 1))
+        return torch.nn.functional.conv2d(rows, window.view(1, 1, 1, -1)).view(*x.shape[:2], -1)
+
+    x, y = images.double(), reference.double()
+    mean_x, mean_y = blurred(x), blurred(y)
+    var_x, var_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
+    covariance = blurred(x * y) - mean_x * mean_y
+    light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (light * structure).flatten(1).mean(1)
+
+
+def mean_statistic(values: torch.Tensor) -> Statistic:
+    """Mean of one value a sample (N,)."""
+    values = values.double()
+    return Statistic(values.mean().item(), values - values.mean())
 
 
 def mean_metric(values: torch.Tensor) -> Metric:
@@ -98,68 +317,3 @@ def share_metric(hits: torch.Tensor) -> Metric:
     test = scipy_stats.binomtest(int(hits.sum()), len(hits))
     interval = test.proportion_ci(method="wilson")
     return Metric(float(test.statistic), float(interval.low), float(interval.high))
-
-
-def jackknife_metric(count: int, statistic: Callable[[torch.Tensor | None], float]) -> Metric:
-    """A statistic of a set of samples, with the delete-a-block jackknife's interval.
-
-    Args:
-        count: how many samples.
-        statistic: its value without the samples of an index tensor; without none, for None.
-
-    Raises:
-        InputError: fewer than three samples.
-    """
-    if count < 3:
-        raise InputError(f"a distance between sets needs at least three samples; got {count}")
-    value = statistic(None)
-    blocks = min(BLOCKS, count)
-    # neighbours stay together: samples whose classes take turns are then left out in equal shares
-    left_out = [statistic(block) for block in torch.arange(count).tensor_split(blocks)]
-    mean = sum(left_out) / blocks
-    error = math.sqrt((blocks - 1) / blocks * sum((v - mean) ** 2 for v in left_out))
-    half = float(scipy_stats.t.ppf(0.975, blocks - 1)) * error
-    return Metric(value, value - half, value + half)
-
-
-def frechet_metric(features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> Metric:
-    """Frechet distance of features (N, D) to a reference's mean (D,) and covariance (D, D)."""
-    whole = Moments.of(features)
-
-    def statistic(left_out: torch.Tensor | None) -> float:
-        kept = whole if left_out is None else whole - Moments.of(features[left_out])
-        return frechet_distance(kept.mean, kept.covariance, mean.double(), covariance.double())
-
-    return jackknife_metric(len(features), statistic)
-
-
-def paired_frechet_metric(features: torch.Tensor, reference: torch.Tensor) -> Metric:
-    """Frechet distance of features (N, D) to those of other images of the same seeds (N, D), left out together."""
-    a, b = Moments.of(features), Moments.of(reference)
-
-    def statistic(left_out: torch.Tensor | None) -> float:
-        if left_out is None:
-            return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-        x, y = a - Moments.of(features[left_out]), b - Moments.of(reference[left_out])
-        return frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
-
-    return jackknife_metric(len(features), statistic)
-
-
-def kernel_metric(features: torch.Tensor, reference: torch.Tensor) -> Metric:
-    """Kernel distance of features (N, D) to a reference set's (M, D)."""
-    x, y = features.double(), reference.double()
-    within, across = _kernel(x, x), _kernel(x, y)  # N,N and N,M
-    b = _sums(y, y)
-    of_reference = (b[0] - b[1]) / (len(y) * (len(y) - 1))
-    rows, diagonal, across_rows = within.sum(1), within.diagonal(), across.sum(1)  # N
-
-    def statistic(left_out: torch.Tensor | None) -> float:
-        n, total, trace, cross = len(x), rows.sum(), diagonal.sum(), across_rows.sum()
-        if left_out is not None:
-            n -= len(left_out)
-            total = total - 2 * rows[left_out].sum() + within[left_out][:, left_out].sum()
-            trace, cross = trace - diagonal[left_out].sum(), cross - across_rows[left_out].sum()
-        return ((total - trace) / (n * (n - 1)) + of_reference - 2 * cross / (n * len(y))).item()
-
-    return jackknife_metric(len(x), statistic)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+ROWS = 4096  # at once
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -21,9 +23,15 @@ class Moments:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Moments":
-        """Moments of features (n, D)."""
-        x = features.double()
-        return cls(len(x), x.sum(0), x.T @ x)
+        """Moments of features (n, D), which may be mapped from disk: they are read in parts."""
+        width = features.shape[1]
+        total = torch.zeros(width, dtype=torch.float64, device=features.device)
+        outer = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+        for part in features.split(ROWS):
+            x = part.double()
+            total += x.sum(0)
+            outer.addmm_(x.T, x)
+        return cls(len(features), total, outer)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer)

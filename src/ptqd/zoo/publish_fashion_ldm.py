@@ -19,7 +19,7 @@ from torch import nn
 
 from ptqd.components import pipeline_fingerprint
 from ptqd.evaluate.features import Features, Reference, evaluate, extract
-from ptqd.evaluate.metrics import Metric
+from ptqd.evaluate.intervals import Metric
 from ptqd.experiment import load_images, sample_images
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler

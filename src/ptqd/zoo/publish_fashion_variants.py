@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ptqd.evaluate.features import Reference, evaluate
-from ptqd.evaluate.metrics import Metric
+from ptqd.evaluate.intervals import Metric
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.report.pictures import grid
