@@ -174,8 +174,9 @@ def test_extrapolation_takes_the_bias_of_few_samples_away() -> None:
     plain, extrapolated = [], []
     for seed in range(30):
         x = features(200, 12, seed=10 + seed)
-        plain.append(frechet_statistic(x, reference.mean, reference.covariance).value)
-        extrapolated.append(extrapolated_frechet(x, reference.mean, reference.covariance))
+        found = frechet_statistic(x, reference.mean, reference.covariance)
+        plain.append(found.value)
+        extrapolated.append(extrapolated_frechet(found, x, reference.mean, reference.covariance).value)
     assert np.mean(plain) > 0.1
     assert abs(np.mean(extrapolated)) < 0.15 * np.mean(plain)
 
@@ -259,7 +260,7 @@ def test_psnr_and_means() -> None:
 
 
 def test_fewer_than_two_samples_are_refused() -> None:
-    with pytest.raises(InputError, match="at least three samples"):
+    with pytest.raises(InputError, match="at least four samples"):
         frechet_statistic(features(2, 3), torch.zeros(3), torch.eye(3))
     with pytest.raises(InputError, match="at least two images"):
         Reference.of(Features(*[torch.zeros(1, 3)] * 3))

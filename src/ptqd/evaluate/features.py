@@ -1,6 +1,5 @@
 """Images to features, and what a set of images is judged by."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +153,8 @@ def evaluate(
 
     Returns:
         ``frechet_distance``, ``spatial_frechet_distance``, ``kernel_distance`` (all in the extractor's features), and
-        those above, each with a 95 % interval: the bootstrap's within classes where there are labels. And
-        ``extrapolated_frechet_distance``, without the bias of few samples, which has none.
+        those above, each with a 95 % interval: the bootstrap's, within classes where there are labels. And
+        ``extrapolated_frechet_distance``, without the bias of few samples.
     """
     features = extract(extractor, images)
     of_pooled = (features.pooled, reference.mean, reference.covariance)
@@ -169,9 +168,8 @@ def evaluate(
     if same_seed is not None:
         theirs = extract(extractor, same_seed).pooled
         statistics["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
+    statistics["extrapolated_frechet_distance"] = extrapolated_frechet(statistics["frechet_distance"], *of_pooled)
     metrics = {name: statistic.interval(labels) for name, statistic in statistics.items()}
-    extrapolated = extrapolated_frechet(*of_pooled)
-    metrics["extrapolated_frechet_distance"] = Metric(extrapolated, -math.inf, math.inf)
     if labels is not None:
         metrics["class_agreement"] = share_metric(features.logits.argmax(1) == labels)
     if same_seed is not None:

@@ -50,7 +50,7 @@ def frechet_statistic(features: torch.Tensor, mean: torch.Tensor, covariance: to
     ``G = 1 - C_r^1/2 (C_r^1/2 C C_r^1/2)^-1/2 C_r^1/2``, the derivative by the covariance C.
 
     Raises:
-        InputError: fewer than three samples, or features that are not finite.
+        InputError: fewer than four samples, or features that are not finite.
     """
     own = _moments(features)
     return _frechet(own, mean.double(), covariance.double(), features)
@@ -64,26 +64,29 @@ def paired_frechet_statistic(features: torch.Tensor, reference: torch.Tensor) ->
     return Statistic(mine.value, mine.influence + theirs.influence)
 
 
-def extrapolated_frechet(features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Frechet distance to a reference without its bias of order 1/N (Chong and Forsyth, arXiv 1911.07023).
+def extrapolated_frechet(
+    found: Statistic, features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+) -> Statistic:
+    """A Frechet distance without its bias of order 1/N (Chong and Forsyth, arXiv 1911.07023).
 
     The line through the distances of all N samples and of either half, at infinitely many. Halves are first and last
-    samples, so that classes that take turns are in both.
+    samples, so that classes that take turns are in both. To first order samples do to it what they do to the distance.
+
+    Args:
+        found: by :func:`frechet_statistic` from the other arguments.
+        features: (N, D).
+        mean: the reference's (D,).
+        covariance: the reference's (D, D).
     """
-    middle = len(features) // 2
-    halves = [_moments(part) for part in (features[:middle], features[middle:])]
-    whole = halves[0] + halves[1]
     mean, covariance = mean.double(), covariance.double()
-    root = square_root(covariance)
-    whole_value, *half_values = (
-        _value(root, part.mean, part.covariance, mean, covariance) for part in (whole, *halves)
-    )
-    return 2 * whole_value - sum(half_values) / 2
+    root, middle = square_root(covariance), len(features) // 2
+    halves = [_value(root, Moments.of(part), mean, covariance) for part in (features[:middle], features[middle:])]
+    return Statistic(2 * found.value - sum(halves) / 2, found.influence)
 
 
 def _moments(features: torch.Tensor) -> Moments:
-    if len(features) < 3:
-        raise InputError(f"a distance between sets needs at least three samples; got {len(features)}")
+    if len(features) < 4:
+        raise InputError(f"a distance between sets needs at least four samples; got {len(features)}")
     found = Moments.of(features)
     if not bool(torch.isfinite(found.total).all()):
         broken = sum(int((~torch.isfinite(part).all(1)).sum()) for part in features.split(ROWS))
@@ -91,11 +94,9 @@ def _moments(features: torch.Tensor) -> Moments:
     return found
 
 
-def _value(
-    root: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, other: torch.Tensor, theirs: torch.Tensor
-) -> float:
-    cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-    return float((mean - other).square().sum() + covariance.trace() + theirs.trace() - 2 * cross)
+def _value(root: torch.Tensor, own: Moments, mean: torch.Tensor, covariance: torch.Tensor) -> float:
+    cross = torch.linalg.eigvalsh(root @ own.covariance @ root).clamp(min=0).sqrt().sum()
+    return float((own.mean - mean).square().sum() + own.covariance.trace() + covariance.trace() - 2 * cross)
 
 
 def _frechet(own: Moments, mean: torch.Tensor, covariance: torch.Tensor, features: torch.Tensor) -> Statistic:
