@@ -53,6 +53,7 @@ TRANSFORMER = ("dynamic", "smooth", "gptq", "smooth-gptq-dynamic", "svd", "svd-g
 OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
 ABLATION = ("split", "unclipped", "time", "steps8", "dynamic", "smooth", "svd", "gptq", "adaround", "brecq", "distill")
 TOGETHER = ("split-unclipped", "split-unclipped-time", "smooth-gptq-distill", "svd-best")
+COHERENT = ("split cnc+bc", "steps8 cnc+bc")
 CORRECTIONS = ("cnc+bc", "auto")
 ONE_BY_ONE = ("*conv_shortcut", "*attentions.*proj_in", "*attentions.*proj_out")  # as in diffusers' UNets
 LIKE_TORCHAO = "w8a8-like-torchao"
@@ -75,7 +76,7 @@ def rows_of(model: str) -> list[str]:
     for bits in ("w4a8", "w4a4"):
         rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
         rows += [f"{recipe} {correction}" for recipe in (bits, f"{bits}-best") for correction in CORRECTIONS]
-    alone = [f"w4a4-{word}" for word in (*ABLATION, *TOGETHER)] if model == "fashion-ldm" else []
+    alone = [f"w4a4-{word}" for word in (*ABLATION, *TOGETHER, *COHERENT)] if model == "fashion-ldm" else []
     return [*rows, "w3a8-best", *alone]
 
 

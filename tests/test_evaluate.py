@@ -244,7 +244,7 @@ def test_features_that_are_not_finite_are_counted() -> None:
 
 
 def test_shares_have_wilsons_interval() -> None:
-    metric = share_metric(torch.tensor([True] * 20))
+    metric = share_metric(20, 20)
     assert metric.value == metric.high == 1
     assert metric.low == pytest.approx(1 / (1 + 1.96**2 / 20), abs=1e-3)
 

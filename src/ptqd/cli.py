@@ -217,6 +217,29 @@ def _cmd_report(args: argparse.Namespace) -> None:
     print(f"{args.run / 'report.json'}\n{page}")
 
 
+def _cmd_compare(args: argparse.Namespace) -> None:
+    """Compare the rows of run folders, on the same seeds: one table with paired differences and cost."""
+    from rich.console import Console
+
+    from ptqd.comparison import compare_runs
+    from ptqd.files import write_json, write_text
+    from ptqd.progress import busy
+    from ptqd.report import comparison
+
+    with busy("comparing"):
+        rows = compare_runs(args.run, _judge(args.judge), args.against)
+    if args.json is not None:
+        write_json(args.json, rows)
+    if args.format == "terminal":
+        Console(width=None if sys.stdout.isatty() else 240).print(*comparison.terminal(rows))
+        return
+    text = {"markdown": comparison.markdown, "html": comparison.page, "latex": comparison.latex}[args.format](rows)
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_text(args.out, text)
+
+
 def _cmd_run(args: argparse.Namespace) -> None:
     """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
     from ptqd.experiment import ABLATION, Experiment, run_experiment
@@ -450,6 +473,17 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("report", _cmd_report)
     sub.add_argument("run", type=Path, help="run folder with a report.json")
     sub.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+    sub = verb("compare", _cmd_compare)
+    sub.add_argument("run", type=Path, nargs="+", help="run folders with a report.json, sampled alike")
+    sub.add_argument(
+        "--against",
+        help="row that others are compared with: 'w4a8 none', after the folder's name where there are several",
+    )
+    sub.add_argument("--judge", choices=("fashion", "none"), default="fashion", help="features (default: %(default)s)")
+    sub.add_argument("--format", choices=("terminal", "markdown", "html", "latex"), default="terminal")
+    sub.add_argument("--out", type=Path, help="file to write (default: standard output)")
+    sub.add_argument("--json", type=Path, help="file to write all values to")
 
     sub = verb("run", _cmd_run)
     sub.add_argument("model", help=MODEL_HELP)

@@ -371,6 +371,12 @@ def load_images(path: Path) -> torch.Tensor:
     return tensors["images"]
 
 
+def labels_of(run: Sampling, count: int) -> torch.Tensor | None:
+    """The classes that the first samples of a run were asked for (N,); None where it names none."""
+    labels = run.call.get("class_labels")
+    return None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(count)])
+
+
 def judge_images(
     images: torch.Tensor, judge: Judge | None, run: Sampling, same_seed: torch.Tensor | None
 ) -> dict[str, Any]:
@@ -382,8 +388,7 @@ def judge_images(
     if same_seed is not None and same_seed.shape != images.shape:
         shapes = f"{tuple(images.shape)} against {tuple(same_seed.shape)}"
         raise InputError(f"images and those of the same seeds differ in number or size: {shapes}; sample both alike")
-    labels = run.call.get("class_labels")
-    wanted = None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(len(images))])
+    wanted = labels_of(run, len(images))
     if judge is None:
         metrics = {} if same_seed is None else {"psnr": mean_metric(psnr(images / 255, same_seed / 255))}
     else:

@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.intervals import Metric
+from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import (
     extrapolated_frechet,
     frechet_statistic,
     kernel_statistic,
-    mean_metric,
+    mean_statistic,
     paired_frechet_statistic,
     psnr,
     share_metric,
@@ -133,15 +133,15 @@ def _full(triangle: torch.Tensor, size: int) -> torch.Tensor:
     return matrix
 
 
-def evaluate(
+def statistics(
     images: torch.Tensor,
     extractor: Extractor,
     reference: Reference,
     *,
     labels: torch.Tensor | None = None,
     same_seed: torch.Tensor | None = None,
-) -> dict[str, Metric]:
-    """Everything one set of images is judged by.
+) -> dict[str, Statistic]:
+    """Everything one set of images is judged by, with what each image does to it.
 
     Args:
         images: uint8 (N, H, W, C).
@@ -152,26 +152,39 @@ def evaluate(
             ``frechet_distance_to_full_precision``, between the two sets.
 
     Returns:
-        ``frechet_distance``, ``spatial_frechet_distance``, ``kernel_distance`` (all in the extractor's features), and
-        those above, each with a 95 % interval: the bootstrap's, within classes where there are labels. And
-        ``extrapolated_frechet_distance``, without the bias of few samples.
+        ``frechet_distance``, ``extrapolated_frechet_distance`` (without the bias of few samples),
+        ``spatial_frechet_distance`` and ``kernel_distance``, all in the extractor's features, and those above.
     """
     features = extract(extractor, images)
     of_pooled = (features.pooled, reference.mean, reference.covariance)
-    statistics = {
+    found = {
         "frechet_distance": frechet_statistic(*of_pooled),
         "spatial_frechet_distance": frechet_statistic(
             features.spatial, reference.spatial_mean, reference.spatial_covariance
         ),
         "kernel_distance": kernel_statistic(features.pooled, reference.sample),
     }
+    found["extrapolated_frechet_distance"] = extrapolated_frechet(found["frechet_distance"], *of_pooled)
+    if labels is not None:
+        found["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
     if same_seed is not None:
         theirs = extract(extractor, same_seed).pooled
-        statistics["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
-    statistics["extrapolated_frechet_distance"] = extrapolated_frechet(statistics["frechet_distance"], *of_pooled)
-    metrics = {name: statistic.interval(labels) for name, statistic in statistics.items()}
-    if labels is not None:
-        metrics["class_agreement"] = share_metric(features.logits.argmax(1) == labels)
-    if same_seed is not None:
-        metrics["psnr"] = mean_metric(psnr(images / 255, same_seed / 255))
+        found["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
+        found["psnr"] = mean_statistic(psnr(images / 255, same_seed / 255))
+    return found
+
+
+def evaluate(
+    images: torch.Tensor,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    labels: torch.Tensor | None = None,
+    same_seed: torch.Tensor | None = None,
+) -> dict[str, Metric]:
+    """:func:`statistics` with 95 % intervals: of a share Wilson's, else the bootstrap's, within classes if given."""
+    found = statistics(images, extractor, reference, labels=labels, same_seed=same_seed)
+    metrics = {name: statistic.interval(labels) for name, statistic in found.items()}
+    if "class_agreement" in metrics:
+        metrics["class_agreement"] = share_metric(round(metrics["class_agreement"].value * len(images)), len(images))
     return metrics

@@ -313,8 +313,8 @@ def mean_metric(values: torch.Tensor) -> Metric:
     return Metric(mean, mean - half, mean + half)
 
 
-def share_metric(hits: torch.Tensor) -> Metric:
-    """Share of hits (N,), bool, with Wilson's interval."""
-    test = scipy_stats.binomtest(int(hits.sum()), len(hits))
+def share_metric(hits: int, count: int) -> Metric:
+    """Share of hits, with Wilson's interval."""
+    test = scipy_stats.binomtest(hits, count)
     interval = test.proportion_ci(method="wilson")
     return Metric(float(test.statistic), float(interval.low), float(interval.high))

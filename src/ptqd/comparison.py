@@ -1,0 +1,110 @@
+"""Run folders side by side: every row against one of them, on the same seeds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ptqd.errors import InputError
+from ptqd.evaluate.features import statistics
+from ptqd.evaluate.intervals import Statistic
+from ptqd.evaluate.metrics import mean_statistic, psnr
+from ptqd.experiment import Judge, labels_of, load_images
+from ptqd.files import read_json
+from ptqd.sampling import Sampling
+
+SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired
+
+
+def compare_runs(folders: Sequence[Path], judge: Judge | None, against: str | None = None) -> list[dict[str, Any]]:
+    """The rows of some runs, each with its paired difference to one row of the same setting.
+
+    Args:
+        folders: that ``ptqd run`` wrote. Rows are told apart by the folder's name where there is more than one.
+        judge: features; none compares by PSNR alone.
+        against: ``"RECIPE CORRECTION"``, after ``"RUN "`` where there are several runs; by default the first
+            row that is not full precision.
+
+    Returns:
+        The reports' rows, plain values, with ``run``, ``metrics`` judged again by this judge, ``differences`` (none
+        for the row that others are compared with, and for full precision) and ``against``, its name.
+
+    Raises:
+        InputError: no report, no such row, samples that are gone, or rows that do not share their seeds.
+    """
+    rows = [row for folder in folders for row in _rows(folder, len(folders) > 1)]
+    found: list[dict[str, Any]] = []
+    for setting in list(dict.fromkeys(_key(row["setting"]) for row in rows)):
+        found += _compared([row for row in rows if _key(row["setting"]) == setting], judge, against)
+    return found
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """How ``against`` names a row."""
+    return " ".join(part for part in (row.get("run", ""), row["recipe"], row["correction"]) if part)
+
+
+def _rows(folder: Path, several: bool) -> list[dict[str, Any]]:
+    report = read_json(folder / "report.json")
+    if not isinstance(report, dict) or not report.get("rows"):
+        raise InputError(f"{folder / 'report.json'} is no report with rows; write one with 'ptqd run'")
+    return [{**row, "run": folder.name if several else "", "folder": folder} for row in report["rows"]]
+
+
+def _key(setting: dict[str, Any]) -> str:
+    return str(sorted(setting.items()))
+
+
+def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | None) -> list[dict[str, Any]]:
+    """The rows of one setting."""
+    quantized = [row for row in rows if row["recipe"] != "fp32"]
+    names = [row_name(row) for row in rows]
+    if against is not None and against not in names:
+        raise InputError(f"there is no row {against!r}; there are {', '.join(names)}")
+    chosen = rows[names.index(against)] if against is not None else (quantized or rows)[0]
+    _check_seeds(rows)
+    judged = [_statistics(row, rows, judge) for row in rows]
+    base = judged[rows.index(chosen)]
+    run = _sampling(chosen)
+    strata = labels_of(run, run.samples)
+    found = []
+    for row, mine in zip(rows, judged, strict=True):
+        shared = [name for name in mine if name in base and row is not chosen]
+        found.append(
+            {name: value for name, value in row.items() if name != "folder"}
+            | {
+                "metrics": {name: asdict(s.interval(strata)) for name, s in mine.items()},
+                "differences": {name: asdict(mine[name].minus(base[name]).interval(strata)) for name in shared},
+                "against": row_name(chosen),
+            }
+        )
+    return found
+
+
+def _statistics(row: dict[str, Any], rows: list[dict[str, Any]], judge: Judge | None) -> dict[str, Statistic]:
+    """One row's; those to full precision are to its own run's."""
+    images = load_images(row["folder"] / row["images"])
+    full = next((r for r in rows if r["recipe"] == "fp32" and r["folder"] == row["folder"]), None)
+    same_seed = None if full is None or full is row else load_images(full["folder"] / full["images"])
+    if judge is None:
+        return {} if same_seed is None else {"psnr": mean_statistic(psnr(images / 255, same_seed / 255))}
+    labels = labels_of(_sampling(row), len(images))
+    return statistics(images, judge.extractor, judge.reference, labels=labels, same_seed=same_seed)
+
+
+def _check_seeds(rows: list[dict[str, Any]]) -> None:
+    first = _sampling(rows[0]).to_dict()
+    for row in rows[1:]:
+        mine = _sampling(row).to_dict()
+        for name in SEEDS:
+            if mine[name] != first[name]:
+                raise InputError(
+                    f"{row['folder']} and {rows[0]['folder']} cannot be paired: {name} is {mine[name]} in one and "
+                    f"{first[name]} in the other; sample both alike"
+                )
+
+
+def _sampling(row: dict[str, Any]) -> Sampling:
+    """How a row was sampled, as its stage's record says."""
+    record = read_json(row["folder"] / ".stages" / f"{row['images']}.json")
+    return Sampling(**record["inputs"]["setting"])
