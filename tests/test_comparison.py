@@ -13,7 +13,7 @@ from ptqd import InputError, Sampling
 from ptqd.cli import main
 from ptqd.comparison import compare_runs
 from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.experiment import Experiment, Judge, load_images, run_experiment
+from ptqd.experiment import Experiment, Judge, load_images, named_recipes, run_experiment
 from ptqd.report import comparison
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         recipe = folder.with_suffix(".toml")
         recipe.write_text(f'calibration_samples = 2\n[weights]\nbits = {bits}\nrange = "minmax"\n')
         run = Sampling(steps=2, samples=8, batch=4, call=CALL)
-        rows = Experiment("tiny", (run,), (str(recipe),), measured=4, corrections=((), ("bc",)))
+        rows = Experiment("tiny", (run,), named_recipes([str(recipe)]), measured=4, corrections=((), ("bc",)))
         run_experiment(tiny_pipeline(), rows, folder, None, progress=False)
         made.append(folder)
     return made

@@ -242,7 +242,8 @@ def _cmd_compare(args: argparse.Namespace) -> None:
 
 def _cmd_run(args: argparse.Namespace) -> None:
     """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
-    from ptqd.experiment import ABLATION, Experiment, run_experiment
+    from ptqd.experiment import ABLATION, Experiment, named_recipes
+    from ptqd.manifest import run_with_manifest
     from ptqd.plan_stages import PlanRequest
     from ptqd.zoo import MODELS
 
@@ -260,12 +261,13 @@ def _cmd_run(args: argparse.Namespace) -> None:
     experiment = Experiment(
         model=str(args.model),
         settings=(_sampling(args, pipe),),
-        recipes=tuple(args.recipe),
+        recipes=named_recipes(args.recipe),
         measured=args.measured,
         corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
         plan=plan,
     )
-    run_experiment(pipe, experiment, args.out, _judge(args.judge or ("fashion" if args.model in MODELS else "none")))
+    judge = _judge(args.judge or ("fashion" if args.model in MODELS else "none"))
+    run_with_manifest(pipe, experiment, args.out, judge)
     args.run, args.markdown = args.out, False
     _cmd_report(args)
 
@@ -273,14 +275,31 @@ def _cmd_run(args: argparse.Namespace) -> None:
 def _cmd_demo(args: argparse.Namespace) -> None:
     """The main job on the embedded fashion-ldm, in the paper's two settings."""
     from ptqd.demo import SIZES, demo
-    from ptqd.experiment import run_experiment
+    from ptqd.manifest import run_with_manifest
 
     recipes = tuple(args.recipe) if args.recipe else None
     changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps, "recipes": recipes}
     size = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
-    run_experiment(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge("fashion"))
+    run_with_manifest(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge("fashion"))
     args.run, args.markdown = args.out, False
     _cmd_report(args)
+
+
+def _cmd_reproduce(args: argparse.Namespace) -> int:
+    """Run what a manifest says again, and say of every figure whether it agrees within its interval."""
+    from rich.console import Console
+
+    from ptqd.manifest import load_manifest, reproduce
+    from ptqd.report.reproduction import reproduction_table
+
+    manifest = load_manifest(args.manifest)
+    pipe = _pipeline(args, args.model or manifest["model"])
+    found = reproduce(manifest, pipe, args.out, _judge("fashion" if manifest["judge"] else "none"))
+    Console(width=None if sys.stdout.isatty() else 160).print(reproduction_table(found))
+    print("".join(f"  changed: {change}\n" for change in found.changed), end="")
+    differing = sum(not figure.agrees for figure in found.figures)
+    print(f"{len(found.figures) - differing} of {len(found.figures)} figures agree within their intervals")
+    return 1 if differing else 0
 
 
 def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline":
@@ -500,6 +519,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for the embedded models)")
     _add_sampling(sub, 256)
 
+    sub = verb("reproduce", _cmd_reproduce)
+    sub.add_argument("manifest", type=Path, help="manifest.json that 'ptqd run' wrote, or its run folder")
+    sub.add_argument("--model", help=f"where the pipeline is now: {MODEL_HELP} (default: where it was)")
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    sub.add_argument("--scheduler", help="of diffusers, as the run had it")
+    sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+
     sub = verb("demo", _cmd_demo)
     size = sub.add_mutually_exclusive_group()
     for name, text in (("quick", "one recipe, within 2 minutes on two cores"), ("full", "5,000 samples a row; hours")):
@@ -516,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for anything the user can mend, said in one line."""
     args = parser().parse_args(argv)
     try:
-        args.function(args)
+        status: int | None = args.function(args)
     except PtqdError as error:
         print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -529,4 +555,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ptqd: interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
-    return 0
+    return status or 0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ptqd.experiment import ABLATION, Experiment
+from ptqd.experiment import ABLATION, Experiment, named_recipes
 from ptqd.sampling import Sampling
 
 _LABELS = list(range(10))
@@ -17,7 +17,7 @@ def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str,
             Sampling(20, 0.0, call={"class_labels": _LABELS, "guidance_scale": 3.0}, **shared),
             Sampling(stochastic_steps, 1.0, call={"class_labels": _LABELS, "guidance_scale": 1.5}, **shared),
         ),
-        recipes=recipes,
+        recipes=named_recipes(recipes),
         measured=measured,
         corrections=ABLATION,
     )

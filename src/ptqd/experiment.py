@@ -63,7 +63,7 @@ class Experiment:
     Attributes:
         model: its name in the report.
         settings: how it samples; each is sampled in full precision once.
-        recipes: shorthand or TOML files.
+        recipes: by the names that their rows have.
         measured: samples the statistics are taken on; their seeds are not those of the images.
         corrections: rows for each recipe: methods as :func:`ptqd.fit_correction` takes them, or ``("auto",)``.
         plan: bits by step, for recipes of several widths.
@@ -71,16 +71,25 @@ class Experiment:
 
     model: str
     settings: tuple[Sampling, ...]
-    recipes: tuple[str, ...]
+    recipes: Mapping[str, Recipe]
     measured: int = MEASURED
     corrections: tuple[tuple[str, ...], ...] = DEFAULT
     plan: PlanRequest | None = None
 
-    def __post_init__(self) -> None:
-        names = ["full-precision", *(Path(text).stem for text in self.recipes)]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(f"two recipes are called {name!r}; give their files names of their own")
+
+def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
+    """Recipes from shorthand or TOML files, by what they are called.
+
+    Raises:
+        InputError: two of one name, or a recipe that cannot be read.
+    """
+    found: dict[str, Recipe] = {}
+    for text in texts:
+        name = Path(text).stem
+        if name in ("full-precision", *found):
+            raise InputError(f"two recipes are called {name!r}; give their files names of their own")
+        found[name] = Recipe.parse(text)
+    return found
 
 
 def run_experiment(
@@ -152,14 +161,13 @@ class _Setting:
     def rows(self) -> Iterator[None]:
         """Add row after row to the report."""
         rows: list[dict[str, Any]] = self.report["rows"]
-        recipes = {Path(text).stem: Recipe.parse(text) for text in self.experiment.recipes}
-        for recipe in recipes.values():
+        for recipe in self.experiment.recipes.values():
             if self.experiment.plan is not None:
                 self.experiment.plan.check(recipe, len(self.macs.counts))
         reference = self._sample("full-precision", self.pipe, {})
         rows.append(self._row("fp32", "none", reference, None, self.full_bops, self._bytes(self.pipe)))
         yield
-        for label, recipe in recipes.items():
+        for label, recipe in self.experiment.recipes.items():
             prefix = f"{self.name}/{label}"
             quantized = self._quantized(prefix, recipe)
             if self.experiment.plan is not None:

@@ -87,6 +87,13 @@ class PlanRequest:
             return f"{self.budget:g}x" if self.budget is not None else f"{self.floor:g}dB"
         return self.kind if self.kind == "paper" else Path(self.kind).stem
 
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "PlanRequest":
+        """What :meth:`facts` gave."""
+        given = facts.get("given")
+        plain = {**facts, "weight_bits": tuple(facts["weight_bits"])}
+        return cls(**{**plain, "given": None if given is None else StepPlan.from_dict(given)})
+
     def facts(self) -> dict[str, Any]:
         """All that a plan depends on, as plain values."""
         plain = dataclasses.asdict(dataclasses.replace(self, given=None))
