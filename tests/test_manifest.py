@@ -72,7 +72,7 @@ def test_what_differs_is_said(written: Path, tmp_path: Path) -> None:
 
 def test_another_pipeline_is_refused(written: Path, tmp_path: Path) -> None:
     manifest = load_manifest(written)
-    with pytest.raises(InputError, match="weights: .* instead of the manifest's"):
+    with pytest.raises(InputError, match=r"weights: .* instead of the manifest's"):
         reproduce(manifest, tiny_pipeline(seed=1), tmp_path, None, progress=False)
     other: Any = with_scheduler(tiny_pipeline(), "DDPMScheduler")
     with pytest.raises(InputError, match="run it with --scheduler DDIMScheduler"):
