@@ -189,7 +189,7 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     from ptqd.files import write_json
     from ptqd.sampling import Sampling
 
-    judge = _judge(args.judge)
+    judge = _judge(args.judge, args.reference)
     call = {"class_labels": list(range(args.classes))} if args.classes else {}
     against = None if args.against is None else load_images(_samples_file(args.against))
     metrics = judge_images(load_images(_samples_file(args.samples)), judge, Sampling(call=call), against)
@@ -227,7 +227,7 @@ def _cmd_compare(args: argparse.Namespace) -> None:
     from ptqd.report import comparison
 
     with busy("comparing"):
-        rows = compare_runs(args.run, _judge(args.judge), args.against)
+        rows = compare_runs(args.run, _judge(args.judge, args.reference), args.against)
     if args.json is not None:
         write_json(args.json, rows)
     if args.format == "terminal":
@@ -266,7 +266,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
         corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
         plan=plan,
     )
-    judge = _judge(args.judge or ("fashion" if args.model in MODELS else "none"))
+    judge = _judge(args.judge or ("fashion" if args.model in MODELS else "none"), args.reference)
     run_with_manifest(pipe, experiment, args.out, judge)
     args.run, args.markdown = args.out, False
     _cmd_report(args)
@@ -294,7 +294,9 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
 
     manifest = load_manifest(args.manifest)
     pipe = _pipeline(args, args.model or manifest["model"])
-    found = reproduce(manifest, pipe, args.out, _judge("fashion" if manifest["judge"] else "none"))
+    found = reproduce(
+        manifest, pipe, args.out, _judge(args.judge or ("fashion" if manifest["judge"] else "none"), args.reference)
+    )
     Console(width=None if sys.stdout.isatty() else 160).print(reproduction_table(found))
     print("".join(f"  changed: {change}\n" for change in found.changed), end="")
     differing = sum(not figure.agrees for figure in found.figures)
@@ -368,21 +370,50 @@ def _methods(text: str) -> tuple[Any, ...]:
     return tuple(method for method in METHODS if method in given)
 
 
-def _judge(name: str) -> "Judge | None":
+def _judge(name: str, reference: Path | None = None) -> "Judge | None":
+    """What ``--judge`` and ``--reference`` name."""
     if name == "none":
         return None
     from hashlib import sha256
 
     from ptqd.components import fingerprint
-    from ptqd.evaluate.features import Reference
+    from ptqd.evaluate.extractors import ImageEncoder
+    from ptqd.evaluate.references import load_reference
     from ptqd.experiment import Judge
     from ptqd.zoo import CLASSIFIER, REFERENCE
     from ptqd.zoo.classifier import FashionClassifier
 
+    if name != "fashion":
+        if reference is None:
+            raise InputError(f"--judge {name} needs --reference: a folder of images, an .npz or a .safetensors file")
+        encoder = ImageEncoder.from_pretrained(name)
+        key = fingerprint(encoder.model)
+        known = load_reference(reference, encoder, key)
+        return Judge(encoder, known, f"{name}, against {reference}", f"{key} {known.digest}")
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    key = f"{fingerprint(classifier)} {sha256(REFERENCE.read_bytes()).hexdigest()}"
+    key = fingerprint(classifier)
+    if reference is not None:
+        known = load_reference(reference, classifier, key)
+        name = f"ptqd's Fashion-MNIST classifier, against {reference}"
+        return Judge(classifier, known, name, f"{key} {known.digest}")
+    key = f"{key} {sha256(REFERENCE.read_bytes()).hexdigest()}"
     name = "ptqd's Fashion-MNIST classifier, against the 10,000 test images"
-    return Judge(classifier, Reference.load(REFERENCE), name, key)
+    return Judge(classifier, load_reference(REFERENCE, classifier, key), name, key)
+
+
+def _add_judge(parser: argparse.ArgumentParser, default: str | None = "fashion") -> None:
+    chosen = "%(default)s" if default else "fashion for the embedded models"
+    parser.add_argument(
+        "--judge",
+        default=default,
+        help=f"features: fashion, none, or an image encoder of transformers, folder or hub id (default: {chosen})",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="what images are compared with: a folder of images, .npz, or "
+        ".safetensors (default: fashion's test images)",
+    )
 
 
 def _samples_file(path: Path) -> Path:
@@ -483,7 +514,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("evaluate", _cmd_evaluate)
     sub.add_argument("samples", type=Path, help="folder that 'ptqd sample' wrote")
     sub.add_argument("--against", type=Path, help="full-precision samples of the same seeds, for PSNR")
-    sub.add_argument("--judge", choices=("fashion", "none"), default="fashion", help="features (default: %(default)s)")
+    _add_judge(sub)
     sub.add_argument(
         "--classes", type=int, default=10, help="sample i was asked for class i mod this; 0: unconditional"
     )
@@ -499,7 +530,7 @@ def parser() -> argparse.ArgumentParser:
         "--against",
         help="row that others are compared with: 'w4a8 none', after the folder's name where there are several",
     )
-    sub.add_argument("--judge", choices=("fashion", "none"), default="fashion", help="features (default: %(default)s)")
+    _add_judge(sub)
     sub.add_argument("--format", choices=("terminal", "markdown", "html", "latex"), default="terminal")
     sub.add_argument("--out", type=Path, help="file to write (default: standard output)")
     sub.add_argument("--json", type=Path, help="file to write all values to")
@@ -516,7 +547,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--methods", default="auto", help=METHODS_HELP)
     sub.add_argument("--ablation", action="store_true", help="rows for none, cnc, cnc,bc, cnc,bc,vsc and auto")
-    sub.add_argument("--judge", choices=("fashion", "none"), help="features (default: fashion for the embedded models)")
+    _add_judge(sub, None)
     _add_sampling(sub, 256)
 
     sub = verb("reproduce", _cmd_reproduce)
@@ -524,6 +555,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help=f"where the pipeline is now: {MODEL_HELP} (default: where it was)")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
     sub.add_argument("--scheduler", help="of diffusers, as the run had it")
+    _add_judge(sub, None)
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
     sub = verb("demo", _cmd_demo)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,21 +22,23 @@ from ptqd.evaluate.metrics import (
 from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
 
+SAMPLE = 2000  # pooled features that a reference keeps
+
 
 class Features(NamedTuple):
     """What an extractor says of N images."""
 
     pooled: torch.Tensor  # N,D
-    spatial: torch.Tensor  # N,S
-    logits: torch.Tensor  # N,classes
+    spatial: torch.Tensor  # N,S, S 0 where it has none
+    logits: torch.Tensor  # N,classes, 0 where it has none
 
 
 class Extractor(Protocol):
     """Anything that turns images (N, C, H, W) in [-1, 1] into features."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the images it takes."""
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the images it takes; None where it takes any."""
 
     def features(self, images: torch.Tensor) -> Features:
         """Pooled and spatial features and class logits."""
@@ -49,7 +52,7 @@ def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Fea
         InputError: the extractor takes images of another shape.
     """
     shape = tuple(images.shape[1:])
-    if shape != extractor.image_shape:
+    if extractor.image_shape not in (None, shape):
         raise InputError(f"the extractor takes images of shape {extractor.image_shape}; these are {shape}")
 
     def batches() -> Iterator[Features]:
@@ -80,14 +83,19 @@ class Reference:
     count: int
 
     @classmethod
-    def of(cls, features: Features, sample: int = 2000) -> "Reference":
+    def of(cls, features: Features, sample: int = SAMPLE) -> "Reference":
         """The reference that a set of features makes."""
-        if len(features.pooled) < 2:
-            raise InputError("a reference needs at least two images")
-        pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
-        stride = max(1, len(features.pooled) // sample)
-        kept = features.pooled[::stride][:sample]
-        return cls(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
+        summing = Summing(len(features.pooled), sample)
+        summing.add(features)
+        return summing.reference()
+
+    @property
+    def digest(self) -> str:
+        """Changes with the statistics."""
+        found = sha256()
+        for tensor in (self.mean, self.covariance, self.spatial_mean, self.spatial_covariance, self.sample):
+            found.update(tensor.float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: float32 moments (upper triangles of the covariances), half-precision sample."""
@@ -118,6 +126,41 @@ class Reference:
             tensors["sample"].float(),
             int(metadata["ptqd.reference"]),
         )
+
+
+class Summing:
+    """A reference from batch after batch of features.
+
+    Args:
+        count: how many images will come.
+        sample: how many pooled features are kept, evenly spaced.
+    """
+
+    def __init__(self, count: int, sample: int = SAMPLE) -> None:
+        self.stride, self.sample = max(1, count // sample), sample
+        self.pooled: Moments | None = None
+        self.spatial: Moments | None = None
+        self.kept: list[torch.Tensor] = []
+
+    def add(self, features: Features) -> None:
+        """The next images'."""
+        seen = 0 if self.pooled is None else self.pooled.n
+        pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
+        self.pooled = pooled if self.pooled is None else self.pooled + pooled
+        self.spatial = spatial if self.spatial is None else self.spatial + spatial
+        self.kept.append(features.pooled[-seen % self.stride :: self.stride])
+
+    def reference(self) -> Reference:
+        """Of all that came.
+
+        Raises:
+            InputError: fewer than two images.
+        """
+        if self.pooled is None or self.spatial is None or self.pooled.n < 2:
+            raise InputError("a reference needs at least two images")
+        pooled, spatial = self.pooled, self.spatial
+        kept = torch.cat(self.kept)[: self.sample]
+        return Reference(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
 
 
 def _triangle(matrix: torch.Tensor) -> torch.Tensor:
@@ -153,19 +196,27 @@ def statistics(
 
     Returns:
         ``frechet_distance``, ``extrapolated_frechet_distance`` (without the bias of few samples),
-        ``spatial_frechet_distance`` and ``kernel_distance``, all in the extractor's features, and those above.
+        ``spatial_frechet_distance`` and ``kernel_distance``, all in the extractor's features, and those above; without
+        those that the extractor or the reference has nothing for.
+
+    Raises:
+        InputError: a reference in other features, or features that are not finite.
     """
     features = extract(extractor, images)
     of_pooled = (features.pooled, reference.mean, reference.covariance)
-    found = {
-        "frechet_distance": frechet_statistic(*of_pooled),
-        "spatial_frechet_distance": frechet_statistic(
-            features.spatial, reference.spatial_mean, reference.spatial_covariance
-        ),
-        "kernel_distance": kernel_statistic(features.pooled, reference.sample),
-    }
+    if features.pooled.shape[1] != len(reference.mean):
+        raise InputError(
+            f"the reference is of {len(reference.mean)} features, the extractor gives {features.pooled.shape[1]}; use "
+            "the one that it was made with"
+        )
+    found = {"frechet_distance": frechet_statistic(*of_pooled)}
+    if features.spatial.shape[1] and len(reference.spatial_mean):
+        spatial = (features.spatial, reference.spatial_mean, reference.spatial_covariance)
+        found["spatial_frechet_distance"] = frechet_statistic(*spatial)
+    if len(reference.sample):
+        found["kernel_distance"] = kernel_statistic(features.pooled, reference.sample)
     found["extrapolated_frechet_distance"] = extrapolated_frechet(found["frechet_distance"], *of_pooled)
-    if labels is not None:
+    if labels is not None and features.logits.shape[1]:
         found["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
     if same_seed is not None:
         theirs = extract(extractor, same_seed).pooled
