@@ -61,6 +61,7 @@ def _cmd_measure(args: argparse.Namespace) -> None:
     """Measure, step by step, what quantization did to a pipeline's denoiser; resumes after a kill."""
     import shutil
 
+    from ptqd import processes
     from ptqd.experiment import measure_shards
     from ptqd.noise import NoiseStats
 
@@ -68,6 +69,8 @@ def _cmd_measure(args: argparse.Namespace) -> None:
     run = _sampling(args, pipe)
     scratch = args.out.parent / f".{args.out.name}.{_key(pipe, quantized, run)}"
     measure_shards(pipe, quantized, run, args.out, scratch, title="measuring")
+    if not processes.is_main():
+        return
     shutil.rmtree(scratch)
     stats = NoiseStats.load(args.out)
     fit, repeated = stats.fit(), stats.residual_correlation()
@@ -159,6 +162,7 @@ def _cmd_sample(args: argparse.Namespace) -> None:
     """Sample images: one safetensors file, a grid, and PNG files if asked for; resumes after a kill."""
     from PIL import Image
 
+    from ptqd import processes
     from ptqd.components import pipeline_fingerprint
     from ptqd.experiment import load_images, sample_images
     from ptqd.files import replacing
@@ -172,7 +176,10 @@ def _cmd_sample(args: argparse.Namespace) -> None:
         "samples.safetensors",
         inputs,
         lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling"),
+        shared=True,
     )
+    if not processes.is_main():
+        return
     images = load_images(path)
     with replacing(args.out / "grid.png") as temporary:
         grid([*images[:100].split(10)] if len(images) >= 10 else [images]).save(temporary, "PNG")
@@ -202,11 +209,14 @@ def _cmd_report(args: argparse.Namespace) -> None:
     """Write a run folder's report.html and print its table."""
     from rich.console import Console
 
+    from ptqd import processes
     from ptqd.files import read_json
     from ptqd.progress import busy
     from ptqd.report.page import write_page
     from ptqd.report.table import markdown_table, terminal_table
 
+    if not processes.is_main():
+        return
     with busy("writing the report"):
         page = write_page(args.run)
     rows = read_json(args.run / "report.json")["rows"]
@@ -289,14 +299,16 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     """Run what a manifest says again, and say of every figure whether it agrees within its interval."""
     from rich.console import Console
 
+    from ptqd import processes
     from ptqd.manifest import load_manifest, reproduce
     from ptqd.report.reproduction import reproduction_table
 
     manifest = load_manifest(args.manifest)
     pipe = _pipeline(args, args.model or manifest["model"])
-    found = reproduce(
-        manifest, pipe, args.out, _judge(args.judge or ("fashion" if manifest["judge"] else "none"), args.reference)
-    )
+    judge = _judge(args.judge or ("fashion" if manifest["judge"] else "none"), args.reference)
+    found = reproduce(manifest, pipe, args.out, judge)
+    if not processes.is_main():
+        return 0
     Console(width=None if sys.stdout.isatty() else 160).print(reproduction_table(found))
     print("".join(f"  changed: {change}\n" for change in found.changed), end="")
     differing = sum(not figure.agrees for figure in found.figures)
@@ -305,11 +317,12 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
 
 
 def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline":
+    from ptqd import processes
     from ptqd.loading import best_device, load, with_scheduler
 
     pipe = with_scheduler(load(model), getattr(args, "scheduler", None))
     try:
-        return pipe.to(args.device or best_device())
+        return pipe.to(args.device or processes.device() or best_device())
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 

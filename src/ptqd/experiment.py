@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.scheduler import correct
@@ -33,10 +34,10 @@ from ptqd.plan_stages import (
 )
 from ptqd.planned import apply_plan
 from ptqd.planning.problem import planning_problem
-from ptqd.progress import busy
+from ptqd.progress import busy, track
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling, guidance_of, sample
+from ptqd.sampling import Sampling, guidance_of, run_batch
 from ptqd.stages import RunFolder
 
 AUTO = ("auto",)
@@ -97,6 +98,9 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run all of it into ``folder``; what is there already, from the same inputs, is kept.
 
+    Several processes (:mod:`ptqd.processes`) share measuring and sampling, with the same results as one; ``folder``
+    has to be one that all of them see.
+
     Returns:
         The report, as also written to ``folder/report.json``: rows, per-step statistics, stages' seconds, versions.
     """
@@ -113,7 +117,8 @@ def run_experiment(
     }
     for setting in experiment.settings:
         for _ in _Setting(pipe, experiment, setting, run_folder, judge, progress, report).rows():
-            write_json(folder / "report.json", report)  # a long run can be read before its end
+            if processes.is_main():
+                write_json(folder / "report.json", report)  # a long run can be read before its end
     return report
 
 
@@ -215,7 +220,7 @@ class _Setting:
                 self.pipe, quantized, run, path, scratch, title=f"measuring {prefix}" if self.progress else None
             )
 
-        return NoiseStats.load(self._stage(f"{prefix}/noise.safetensors", inputs, build))
+        return NoiseStats.load(self._stage(f"{prefix}/noise.safetensors", inputs, build, shared=True))
 
     def _planned(self, prefix: str, label: str, quantized: DiffusionPipeline, plan: PlanRequest) -> DiffusionPipeline:
         run = self.setting.replace(samples=self.experiment.measured)
@@ -268,7 +273,8 @@ class _Setting:
         def build(path: Path, scratch: Path) -> None:
             sample_images(pipe, run, path, scratch, title=f"sampling {self.name} {what}" if self.progress else None)
 
-        return self._stage(name, {**self.source, **inputs, "setting": self._run_facts(run.samples)}, build)
+        facts = {**self.source, **inputs, "setting": self._run_facts(run.samples)}
+        return self._stage(name, facts, build, shared=True)
 
     def _row(
         self, recipe: str, correction: str, images: Path, reference: Path | None, bops: int, size: int
@@ -317,8 +323,8 @@ class _Setting:
             for i, t in enumerate(stats.timesteps.tolist())
         ]
 
-    def _stage(self, name: str, inputs: Mapping[str, Any], build: Any) -> Path:
-        path = self.folder.stage(name, inputs, build)
+    def _stage(self, name: str, inputs: Mapping[str, Any], build: Any, *, shared: bool = False) -> Path:
+        path = self.folder.stage(name, inputs, build, shared=shared)
         self.report["stages"][name] = self.folder.seconds(name)
         return path
 
@@ -342,29 +348,36 @@ def measure_shards(
     *,
     title: str | None,
 ) -> None:
-    """Measure into ``path``, batch by batch through ``scratch``, so that a kill costs one batch."""
-    kept = sorted(scratch.glob("*.safetensors"))  # the newest holds all that was measured so far
-    stats = NoiseStats.load(kept[-1]) if kept else None
-
-    def keep(stats: NoiseStats) -> None:
-        make_folder(scratch)
-        newest = scratch / f"{stats.samples:08d}.safetensors"
-        stats.save(newest)
-        for older in scratch.glob("*.safetensors"):
-            if older != newest:
-                older.unlink()
-
-    measure(pipe, quantized, run, resume=stats, keep=keep, progress=title or False).save(path)
+    """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch."""
+    batches = list(run.batches())
+    shards = {indices.start: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
+    make_folder(scratch)
+    for indices in track(processes.share(batches), title):
+        if not shards[indices.start].exists():
+            part = measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
+            part.save(shards[indices.start])
+    processes.wait()
+    if processes.is_main():
+        total: NoiseStats | None = None
+        for shard in shards.values():  # one after the other, so that the sums are those of a single process
+            part = NoiseStats.load(shard)
+            total = part if total is None else NoiseStats.merge([total, part])
+        assert total is not None
+        total.save(path)
 
 
 def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: Path, *, title: str | None) -> None:
-    """Sample uint8 images (N, H, W, C) into ``path``, batch by batch through ``scratch``: a kill costs one batch."""
-    done = len(list(scratch.glob("*.safetensors")))
-    for indices, images in sample(pipe, run, start=done * run.batch, progress=title):
-        pixels = torch.from_numpy(np.rint(images * 255).astype(np.uint8))
-        write_tensors(scratch / f"{indices.start:08d}.safetensors", {"images": pixels}, {"ptqd.samples": "part"})
-    shards = [load_images(shard) for shard in sorted(scratch.glob("*.safetensors"))]
-    write_tensors(path, {"images": torch.cat(shards)}, {"ptqd.samples": str(run.samples)})
+    """Sample uint8 images (N, H, W, C) into ``path``, each process its share of the batches, through ``scratch``."""
+    batches = list(run.batches())
+    shards = {indices.start: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
+    for indices in track(processes.share(batches), title):
+        if not shards[indices.start].exists():
+            pixels = torch.from_numpy(np.rint(run_batch(pipe, run, indices) * 255).astype(np.uint8))
+            write_tensors(shards[indices.start], {"images": pixels}, {"ptqd.samples": "part"})
+    processes.wait()
+    if processes.is_main():
+        images = torch.cat([load_images(shard) for shard in shards.values()])
+        write_tensors(path, {"images": images}, {"ptqd.samples": str(run.samples)})
 
 
 def load_images(path: Path) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ptqd
+from ptqd import processes
 from ptqd.components import pipeline_fingerprint, scheduler_of
 from ptqd.errors import InputError
 from ptqd.experiment import PACKAGES, Experiment, Judge, run_experiment
@@ -58,7 +59,8 @@ def run_with_manifest(
             for row in report["rows"]
         ],
     }
-    write_json(folder / "manifest.json", manifest)
+    if processes.is_main():
+        write_json(folder / "manifest.json", manifest)
     return manifest
 
 
@@ -74,7 +76,14 @@ def code_hash() -> str:
 def hardware(device: torch.device) -> dict[str, Any]:
     """What it runs on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "system": platform.system()}
+    threads = torch.get_num_threads()
+    return {
+        "device": device.type,
+        "name": name,
+        "threads": threads,
+        "processes": processes.count(),
+        "system": platform.system(),
+    }
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import track as rich_track
 
+from ptqd import processes
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 60.0
@@ -16,8 +18,8 @@ console = Console(stderr=True)
 
 
 def track(items: Sequence[T], title: str | None) -> Iterator[T]:
-    """Iterate and show how far it got; nothing is shown where there is no title."""
-    if title is None:
+    """Iterate and show how far it got; nothing is shown where there is no title, and by the main process alone."""
+    if title is None or not processes.is_main():
         yield from items
     elif console.is_terminal:
         yield from rich_track(items, title, console=console, transient=True)
@@ -33,4 +35,5 @@ def track(items: Sequence[T], title: str | None) -> Iterator[T]:
 
 def busy(title: str | None) -> AbstractContextManager[Any]:
     """A spinner for the block's time, where there is a title and a terminal."""
-    return nullcontext() if title is None or not console.is_terminal else console.status(title)
+    shown = title is not None and console.is_terminal and processes.is_main()
+    return console.status(str(title)) if shown else nullcontext()

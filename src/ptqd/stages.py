@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqd import processes
 from ptqd.errors import InputError
 from ptqd.files import make_folder, read_json, replacing, write_json
 
@@ -25,26 +26,39 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_folder(folder)
-        for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if processes.is_main():
+            for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        processes.wait()
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Build) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool = False) -> Path:
         """The result of a stage, made now if it is missing or was made from other inputs.
+
+        Of several processes the main one makes it, and the others wait.
 
         Args:
             name: path of the result inside the folder.
             inputs: everything the result depends on, as plain JSON values.
             build: called with the path to write to and a scratch folder that survives a kill.
+            shared: every process calls ``build``, to do its share in the scratch folder; all but the main one return
+                without a result.
 
         Returns:
             The path of the result.
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         target, record = self.folder / name, self._record(name)
-        if target.exists() and record.exists() and read_json(record).get("key") == key:
+        fresh = target.exists() and record.exists() and read_json(record).get("key") == key
+        processes.wait()  # until all have looked
+        if fresh:
             return target
         scratch = self.folder / ".partial" / f"{name.replace('/', '-')}-{key[:16]}"
         make_folder(scratch)
+        if not processes.is_main():
+            if shared:
+                build(target, scratch)
+            processes.wait()
+            return target
         spent = scratch / "seconds.json"
         before = _seconds_in(spent)
         started = time.monotonic()
@@ -58,6 +72,7 @@ class RunFolder:
             raise
         write_json(record, {"key": key, "inputs": inputs, "seconds": before + time.monotonic() - started})
         shutil.rmtree(scratch)
+        processes.wait()
         return target
 
     def seconds(self, name: str) -> float:
