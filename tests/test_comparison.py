@@ -73,6 +73,9 @@ def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> 
     assert other[5]["differences"] == {}
     assert other[1]["differences"]["psnr"]["low"] > 0
     json.dumps(rows)
+    plain = compare_runs(folders, None)
+    assert [row["chosen"] for row in plain] == [False, True, False, False, False, False]
+    assert comparison.markdown(plain).count("[none]") == 1
 
 
 def test_the_table_in_every_format(folders: list[Path], judge: Judge) -> None:
@@ -93,6 +96,10 @@ def test_the_table_in_every_format(folders: list[Path], judge: Judge) -> None:
 def test_what_cannot_be_compared_is_named(folders: list[Path], judge: Judge, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row 'w4a8 none'; there are fp32 none, first none, first bc"):
         compare_runs(folders[:1], judge, "w4a8 none")
+    with pytest.raises(InputError, match="'first fp32 none' is judged by nothing"):
+        compare_runs(folders, None, "first fp32 none")
+    with pytest.raises(InputError, match="two run folders are called 'first'"):
+        compare_runs([folders[0], folders[0]], None)
     with pytest.raises(InputError, match=r"report\.json cannot be read"):
         compare_runs([tmp_path], judge)
     other = tmp_path / "other"
@@ -114,6 +121,9 @@ def test_the_verb(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
         return capsys.readouterr().out
 
     assert "PSNR to FP dB" in call()
+    for wrong in (["--out", "x.txt"], ["--reference", "x"]):
+        assert main(["compare", *map(str, folders), "--judge", "none", *wrong]) == 2
+        assert " goes with " in capsys.readouterr().err
     assert call("--format", "latex").startswith(r"\begin{tabular}")
     call("--format", "html", "--out", tmp_path / "page.html", "--json", tmp_path / "rows.json")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")

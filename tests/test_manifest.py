@@ -115,5 +115,7 @@ def test_the_verb_says_it_by_its_status(written: Path, tmp_path: Path, capsys: p
     metric |= {"value": metric["value"] + 20, "low": metric["low"] + 20}
     path = tmp_path / "other.json"
     path.write_text(json.dumps(manifest))
+    assert main(["reproduce", str(written), "--out", str(written)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
     assert main(["reproduce", str(path), "--out", str(tmp_path / "again")]) == 1
     assert "DIFFERS" in capsys.readouterr().out

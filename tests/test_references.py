@@ -51,7 +51,7 @@ def test_a_folder_of_images_is_a_reference_and_is_kept_by_content(
 ) -> None:
     cache = tmp_path / "cache"
     want = Reference.of(extract(Colours(), images))
-    first = load_reference(folder, Colours(), "key", cache)
+    first, key = load_reference(folder, Colours(), "key", cache)
     assert same(first, want)
     assert first.count == 600
 
@@ -60,13 +60,26 @@ def test_a_folder_of_images_is_a_reference_and_is_kept_by_content(
 
     with monkeypatch.context() as patched:
         patched.setattr("ptqd.evaluate.references.extract", unexpected)
-        assert same(load_reference(folder, Colours(), "key", cache), want)
+        again, same_key = load_reference(folder, Colours(), "key", cache)
+        assert same(again, want)
+        assert torch.equal(again.sample, first.sample)
+        assert same_key == key
         with pytest.raises(AssertionError):
             load_reference(folder, Colours(), "another", cache)
     Image.fromarray(255 - images[0].numpy()).save(folder / "0000.png")
-    changed = load_reference(folder, Colours(), "key", cache)
+    changed, other_key = load_reference(folder, Colours(), "key", cache)
+    assert other_key != key
     assert not torch.equal(changed.mean.float(), first.mean.float())
     assert len(list(cache.iterdir())) == 2
+
+
+def test_what_is_kept_is_evenly_spaced() -> None:
+    features = Features(torch.arange(3999.0)[:, None], torch.zeros(3999, 1), torch.zeros(3999, 0))
+    kept = Reference.of(features, sample=2000).sample.flatten()
+    assert len(kept) == 2000
+    assert kept[0] == 0
+    assert kept[-1] >= 3997
+    assert kept.diff().max() <= 2
 
 
 def test_broken_images_are_counted_and_named(folder: Path, tmp_path: Path) -> None:
@@ -90,18 +103,20 @@ def test_broken_images_are_counted_and_named(folder: Path, tmp_path: Path) -> No
 def test_adms_files(images: torch.Tensor, tmp_path: Path) -> None:
     want = Reference.of(extract(Colours(), images))
     np.savez(tmp_path / "images.npz", images.numpy())
-    assert same(load_reference(tmp_path / "images.npz", Colours(), "key"), want)
+    assert same(load_reference(tmp_path / "images.npz", Colours(), "key")[0], want)
     features = extract(Colours(), images)
     pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
     mu, sigma, mu_s, sigma_s = (m.numpy() for m in (pooled.mean, pooled.covariance, spatial.mean, spatial.covariance))
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    found = evaluate(images, Colours(), load_reference(tmp_path / "moments.npz", Colours(), "key"))
+    found = evaluate(images, Colours(), load_reference(tmp_path / "moments.npz", Colours(), "key")[0])
     assert found["frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert found["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert "kernel_distance" not in found
+    np.savez(tmp_path / "both.npz", arr_0=images.numpy(), mu=np.zeros(2048), sigma=np.eye(2048))
+    assert same(load_reference(tmp_path / "both.npz", Colours(), "key")[0], want)
     np.savez(tmp_path / "plain.npz", mu=mu, sigma=sigma)
     assert "spatial_frechet_distance" not in evaluate(
-        images, Colours(), load_reference(tmp_path / "plain.npz", Colours(), "key")
+        images, Colours(), load_reference(tmp_path / "plain.npz", Colours(), "key")[0]
     )
 
 
@@ -117,9 +132,16 @@ def test_what_is_no_reference_is_named(images: torch.Tensor, tmp_path: Path) -> 
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}], dtype=object))
     with pytest.raises(InputError, match=r"cannot be read as \.npz"):
         load_reference(tmp_path / "pickle.npz", Colours(), "key")
+    for name, content in (("empty.npz", b""), ("array.npz", b"\x93NUMPY")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot be read as \.npz"):
+            load_reference(tmp_path / name, Colours(), "key")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(InputError, match="sigma is no square matrix as wide as mu"):
+        load_reference(tmp_path / "odd.npz", Colours(), "key")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match="of 7 features, the extractor gives 3"):
-        evaluate(images, Colours(), load_reference(tmp_path / "wide.npz", Colours(), "key"))
+        evaluate(images, Colours(), load_reference(tmp_path / "wide.npz", Colours(), "key")[0])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,6 +237,8 @@ def _cmd_compare(args: argparse.Namespace) -> None:
     from ptqd.progress import busy
     from ptqd.report import comparison
 
+    if args.out is not None and args.format == "terminal":
+        raise InputError("--out goes with --format markdown, html or latex")
     with busy("comparing"):
         rows = compare_runs(args.run, _judge(args.judge, args.reference), args.against)
     if args.json is not None:
@@ -304,6 +307,8 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     from ptqd.report.reproduction import reproduction_table
 
     manifest = load_manifest(args.manifest)
+    if args.out.resolve() in (args.manifest.resolve(), args.manifest.resolve().parent):
+        raise InputError(f"{args.out} holds the manifest's own results; choose another folder for --out")
     pipe = _pipeline(args, args.model or manifest["model"])
     judge = _judge(args.judge or ("fashion" if manifest["judge"] else "none"), args.reference)
     found = reproduce(manifest, pipe, args.out, judge)
@@ -322,7 +327,7 @@ def _pipeline(args: argparse.Namespace, model: str | Path) -> "DiffusionPipeline
 
     pipe = with_scheduler(load(model), getattr(args, "scheduler", None))
     try:
-        return pipe.to(args.device or processes.device() or best_device())
+        return pipe.to(processes.device() or args.device or best_device())
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -386,13 +391,15 @@ def _methods(text: str) -> tuple[Any, ...]:
 def _judge(name: str, reference: Path | None = None) -> "Judge | None":
     """What ``--judge`` and ``--reference`` name."""
     if name == "none":
+        if reference is not None:
+            raise InputError("--reference goes with a --judge: fashion, or an image encoder of transformers")
         return None
-    from hashlib import sha256
-
+    from ptqd import processes
     from ptqd.components import fingerprint
     from ptqd.evaluate.extractors import ImageEncoder
     from ptqd.evaluate.references import load_reference
     from ptqd.experiment import Judge
+    from ptqd.loading import best_device
     from ptqd.zoo import CLASSIFIER, REFERENCE
     from ptqd.zoo.classifier import FashionClassifier
 
@@ -400,18 +407,14 @@ def _judge(name: str, reference: Path | None = None) -> "Judge | None":
         if reference is None:
             raise InputError(f"--judge {name} needs --reference: a folder of images, an .npz or a .safetensors file")
         encoder = ImageEncoder.from_pretrained(name)
-        key = fingerprint(encoder.model)
-        known = load_reference(reference, encoder, key)
-        return Judge(encoder, known, f"{name}, against {reference}", f"{key} {known.digest}")
+        encoder.model.to(processes.device() or best_device())
+        key = f"{fingerprint(encoder.model)} {encoder.processor.to_json_string()}"
+        known, key = load_reference(reference, encoder, key)
+        return Judge(encoder, known, f"{name}, against {reference}", key)
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    key = fingerprint(classifier)
-    if reference is not None:
-        known = load_reference(reference, classifier, key)
-        name = f"ptqd's Fashion-MNIST classifier, against {reference}"
-        return Judge(classifier, known, name, f"{key} {known.digest}")
-    key = f"{key} {sha256(REFERENCE.read_bytes()).hexdigest()}"
-    name = "ptqd's Fashion-MNIST classifier, against the 10,000 test images"
-    return Judge(classifier, load_reference(REFERENCE, classifier, key), name, key)
+    known, key = load_reference(reference or REFERENCE, classifier, fingerprint(classifier))
+    shown = "the 10,000 test images" if reference is None else reference
+    return Judge(classifier, known, f"ptqd's Fashion-MNIST classifier, against {shown}", key)
 
 
 def _add_judge(parser: argparse.ArgumentParser, default: str | None = "fashion") -> None:
@@ -583,10 +586,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+SHARED = (_cmd_run, _cmd_demo, _cmd_reproduce, _cmd_measure, _cmd_sample)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for anything the user can mend, said in one line."""
     args = parser().parse_args(argv)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.function not in SHARED:
+            raise InputError("this verb is for one process; processes share run, demo, reproduce, measure and sample")
         status: int | None = args.function(args)
     except PtqdError as error:
         print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)

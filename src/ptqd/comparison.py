@@ -26,13 +26,18 @@ def compare_runs(folders: Sequence[Path], judge: Judge | None, against: str | No
             row that is not full precision.
 
     Returns:
-        The reports' rows, plain values, with ``run``, ``metrics`` judged again by this judge, ``differences`` (none
-        for the row that others are compared with, and for full precision) and ``against``, its name.
+        The reports' rows, plain values, with ``run``, ``metrics`` judged again by this judge, ``differences`` in those
+        that both rows have, ``against``, the other row's name, and ``chosen``, whether it is that row itself.
 
     Raises:
-        InputError: no report, no such row, samples that are gone, or rows that do not share their seeds.
+        InputError: no report, no such row, samples that are gone, two folders of one name, rows that do not share
+            their seeds, or a row that cannot be compared in anything.
     """
-    rows = [row for folder in folders for row in _rows(folder, len(folders) > 1)]
+    names = [folder.resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two run folders are called {name!r}; give them names of their own")
+    rows = [row for folder in folders for row in _rows(folder.resolve(), len(folders) > 1)]
     found: list[dict[str, Any]] = []
     for setting in list(dict.fromkeys(_key(row["setting"]) for row in rows)):
         found += _compared([row for row in rows if _key(row["setting"]) == setting], judge, against)
@@ -65,6 +70,10 @@ def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | No
     _check_seeds(rows)
     judged = [_statistics(row, rows, judge) for row in rows]
     base = judged[rows.index(chosen)]
+    if not base:
+        raise InputError(
+            f"{row_name(chosen)!r} is judged by nothing; compare with another row, or give a --judge other than none"
+        )
     run = _sampling(chosen)
     strata = labels_of(run, run.samples)
     found = []
@@ -76,6 +85,7 @@ def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | No
                 "metrics": {name: asdict(s.interval(strata)) for name, s in mine.items()},
                 "differences": {name: asdict(mine[name].minus(base[name]).interval(strata)) for name in shared},
                 "against": row_name(chosen),
+                "chosen": row is chosen,
             }
         )
     return found

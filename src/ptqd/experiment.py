@@ -87,7 +87,7 @@ def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     for text in texts:
         name = Path(text).stem
-        if name in ("full-precision", *found):
+        if name in ("full-precision", "fp32", *found):
             raise InputError(f"two recipes are called {name!r}; give their files names of their own")
         found[name] = Recipe.parse(text)
     return found
@@ -395,7 +395,10 @@ def load_images(path: Path) -> torch.Tensor:
 def labels_of(run: Sampling, count: int) -> torch.Tensor | None:
     """The classes that the first samples of a run were asked for (N,); None where it names none."""
     labels = run.call.get("class_labels")
-    return None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(count)])
+    if labels is None:
+        return None
+    labels = [labels] if isinstance(labels, int) else labels
+    return torch.tensor([labels[i % len(labels)] for i in range(count)])
 
 
 def judge_images(

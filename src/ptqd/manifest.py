@@ -33,6 +33,8 @@ def run_with_manifest(
         The manifest: hashes of the weights, the code and the measured statistics; recipes, settings with their seeds,
         the scheduler's configuration, packages, hardware; and the figures.
     """
+    if processes.is_main():
+        (folder / "manifest.json").unlink(missing_ok=True)  # until there are figures again
     report = run_experiment(pipe, experiment, folder, judge, progress=progress)
     scheduler: Any = scheduler_of(pipe)
     manifest = {
@@ -47,9 +49,9 @@ def run_with_manifest(
         "plan": None if experiment.plan is None else experiment.plan.facts(),
         "judge": None if judge is None else {"name": judge.name, "key": judge.key},
         "statistics": {
-            str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("noise.safetensors"))
-            if ".partial" not in path.parts
+            name: sha256((folder / name).read_bytes()).hexdigest()
+            for name in sorted(report["stages"])
+            if name.endswith("noise.safetensors")
         },
         "code": code_hash(),
         "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -171,7 +173,9 @@ def reproduce(
     again = run_with_manifest(pipe, experiment, folder, judge, progress=progress)
     figures = []
     for before, after in zip(manifest["figures"], again["figures"], strict=True):
-        row = f"{before['setting']['scheduler']} {before['recipe']} {before['correction']}"
+        setting = before["setting"]
+        how = f"{setting['scheduler']}, {setting['steps']} steps, eta {setting['eta']:g}"
+        row = f"{how}: {before['recipe']} {before['correction']}"
         for name, metric in before["metrics"].items():
             values = (metric["value"], metric["low"], metric["high"], after["metrics"][name]["value"])
             figures.append(Figure(row, name, *values))

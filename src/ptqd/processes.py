@@ -44,6 +44,16 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items)[_state().process_index :: count()]
 
 
+def agreed(value: T) -> T:
+    """What the main process says."""
+    if count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    told: T = broadcast_object_list([value])[0]
+    return told
+
+
 def wait() -> None:
     """Until all processes are here."""
     _state().wait_for_everyone()

@@ -48,12 +48,11 @@ class RunFolder:
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         target, record = self.folder / name, self._record(name)
-        fresh = target.exists() and record.exists() and read_json(record).get("key") == key
-        processes.wait()  # until all have looked
-        if fresh:
+        if processes.agreed(target.exists() and record.exists() and read_json(record).get("key") == key):
             return target
         scratch = self.folder / ".partial" / f"{name.replace('/', '-')}-{key[:16]}"
-        make_folder(scratch)
+        if shared or processes.is_main():
+            make_folder(scratch)
         if not processes.is_main():
             if shared:
                 build(target, scratch)

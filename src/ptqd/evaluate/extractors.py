@@ -38,7 +38,7 @@ class ImageEncoder:
         try:
             processors: Any = AutoImageProcessor
             loaded = AutoModel.from_pretrained(name), processors.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{name} is no image encoder of transformers ({reason}); give a folder that save_pretrained wrote, "
@@ -58,4 +58,4 @@ class ImageEncoder:
         if pooled is None:
             raise InputError(f"{type(self.model).__name__} has no pooled output; choose an encoder that has one")
         nothing = pooled.new_zeros(len(pooled), 0)
-        return Features(pooled.float(), nothing, nothing)
+        return Features(pooled.flatten(1).float(), nothing, nothing)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ import torch
 from ptqd.errors import InputError
 from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import (
+    WINDOW,
     extrapolated_frechet,
     frechet_statistic,
     kernel_statistic,
@@ -18,6 +18,7 @@ from ptqd.evaluate.metrics import (
     paired_frechet_statistic,
     psnr,
     share_metric,
+    ssim,
 )
 from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
@@ -57,7 +58,8 @@ def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Fea
 
     def batches() -> Iterator[Features]:
         for part in images.split(batch):
-            yield extractor.features(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            made = extractor.features(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            yield Features(*(tensor.cpu() for tensor in made))
 
     return Features(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
 
@@ -88,14 +90,6 @@ class Reference:
         summing = Summing(len(features.pooled), sample)
         summing.add(features)
         return summing.reference()
-
-    @property
-    def digest(self) -> str:
-        """Changes with the statistics."""
-        found = sha256()
-        for tensor in (self.mean, self.covariance, self.spatial_mean, self.spatial_covariance, self.sample):
-            found.update(tensor.float().cpu().numpy().tobytes())
-        return found.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: float32 moments (upper triangles of the covariances), half-precision sample."""
@@ -137,7 +131,7 @@ class Summing:
     """
 
     def __init__(self, count: int, sample: int = SAMPLE) -> None:
-        self.stride, self.sample = max(1, count // sample), sample
+        self.count, self.sample = count, min(sample, count)
         self.pooled: Moments | None = None
         self.spatial: Moments | None = None
         self.kept: list[torch.Tensor] = []
@@ -148,7 +142,9 @@ class Summing:
         pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
         self.pooled = pooled if self.pooled is None else self.pooled + pooled
         self.spatial = spatial if self.spatial is None else self.spatial + spatial
-        self.kept.append(features.pooled[-seen % self.stride :: self.stride])
+        indices = torch.arange(seen, seen + len(features.pooled))
+        first = indices * self.sample // self.count != (indices - 1) * self.sample // self.count
+        self.kept.append(features.pooled[first])
 
     def reference(self) -> Reference:
         """Of all that came.
@@ -159,7 +155,7 @@ class Summing:
         if self.pooled is None or self.spatial is None or self.pooled.n < 2:
             raise InputError("a reference needs at least two images")
         pooled, spatial = self.pooled, self.spatial
-        kept = torch.cat(self.kept)[: self.sample]
+        kept = torch.cat(self.kept)
         return Reference(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
 
 
@@ -191,8 +187,8 @@ def statistics(
         extractor: gives the features.
         reference: in the same extractor's features.
         labels: asked-for classes (N,); adds ``class_agreement``.
-        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB, and
-            ``frechet_distance_to_full_precision``, between the two sets.
+        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB, ``ssim`` of images
+            that its window fits, and ``frechet_distance_to_full_precision``, between the two sets.
 
     Returns:
         ``frechet_distance``, ``extrapolated_frechet_distance`` (without the bias of few samples),
@@ -210,7 +206,7 @@ def statistics(
             "the one that it was made with"
         )
     found = {"frechet_distance": frechet_statistic(*of_pooled)}
-    if features.spatial.shape[1] and len(reference.spatial_mean):
+    if features.spatial.shape[1] and features.spatial.shape[1] == len(reference.spatial_mean):
         spatial = (features.spatial, reference.spatial_mean, reference.spatial_covariance)
         found["spatial_frechet_distance"] = frechet_statistic(*spatial)
     if len(reference.sample):
@@ -222,6 +218,9 @@ def statistics(
         theirs = extract(extractor, same_seed).pooled
         found["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
         found["psnr"] = mean_statistic(psnr(images / 255, same_seed / 255))
+        if min(images.shape[1:3]) >= WINDOW:
+            mine, full = (x.permute(0, 3, 1, 2) / 255 for x in (images, same_seed))
+            found["ssim"] = mean_statistic(ssim(mine, full))
     return found
 
 

@@ -17,6 +17,7 @@ from ptqd.errors import InputError
 
 DRAWS = 1000
 LEVEL = 0.95
+COUNTS = 4_000_000  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ def resampled(influence: torch.Tensor, strata: torch.Tensor | None, draws: int, 
     for group in groups:
         centred = values[group] - values[group].mean()
         unbiased = math.sqrt(len(group) / max(len(group) - 1, 1))
-        for i in range(draws):
-            counts = np.bincount(random.integers(len(group), size=len(group)), minlength=len(group))
-            total[i] += unbiased * (counts @ centred)
+        alike, at_once = np.full(len(group), 1 / len(group)), max(1, COUNTS // len(group))
+        for start in range(0, draws, at_once):
+            stop = min(start + at_once, draws)
+            counts = random.multinomial(len(group), alike, size=stop - start)
+            total[start:stop] += unbiased * (counts @ centred)
     return total / len(values)
 
 

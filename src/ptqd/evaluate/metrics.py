@@ -16,6 +16,7 @@ from ptqd.errors import InputError
 from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.moments import ROWS, Moments
 
+WINDOW = 11  # of structural similarity
 _SINGULAR = 1e-10  # an eigenvalue this far below the largest is 0
 
 
@@ -246,6 +247,8 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, torch.
 def clip_score(images: torch.Tensor, texts: torch.Tensor) -> Statistic:
     """``mean(max(100 cos, 0))`` of each image's and its text's embedding (Hessel et al., arXiv 2104.08718).
 
+    Scaled to 100, as text-to-image models are published; Hessel's own weight is 2.5.
+
     Args:
         images: CLIP's (N, D).
         texts: of the same samples (N, D).
@@ -277,7 +280,7 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Returns:
         (N,), float64: the mean over channels and the places where the window of 11 fits.
     """
-    size, sigma, c1, c2 = 11, 1.5, 0.01**2, 0.03**2
+    size, sigma, c1, c2 = WINDOW, 1.5, 0.01**2, 0.03**2
     if min(images.shape[-2:]) < size:
         raise InputError(f"structural similarity needs images of {size} x {size} or more; got {tuple(images.shape)}")
     window = torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - size // 2) / sigma) ** 2)

@@ -52,7 +52,7 @@ def sections(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Section
         lines = []
         for row in group:
             names = [row["run"]] * several + [row["recipe"], correction_label(row["correction"])]
-            if not row["differences"]:
+            if row["chosen"]:
                 names[-1] = f"[{names[-1]}]"
             lines.append(
                 [Cell(text) for text in names]
@@ -105,8 +105,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     marks = {"better": "**", "worse": "_"}
 
     def text(cell: Cell) -> str:
-        mark = marks.get(cell.verdict, "")
-        return f"{cell.value}<br>{mark}{cell.difference}{mark}" if cell.difference else cell.value
+        mark, value = marks.get(cell.verdict, ""), cell.value.replace("|", r"\|")
+        return f"{value}<br>{mark}{cell.difference}{mark}" if cell.difference else value
 
     head, found = sections(rows)
     lines = [head, ["---"] * len(head)]
@@ -144,7 +144,12 @@ def _html_row(cells: Sequence[Any], tag: str, text: Callable[[Any], str]) -> str
     return f"<tr>{''.join(f'<{tag}>{text(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "±": r"$\pm$",
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+}
 
 
 def latex(rows: Sequence[Mapping[str, Any]]) -> str:

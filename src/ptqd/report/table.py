@@ -7,14 +7,16 @@ from rich.table import Table
 
 METRICS = {
     "frechet_distance": ("Frechet", "lower"),
+    "extrapolated_frechet_distance": ("Frechet, N to infinity", "lower"),
     "spatial_frechet_distance": ("spatial Frechet", "lower"),
     "kernel_distance": ("kernel x 1000", "lower"),
     "frechet_distance_to_full_precision": ("Frechet to FP", "lower"),
     "class_agreement": ("class agreement %", "higher"),
     "psnr": ("PSNR to FP dB", "higher"),
+    "ssim": ("SSIM to FP", "higher"),
 }
 _FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0}
-_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3}
+_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3, "ssim": 3}
 
 
 def heading(setting: Mapping[str, Any]) -> str:
