@@ -125,6 +125,20 @@ def test_attention_gets_what_its_spatial_norm_needs() -> None:
     assert torch.allclose(attention(x, temb=latents), want, atol=1e-5)
 
 
+def test_a_convolution_of_one_place_has_dynamic_ranges_of_each_place() -> None:
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(6, 4), nn.Conv2d(6, 4, 1)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight[:, :, None, None])
+        conv.bias.copy_(linear.bias)  # type: ignore[union-attr]
+    dynamic = Quantizer(4, symmetric=False, dynamic=True)
+    x = torch.randn(2, 6, 5, 3) * torch.tensor([0.1, 1.0, 10.0])
+    tokens = x.movedim(1, -1)
+    made = frozen(QuantConv(conv, W4, dynamic), x)
+    want = frozen(QuantLinear(linear, W4, dynamic), tokens)(tokens)
+    assert torch.allclose(made(x).movedim(1, -1), want, atol=1e-5)
+
+
 def test_constant_activations_and_dead_channels_stay_finite() -> None:
     plain = nn.Linear(4, 3)
     plain.weight.data[1] = 0

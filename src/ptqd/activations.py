@@ -39,8 +39,8 @@ class ActivationQuantizer(nn.Module):
             and the one it starts at.
         axis: where the channels are.
         ranges: how many it has, by step.
-        rowwise: a dynamic range is of each sample, not of each token: what a convolution, or the second operand of a
-            product, needs.
+        rowwise: a dynamic range is of each sample, not of each token or place: what a convolution larger than 1 x 1,
+            or the second operand of a product, needs.
     """
 
     scale: torch.Tensor

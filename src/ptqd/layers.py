@@ -74,10 +74,9 @@ class QuantLayer(nn.Module, ABC):
         extras = extras or Extras()
         full: Any = layer.weight
         self.weights = weights
-        self.input = ActivationQuantizer(
-            activations, widths, axis=self.axis, ranges=extras.ranges, rowwise=self.axis != -1
-        )
         self.shape = tuple(full.shape)
+        mixes = math.prod(self.shape[2:]) > 1  # places; a convolution of 1 x 1 is a linear layer on each
+        self.input = ActivationQuantizer(activations, widths, axis=self.axis, ranges=extras.ranges, rowwise=mixes)
         self.columns = math.prod(self.shape[1:])
         device = full.device
         self._make_codes(device)

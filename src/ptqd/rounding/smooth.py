@@ -64,7 +64,7 @@ def search_smoothing(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, a
 
 def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch.Tensor) -> float:
     """Squared error of the output with rounding to nearest and the smoothing that the layer has now."""
-    quantizer = ActivationQuantizer(layer.input.spec, axis=layer.axis, rowwise=layer.axis != -1)
+    quantizer = ActivationQuantizer(layer.input.spec, axis=layer.axis, rowwise=layer.input.rowwise)
     smoothed = layer.smoothed(x)
     quantizer.observe()
     quantizer(smoothed)
