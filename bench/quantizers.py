@@ -59,7 +59,7 @@ ONE_BY_ONE = ("*conv_shortcut", "*attentions.*proj_in", "*attentions.*proj_out")
 LIKE_TORCHAO = "w8a8-like-torchao"
 OWN = {
     LIKE_TORCHAO: dataclasses.replace(
-        Recipe.parse("w8a8-dynamic"),
+        Recipe.parse("w8a8-gptq-dynamic"),
         attention=False,
         rules=(
             Rule("*", type="conv", skip=True, optional=True),
