@@ -1,6 +1,9 @@
 import contextlib
 import errno
 import json
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +88,8 @@ def test_a_kill_at_any_write_never_leaves_a_stale_result(
 
 def test_what_a_hard_kill_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".result.txt.99999.tmp").write_text("half")
-    (tmp_path / ".quantized.99999.old.tmp").mkdir()
+    (tmp_path / "a" / ".result.txt.999999999.tmp").write_text("half")
+    (tmp_path / ".quantized.999999999.old.tmp").mkdir()
     RunFolder(tmp_path)
     assert [p.name for p in tmp_path.rglob("*")] == ["a"]
 
@@ -155,3 +158,34 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make the folder"):
         RunFolder(tmp_path / "file" / "run")
+
+
+def test_two_runs_in_one_folder_make_a_stage_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    started = threading.Event()
+
+    def slow(path: Path, scratch: Path) -> None:
+        started.set()
+        time.sleep(0.3)
+        made.append("slow")
+        path.write_text("slow")
+
+    def other(path: Path, scratch: Path) -> None:
+        made.append("other")
+        path.write_text("other")
+
+    first = threading.Thread(target=lambda: RunFolder(tmp_path).stage("result", {}, slow))
+    first.start()
+    started.wait()
+    assert RunFolder(tmp_path).stage("result", {}, other).read_text() == "slow"
+    first.join()
+    assert made == ["slow"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    living, dead = tmp_path / f".x.{os.getppid()}.tmp", tmp_path / ".y.9999999999999.tmp"
+    living.write_text("")
+    dead.write_text("")
+    RunFolder(tmp_path)
+    assert living.exists()
+    assert not dead.exists()

@@ -3,11 +3,15 @@
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ptqd import processes
 from ptqd.errors import InputError
@@ -28,13 +32,15 @@ class RunFolder:
         make_folder(folder)
         if processes.is_main():
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if not _is_written(leftover):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         processes.wait()
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool = False) -> Path:
         """The result of a stage, made now if it is missing or was made from other inputs.
 
-        Of several processes the main one makes it, and the others wait.
+        Of several processes the main one makes it, and the others wait. Of several runs in one folder the first makes
+        it, and the others take what it made.
 
         Args:
             name: path of the result inside the folder.
@@ -46,6 +52,21 @@ class RunFolder:
         Returns:
             The path of the result.
         """
+        with self._alone(name):
+            return self._stage(name, inputs, build, shared=shared)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """No other run makes this stage meanwhile."""
+        if not processes.is_main():
+            yield
+            return
+        lock = self.folder / ".locks" / f"{name.replace('/', '-')}.lock"
+        make_folder(lock.parent)
+        with FileLock(lock):
+            yield
+
+    def _stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool) -> Path:
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         target, record = self.folder / name, self._record(name)
         if processes.agreed(target.exists() and record.exists() and read_json(record).get("key") == key):
@@ -85,6 +106,20 @@ class RunFolder:
 
     def _record(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether the process that a temporary name belongs to is still there."""
+    found = re.search(r"\.(\d+)(?:\.old)?\.tmp$", temporary.name)
+    if found is None or int(found[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _seconds_in(path: Path) -> float:
