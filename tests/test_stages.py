@@ -183,7 +183,7 @@ def test_two_runs_in_one_folder_make_a_stage_once(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    living, dead = tmp_path / f".x.{os.getppid()}.tmp", tmp_path / ".y.9999999999999.tmp"
+    living, dead = tmp_path / f".x.{os.getppid()}.tmp", tmp_path / ".y.999999999.tmp"
     living.write_text("")
     dead.write_text("")
     RunFolder(tmp_path)
