@@ -168,7 +168,12 @@ def test_an_image_encoder_of_transformers_judges(
     write_tensors(tmp_path / "samples.safetensors", {"images": images[:300]}, {"ptqd.samples": "300"})
     command = ["evaluate", tmp_path, "--judge", encoder, "--reference", folder, "--classes", 0]
     assert main([str(word) for word in command]) == 0
-    assert '"frechet_distance"' in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert '"frechet_distance"' in shown.out
+    assert "no more than" not in shown.err
+    write_tensors(tmp_path / "few.safetensors", {"images": images[:12]}, {"ptqd.samples": "12"})
+    assert main([str(word) for word in ["evaluate", tmp_path / "few.safetensors", *command[2:]]]) == 0
+    assert "12 samples are no more than the 16 features" in capsys.readouterr().err
     assert list((tmp_path / "cache" / "ptqd" / "references").iterdir())
     assert main(["evaluate", str(tmp_path), "--judge", str(encoder)]) == 2
     assert "needs --reference" in capsys.readouterr().err

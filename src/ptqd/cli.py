@@ -200,10 +200,18 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     judge = _judge(args.judge, args.reference)
     call = {"class_labels": list(range(args.classes))} if args.classes else {}
     against = None if args.against is None else load_images(_samples_file(args.against))
-    metrics = judge_images(load_images(_samples_file(args.samples)), judge, Sampling(call=call), against)
+    images = load_images(_samples_file(args.samples))
+    metrics = judge_images(images, judge, Sampling(call=call), against)
     if args.out is not None:
         write_json(args.out, metrics)
     print(json.dumps(metrics, indent=2))
+    if judge is not None and len(images) <= len(judge.reference.mean):
+        plain, line = (metrics[name]["value"] for name in ("frechet_distance", "extrapolated_frechet_distance"))
+        print(
+            f"{len(images)} samples are no more than the {len(judge.reference.mean)} features: the Frechet distance is "
+            f"{plain - line:.3g} above what it would be with infinitely many, which stands beside it",
+            file=sys.stderr,
+        )
 
 
 def _cmd_report(args: argparse.Namespace) -> None:
