@@ -1,6 +1,6 @@
 """Every way to quantize, on every embedded model: the same seeds, the same calibration samples.
 
-    python bench/quantizers.py --out DIR --models fashion-ldm      # a cell takes 1 to 4 minutes of one core
+    python bench/quantizers.py --out DIR --models fashion-ldm      # a cell: 1 to 6 minutes of a core, ddpm 25
     python bench/quantizers.py --out DIR --table
 
 Rows: rounding to nearest; PTQ4DM's, Q-Diffusion's and TFMQ-DM's published recipes as ptqd recipes (what is theirs:
