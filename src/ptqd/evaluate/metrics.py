@@ -79,9 +79,9 @@ def extrapolated_frechet(
         mean: the reference's (D,).
         covariance: the reference's (D, D).
     """
-    mean, covariance = mean.double(), covariance.double()
-    root, middle = square_root(covariance), len(features) // 2
-    halves = [_value(root, Moments.of(part), mean, covariance) for part in (features[:middle], features[middle:])]
+    middle = len(features) // 2
+    parts = [Moments.of(part) for part in (features[:middle], features[middle:])]
+    halves = [frechet_distance(mean.double(), covariance.double(), own.mean, own.covariance) for own in parts]
     return Statistic(2 * found.value - sum(halves) / 2, found.influence)
 
 
@@ -93,11 +93,6 @@ def _moments(features: torch.Tensor) -> Moments:
         broken = sum(int((~torch.isfinite(part).all(1)).sum()) for part in features.split(ROWS))
         raise InputError(f"the features of {broken} of {len(features)} images are not finite; look at these images")
     return found
-
-
-def _value(root: torch.Tensor, own: Moments, mean: torch.Tensor, covariance: torch.Tensor) -> float:
-    cross = torch.linalg.eigvalsh(root @ own.covariance @ root).clamp(min=0).sqrt().sum()
-    return float((own.mean - mean).square().sum() + own.covariance.trace() + covariance.trace() - 2 * cross)
 
 
 def _frechet(own: Moments, mean: torch.Tensor, covariance: torch.Tensor, features: torch.Tensor) -> Statistic:
