@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 import ptqd
+from ptqd.batchwise import load_images, sample_images
 from ptqd.cost import run_cost
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
-from ptqd.experiment import MEASURED, load_images, sample_images
+from ptqd.experiment import MEASURED
 from ptqd.files import read_json, write_json
 from ptqd.noise import NoiseStats
 from ptqd.planned import plan_of

@@ -26,10 +26,10 @@ import torch
 from plans import above, plus_minus
 
 import ptqd
+from ptqd.batchwise import load_images, sample_images
 from ptqd.cost import run_cost
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
-from ptqd.experiment import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
 from ptqd.noise import NoiseStats

@@ -1,5 +1,6 @@
 """Small pipelines with random weights, and runs on them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ SCHEDULE: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither what a user keeps there nor what tests make is seen by the other."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("XDG_CACHE_HOME", "TORCH_HOME"):
+            patched.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        yield
 
 
 def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:

@@ -10,10 +10,12 @@ from rich.console import Console
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
+from ptqd.batchwise import load_images
 from ptqd.cli import main
 from ptqd.comparison import compare_runs
 from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.experiment import Experiment, Judge, load_images, named_recipes, run_experiment
+from ptqd.evaluate.judge import Judge
+from ptqd.experiment import Experiment, named_recipes, run_experiment
 from ptqd.report import comparison
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}
@@ -23,6 +25,9 @@ class Corners:
     """An extractor whose features are a few pixels."""
 
     image_shape = (16, 16, 1)
+    classifies = False
+    inception = False
+    key = "corners"
 
     def features(self, images: torch.Tensor) -> Features:
         flat = images.flatten(1)
@@ -48,7 +53,7 @@ def judge(folders: list[Path]) -> Judge:
     images = load_images(next(folders[0].rglob("samples.safetensors")))
     assert images.shape[1:] == Corners.image_shape
     reference = Reference.of(extract(Corners(), images))
-    return Judge(Corners(), reference, "corners", "corners")
+    return Judge(Corners(), reference, "corners")
 
 
 def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from ptqd import InputError
-from ptqd.evaluate.features import Features, Reference, evaluate, extract
+from ptqd.evaluate.features import Features, Reference, extract
+from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.evaluate.metrics import (
-    clip_score,
+    clip_scores,
     density_coverage,
     extrapolated_frechet,
     frechet_distance,
@@ -233,7 +234,7 @@ def test_distances_agree_with_torchmetrics() -> None:
 def test_clip_scores_of_known_angles() -> None:
     images = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
     texts = torch.tensor([[2.0, 0], [1, 3**0.5], [-1, 0]])
-    assert clip_score(images, texts).value == pytest.approx((100 + 50 + 0) / 3, rel=1e-6)
+    assert clip_scores(images, texts).mean().item() == pytest.approx((100 + 50 + 0) / 3, rel=1e-6)
 
 
 def test_features_that_are_not_finite_are_counted() -> None:
@@ -270,6 +271,9 @@ class Pixels:
     """An extractor whose features are a few pixels."""
 
     image_shape = (4, 4, 1)
+    classifies = True
+    inception = False
+    key = "pixels"
 
     def features(self, images: torch.Tensor) -> Features:
         flat = images.flatten(1)
@@ -286,21 +290,21 @@ def test_evaluate_and_a_reference_that_is_saved(tmp_path: Path) -> None:
     assert reference.count == 300
     assert len(reference.sample) == 100
     labels = real.logits.argmax(1)
-    metrics = evaluate(images, Pixels(), reference, labels=labels, same_seed=images)
+    metrics = evaluate(images, Judge(Pixels(), reference), labels=labels, same_seed=images)
     assert metrics["frechet_distance"].value == pytest.approx(0, abs=1e-4)
     assert metrics["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-4)
     assert metrics["class_agreement"].value == 1
     assert metrics["psnr"].value == 100
     assert metrics["frechet_distance_to_full_precision"].value == pytest.approx(0, abs=1e-6)
-    darker = evaluate(images // 2, Pixels(), reference, same_seed=images)["frechet_distance_to_full_precision"]
+    darker = evaluate(images // 2, Judge(Pixels(), reference), same_seed=images)["frechet_distance_to_full_precision"]
     a, b = Moments.of(extract(Pixels(), images // 2).pooled), Moments.of(real.pooled)
     assert darker.value == pytest.approx(frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
     assert darker.low < darker.value < darker.high
-    worse = evaluate(images // 2, Pixels(), reference)
+    worse = evaluate(images // 2, Judge(Pixels(), reference))
     assert worse["frechet_distance"].value > 0.1
     assert worse["kernel_distance"].value > metrics["kernel_distance"].value
-    expected = {"frechet_distance", "spatial_frechet_distance", "kernel_distance", "extrapolated_frechet_distance"}
-    assert set(worse) == expected
+    distances = {"frechet_distance", "spatial_frechet_distance", "kernel_distance", "extrapolated_frechet_distance"}
+    assert set(worse) == distances | {"precision", "recall", "density", "coverage", "inception_score"}
 
 
 def test_a_foreign_reference_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 from ptqd import InputError
 from ptqd.cli import main
 from ptqd.evaluate.extractors import ImageEncoder
-from ptqd.evaluate.features import Features, Reference, evaluate, extract
+from ptqd.evaluate.features import Features, Reference, extract
+from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.evaluate.moments import Moments
 from ptqd.evaluate.references import load_reference
 from ptqd.files import write_tensors
@@ -20,6 +21,11 @@ class Colours:
     """An extractor of any images: their mean colours and two pixels."""
 
     image_shape = None
+    classifies = False
+    inception = False
+
+    def __init__(self, key: str = "key") -> None:
+        self.key = key
 
     def features(self, images: torch.Tensor) -> Features:
         return Features(images.mean((2, 3)), images[:, 0, 0, :2], images.new_zeros(len(images), 0))
@@ -51,7 +57,7 @@ def test_a_folder_of_images_is_a_reference_and_is_kept_by_content(
 ) -> None:
     cache = tmp_path / "cache"
     want = Reference.of(extract(Colours(), images))
-    first, key = load_reference(folder, Colours(), "key", cache)
+    first = load_reference(folder, Colours(), cache)
     assert same(first, want)
     assert first.count == 600
 
@@ -60,15 +66,15 @@ def test_a_folder_of_images_is_a_reference_and_is_kept_by_content(
 
     with monkeypatch.context() as patched:
         patched.setattr("ptqd.evaluate.references.extract", unexpected)
-        again, same_key = load_reference(folder, Colours(), "key", cache)
+        again = load_reference(folder, Colours(), cache)
         assert same(again, want)
         assert torch.equal(again.sample, first.sample)
-        assert same_key == key
+        assert again.key == first.key
         with pytest.raises(AssertionError):
-            load_reference(folder, Colours(), "another", cache)
+            load_reference(folder, Colours("another"), cache)
     Image.fromarray(255 - images[0].numpy()).save(folder / "0000.png")
-    changed, other_key = load_reference(folder, Colours(), "key", cache)
-    assert other_key != key
+    changed = load_reference(folder, Colours(), cache)
+    assert changed.key != first.key
     assert not torch.equal(changed.mean.float(), first.mean.float())
     assert len(list(cache.iterdir())) == 2
 
@@ -85,63 +91,65 @@ def test_what_is_kept_is_evenly_spaced() -> None:
 def test_broken_images_are_counted_and_named(folder: Path, tmp_path: Path) -> None:
     for name in ("0003.png", "0300.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
-    with pytest.raises(InputError, match=r"2 of 600 images \(0003\.png, 0300\.png\) cannot be read"):
-        load_reference(folder, Colours(), "key", tmp_path / "cache")
+    with pytest.raises(InputError, match=r"2 of 600 images in .*images \(0003\.png, 0300\.png\) cannot be read"):
+        load_reference(folder, Colours(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     for name in ("0003.png", "0300.png"):
         (folder / name).unlink()
     for i in range(5):
         Image.new("RGB", (9, 9)).save(folder / f"{i + 10:04d}.png")
-    with pytest.raises(InputError, match=r"5 of 598 images \(0010\.png, 0011\.png, 0012\.png, \.\.\.\) are not 5 x 6"):
-        load_reference(folder, Colours(), "key", tmp_path / "cache")
+    with pytest.raises(
+        InputError, match=r"5 of 598 images in .*images \(0010\.png, 0011\.png, 0012\.png, \.\.\.\) are not 5 x 6"
+    ):
+        load_reference(folder, Colours(), tmp_path / "cache")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="holds 0 images"):
-        load_reference(empty, Colours(), "key")
+        load_reference(empty, Colours())
 
 
 def test_adms_files(images: torch.Tensor, tmp_path: Path) -> None:
     want = Reference.of(extract(Colours(), images))
     np.savez(tmp_path / "images.npz", images.numpy())
-    assert same(load_reference(tmp_path / "images.npz", Colours(), "key")[0], want)
+    assert same(load_reference(tmp_path / "images.npz", Colours()), want)
     features = extract(Colours(), images)
     pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
     mu, sigma, mu_s, sigma_s = (m.numpy() for m in (pooled.mean, pooled.covariance, spatial.mean, spatial.covariance))
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    found = evaluate(images, Colours(), load_reference(tmp_path / "moments.npz", Colours(), "key")[0])
+    found = evaluate(images, Judge(Colours(), load_reference(tmp_path / "moments.npz", Colours())))
     assert found["frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert found["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert "kernel_distance" not in found
     np.savez(tmp_path / "both.npz", arr_0=images.numpy(), mu=np.zeros(2048), sigma=np.eye(2048))
-    assert same(load_reference(tmp_path / "both.npz", Colours(), "key")[0], want)
+    assert same(load_reference(tmp_path / "both.npz", Colours()), want)
     np.savez(tmp_path / "plain.npz", mu=mu, sigma=sigma)
     assert "spatial_frechet_distance" not in evaluate(
-        images, Colours(), load_reference(tmp_path / "plain.npz", Colours(), "key")[0]
+        images, Judge(Colours(), load_reference(tmp_path / "plain.npz", Colours()))
     )
 
 
 def test_what_is_no_reference_is_named(images: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist; give a folder"):
-        load_reference(tmp_path / "nothing", Colours(), "key")
+        load_reference(tmp_path / "nothing", Colours())
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(InputError, match="holds neither mu and sigma nor arr_0"):
-        load_reference(tmp_path / "other.npz", Colours(), "key")
+        load_reference(tmp_path / "other.npz", Colours())
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(InputError, match=r"cannot be read as \.npz"):
-        load_reference(tmp_path / "broken.npz", Colours(), "key")
+        load_reference(tmp_path / "broken.npz", Colours())
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}], dtype=object))
     with pytest.raises(InputError, match=r"cannot be read as \.npz"):
-        load_reference(tmp_path / "pickle.npz", Colours(), "key")
+        load_reference(tmp_path / "pickle.npz", Colours())
     for name, content in (("empty.npz", b""), ("array.npz", b"\x93NUMPY")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=r"cannot be read as \.npz"):
-            load_reference(tmp_path / name, Colours(), "key")
+            load_reference(tmp_path / name, Colours())
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(InputError, match="sigma is no square matrix as wide as mu"):
-        load_reference(tmp_path / "odd.npz", Colours(), "key")
+        load_reference(tmp_path / "odd.npz", Colours())
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match="of 7 features, the extractor gives 3"):
-        evaluate(images, Colours(), load_reference(tmp_path / "wide.npz", Colours(), "key")[0])
+        evaluate(images, Judge(Colours(), load_reference(tmp_path / "wide.npz", Colours())))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ptqd.errors import InputError, PtqdError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ptqd.experiment import Judge
+    from ptqd.evaluate.judge import Judge
     from ptqd.sampling import Sampling
 
 RECIPE = "w4a8-best"
@@ -63,7 +63,7 @@ def _cmd_measure(args: argparse.Namespace) -> None:
     import shutil
 
     from ptqd import processes
-    from ptqd.experiment import measure_shards
+    from ptqd.batchwise import measure_shards
     from ptqd.noise import NoiseStats
 
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
@@ -113,8 +113,10 @@ def _cmd_plan(args: argparse.Namespace) -> None:
     """Choose a quantized pipeline's bits step by step, and save it with its plan; measured widths survive a kill."""
     import shutil
 
+    from ptqd import processes
+    from ptqd.batchwise import measure_width_shards
     from ptqd.files import replacing
-    from ptqd.plan_stages import PlanRequest, make_plan, measured_widths
+    from ptqd.plan_stages import PlanRequest, load_widths, make_plan
     from ptqd.planned import apply_plan
 
     _check_replaceable(args.out)
@@ -124,7 +126,10 @@ def _cmd_plan(args: argparse.Namespace) -> None:
     scratch = args.out.parent / f".{args.out.name}.{_key(pipe, quantized, run)}"
     stats = {}
     if request.given is None:
-        stats = measured_widths(pipe, quantized, run, scratch, title="measuring widths")
+        measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
+        stats = load_widths(scratch / "widths")
+    if not processes.is_main():
+        return
     plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
     planned = apply_plan(quantized, plan, pipe)
     with replacing(args.out) as temporary:
@@ -160,23 +165,31 @@ def _cmd_cost(args: argparse.Namespace) -> None:
 
 
 def _cmd_sample(args: argparse.Namespace) -> None:
-    """Sample images: one safetensors file, a grid, and PNG files if asked for; resumes after a kill."""
+    """Sample images: one safetensors file, a grid, and PNG files or ADM's .npz if asked for; resumes after a kill."""
     from PIL import Image
 
     from ptqd import processes
+    from ptqd.batchwise import labels_of, load_images, sample_images
     from ptqd.components import pipeline_fingerprint
-    from ptqd.experiment import load_images, sample_images
+    from ptqd.evaluate.images import write_npz
     from ptqd.files import replacing
     from ptqd.report.pictures import grid
     from ptqd.stages import RunFolder
 
+    if args.no_images and (args.png or args.npz):
+        raise InputError("--no-images keeps none to write; leave it out, or --png and --npz")
+    judge = _judge(args, needs_reference=False) if args.no_images else None
+    if args.no_images and (judge is None or judge.extractor is None):
+        raise InputError("--no-images keeps what a judge sees of them; give --judge")
     pipe = _pipeline(args, args.model)
     run = _sampling(args, pipe)
     inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
+    if judge is not None:
+        inputs["networks"] = judge.networks_key
     path = RunFolder(args.out).stage(
         "samples.safetensors",
         inputs,
-        lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling"),
+        lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling", judge=judge),
         shared=True,
     )
     if not processes.is_main():
@@ -188,30 +201,43 @@ def _cmd_sample(args: argparse.Namespace) -> None:
         for i, image in enumerate(images.numpy()):
             with replacing(args.out / f"{i:06d}.png") as temporary:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
-    print(f"{args.out}: {len(images)} images, grid.png")
+    if args.npz:
+        write_npz(args.out / "samples.npz", images, labels_of(run, len(images)))
+    kept = "what the judge sees of them" if args.no_images else "images"
+    print(f"{args.out}: {run.samples} samples, {kept}, grid.png")
 
 
 def _cmd_evaluate(args: argparse.Namespace) -> None:
-    """Judge samples against a reference, and against full-precision samples of the same seeds."""
-    from ptqd.experiment import judge_images, load_images
+    """Judge images against a reference, and against full-precision samples of the same seeds; resumes after a kill."""
+    from dataclasses import asdict
+
+    from ptqd import processes
+    from ptqd.batchwise import few_samples, observed_samples
+    from ptqd.evaluate.judge import Judge
     from ptqd.files import write_json
     from ptqd.sampling import Sampling
 
-    judge = _judge(args.judge, args.reference)
-    call = {"class_labels": list(range(args.classes))} if args.classes else {}
-    against = None if args.against is None else load_images(_samples_file(args.against))
-    images = load_images(_samples_file(args.samples))
-    metrics = judge_images(images, judge, Sampling(call=call), against)
+    judge = _judge(args) or Judge()
+    call: dict[str, Any] = {"class_labels": list(range(args.classes))} if args.classes else {}
+    if args.prompts is not None:
+        call["prompt"] = _lines(args.prompts)
+    count, found = observed_samples(args.samples, args.against, judge, Sampling(call=call), title="looking at images")
+    if not processes.is_main():
+        return
+    metrics = {name: asdict(metric) for name, metric in found.items()}
     if args.out is not None:
         write_json(args.out, metrics)
     print(json.dumps(metrics, indent=2))
-    if judge is not None and len(images) <= len(judge.reference.mean):
-        plain, line = (metrics[name]["value"] for name in ("frechet_distance", "extrapolated_frechet_distance"))
-        print(
-            f"{len(images)} samples are no more than the {len(judge.reference.mean)} features: the Frechet distance is "
-            f"{plain - line:.3g} above what it would be with infinitely many, which stands beside it",
-            file=sys.stderr,
-        )
+    note = few_samples(count, judge, metrics)
+    if note is not None:
+        print(note, file=sys.stderr)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text: {error}; give a file with a prompt on each line") from error
 
 
 def _cmd_report(args: argparse.Namespace) -> None:
@@ -248,7 +274,7 @@ def _cmd_compare(args: argparse.Namespace) -> None:
     if args.out is not None and args.format == "terminal":
         raise InputError("--out goes with --format markdown, html or latex")
     with busy("comparing"):
-        rows = compare_runs(args.run, _judge(args.judge, args.reference), args.against)
+        rows = compare_runs(args.run, _judge(args), args.against)
     if args.json is not None:
         write_json(args.json, rows)
     if args.format == "terminal":
@@ -286,8 +312,9 @@ def _cmd_run(args: argparse.Namespace) -> None:
         measured=args.measured,
         corrections=ABLATION if args.ablation else ((), _methods(args.methods)),
         plan=plan,
+        images=not args.no_images,
     )
-    judge = _judge(args.judge or ("fashion" if args.model in MODELS else "none"), args.reference)
+    judge = _judge(args, default="fashion" if args.model in MODELS else "none")
     run_with_manifest(pipe, experiment, args.out, judge)
     args.run, args.markdown = args.out, False
     _cmd_report(args)
@@ -301,7 +328,8 @@ def _cmd_demo(args: argparse.Namespace) -> None:
     recipes = tuple(args.recipe) if args.recipe else None
     changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps, "recipes": recipes}
     size = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
-    run_with_manifest(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge("fashion"))
+    args.judge, args.reference, args.lpips, args.clip = "fashion", None, None, None
+    run_with_manifest(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge(args))
     args.run, args.markdown = args.out, False
     _cmd_report(args)
 
@@ -318,7 +346,7 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     if args.out.resolve() in (args.manifest.resolve(), args.manifest.resolve().parent):
         raise InputError(f"{args.out} holds the manifest's own results; choose another folder for --out")
     pipe = _pipeline(args, args.model or manifest["model"])
-    judge = _judge(args.judge or ("fashion" if manifest["judge"] else "none"), args.reference)
+    judge = _judge(args, default="fashion" if manifest["judge"] else "none")
     found = reproduce(manifest, pipe, args.out, judge)
     if not processes.is_main():
         return 0
@@ -396,52 +424,87 @@ def _methods(text: str) -> tuple[Any, ...]:
     return tuple(method for method in METHODS if method in given)
 
 
-def _judge(name: str, reference: Path | None = None) -> "Judge | None":
-    """What ``--judge`` and ``--reference`` name."""
-    if name == "none":
-        if reference is not None:
-            raise InputError("--reference goes with a --judge: fashion, or an image encoder of transformers")
-        return None
+def _judge(args: argparse.Namespace, *, default: str = "none", needs_reference: bool = True) -> "Judge | None":
+    """What ``--judge``, ``--reference``, ``--lpips`` and ``--clip`` name; None without any of them."""
     from ptqd import processes
-    from ptqd.components import fingerprint
     from ptqd.evaluate.extractors import ImageEncoder
+    from ptqd.evaluate.features import Extractor, Reference
+    from ptqd.evaluate.inception import Inception
+    from ptqd.evaluate.judge import Judge
+    from ptqd.evaluate.lpips import Lpips
     from ptqd.evaluate.references import load_reference
-    from ptqd.experiment import Judge
     from ptqd.loading import best_device
     from ptqd.zoo import CLASSIFIER, REFERENCE
     from ptqd.zoo.classifier import FashionClassifier
 
-    if name != "fashion":
-        if reference is None:
-            raise InputError(f"--judge {name} needs --reference: a folder of images, an .npz or a .safetensors file")
+    name, reference = args.judge or default, args.reference
+    device = processes.device() or best_device()
+    lpips: Lpips | None = None
+    clip: ImageEncoder | None = None
+    extractor: Extractor
+    known: Reference | None = None
+    if args.lpips is not None or Lpips.present():
+        lpips = Lpips.from_pretrained(Path(args.lpips) if args.lpips else None).to(device)
+    if args.clip is not None:
+        clip = ImageEncoder.from_pretrained(args.clip, texts=True)
+        clip.model.to(device)
+    if name == "none":
+        if reference is not None:
+            raise InputError("--reference goes with a --judge: fashion, inception, or an image encoder of transformers")
+        return Judge(lpips=lpips, clip=clip) if lpips or clip else None
+    shown = name
+    if name == "fashion":
+        extractor, shown = (
+            FashionClassifier.from_pretrained(CLASSIFIER).float().eval(),
+            "ptqd's Fashion-MNIST classifier",
+        )
+    elif name == "inception" or Path(name).suffix in (".pth", ".pt", ".safetensors"):
+        extractor = Inception.from_pretrained(None if name == "inception" else Path(name)).to(device)
+        shown = "Inception v3 of the FID literature"
+    else:
         encoder = ImageEncoder.from_pretrained(name)
-        encoder.model.to(processes.device() or best_device())
-        key = f"{fingerprint(encoder.model)} {encoder.processor.to_json_string()}"
-        known, key = load_reference(reference, encoder, key)
-        return Judge(encoder, known, f"{name}, against {reference}", key)
-    classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    known, key = load_reference(reference or REFERENCE, classifier, fingerprint(classifier))
-    shown = "the 10,000 test images" if reference is None else reference
-    return Judge(classifier, known, f"ptqd's Fashion-MNIST classifier, against {shown}", key)
+        encoder.model.to(device)
+        extractor = encoder
+    if reference is not None or name == "fashion":
+        known = load_reference(reference or REFERENCE, extractor)
+    elif needs_reference:
+        raise InputError(
+            f"--judge {name} needs --reference: a folder of images, a dataset, an .npz or a .safetensors file"
+        )
+    against = "the 10,000 test images" if reference is None else reference
+    return Judge(extractor, known, f"{shown}, against {against}", lpips, clip)
 
 
 def _add_judge(parser: argparse.ArgumentParser, default: str | None = "fashion") -> None:
-    chosen = "%(default)s" if default else "fashion for the embedded models"
-    parser.add_argument(
+    group = parser.add_argument_group("judging")
+    chosen = "%(default)s" if default else "fashion for the embedded models, none for others"
+    group.add_argument(
         "--judge",
         default=default,
-        help=f"features: fashion, none, or an image encoder of transformers, folder or hub id (default: {chosen})",
+        help="features: fashion, none, inception (or its weights' file), or an image encoder of transformers, "
+        f"folder or hub id (default: {chosen})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--reference",
         type=Path,
-        help="what images are compared with: a folder of images, .npz, or "
+        help="what images are compared with: a folder of images, a dataset's folder or hub id (with :SPLIT), .npz, or "
         ".safetensors (default: fashion's test images)",
+    )
+    group.add_argument(
+        "--lpips",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="LPIPS to images of the same seeds too; its weights' folder (default: torch hub's, if they are there)",
+    )
+    group.add_argument(
+        "--clip", metavar="NAME", help="CLIP score of prompts too: a CLIP of transformers, folder or hub id"
     )
 
 
-def _samples_file(path: Path) -> Path:
-    return path / "samples.safetensors" if path.is_dir() else path
+def _add_no_images(parser: argparse.ArgumentParser) -> None:
+    text = "keep what the judge sees of images as they come, and only the first few images themselves"
+    parser.add_argument("--no-images", action="store_true", help=text)
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> Any:
@@ -533,15 +596,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=MODEL_HELP)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--png", action="store_true", help="write every image as a PNG file too")
+    sub.add_argument("--npz", action="store_true", help="write samples.npz too, as ADM's evaluation takes it")
+    _add_no_images(sub)
+    _add_judge(sub, None)
     _add_sampling(sub, 64)
 
     sub = verb("evaluate", _cmd_evaluate)
-    sub.add_argument("samples", type=Path, help="folder that 'ptqd sample' wrote")
-    sub.add_argument("--against", type=Path, help="full-precision samples of the same seeds, for PSNR")
+    sub.add_argument("samples", type=Path, help="folder that 'ptqd sample' wrote, another of images, or an .npz")
+    sub.add_argument("--against", type=Path, help="full-precision samples of the same seeds, for distances to them")
     _add_judge(sub)
     sub.add_argument(
         "--classes", type=int, default=10, help="sample i was asked for class i mod this; 0: unconditional"
     )
+    sub.add_argument("--prompts", type=Path, help="a prompt on each line, in turn; for --clip")
     sub.add_argument("--out", type=Path, help="JSON file to write")
 
     sub = verb("report", _cmd_report)
@@ -571,6 +638,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--methods", default="auto", help=METHODS_HELP)
     sub.add_argument("--ablation", action="store_true", help="rows for none, cnc, cnc,bc, cnc,bc,vsc and auto")
+    _add_no_images(sub)
     _add_judge(sub, None)
     _add_sampling(sub, 256)
 
@@ -594,7 +662,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-SHARED = (_cmd_run, _cmd_demo, _cmd_reproduce, _cmd_measure, _cmd_sample)
+SHARED = (_cmd_run, _cmd_demo, _cmd_reproduce, _cmd_measure, _cmd_plan, _cmd_sample, _cmd_evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -602,7 +670,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.function not in SHARED:
-            raise InputError("this verb is for one process; processes share run, demo, reproduce, measure and sample")
+            shared = ", ".join(function.__name__.removeprefix("_cmd_") for function in SHARED)
+            raise InputError(f"this verb is for one process; processes share {shared}")
         status: int | None = args.function(args)
     except PtqdError as error:
         print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from ptqd.batchwise import is_observed, judged, labels_of, observe_images
 from ptqd.errors import InputError
-from ptqd.evaluate.features import statistics
+from ptqd.evaluate.images import open_images
 from ptqd.evaluate.intervals import Statistic
-from ptqd.evaluate.metrics import mean_statistic, psnr
-from ptqd.experiment import Judge, labels_of, load_images
+from ptqd.evaluate.judge import Judge
 from ptqd.files import read_json
 from ptqd.sampling import Sampling
 
@@ -21,7 +23,7 @@ def compare_runs(folders: Sequence[Path], judge: Judge | None, against: str | No
 
     Args:
         folders: that ``ptqd run`` wrote. Rows are told apart by the folder's name where there is more than one.
-        judge: features; none compares by PSNR alone.
+        judge: what rows are judged by; none compares by what needs no network.
         against: ``"RECIPE CORRECTION"``, after ``"RUN "`` where there are several runs; by default the first
             row that is not full precision.
 
@@ -40,7 +42,7 @@ def compare_runs(folders: Sequence[Path], judge: Judge | None, against: str | No
     rows = [row for folder in folders for row in _rows(folder.resolve(), len(folders) > 1)]
     found: list[dict[str, Any]] = []
     for setting in list(dict.fromkeys(_key(row["setting"]) for row in rows)):
-        found += _compared([row for row in rows if _key(row["setting"]) == setting], judge, against)
+        found += _compared([row for row in rows if _key(row["setting"]) == setting], judge or Judge(), against)
     return found
 
 
@@ -60,7 +62,7 @@ def _key(setting: dict[str, Any]) -> str:
     return str(sorted(setting.items()))
 
 
-def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | None) -> list[dict[str, Any]]:
+def _compared(rows: list[dict[str, Any]], judge: Judge, against: str | None) -> list[dict[str, Any]]:
     """The rows of one setting."""
     quantized = [row for row in rows if row["recipe"] != "fp32"]
     names = [row_name(row) for row in rows]
@@ -68,8 +70,9 @@ def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | No
         raise InputError(f"there is no row {against!r}; there are {', '.join(names)}")
     chosen = rows[names.index(against)] if against is not None else (quantized or rows)[0]
     _check_seeds(rows)
-    judged = [_statistics(row, rows, judge) for row in rows]
-    base = judged[rows.index(chosen)]
+    with TemporaryDirectory() as scratch:
+        found_all = [_statistics(row, rows, judge, Path(scratch)) for row in rows]
+    base = found_all[rows.index(chosen)]
     if not base:
         raise InputError(
             f"{row_name(chosen)!r} is judged by nothing; compare with another row, or give a --judge other than none"
@@ -77,7 +80,7 @@ def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | No
     run = _sampling(chosen)
     strata = labels_of(run, run.samples)
     found = []
-    for row, mine in zip(rows, judged, strict=True):
+    for row, mine in zip(rows, found_all, strict=True):
         shared = [name for name in mine if name in base and row is not chosen]
         found.append(
             {name: value for name, value in row.items() if name != "folder"}
@@ -91,15 +94,33 @@ def _compared(rows: list[dict[str, Any]], judge: Judge | None, against: str | No
     return found
 
 
-def _statistics(row: dict[str, Any], rows: list[dict[str, Any]], judge: Judge | None) -> dict[str, Statistic]:
+def _statistics(row: dict[str, Any], rows: list[dict[str, Any]], judge: Judge, scratch: Path) -> dict[str, Statistic]:
     """One row's; those to full precision are to its own run's."""
-    images = load_images(row["folder"] / row["images"])
     full = next((r for r in rows if r["recipe"] == "fp32" and r["folder"] == row["folder"]), None)
-    same_seed = None if full is None or full is row else load_images(full["folder"] / full["images"])
-    if judge is None:
-        return {} if same_seed is None else {"psnr": mean_statistic(psnr(images / 255, same_seed / 255))}
-    labels = labels_of(_sampling(row), len(images))
-    return statistics(images, judge.extractor, judge.reference, labels=labels, same_seed=same_seed)
+    full = None if full is row else full
+    labels = labels_of(_sampling(row), row["samples"])
+    pair = None if full is None else (_observed(full, None, judge, scratch), full["folder"] / full["images"])
+    return judged(_observed(row, full, judge, scratch), row["folder"] / row["images"], judge, labels, pair)
+
+
+def _observed(row: dict[str, Any], full: dict[str, Any] | None, judge: Judge, scratch: Path) -> Path:
+    """What a judge sees of a row: what its run kept of that, else by looking at its images again."""
+    kept = row["folder"] / row.get("observed", "")
+    if is_observed(kept, judge):
+        return Path(kept)
+    name = str(row["folder"] / row["images"])
+    made = scratch / f"{sha256(name.encode()).hexdigest()}.safetensors"
+    if not made.exists():
+        images = [open_images(r["folder"] / r["images"], grey=False) for r in (row, full) if r is not None]
+        if len(images[0]) < row["samples"]:
+            raise InputError(
+                f"{row['folder']} kept no images, only what its judge saw of them; compare by that judge, and give "
+                "--judge as the run had it"
+            )
+        same_seed = images[1] if len(images) > 1 else None
+        parts = scratch / f"{made.stem}-parts"
+        observe_images(images[0], judge, _sampling(row), made, parts, title=None, same_seed=same_seed)
+    return made
 
 
 def _check_seeds(rows: list[dict[str, Any]]) -> None:

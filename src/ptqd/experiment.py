@@ -7,37 +7,42 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from ptqd import processes
+from ptqd.batchwise import (
+    few_samples,
+    judged,
+    labels_of,
+    measure_shards,
+    measure_width_shards,
+    observe_images,
+    sample_images,
+)
 from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.scheduler import correct
 from ptqd.cost import FULL_BITS, Macs, cost_of, disk_bytes, run_macs
 from ptqd.errors import InputError
-from ptqd.evaluate.features import Extractor, Reference, evaluate
-from ptqd.evaluate.metrics import mean_metric, psnr
-from ptqd.files import make_folder, read_json, read_tensors, write_json, write_tensors
+from ptqd.evaluate.images import open_images
+from ptqd.evaluate.judge import Judge, with_intervals
+from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
-from ptqd.measuring import measure
 from ptqd.noise import Estimate, NoiseStats
 from ptqd.plan_stages import (
     PlanRequest,
     load_widths,
     make_plan,
-    measured_widths,
     plan_facts,
-    save_widths,
     trajectory_images,
 )
 from ptqd.planned import apply_plan
 from ptqd.planning.problem import planning_problem
-from ptqd.progress import busy, track
+from ptqd.progress import busy
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling, guidance_of, run_batch
+from ptqd.sampling import Sampling, guidance_of
 from ptqd.stages import RunFolder
 
 AUTO = ("auto",)
@@ -45,16 +50,6 @@ DEFAULT: tuple[tuple[str, ...], ...] = ((), AUTO)
 ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"), AUTO)
 MEASURED = 64  # samples on the plateau of bench/samples.txt
 PACKAGES = ("ptqd", "torch", "diffusers", "accelerate", "safetensors", "scipy", "numpy")
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How images are judged: an extractor with its reference, both named for the report; ``key`` changes with them."""
-
-    extractor: Extractor
-    reference: Reference
-    name: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,8 @@ class Experiment:
         measured: samples the statistics are taken on; their seeds are not those of the images.
         corrections: rows for each recipe: methods as :func:`ptqd.fit_correction` takes them, or ``("auto",)``.
         plan: bits by step, for recipes of several widths.
+        images: whether images are kept; else what the judge sees of them as they come, but for the first few, and there
+            are no distances that need images of the same seeds.
     """
 
     model: str
@@ -76,6 +73,7 @@ class Experiment:
     measured: int = MEASURED
     corrections: tuple[tuple[str, ...], ...] = DEFAULT
     plan: PlanRequest | None = None
+    images: bool = True
 
 
 def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
@@ -104,6 +102,9 @@ def run_experiment(
     Returns:
         The report, as also written to ``folder/report.json``: rows, per-step statistics, stages' seconds, versions.
     """
+    judge = judge or Judge()
+    if not experiment.images and judge.extractor is None:
+        raise InputError("without images something has to look at them as they come; give a judge with an extractor")
     run_folder = RunFolder(folder)
     report: dict[str, Any] = {
         "rows": [],
@@ -111,7 +112,8 @@ def run_experiment(
         "choices": [],
         "plans": [],
         "stages": {},
-        "judge": None if judge is None else judge.name,
+        "judge": judge.name or None,
+        "notes": [],
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "processor": platform.machine(), "threads": torch.get_num_threads()},
     }
@@ -142,7 +144,7 @@ class _Setting:
         experiment: Experiment,
         setting: Sampling,
         folder: RunFolder,
-        judge: Judge | None,
+        judge: Judge,
         progress: bool,
         report: dict[str, Any],
     ) -> None:
@@ -228,9 +230,9 @@ class _Setting:
 
         def measure_all(path: Path, scratch: Path) -> None:
             title = f"measuring widths of {prefix}" if self.progress else None
-            save_widths(measured_widths(self.pipe, quantized, run, scratch, title=title), path)
+            measure_width_shards(self.pipe, quantized, run, path, scratch, title=title)
 
-        stats = load_widths(self._stage(f"{prefix}/widths", inputs, measure_all))
+        stats = load_widths(self._stage(f"{prefix}/widths", inputs, measure_all, shared=True))
         inputs = {**inputs, "plan": plan.facts()}
         name = f"{self.name}/{label.replace(' ', '-')}"
 
@@ -267,30 +269,55 @@ class _Setting:
         return choice
 
     def _sample(self, what: str, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> Path:
-        name = f"{self.name}/{what}/samples.safetensors"
-        run = self.setting
+        """Samples; where no images are kept, what the judge saw of them."""
+        run, keep = self.setting, self.experiment.images
+        name = f"{self.name}/{what}/{'samples' if keep else 'observed'}.safetensors"
 
         def build(path: Path, scratch: Path) -> None:
-            sample_images(pipe, run, path, scratch, title=f"sampling {self.name} {what}" if self.progress else None)
+            title = f"sampling {self.name} {what}" if self.progress else None
+            sample_images(pipe, run, path, scratch, title=title, judge=None if keep else self.judge)
 
         facts = {**self.source, **inputs, "setting": self._run_facts(run.samples)}
+        if not keep:
+            facts["networks"] = self.judge.networks_key
         return self._stage(name, facts, build, shared=True)
+
+    def _observed(self, samples: Path, full: Path | None) -> Path:
+        """What the judge sees of samples, and of their distance to full-precision images of the same seeds."""
+        if not self.experiment.images:
+            return samples
+        inputs = {"images": self._key(samples), "networks": self.judge.networks_key}
+        inputs |= {} if full is None else {"full": self._key(full)}
+        path = samples.with_name("observed.safetensors")
+
+        def build(path: Path, scratch: Path) -> None:
+            images = open_images(samples, grey=False)
+            same_seed = None if full is None else open_images(full, grey=False)
+            title = f"looking at {self._name(samples)}" if self.progress else None
+            observe_images(images, self.judge, self.setting, path, scratch, title=title, same_seed=same_seed)
+
+        return self._stage(self._name(path), inputs, build, shared=True)
 
     def _row(
         self, recipe: str, correction: str, images: Path, reference: Path | None, bops: int, size: int
     ) -> dict[str, Any]:
-        name = str(images.parent.relative_to(self.folder.folder))
-        inputs: dict[str, Any] = {"images": self.folder.key(f"{name}/samples.safetensors")}
-        if reference is not None:
-            inputs["reference"] = self.folder.key(f"{self.name}/full-precision/samples.safetensors")
-        inputs["judge"] = None if self.judge is None else self.judge.key
+        observed = self._observed(images, reference)
+        full = None if reference is None else (self._observed(reference, None), reference)
+        inputs: dict[str, Any] = {"observed": self._key(observed), "judge": self.judge.key}
+        if full is not None:
+            inputs["full"] = [self._key(path) for path in full]
 
         def build(path: Path, scratch: Path) -> None:
-            same_seed = None if reference is None else load_images(reference)
-            with busy(f"evaluating {name}" if self.progress else None):
-                write_json(path, judge_images(load_images(images), self.judge, self.setting, same_seed))
+            labels = labels_of(self.setting, self.setting.samples)
+            with busy(f"evaluating {self._name(images.parent)}" if self.progress else None):
+                found = with_intervals(judged(observed, images, self.judge, labels, full), labels)
+            write_json(path, {name: asdict(metric) for name, metric in found.items()})
 
-        metrics = read_json(self._stage(f"{name}/metrics.json", inputs, build))
+        made = self._stage(self._name(images.with_name("metrics.json")), inputs, build)
+        metrics = read_json(made)
+        note = few_samples(self.setting.samples, self.judge, metrics)
+        if note is not None and note not in self.report["notes"]:
+            self.report["notes"].append(note)
         return {
             "model": self.experiment.model,
             "setting": self.facts,
@@ -298,12 +325,20 @@ class _Setting:
             "correction": correction,
             "samples": self.setting.samples,
             "metrics": metrics,
+            "inception": self.judge.extractor is not None and self.judge.extractor.inception,
             "bops": bops,
             "bops_ratio": self.full_bops / bops,
             "bytes": size,
-            "seconds": self.folder.seconds(f"{name}/samples.safetensors") + self.folder.seconds(f"{name}/metrics.json"),
-            "images": str(images.relative_to(self.folder.folder)),
+            "seconds": sum(self.folder.seconds(self._name(path)) for path in {images, observed, made}),
+            "images": self._name(images),
+            "observed": self._name(observed),
         }
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.folder.folder))
+
+    def _key(self, path: Path) -> str:
+        return self.folder.key(self._name(path))
 
     def _step_rows(self, recipe: str, stats: NoiseStats) -> list[dict[str, Any]]:
         fit, repeated = stats.fit(), stats.residual_correlation()
@@ -337,84 +372,3 @@ class _Setting:
 
 def _at(estimate: Estimate, index: Any) -> dict[str, float]:
     return {name: getattr(estimate, name)[index].item() for name in ("value", "low", "high")}
-
-
-def measure_shards(
-    pipe: DiffusionPipeline,
-    quantized: DiffusionPipeline,
-    run: Sampling,
-    path: Path,
-    scratch: Path,
-    *,
-    title: str | None,
-) -> None:
-    """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch."""
-    batches = list(run.batches())
-    shards = {indices.start: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
-    make_folder(scratch)
-    for indices in track(processes.share(batches), title):
-        if not shards[indices.start].exists():
-            part = measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
-            part.save(shards[indices.start])
-    processes.wait()
-    if processes.is_main():
-        total: NoiseStats | None = None
-        for shard in shards.values():  # one after the other, so that the sums are those of a single process
-            part = NoiseStats.load(shard)
-            total = part if total is None else NoiseStats.merge([total, part])
-        assert total is not None
-        total.save(path)
-
-
-def sample_images(pipe: DiffusionPipeline, run: Sampling, path: Path, scratch: Path, *, title: str | None) -> None:
-    """Sample uint8 images (N, H, W, C) into ``path``, each process its share of the batches, through ``scratch``."""
-    batches = list(run.batches())
-    shards = {indices.start: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
-    for indices in track(processes.share(batches), title):
-        if not shards[indices.start].exists():
-            pixels = torch.from_numpy(np.rint(run_batch(pipe, run, indices) * 255).astype(np.uint8))
-            write_tensors(shards[indices.start], {"images": pixels}, {"ptqd.samples": "part"})
-    processes.wait()
-    if processes.is_main():
-        images = torch.cat([load_images(shard) for shard in shards.values()])
-        write_tensors(path, {"images": images}, {"ptqd.samples": str(run.samples)})
-
-
-def load_images(path: Path) -> torch.Tensor:
-    """uint8 images (N, H, W, C) that :func:`sample_images` wrote.
-
-    Raises:
-        InputError: the file is missing, truncated, or something else.
-    """
-    tensors, metadata = read_tensors(path)
-    if "ptqd.samples" not in metadata:
-        raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
-    return tensors["images"]
-
-
-def labels_of(run: Sampling, count: int) -> torch.Tensor | None:
-    """The classes that the first samples of a run were asked for (N,); None where it names none."""
-    labels = run.call.get("class_labels")
-    if labels is None:
-        return None
-    labels = [labels] if isinstance(labels, int) else labels
-    return torch.tensor([labels[i % len(labels)] for i in range(count)])
-
-
-def judge_images(
-    images: torch.Tensor, judge: Judge | None, run: Sampling, same_seed: torch.Tensor | None
-) -> dict[str, Any]:
-    """The metrics of one row as plain values; without a judge only the distance to the same seeds.
-
-    Raises:
-        InputError: the images are not of the shape of those of the same seeds, or not what the judge takes.
-    """
-    if same_seed is not None and same_seed.shape != images.shape:
-        shapes = f"{tuple(images.shape)} against {tuple(same_seed.shape)}"
-        raise InputError(f"images and those of the same seeds differ in number or size: {shapes}; sample both alike")
-    wanted = labels_of(run, len(images))
-    if judge is None:
-        metrics = {} if same_seed is None else {"psnr": mean_metric(psnr(images / 255, same_seed / 255))}
-    else:
-        metrics = evaluate(images, judge.extractor, judge.reference, labels=wanted, same_seed=same_seed)
-    return {name: asdict(metric) for name, metric in metrics.items()}

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ptqd.errors import InputError
+
+_BYTES = {"BOOL": 1, "U8": 1, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 
 
 @contextmanager
@@ -94,8 +96,53 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def join_tensors(path: Path, parts: Sequence[Path], metadata: Mapping[str, str]) -> None:
+    """Join safetensors files along their tensors' first axis into one, atomically, a part in memory at a time.
+
+    A tensor that only some parts have is joined of those.
+
+    Args:
+        path: file to write.
+        parts: in order; their own metadata have to be equal.
+        metadata: of the whole.
+
+    Raises:
+        InputError: a part is missing, truncated, or was written by another configuration.
+    """
+    pieces: dict[str, list[tuple[Path, str, list[int]]]] = {}
+    known: dict[str, str] | None = None
+    for part in parts:
+        with opened_tensors(part) as file:
+            found = file.metadata() or {}
+            known = found if known is None else known
+            if found != known:
+                raise InputError(f"{part} was written by another configuration than {parts[0]}; remove it")
+            for name in file.keys():  # noqa: SIM118
+                piece = file.get_slice(name)
+                pieces.setdefault(name, []).append((part, piece.get_dtype(), piece.get_shape()))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, found_pieces in pieces.items():
+        for part, dtype, shape in found_pieces:
+            if (dtype, shape[1:]) != (found_pieces[0][1], found_pieces[0][2][1:]):
+                raise InputError(f"{name} in {part} is of another shape than in {found_pieces[0][0]}; remove it")
+        shape = [sum(piece[2][0] for piece in found_pieces), *found_pieces[0][2][1:]]
+        size = math.prod(shape) * _BYTES[found_pieces[0][1]]
+        header[name] = {"dtype": found_pieces[0][1], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    with replacing(path) as temporary, temporary.open("wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        for name, found_pieces in pieces.items():
+            for part, _, _ in found_pieces:
+                with opened_tensors(part) as file:
+                    written.write(file.get_tensor(name).numpy().tobytes())
+
+
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose tensors are mapped from disk.
 
     Raises:
         InputError: the file is missing, truncated, or no safetensors file.
@@ -104,6 +151,16 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise InputError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no whole safetensors file ({error}); write it again") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, truncated, or no safetensors file.
+    """
+    with opened_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

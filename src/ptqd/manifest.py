@@ -15,7 +15,8 @@ import ptqd
 from ptqd import processes
 from ptqd.components import pipeline_fingerprint, scheduler_of
 from ptqd.errors import InputError
-from ptqd.experiment import PACKAGES, Experiment, Judge, run_experiment
+from ptqd.evaluate.judge import Judge
+from ptqd.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.files import read_json, write_json
 from ptqd.plan_stages import PlanRequest
 from ptqd.recipe import Recipe
@@ -47,6 +48,7 @@ def run_with_manifest(
         "measured": experiment.measured,
         "corrections": [list(methods) for methods in experiment.corrections],
         "plan": None if experiment.plan is None else experiment.plan.facts(),
+        "images": experiment.images,
         "judge": None if judge is None else {"name": judge.name, "key": judge.key},
         "statistics": {
             name: sha256((folder / name).read_bytes()).hexdigest()
@@ -169,6 +171,7 @@ def reproduce(
         measured=manifest["measured"],
         corrections=tuple(tuple(methods) for methods in manifest["corrections"]),
         plan=None if plan is None else PlanRequest.from_facts(plan),
+        images=manifest.get("images", True),
     )
     again = run_with_manifest(pipe, experiment, folder, judge, progress=progress)
     figures = []

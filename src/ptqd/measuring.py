@@ -65,6 +65,7 @@ def measure_widths(
     qpipe: DiffusionPipeline,
     run: Sampling,
     *,
+    start: int = 0,
     resume: Mapping[int, NoiseStats] | None = None,
     keep: Callable[[Mapping[int, NoiseStats]], None] | None = None,
     progress: str | bool = False,
@@ -77,6 +78,7 @@ def measure_widths(
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
         run: as for :func:`measure`.
+        start: as for :func:`measure`.
         resume: as for :func:`measure`, by width.
         keep: as for :func:`measure`, by width.
         progress: show a bar, with that title.
@@ -91,7 +93,7 @@ def measure_widths(
     if len(widths) < 2:
         raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
     measured = _Measuring(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run.apart("measuring"))
-    return measured.go(0, resume or {}, keep, progress)
+    return measured.go(start, resume or {}, keep, progress)
 
 
 class _Measuring:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from ptqd.affine import Grid
 from ptqd.components import denoiser_name
 from ptqd.cost import Macs, cost_of
 from ptqd.errors import InputError
-from ptqd.files import make_folder, replacing
-from ptqd.measuring import measure_widths
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
 from ptqd.planned import plan_of
@@ -131,33 +128,8 @@ def _number(text: str, name: str, example: str) -> float:
     return value
 
 
-def measured_widths(
-    pipe: DiffusionPipeline, quantized: DiffusionPipeline, run: Sampling, scratch: Path, *, title: str | None
-) -> dict[int, NoiseStats]:
-    """Statistics of every width, batch by batch through ``scratch``, so that a kill costs one batch."""
-    kept = sorted(scratch.glob("widths-*"))
-    resume = load_widths(kept[-1]) if kept else None
-
-    def keep(stats: Mapping[int, NoiseStats]) -> None:
-        make_folder(scratch)
-        newest = scratch / f"widths-{next(iter(stats.values())).samples:08d}"
-        save_widths(stats, newest)
-        for older in scratch.glob("widths-*"):
-            if older != newest:
-                shutil.rmtree(older)
-
-    return measure_widths(pipe, quantized, run, resume=resume, keep=keep, progress=title or False)
-
-
-def save_widths(stats: Mapping[int, NoiseStats], folder: Path) -> None:
-    """Write statistics by width as one folder, atomically."""
-    with replacing(folder) as temporary:
-        for bits, found in stats.items():
-            found.save(temporary / f"{bits}.safetensors")
-
-
 def load_widths(folder: Path) -> dict[int, NoiseStats]:
-    """What :func:`save_widths` wrote."""
+    """What :func:`ptqd.batchwise.measure_width_shards` wrote."""
     return {int(path.stem): NoiseStats.load(path) for path in sorted(folder.glob("*.safetensors"))}
 
 

@@ -93,7 +93,14 @@ def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
             raise InputError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
         return step(plain, model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.__class__ = type(kind.__name__, (kind,), {"step": wrapped, "__module__": kind.__module__})
+    with _stepping_as(scheduler, wrapped):
+        yield
+
+
+@contextmanager
+def _stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
+    kind: Any = type(scheduler)
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
     try:
         yield
     finally:
@@ -186,17 +193,41 @@ def _check_finite(model_output: torch.Tensor, timestep: Any, whose: str) -> None
         )
 
 
+@contextmanager
+def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.Tensor]]:
+    """The samples after the last step (samples, ...), before any decoding, of what is run in the block.
+
+    Nothing is found where the scheduler steps otherwise than ptqd can follow.
+    """
+    kept: list[torch.Tensor] = []
+    last: list[Any] = []
+    try:
+        scheduler = scheduler_of(pipe)
+    except InputError:
+        yield kept
+        return
+    kind: Any = type(scheduler)
+
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.step(self, *args, **kwargs)
+        if self is scheduler:
+            last[:] = [next_sample(result)]
+        return result
+
+    with _stepping_as(scheduler, step):
+        yield kept
+    if last and last[0].is_floating_point() and len(last[0]) % samples == 0:
+        kept.append(whole_samples(last[0], samples).detach().cpu())
+
+
 def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]) -> torch.Tensor:
-    """The samples after the last step (n, ...), before any decoding, of a pipeline run for some samples."""
-    last: list[Any] = [None]
-
-    def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        last[0] = plain(model_output, timestep, sample, *args, **kw)
-        return last[0]
-
-    with stepping(pipe, step):
+    """The samples after the last step (n, ...), of a pipeline run for some samples without decoding them."""
+    with last_samples(pipe, len(indices)) as found:
         run_batch(pipe, run, indices, "latent")
-    return whole_samples(next_sample(last[0]), len(indices)).detach().cpu()
+    if not found:
+        raise InputError(f"the samples of {type(pipe).__name__} cannot be followed through its scheduler")
+    return found[0]
 
 
 def rows_of_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 from ptqd import processes
 from ptqd.errors import InputError
 from ptqd.files import make_folder, read_json, replacing, write_json
+from ptqd.progress import track
 
 Build = Callable[[Path, Path], None]
 
@@ -68,6 +69,10 @@ class RunFolder:
 
     def _stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool) -> Path:
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        if processes.agreed(key) != key:
+            raise InputError(
+                f"{name}: this process was started with other arguments than the main one; start all alike"
+            )
         target, record = self.folder / name, self._record(name)
         if processes.agreed(target.exists() and record.exists() and read_json(record).get("key") == key):
             return target
@@ -106,6 +111,38 @@ class RunFolder:
 
     def _record(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def make_shards(
+    batches: Sequence[range], scratch: Path, write: Callable[[range, Path], None], *, title: str | None
+) -> list[Path]:
+    """The results of batches, each its own file, each process its share; what is there already is kept.
+
+    Args:
+        batches: indices of samples.
+        scratch: a folder that survives a kill.
+        write: called with a batch and the file, to be written atomically.
+        title: of a progress bar.
+
+    Returns:
+        All files, in order, once all processes have written theirs.
+
+    Raises:
+        InputError: some are missing, after a process of another kind or on another disk.
+    """
+    make_folder(scratch)
+    shards = {indices: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
+    for indices in track(processes.share(batches), title):
+        if not shards[indices].exists():
+            write(indices, shards[indices])
+    processes.wait()
+    missing = [shard for shard in shards.values() if not shard.exists()] if processes.is_main() else []
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(shards)} shards ({missing[0].name}, ...) are not in {scratch}; start again, with "
+            "a folder that all processes see"
+        )
+    return list(shards.values())
 
 
 def _is_written(temporary: Path) -> bool:

@@ -1,5 +1,7 @@
 """Image encoders of transformers as feature extractors: DINOv2, CLIP, and any with a pooled output."""
 
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 
 from ptqd.errors import InputError
 from ptqd.evaluate.features import Features
+from ptqd.evaluate.weights import weights_key
 
 
 class ImageEncoder:
@@ -17,34 +20,59 @@ class ImageEncoder:
     Args:
         model: of transformers.
         processor: its image processor, which resizes and normalises.
+        tokenizer: for texts, which CLIP embeds too.
     """
 
     image_shape = None
+    classifies = False
+    inception = False
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model.eval(), processor
+    def __init__(self, model: Any, processor: Any, tokenizer: Any = None) -> None:
+        self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "ImageEncoder":
+    def from_pretrained(cls, name: str | Path, *, texts: bool = False) -> "ImageEncoder":
         """From a folder or hub id, such as ``facebook/dinov2-base`` or ``openai/clip-vit-large-patch14``.
 
+        Args:
+            name: the folder or hub id.
+            texts: with its tokenizer, to embed texts too.
+
         Raises:
-            InputError: transformers is not installed, or there is no such model.
+            InputError: transformers is not installed, there is no such model, or it embeds no texts.
         """
         try:
-            from transformers import AutoImageProcessor, AutoModel
+            from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError as error:
             raise InputError("features by an image encoder need transformers; pip install transformers") from error
         try:
             processors: Any = AutoImageProcessor
-            loaded = AutoModel.from_pretrained(name), processors.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name) if texts else None
+            loaded = AutoModel.from_pretrained(name), processors.from_pretrained(name), tokenizer
         except (ImportError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{name} is no image encoder of transformers ({reason}); give a folder that save_pretrained wrote, "
                 "or a hub id"
             ) from error
-        return cls(*loaded)
+        encoder = cls(*loaded)
+        if texts and not hasattr(encoder.model, "get_text_features"):
+            raise InputError(
+                f"{name} embeds no texts; a CLIP score needs a CLIP, such as openai/clip-vit-large-patch14"
+            )
+        return encoder
+
+    @property
+    def key(self) -> str:
+        """Changes with the weights and with how images are taken."""
+        return sha256((weights_key(self.model) + self.processor.to_json_string()).encode()).hexdigest()
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings of texts (N, D), as wide as those of images; what is too long is cut off, as CLIP does."""
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+        made = self.model.get_text_features(**inputs)
+        return (made if isinstance(made, torch.Tensor) else made.pooler_output).float()
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:

@@ -1,29 +1,19 @@
-"""Images to features, and what a set of images is judged by."""
+"""Images to features, and the references that they are compared with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.intervals import Metric, Statistic
-from ptqd.evaluate.metrics import (
-    WINDOW,
-    extrapolated_frechet,
-    frechet_statistic,
-    kernel_statistic,
-    mean_statistic,
-    paired_frechet_statistic,
-    psnr,
-    share_metric,
-    ssim,
-)
 from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
 
-SAMPLE = 2000  # pooled features that a reference keeps
+SAMPLE = 10_000  # pooled features that a reference keeps, as many as ADM's precision and recall have
 
 
 class Features(NamedTuple):
@@ -40,6 +30,18 @@ class Extractor(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """Height, width and channels of the images it takes; None where it takes any."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its logits' classes are those that images are asked for by."""
+
+    @property
+    def inception(self) -> bool:
+        """Whether distances in its features are called FID, sFID and KID."""
+
+    @property
+    def key(self) -> str:
+        """Changes with its weights, and with how it takes images."""
 
     def features(self, images: torch.Tensor) -> Features:
         """Pooled and spatial features and class logits."""
@@ -73,7 +75,7 @@ class Reference:
         covariance: of pooled features (D, D).
         spatial_mean: of spatial features (S,).
         spatial_covariance: of spatial features (S, S).
-        sample: pooled features (M, D), for the kernel distance.
+        sample: pooled features (M, D), for what is no function of moments.
         count: images the moments are of.
     """
 
@@ -84,6 +86,14 @@ class Reference:
     sample: torch.Tensor
     count: int
 
+    @cached_property
+    def key(self) -> str:
+        """A hash of all of it."""
+        found = sha256(str(self.count).encode())
+        for tensor in (self.mean, self.covariance, self.spatial_mean, self.spatial_covariance, self.sample):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
     @classmethod
     def of(cls, features: Features, sample: int = SAMPLE) -> "Reference":
         """The reference that a set of features makes."""
@@ -92,13 +102,13 @@ class Reference:
         return summing.reference()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: float32 moments (upper triangles of the covariances), half-precision sample."""
+        """Write a safetensors file: float32 moments (upper triangles of the covariances), the sample as it is."""
         tensors = {
             "mean": self.mean.float(),
             "covariance": _triangle(self.covariance).float(),
             "spatial_mean": self.spatial_mean.float(),
             "spatial_covariance": _triangle(self.spatial_covariance).float(),
-            "sample": self.sample.half(),
+            "sample": self.sample,
         }
         write_tensors(path, tensors, {"ptqd.reference": str(self.count)})
 
@@ -170,71 +180,3 @@ def _full(triangle: torch.Tensor, size: int) -> torch.Tensor:
     matrix[rows, columns] = triangle.double()
     matrix[columns, rows] = triangle.double()
     return matrix
-
-
-def statistics(
-    images: torch.Tensor,
-    extractor: Extractor,
-    reference: Reference,
-    *,
-    labels: torch.Tensor | None = None,
-    same_seed: torch.Tensor | None = None,
-) -> dict[str, Statistic]:
-    """Everything one set of images is judged by, with what each image does to it.
-
-    Args:
-        images: uint8 (N, H, W, C).
-        extractor: gives the features.
-        reference: in the same extractor's features.
-        labels: asked-for classes (N,); adds ``class_agreement``.
-        same_seed: full-precision images of the same seeds, like ``images``; adds ``psnr``, in dB, ``ssim`` of images
-            that its window fits, and ``frechet_distance_to_full_precision``, between the two sets.
-
-    Returns:
-        ``frechet_distance``, ``extrapolated_frechet_distance`` (without the bias of few samples),
-        ``spatial_frechet_distance`` and ``kernel_distance``, all in the extractor's features, and those above; without
-        those that the extractor or the reference has nothing for.
-
-    Raises:
-        InputError: a reference in other features, or features that are not finite.
-    """
-    features = extract(extractor, images)
-    of_pooled = (features.pooled, reference.mean, reference.covariance)
-    if features.pooled.shape[1] != len(reference.mean):
-        raise InputError(
-            f"the reference is of {len(reference.mean)} features, the extractor gives {features.pooled.shape[1]}; use "
-            "the one that it was made with"
-        )
-    found = {"frechet_distance": frechet_statistic(*of_pooled)}
-    if features.spatial.shape[1] and features.spatial.shape[1] == len(reference.spatial_mean):
-        spatial = (features.spatial, reference.spatial_mean, reference.spatial_covariance)
-        found["spatial_frechet_distance"] = frechet_statistic(*spatial)
-    if len(reference.sample):
-        found["kernel_distance"] = kernel_statistic(features.pooled, reference.sample)
-    found["extrapolated_frechet_distance"] = extrapolated_frechet(found["frechet_distance"], *of_pooled)
-    if labels is not None and features.logits.shape[1]:
-        found["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
-    if same_seed is not None:
-        theirs = extract(extractor, same_seed).pooled
-        found["frechet_distance_to_full_precision"] = paired_frechet_statistic(features.pooled, theirs)
-        found["psnr"] = mean_statistic(psnr(images / 255, same_seed / 255))
-        if min(images.shape[1:3]) >= WINDOW:
-            mine, full = (x.permute(0, 3, 1, 2) / 255 for x in (images, same_seed))
-            found["ssim"] = mean_statistic(ssim(mine, full))
-    return found
-
-
-def evaluate(
-    images: torch.Tensor,
-    extractor: Extractor,
-    reference: Reference,
-    *,
-    labels: torch.Tensor | None = None,
-    same_seed: torch.Tensor | None = None,
-) -> dict[str, Metric]:
-    """:func:`statistics` with 95 % intervals: of a share Wilson's, else the bootstrap's, within classes if given."""
-    found = statistics(images, extractor, reference, labels=labels, same_seed=same_seed)
-    metrics = {name: statistic.interval(labels) for name, statistic in found.items()}
-    if "class_agreement" in metrics:
-        metrics["class_agreement"] = share_metric(round(metrics["class_agreement"].value * len(images)), len(images))
-    return metrics

@@ -9,6 +9,7 @@ Frechet distance, which an ordinary bootstrap counts twice.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,32 +37,35 @@ class Statistic:
     Attributes:
         value: of all samples.
         influence: of each sample (N,), float64: N times what its being there once more changes, to first order.
+        of: which samples these are: the images that are judged, or the reference's, which are drawn again where a
+            metric counts them.
     """
 
     value: float
     influence: torch.Tensor
+    of: Literal["images", "reference"] = "images"
 
     def minus(self, other: "Statistic") -> "Statistic":
         """The difference to a statistic of the same seeds."""
         self._check(other)
-        return Statistic(self.value - other.value, self.influence - other.influence)
+        return Statistic(self.value - other.value, self.influence - other.influence, self.of)
 
     def above(self, other: "Statistic") -> "Statistic":
         """How far it is above one of the same seeds, as a share of that."""
         self._check(other)
         ratio = self.value / other.value
-        return Statistic(ratio - 1, (self.influence - ratio * other.influence) / other.value)
+        return Statistic(ratio - 1, (self.influence - ratio * other.influence) / other.value, self.of)
 
     def interval(self, strata: torch.Tensor | None = None, draws: int = DRAWS, seed: int = 0) -> Metric:
         """The bootstrap's percentile interval.
 
         Args:
             strata: a group for each sample (N,), such as its class, where every group's size was chosen beforehand:
-                groups are then drawn from one by one.
+                groups are then drawn from one by one. The reference's samples have none.
             draws: how often samples are drawn again.
             seed: the same for statistics that are compared.
         """
-        means = resampled(self.influence, strata, draws, seed)
+        means = resampled(self.influence, strata if self.of == "images" else None, draws, seed)
         if len(self.influence) < 2:
             return Metric(self.value, -math.inf, math.inf)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

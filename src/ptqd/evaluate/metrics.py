@@ -8,6 +8,7 @@ distance (Binkowski et al., arXiv 1801.01401) are not FID, sFID or KID, and are 
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from scipy import stats as scipy_stats
@@ -180,6 +181,27 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
     return found.mean().item(), found.std(correction=0).item()
 
 
+def inception_statistic(logits: torch.Tensor, size: int = 5000) -> Statistic:
+    """Inception score of logits (N, classes), the mean over consecutive parts, as ADM's evaluation has it.
+
+    A sample's influence is the score of its part times ``KL(p(y|x) || p(y)) - E KL``.
+
+    Args:
+        logits: of a classifier; an Inception score only in Inception's.
+        size: of a part.
+    """
+    parts = logits.split(size)
+    scores, influences = [], []
+    for part in parts:
+        log_p = part.double().log_softmax(1)
+        p = log_p.exp()
+        divergence = torch.special.xlogy(p, p / p.mean(0)).sum(1)
+        scores.append(divergence.mean().exp().item())
+        share = len(logits) / (len(part) * len(parts))
+        influences.append(share * scores[-1] * (divergence - divergence.mean()))
+    return Statistic(sum(scores) / len(parts), torch.cat(influences))
+
+
 def precision_recall(
     features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3
 ) -> tuple[Statistic, Statistic]:
@@ -194,7 +216,8 @@ def precision_recall(
         reference: real (M, D).
         neighbours: k.
     """
-    return _share_within(features, reference, neighbours), _share_within(reference, features, neighbours)
+    recall = _share_within(reference, features, neighbours)
+    return _share_within(features, reference, neighbours), replace(recall, of="reference")
 
 
 def density_coverage(
@@ -217,7 +240,7 @@ def density_coverage(
         inside = distances < radii
         held[rows] = inside.double().sum(1).cpu() / neighbours
         reached |= inside.any(0).cpu()
-    return mean_statistic(held), mean_statistic(reached)
+    return mean_statistic(held), replace(mean_statistic(reached), of="reference")
 
 
 def _share_within(x: torch.Tensor, centres: torch.Tensor, neighbours: int) -> Statistic:
@@ -239,16 +262,19 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, torch.
         yield rows, torch.cat([torch.cdist(x[rows].double(), part.double()) for part in y.split(ROWS)], 1)
 
 
-def clip_score(images: torch.Tensor, texts: torch.Tensor) -> Statistic:
-    """``mean(max(100 cos, 0))`` of each image's and its text's embedding (Hessel et al., arXiv 2104.08718).
+def clip_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """``max(100 cos, 0)`` of each image's and its text's embedding (Hessel et al., arXiv 2104.08718).
 
     Scaled to 100, as text-to-image models are published; Hessel's own weight is 2.5.
 
     Args:
         images: CLIP's (N, D).
         texts: of the same samples (N, D).
+
+    Returns:
+        (N,), float64; their mean is the CLIP score.
     """
-    return mean_statistic((100 * torch.cosine_similarity(images.double(), texts.double())).clamp(min=0))
+    return (100 * torch.cosine_similarity(images.double(), texts.double())).clamp(min=0)
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ptqd.report.table import (
     cost_cells,
     metric_cell,
     metric_columns,
+    metric_title,
 )
 
 NOTE = (
@@ -42,11 +43,16 @@ class Section:
     rows: list[list[Cell]]
 
 
-def sections(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Section]]:
+def sections(rows: Sequence[Mapping[str, Any]], *, details: bool = False) -> tuple[list[str], list[Section]]:
     """Head and sections of what :func:`ptqd.comparison.compare_runs` found."""
-    metrics = metric_columns(rows)
+    metrics = metric_columns(rows, details=details)
     several = any(row["run"] for row in rows)
-    head = ["run"] * several + ["recipe", "correction", *(_column(name) for name in metrics), *COST_COLUMNS]
+    head = ["run"] * several + [
+        "recipe",
+        "correction",
+        *(f"{metric_title(rows, name)} ({METRICS[name][1]})" for name in metrics),
+        *COST_COLUMNS,
+    ]
     found = []
     for title, group in by_setting(rows):
         lines = []
@@ -61,11 +67,6 @@ def sections(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Section
             )
         found.append(Section(title, lines))
     return head, found
-
-
-def _column(name: str) -> str:
-    title, better = METRICS[name]
-    return f"{title} ({better})"
 
 
 def _compared(row: Mapping[str, Any], name: str) -> Cell:
@@ -123,7 +124,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         below = f'<br><span class="{cell.verdict}">{html.escape(cell.difference)}</span>' if cell.difference else ""
         return html.escape(cell.value) + below
 
-    head, found = sections(rows)
+    head, found = sections(rows, details=True)
     lines = [_html_row(head, "th", html.escape)]
     for section in found:
         lines.append(f'<tr><th class="setting" colspan="{len(head)}">{html.escape(section.title)}</th></tr>')

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ptqd.batchwise import load_images
 from ptqd.errors import InputError
-from ptqd.experiment import load_images
 from ptqd.files import read_json, replacing, write_text
 from ptqd.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
 from ptqd.report.table import (
@@ -20,6 +20,7 @@ from ptqd.report.table import (
     heading,
     metric_cell,
     metric_columns,
+    metric_title,
 )
 
 
@@ -37,7 +38,7 @@ def write_page(folder: Path) -> Path:
     if not isinstance(report, dict) or not needed <= set(report) or not report["rows"]:
         raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
     rows = report["rows"]
-    metrics = metric_columns(rows)
+    metrics = metric_columns(rows, details=True)
     environment = Environment(
         loader=PackageLoader("ptqd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -47,8 +48,10 @@ def write_page(folder: Path) -> Path:
         model=rows[0]["model"],
         samples=sorted({row["samples"] for row in rows}),
         judge=report.get("judge"),
+        inception=all(row.get("inception") for row in rows),
         groups=[(text, _lines(group, metrics)) for text, group in by_setting(rows)],
-        columns=[METRICS[name] for name in metrics],
+        columns=[(metric_title(rows, name), METRICS[name][1]) for name in metrics],
+        notes=report.get("notes", []),
         cost_columns=COST_COLUMNS,
         strips=strips,
         plots=step_plots(report["steps"]),
@@ -93,6 +96,7 @@ def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
         "steps.safetensors": "plan",
         "auto.json": "choose",
         "samples.safetensors": "sample",
+        "observed.safetensors": "evaluate",
         "metrics.json": "evaluate",
     }
     totals = dict.fromkeys(kinds.values(), 0.0)

@@ -14,9 +14,27 @@ METRICS = {
     "class_agreement": ("class agreement %", "higher"),
     "psnr": ("PSNR to FP dB", "higher"),
     "ssim": ("SSIM to FP", "higher"),
+    "lpips": ("LPIPS to FP", "lower"),
+    "latent_distance": ("latents to FP", "lower"),
+    "inception_score": ("classes' score", "higher"),
+    "precision": ("precision %", "higher"),
+    "recall": ("recall %", "higher"),
+    "density": ("density", "higher"),
+    "coverage": ("coverage %", "higher"),
+    "clip_score": ("CLIP score", "higher"),
 }
-_FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0}
-_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3, "ssim": 3}
+DETAILS = ("inception_score", "precision", "recall", "density", "coverage")  # in pages and JSON, where there is room
+INCEPTION = {  # names that only distances in Inception's features have
+    "frechet_distance": "FID",
+    "extrapolated_frechet_distance": "FID, N to infinity",
+    "spatial_frechet_distance": "sFID",
+    "kernel_distance": "KID x 1000",
+    "frechet_distance_to_full_precision": "FID to FP",
+    "inception_score": "Inception score",
+}
+_FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0, "precision": 100.0, "recall": 100.0, "coverage": 100.0}
+_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3, "ssim": 3, "lpips": 3, "latent_distance": 4}
+_DIGITS |= {"precision": 1, "recall": 1, "coverage": 1}
 
 
 def heading(setting: Mapping[str, Any]) -> str:
@@ -46,9 +64,16 @@ def correction_label(correction: str) -> str:
     return correction if correction in ("none", "auto") else " ".join(f"+{m.upper()}" for m in correction.split("+"))
 
 
-def metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics that at least one row has, in the table's order."""
-    return [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+def metric_columns(rows: Sequence[Mapping[str, Any]], *, details: bool = False) -> list[str]:
+    """The metrics that at least one row has, in the table's order; :data:`DETAILS` only if wanted."""
+    shown = [name for name in METRICS if details or name not in DETAILS or any(row.get("inception") for row in rows)]
+    return [name for name in shown if any(name in row["metrics"] for row in rows)]
+
+
+def metric_title(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """A column's title: FID, sFID and KID only where every row is of Inception's features."""
+    title = METRICS[name][0]
+    return INCEPTION.get(name, title) if all(row.get("inception") for row in rows) else title
 
 
 def metric_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
@@ -80,7 +105,7 @@ COST_COLUMNS = ("GBOPs an image", "fewer", "denoiser KB", "s")
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One Markdown table of all settings."""
     metrics = metric_columns(rows)
-    head = ["recipe", "correction", *(METRICS[m][0] for m in metrics), *COST_COLUMNS]
+    head = ["recipe", "correction", *(metric_title(rows, m) for m in metrics), *COST_COLUMNS]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for text, group in by_setting(rows):
         lines.append([f"**{text}**", *[""] * (len(head) - 1)])
@@ -97,7 +122,7 @@ def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("recipe")
     table.add_column("correction", no_wrap=True)
     metrics = metric_columns(rows)
-    for name in [*(METRICS[m][0] for m in metrics), *COST_COLUMNS]:
+    for name in [*(metric_title(rows, m) for m in metrics), *COST_COLUMNS]:
         table.add_column(name, justify="right")
     for text, group in by_setting(rows):
         table.add_section()

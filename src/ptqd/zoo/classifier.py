@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ptqd.evaluate.features import Features
+from ptqd.evaluate.weights import weights_key
 
 
 class _Residual(nn.Module):
@@ -50,6 +51,13 @@ class FashionClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(c, classes)
 
     image_shape = (32, 32, 1)
+    classifies = True
+    inception = False
+
+    @property
+    def key(self) -> str:
+        """Changes with the weights."""
+        return weights_key(self)
 
     def features(self, images: torch.Tensor) -> Features:
         """Features of images (N, 1, 32, 32) in [-1, 1]."""

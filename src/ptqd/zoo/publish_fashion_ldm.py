@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+from ptqd.batchwise import load_images, sample_images
 from ptqd.components import pipeline_fingerprint
-from ptqd.evaluate.features import Features, Reference, evaluate, extract
+from ptqd.evaluate.features import Features, Reference, extract
 from ptqd.evaluate.intervals import Metric
-from ptqd.experiment import load_images, sample_images
+from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler
 from ptqd.report.pictures import grid
@@ -97,7 +98,7 @@ def main() -> None:
     test_images, test_labels = fashion_mnist.load(args.data, "t10k")
     train_images, train_labels = fashion_mnist.load(args.data, "train")
     test: Features = extract(classifier, to_bytes(test_images))
-    Reference.of(test).save(REFERENCE)
+    Reference.of(test, sample=2000).save(REFERENCE)
     reference = Reference.load(REFERENCE)
     accuracy = (test.logits.argmax(1) == test_labels).double().mean().item()
 
@@ -107,17 +108,17 @@ def main() -> None:
     for guidance in (1.0, 1.5, 3.0):
         call = {"class_labels": list(range(10)), "guidance_scale": guidance}
         images = sampled("fashion-ldm", Sampling(50, 0.0, args.samples, 100, 0, call), args.card)
-        judged[f"guidance {guidance:g}"] = evaluate(images, classifier, reference, labels=labels)
+        judged[f"guidance {guidance:g}"] = evaluate(images, Judge(classifier, reference), labels=labels)
         if guidance == 1.5:
             shown = [images[i * 10 : i * 10 + 10] for i in range(10)]
     real = to_bytes(train_images[: args.samples])
-    judged["training images"] = evaluate(real, classifier, reference, labels=train_labels[: args.samples])
+    judged["training images"] = evaluate(real, Judge(classifier, reference), labels=train_labels[: args.samples])
     with torch.no_grad():
         vae = load("fashion-ldm").vae
         rebuilt = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in test_images.split(500)])
     psnr = -10 * ((rebuilt.clamp(-1, 1) - test_images) / 2).square().mean().log10().item()
     judged["test images through the autoencoder"] = evaluate(
-        to_bytes(rebuilt.clamp(-1, 1)), classifier, reference, labels=test_labels
+        to_bytes(rebuilt.clamp(-1, 1)), Judge(classifier, reference), labels=test_labels
     )
 
     with replacing(args.card / "samples.png") as temporary:

@@ -1,0 +1,298 @@
+"""Measuring, sampling and looking at images batch by batch: shared among processes, kept against a kill."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd import processes
+from ptqd.errors import InputError
+from ptqd.evaluate.images import ImageSet, open_images
+from ptqd.evaluate.intervals import Metric, Statistic
+from ptqd.evaluate.judge import Judge, Observed, latent_statistic, observe, statistics, with_intervals
+from ptqd.evaluate.references import cache_folder
+from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
+from ptqd.measuring import measure, measure_widths
+from ptqd.noise import NoiseStats
+from ptqd.replay import last_samples
+from ptqd.sampling import Sampling, run_batch
+from ptqd.stages import make_shards
+
+SHOWN = 100  # images that are kept for people where the others are not
+
+
+def measure_shards(
+    pipe: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    run: Sampling,
+    path: Path,
+    scratch: Path,
+    *,
+    title: str | None,
+) -> None:
+    """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch."""
+
+    def write(indices: range, shard: Path) -> None:
+        measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start).save(shard)
+
+    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    if processes.is_main():
+        _merged(shards, NoiseStats.load).save(path)
+
+
+def measure_width_shards(
+    pipe: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    run: Sampling,
+    folder: Path,
+    scratch: Path,
+    *,
+    title: str | None,
+) -> None:
+    """Measure every width into ``folder/BITS.safetensors``, as :func:`measure_shards` does one."""
+
+    def write(indices: range, shard: Path) -> None:
+        found = measure_widths(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
+        for bits, stats in list(found.items())[1:]:
+            stats.save(_of_width(shard, bits))
+        first = next(iter(found))
+        found[first].save(_of_width(shard, first))
+        write_tensors(shard, {"widths": torch.tensor(list(found))}, {})  # all are there
+
+    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    if processes.is_main():
+        for bits in read_tensors(shards[0])[0]["widths"].tolist():
+            parts = [_of_width(shard, bits) for shard in shards]
+            _merged(parts, NoiseStats.load).save(folder / f"{bits}.safetensors")
+
+
+def _of_width(shard: Path, bits: int) -> Path:
+    return shard.with_name(f"{shard.stem}-{bits}.safetensors")
+
+
+def _merged(shards: Sequence[Path], load: Callable[[Path], NoiseStats]) -> NoiseStats:
+    """One after the other, so that the sums are those of a single process."""
+    total = load(shards[0])
+    for shard in shards[1:]:
+        total = NoiseStats.merge([total, load(shard)])
+    return total
+
+
+def sample_images(
+    pipe: DiffusionPipeline,
+    run: Sampling,
+    path: Path,
+    scratch: Path,
+    *,
+    title: str | None,
+    judge: Judge | None = None,
+) -> None:
+    """Sample into ``path``, each process its share of the batches, through ``scratch``.
+
+    Args:
+        pipe: any whose output is images.
+        run: how.
+        path: a safetensors file of ``images``, uint8 (N, H, W, C), and, of a pipeline that does not diffuse pixels,
+            ``latents``, the samples after the last step (N, ...).
+        scratch: a folder that survives a kill.
+        title: of a progress bar.
+        judge: whose features are kept instead of the images, but for the first :data:`SHOWN`.
+    """
+
+    def write(indices: range, shard: Path) -> None:
+        with last_samples(pipe, len(indices)) as latents:
+            images = torch.from_numpy(np.rint(run_batch(pipe, run, indices) * 255).astype(np.uint8))
+        tensors = {"images": images}
+        if latents and latents[0].shape[1:] != images.permute(0, 3, 1, 2).shape[1:]:
+            tensors["latents"] = latents[0].float()
+        if judge is not None:
+            tensors |= observe(images, judge, texts=texts_of(run, indices)).tensors()
+            tensors["images"] = images[: max(0, SHOWN - indices.start)]
+        write_tensors(shard, tensors, {"ptqd.samples": scratch.name})
+
+    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    if processes.is_main():
+        networks = {} if judge is None else {"ptqd.networks": judge.networks_key}
+        join_tensors(path, shards, {"ptqd.samples": str(run.samples), **networks})
+
+
+def load_images(path: Path) -> torch.Tensor:
+    """uint8 images (N, H, W, C) that :func:`sample_images` wrote, mapped from disk.
+
+    Raises:
+        InputError: the file is missing, truncated, or something else.
+    """
+    tensors, metadata = read_tensors(path)
+    if "ptqd.samples" not in metadata:
+        raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
+    return tensors["images"]
+
+
+def observe_images(
+    images: ImageSet,
+    judge: Judge,
+    run: Sampling,
+    path: Path,
+    scratch: Path,
+    *,
+    title: str | None,
+    same_seed: ImageSet | None = None,
+) -> None:
+    """What a judge sees of images, into ``path``, each process its share of the batches, through ``scratch``.
+
+    Raises:
+        InputError: images that cannot be read or are not alike, or others in number or size than those of the seeds.
+    """
+    if same_seed is not None and len(same_seed) != len(images):
+        raise InputError(
+            f"images and those of the same seeds differ in number: {len(images)} against {len(same_seed)}; sample both "
+            "alike"
+        )
+
+    def write(indices: range, shard: Path) -> None:
+        full = None if same_seed is None else same_seed.part(indices)
+        seen = observe(images.part(indices), judge, same_seed=full, texts=texts_of(run, indices))
+        write_tensors(shard, seen.tensors(), {"ptqd.observed": scratch.name})
+
+    wanted = list(run.replace(samples=len(images)).batches())
+    shards = make_shards(wanted, scratch, write, title=title)
+    if processes.is_main():
+        join_tensors(path, shards, {"ptqd.networks": judge.networks_key})
+
+
+def observed_samples(
+    path: Path, against: Path | None, judge: Judge, run: Sampling, *, title: str | None
+) -> tuple[int, dict[str, Metric]]:
+    """Metrics of any images, by what a judge sees of them, or saw as they were sampled.
+
+    Args:
+        path: images, as :func:`ptqd.evaluate.images.open_images` takes them, or what
+            :func:`sample_images` kept of them.
+        against: the same of full-precision images of the same seeds.
+        judge: of all.
+        run: the classes or prompts they were asked for.
+        title: of a progress bar.
+
+    Returns:
+        How many there are, and, in the main process, their metrics.
+
+    Raises:
+        InputError: images that cannot be read, are not alike, or are not there any more.
+    """
+    files = [_samples_file(p) for p in (path, against) if p is not None]
+    scratch = cache_folder("observed")
+    made: list[tuple[Path, Path]] = []
+    for i, file in enumerate(files):
+        if is_observed(file, judge):
+            made.append((file, file))
+            continue
+        images, same_seed = _images(file, judge), _images(files[1], judge) if i == 0 and against is not None else None
+        digests = [x.digest() for x in (images, same_seed) if x is not None] if processes.is_main() else []
+        wanted = f"{judge.networks_key} {run.to_dict()} {digests} {version('ptqd')}"
+        key = processes.agreed(sha256(wanted.encode()).hexdigest())[:32]
+        parts, seen = scratch / key, scratch / f"{key}.safetensors"
+        if not processes.agreed(seen.is_file()):
+            observe_images(images, judge, run, seen, parts, title=title, same_seed=same_seed)
+        made.append((seen, file))
+    processes.wait()
+    if not processes.is_main():
+        return 0, {}
+    with opened_tensors(made[0][0]) as opened:
+        count = len(opened.get_tensor(next(iter(opened.keys())))) if opened.keys() else 0
+    labels = labels_of(run, count)
+    found = with_intervals(judged(*made[0], judge, labels, made[1] if len(made) > 1 else None), labels)
+    for seen, file in made:
+        if seen != file:
+            shutil.rmtree(scratch / seen.stem, ignore_errors=True)
+            seen.unlink()
+    return count, found
+
+
+def _samples_file(path: Path) -> Path:
+    inside = path / "samples.safetensors"
+    return inside if inside.is_file() else path
+
+
+def _images(path: Path, judge: Judge) -> ImageSet:
+    grey = (
+        judge.extractor is not None and judge.extractor.image_shape is not None and judge.extractor.image_shape[2] == 1
+    )
+    images = open_images(path, grey=grey)
+    if path.suffix == ".safetensors":
+        with opened_tensors(path) as file:
+            if "ptqd.networks" in (file.metadata() or {}):
+                raise InputError(
+                    f"{path} holds what another judge saw of its images, not the images; judge by that one"
+                )
+    return images
+
+
+def is_observed(path: Path, judge: Judge) -> bool:
+    """Whether a file holds what this judge sees."""
+    if not path.is_file():
+        return False
+    with opened_tensors(path) as file:
+        return bool((file.metadata() or {}).get("ptqd.networks") == judge.networks_key)
+
+
+def judged(
+    observed: Path,
+    samples: Path,
+    judge: Judge,
+    labels: torch.Tensor | None,
+    full: tuple[Path, Path] | None = None,
+) -> dict[str, Statistic]:
+    """Everything a set of samples is judged by.
+
+    Args:
+        observed: what the judge saw of them.
+        samples: with their latents.
+        judge: the same.
+        labels: asked-for classes (N,).
+        full: both of full-precision samples of the same seeds; adds ``latent_distance`` where both have latents, and
+            distances between the two sets.
+    """
+    mine = Observed.load(observed)
+    found = statistics(mine, judge, full=None if full is None else Observed.load(full[0]), labels=labels)
+    latents = [] if full is None else [_latents(path) for path in (samples, full[1])]
+    if latents and all(found is not None for found in latents):
+        found["latent_distance"] = latent_statistic(*latents)  # type: ignore[arg-type]
+    return found
+
+
+def _latents(path: Path) -> torch.Tensor | None:
+    if path.suffix != ".safetensors":
+        return None
+    with opened_tensors(path) as file:
+        return file.get_tensor("latents") if "latents" in file.keys() else None  # noqa: SIM118
+
+
+def labels_of(run: Sampling, count: int) -> torch.Tensor | None:
+    """The classes that the first samples of a run were asked for (N,); None where it names none."""
+    labels = run.call.get("class_labels")
+    if labels is None:
+        return None
+    labels = [labels] if isinstance(labels, int) else labels
+    return torch.tensor([labels[i % len(labels)] for i in range(count)])
+
+
+def texts_of(run: Sampling, indices: Sequence[int]) -> list[str] | None:
+    """The prompts that some samples of a run were asked for; None where it has none."""
+    prompt = run.call_for(indices).get("prompt")
+    return [prompt] * len(indices) if isinstance(prompt, str) else prompt
+
+
+def few_samples(count: int, judge: Judge, metrics: Mapping[str, Mapping[str, float]]) -> str | None:
+    """What fewer samples than features do to a Frechet distance, in words; None where there are enough."""
+    if judge.reference is None or count > len(judge.reference.mean) or "frechet_distance" not in metrics:
+        return None
+    plain, line = (metrics[name]["value"] for name in ("frechet_distance", "extrapolated_frechet_distance"))
+    return (
+        f"{count} samples are no more than the {len(judge.reference.mean)} features: the Frechet distance is "
+        f"{plain - line:.3g} above what it would be with infinitely many, which stands beside it"
+    )

@@ -1,0 +1,238 @@
+"""Sets of images, read batch by batch: from a folder, ADM's .npz, a dataset, or a file of ptqd's."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ptqd.errors import InputError
+from ptqd.files import read_tensors, replacing
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NAMED = 3  # of many broken images
+BATCH = 250
+
+
+class ImageSet(Protocol):
+    """N images of one size."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def part(self, indices: range) -> torch.Tensor:
+        """Some of them, uint8 (n, H, W, C).
+
+        Raises:
+            InputError: images that cannot be read, or are not of one size; all are looked at before they are named.
+        """
+
+    def digest(self) -> str:
+        """A hash of their content."""
+
+
+def batches(images: ImageSet, size: int = BATCH) -> list[range]:
+    """All indices, in batches."""
+    return [range(first, min(first + size, len(images))) for first in range(0, len(images), size)]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images in memory, or mapped from disk: uint8 (N, H, W, C)."""
+
+    images: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, indices: range) -> torch.Tensor:
+        """Some of them."""
+        return self.images[indices.start : indices.stop]
+
+    def digest(self) -> str:
+        """A hash of their content."""
+        found = sha256(str(self.images.shape).encode())
+        for indices in batches(self):
+            found.update(self.part(indices).numpy().tobytes())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Encoded images, by their names: files, or a dataset's rows.
+
+    Attributes:
+        sources: a path, or where and under what key a dataset's bytes are.
+        grey: read as one channel instead of RGB.
+        what: they are, in messages.
+    """
+
+    sources: Sequence["Path | _Row"]
+    grey: bool
+    what: str
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def part(self, indices: range) -> torch.Tensor:
+        """Some of them."""
+        try:
+            pictures = [self._read(self.sources[i]) for i in indices]
+            first = self._read(self.sources[0]).shape if indices.start else pictures[0].shape
+        except (OSError, SyntaxError, ValueError):
+            raise self._complaint() from None
+        if any(picture.shape != first for picture in pictures):
+            raise self._complaint()
+        return torch.from_numpy(np.stack(pictures))
+
+    def digest(self) -> str:
+        """A hash of their content."""
+        found = sha256(b"grey" if self.grey else b"")
+        for source in self.sources:
+            found.update(sha256(source.read_bytes()).digest())
+        return found.hexdigest()
+
+    def _read(self, source: "Path | _Row") -> np.ndarray:
+        opened: Path | BinaryIO = source if isinstance(source, Path) else BytesIO(source.read_bytes())
+        with Image.open(opened) as picture:
+            image = picture.convert("L" if self.grey else "RGB")
+        return np.asarray(image).reshape(image.height, image.width, -1)
+
+    def _complaint(self) -> InputError:
+        broken, others, size = [], [], None
+        for source in self.sources:
+            try:
+                height, width, _ = self._read(source).shape
+            except (OSError, SyntaxError, ValueError):
+                broken.append(source.name)
+                continue
+            size = size or (width, height)
+            if (width, height) != size:
+                others.append(source.name)
+        if broken:
+            return InputError(f"{self._some(broken)} cannot be read; replace or remove them")
+        assert size is not None
+        return InputError(f"{self._some(others)} are not {size[0]} x {size[1]} as the first is; resize them alike")
+
+    def _some(self, names: Sequence[str]) -> str:
+        shown = ", ".join(names[:NAMED])
+        return f"{len(names)} of {len(self)} images in {self.what} ({shown}{', ...' if len(names) > NAMED else ''})"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a dataset."""
+
+    dataset: Any
+    index: int
+    column: str
+
+    @property
+    def name(self) -> str:
+        return f"row {self.index}"
+
+    def read_bytes(self) -> bytes:
+        found = self.dataset[self.index][self.column]
+        data: bytes = found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+        return data
+
+
+def open_images(path: Path, *, grey: bool) -> ImageSet:
+    """The images that a path stands for.
+
+    Args:
+        path: a folder of images (searched through); an .npz with ``arr_0`` (N, H, W, C); samples of ``ptqd sample`` or
+            ``ptqd run``, the file or its folder; or a dataset of the datasets library with a column of images, a folder
+            or hub id, if wanted with ``:SPLIT`` behind.
+        grey: read encoded images as one channel.
+
+    Raises:
+        InputError: nothing there, or nothing with images.
+    """
+    if path.is_dir() and (path / "samples.safetensors").is_file():
+        path = path / "samples.safetensors"  # beside the same images as PNG files, perhaps
+    if path.is_dir():
+        files = sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
+        if files or not any(found.suffix in (".arrow", ".parquet") for found in path.rglob("*")):
+            if len(files) < 2:
+                raise InputError(
+                    f"{path} holds {len(files)} images; a set needs at least two ({', '.join(SUFFIXES)}), or a dataset"
+                )
+            return Pictures(files, grey, str(path))
+        return _dataset(path, grey)
+    if not path.is_file():
+        if path.is_absolute() or path.suffix:
+            raise InputError(
+                f"{path} does not exist; give a folder of images, a dataset, an .npz or a .safetensors file"
+            )
+        return _dataset(path, grey)
+    if path.suffix == ".npz":
+        arrays = read_npz(path, ("arr_0",))
+        if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim != 4:
+            raise InputError(f"{path} holds no arr_0 of uint8 images (N, H, W, C)")
+        return Pixels(torch.from_numpy(arrays["arr_0"]))
+    tensors, metadata = read_tensors(path)
+    if "ptqd.samples" not in metadata or "images" not in tensors:
+        raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
+    return Pixels(tensors["images"])
+
+
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some arrays of an .npz file, without pickle.
+
+    Raises:
+        InputError: it is damaged, or something else.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in names if name in file}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as .npz: {error}") from error
+
+
+def write_npz(path: Path, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """Images as ADM's evaluation takes them: ``arr_0``, uint8 RGB (N, H, W, 3), and ``arr_1``, labels (N,), if any.
+
+    Args:
+        path: file to write, atomically.
+        images: uint8 (N, H, W, C), mapped from disk perhaps; grey ones are written as RGB.
+        labels: of classes.
+    """
+    arrays = [images.expand(-1, -1, -1, 3).numpy()] + ([] if labels is None else [labels.numpy()])
+    with replacing(path) as temporary, temporary.open("wb") as written:
+        np.savez(written, *arrays)
+
+
+def _dataset(path: Path, grey: bool) -> Pictures:
+    name, _, split = str(path).partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{path} is no folder or file; as a dataset it needs: pip install datasets") from error
+    try:
+        if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # of many kinds, none of them its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{name} is no folder of images, file or dataset ({reason}); give one that is there, or a hub id"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        split = split or next(iter(found))
+        if split not in found:
+            raise InputError(f"the dataset {name} has no split {split!r}; it has {', '.join(found)}")
+        found = found[split]
+    columns = [column for column, kind in found.features.items() if isinstance(kind, datasets.Image)]
+    if not columns:
+        raise InputError(f"the dataset {name} has no column of images; it has {', '.join(found.features)}")
+    encoded = found.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+    return Pictures([_Row(encoded, i, columns[0]) for i in range(len(encoded))], grey, name)
