@@ -1,18 +1,24 @@
-"""Our metrics against torch-fidelity's and scipy's, from the same features.
+"""Our metrics against torch-fidelity's and scipy's, from the same features; our networks, from the same weights.
 
     pip install --no-deps torch-fidelity
     python bench/metrics.py
 
-torchvision is replaced by an empty module: torch-fidelity imports it for images and networks, which are not used here.
+torchvision is replaced by an empty module: torch-fidelity imports it for images, and for VGG16, which it is handed.
+The networks' weights are random; the published ones have the same names and shapes.
 """
 
 import sys
-from unittest.mock import MagicMock
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
 from scipy import linalg
+from torch import nn
 
+from ptqd.evaluate.inception import Inception
+from ptqd.evaluate.lpips import Lpips
 from ptqd.evaluate.metrics import (
     density_coverage,
     frechet_distance,
@@ -74,6 +80,48 @@ def main() -> None:
     print(f"{FAKE} and {REAL} x {WIDTH} features, torch {torch.__version__}")
     for name, mine, other in rows:
         print(f"  {name:34s} {mine:.9f}  {other:.9f}  relative difference {abs(mine - other) / abs(other):.1e}")
+    networks()
+
+
+@torch.no_grad()
+def networks() -> None:
+    from torch_fidelity import sample_similarity_lpips
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 64, 48), dtype=torch.uint8)
+    ours = Inception().eval()
+    for norm in (module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.01, 0.1)  # type: ignore[union-attr]
+    with TemporaryDirectory() as folder:
+        torch.save(ours.state_dict(), Path(folder) / "weights.pth")
+        theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], Path(folder) / "weights.pth")
+    first: list[torch.Tensor] = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: first.append(output[:, :7]))
+    pooled, logits = theirs(images)
+    made = ours.features(images / 127.5 - 1)
+    print("8 images of 64 x 48, random weights, largest difference against largest value")
+    for name, mine, other in (
+        ("Inception's pool3", made.pooled, pooled),
+        ("Inception's logits without bias", made.logits, logits),
+        ("ADM's spatial features", made.spatial, first[0].flatten(1)),
+    ):
+        print(f"  {name:34s} {((mine - other).abs().max() / other.abs().max()).item():.1e}")
+
+    perceptual = Lpips().eval()
+    for i in range(5):
+        nn.init.uniform_(getattr(perceptual, f"lin{i}").model[1].weight)
+    linear = {n: v for n, v in perceptual.state_dict().items() if n.startswith("lin")}
+    vgg = MagicMock(features=nn.Sequential(*perceptual.net.features, nn.MaxPool2d(2)))
+    with (
+        patch.object(sample_similarity_lpips, "load_state_dict_from_url", return_value=linear),
+        patch.object(sample_similarity_lpips, "torchvision_load_pretrained_vgg16", return_value=vgg),
+    ):
+        judge = sample_similarity_lpips.SampleSimilarityLPIPS("theirs")
+    other = judge(images, images.flip(0)).flatten()
+    mine = perceptual.distances(images / 127.5 - 1, images.flip(0) / 127.5 - 1)
+    print(f"  {'LPIPS':34s} {((mine - other).abs().max() / other.abs().max()).item():.1e}")
 
 
 if __name__ == "__main__":

@@ -132,4 +132,4 @@ def test_the_verb(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert call("--format", "latex").startswith(r"\begin{tabular}")
     call("--format", "html", "--out", tmp_path / "page.html", "--json", tmp_path / "rows.json")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    assert set(json.loads((tmp_path / "rows.json").read_text())[1]["metrics"]) == {"psnr"}
+    assert set(json.loads((tmp_path / "rows.json").read_text())[1]["metrics"]) == {"psnr", "ssim", "latent_distance"}

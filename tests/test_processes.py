@@ -1,8 +1,12 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -10,6 +14,16 @@ from conftest import tiny_pipeline
 from ptqd import processes
 from ptqd.cli import main
 from ptqd.manifest import load_manifest
+
+SAMPLE = ["--steps", "3", "--samples", "24", "--batch", "2", "--guidance", "2"]
+
+
+def launched(*words: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "ptqd"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
 
 
 def test_one_process_waits_for_nobody() -> None:
@@ -27,10 +41,8 @@ def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Pat
     command = ["run", str(model), "--recipe", str(recipe), "--steps", "2", "--samples", "10", "--batch", "2"]
     command += ["--measured", "6", "--methods", "bc", "--guidance", "2"]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ptqd"]
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
-    shared = [*launch, *command, "--out", str(tmp_path / "two")]
-    made = subprocess.run(shared, capture_output=True, text=True, check=False, env=threads)
+    shared = [*launched("--nproc_per_node", "2"), *command, "--out", str(tmp_path / "two")]
+    made = subprocess.run(shared, capture_output=True, text=True, check=False, env=environment())
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.count("report.json") == 1  # the main process alone
     one, two = (load_manifest(tmp_path / name) for name in ("one", "two"))
@@ -46,3 +58,90 @@ def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Pat
         found.unlink()
     assert main([*command, "--out", str(tmp_path / "two")]) == 0
     assert load_manifest(tmp_path / "two")["figures"] == one["figures"]
+
+
+@pytest.mark.parametrize("kilobytes", [1, 8], ids=["a batch does not fit", "the whole does not fit"])
+def test_a_full_disk_is_said_and_what_was_made_is_kept(tmp_path: Path, kilobytes: int) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny_pipeline().save_pretrained(model)
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({1024 * kilobytes},) * 2); "
+    code = limit + "from ptqd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ["sample", str(model), *SAMPLE, "--out", str(out)]
+    made = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert "cannot write" in made.stderr.splitlines()[-1]
+    assert "free some space" in made.stderr
+    assert not (out / "samples.safetensors").exists()
+    assert not list(out.rglob("*.tmp"))
+    assert len(list(out.rglob("0*.safetensors"))) == (0 if kilobytes == 1 else 12)
+    assert main(command) == 0
+    assert main([*command[:-1], str(tmp_path / "undisturbed")]) == 0
+    found, want = (load_file(folder / "samples.safetensors") for folder in (out, tmp_path / "undisturbed"))
+    assert torch.equal(found["images"], want["images"])
+
+
+def test_a_shard_of_another_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    command = ["sample", str(model), *SAMPLE[2:], "--out", str(tmp_path / "out"), "--steps"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ptqd.batchwise.join_tensors", lambda *_: sys.exit(1))
+        for steps in ("1", "2"):
+            with pytest.raises(SystemExit):
+                main([*command, steps])
+    first, second = sorted((tmp_path / "out" / ".partial").iterdir())
+    (first / "00000004.safetensors").replace(second / "00000004.safetensors")
+    (first / "00000004.safetensors").write_bytes((first / "00000002.safetensors").read_bytes())
+    codes = [main([*command, steps]) for steps in ("1", "2")]
+    assert sorted(codes) == [0, 2]
+    said = capsys.readouterr().err
+    assert "00000004.safetensors was written by another configuration" in said
+    assert "remove it" in said
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_its_batch(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    command = ["sample", str(model), *SAMPLE, "--steps", "60", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    shared = [*launched("--nproc_per_node", "2", "--max-restarts", "1"), *command, str(tmp_path / "two")]
+    running = subprocess.Popen(shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
+    while running.poll() is None and not list((tmp_path / "two").rglob("0*.safetensors")):
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, said = running.communicate()
+    assert running.returncode == 0, said[-2000:]
+    assert "Signal 9" in said or "SIGKILL" in said or "exitcode: -9" in said
+    found, want = (load_file(tmp_path / name / "samples.safetensors") for name in ("two", "one"))
+    assert torch.equal(found["images"], want["images"])
+
+
+@pytest.mark.slow
+def test_a_late_worker_is_waited_for_and_one_of_another_kind_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    command = ["sample", str(model), *SAMPLE, "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+
+    def hosts(port: int, *commands: list[str]) -> list[tuple[int, str]]:
+        started = []
+        for rank, words in enumerate(commands):
+            where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+            where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen([*launched(*where), *words], env=environment(), **pipes))
+            time.sleep(6 * (1 - rank))
+        said = [process.communicate() for process in started]
+        return [(process.returncode, text) for process, (_, text) in zip(started, said, strict=True)]
+
+    late = hosts(29517, *[[*command, str(tmp_path / "late")]] * 2)
+    assert [code for code, _ in late] == [0, 0], late
+    found, want = (load_file(tmp_path / name / "samples.safetensors") for name in ("late", "one"))
+    assert torch.equal(found["images"], want["images"])
+    other = [*command, str(tmp_path / "other")]
+    different = hosts(29518, other, [*other, "--seed", "3"])
+    assert all(code != 0 for code, _ in different)
+    assert any("was started with other arguments than the main one" in said for _, said in different)
+    assert not (tmp_path / "other" / "samples.safetensors").exists()

@@ -234,7 +234,7 @@ def _images(path: Path, judge: Judge) -> ImageSet:
 
 def is_observed(path: Path, judge: Judge) -> bool:
     """Whether a file holds what this judge sees."""
-    if not path.is_file():
+    if path.suffix != ".safetensors" or not path.is_file():
         return False
     with opened_tensors(path) as file:
         return bool((file.metadata() or {}).get("ptqd.networks") == judge.networks_key)

@@ -168,7 +168,8 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
             return Pictures(files, grey, str(path))
         return _dataset(path, grey)
     if not path.is_file():
-        if path.is_absolute() or path.suffix:
+        folder = Path(str(path).partition(":")[0])
+        if not folder.is_dir() and (path.is_absolute() or path.suffix):
             raise InputError(
                 f"{path} does not exist; give a folder of images, a dataset, an .npz or a .safetensors file"
             )
