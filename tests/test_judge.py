@@ -274,8 +274,8 @@ def test_what_is_kept_says_all_that_the_images_would(tmp_path: Path) -> None:
     assert len(again["recall"].influence) == 50
     with pytest.raises(InputError, match="of the same seeds differ"):
         observe(mine, judge(), same_seed=full[:3])
-    moments = [torch.zeros(4), torch.eye(4), torch.zeros(2), torch.eye(2)]
-    narrow = Judge(Corners(), Reference(*moments, sample=torch.zeros(0, 4), count=9))  # type: ignore[arg-type]
+    two = (torch.zeros(2), torch.eye(2))
+    narrow = Judge(Corners(), Reference(torch.zeros(4), torch.eye(4), *two, torch.zeros(0, 4), 9))
     with pytest.raises(InputError, match="of 2 spatial features, the extractor gives 3"):
         statistics(seen, narrow)
 

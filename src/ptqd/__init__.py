@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptqd.loading import load
     from ptqd.measuring import measure, measure_widths
     from ptqd.noise import NoiseStats
+    from ptqd.pipelines.latent import LatentPipeline
     from ptqd.pipelines.latent_class import LatentClassPipeline
     from ptqd.plan import StepPlan
     from ptqd.planned import apply_plan
@@ -30,6 +31,7 @@ _HOMES = {
     "Correction": "ptqd.correction.correction",
     "InputError": "ptqd.errors",
     "LatentClassPipeline": "ptqd.pipelines.latent_class",
+    "LatentPipeline": "ptqd.pipelines.latent",
     "MismatchError": "ptqd.errors",
     "NoiseStats": "ptqd.noise",
     "PtqdError": "ptqd.errors",
@@ -56,6 +58,7 @@ __all__ = [
     "Correction",
     "InputError",
     "LatentClassPipeline",
+    "LatentPipeline",
     "MismatchError",
     "NoiseStats",
     "PtqdError",

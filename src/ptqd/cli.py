@@ -25,6 +25,19 @@ METHODS_HELP = (
 )
 
 
+def _cmd_convert(args: argparse.Namespace) -> None:
+    """Make a diffusers pipeline of a checkpoint in CompVis' latent-diffusion format and its YAML."""
+    from ptqd.convert import convert, save_converted
+    from ptqd.files import replacing
+
+    _check_replaceable(args.out)
+    pipe = convert(args.checkpoint, args.config)
+    with replacing(args.out) as temporary:
+        save_converted(pipe, temporary)
+    count = sum(p.numel() for p in pipe.unet.parameters())
+    print(f"{args.out}: {type(pipe).__name__}, {count:,} parameters in the UNet")
+
+
 def _cmd_quantize(args: argparse.Namespace) -> None:
     """Quantize a pipeline's denoiser and save it as a diffusers folder of packed codes; resumes after a kill."""
     import shutil
@@ -548,6 +561,11 @@ def parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
         added.set_defaults(function=function)
         return added
+
+    sub = verb("convert", _cmd_convert)
+    sub.add_argument("checkpoint", type=Path, help="model.ckpt, or its state dict as .safetensors")
+    sub.add_argument("config", type=Path, help="the YAML that came with it")
+    sub.add_argument("out", type=Path, help="folder to write")
 
     sub = verb("quantize", _cmd_quantize)
     sub.add_argument("model", help=MODEL_HELP)

@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 
 from ptqd.errors import InputError
 
-_BYTES = {"BOOL": 1, "U8": 1, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
 
 
 @contextmanager
@@ -120,24 +129,47 @@ def join_tensors(path: Path, parts: Sequence[Path], metadata: Mapping[str, str])
             for name in file.keys():  # noqa: SIM118
                 piece = file.get_slice(name)
                 pieces.setdefault(name, []).append((part, piece.get_dtype(), piece.get_shape()))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
+    layout = {}
     for name, found_pieces in pieces.items():
         for part, dtype, shape in found_pieces:
             if (dtype, shape[1:]) != (found_pieces[0][1], found_pieces[0][2][1:]):
                 raise InputError(f"{name} in {part} is of another shape than in {found_pieces[0][0]}; remove it")
-        shape = [sum(piece[2][0] for piece in found_pieces), *found_pieces[0][2][1:]]
-        size = math.prod(shape) * _BYTES[found_pieces[0][1]]
-        header[name] = {"dtype": found_pieces[0][1], "shape": shape, "data_offsets": [offset, offset + size]}
+        layout[name] = (found_pieces[0][1], [sum(piece[2][0] for piece in found_pieces), *found_pieces[0][2][1:]])
+
+    def in_order() -> Iterator[torch.Tensor]:
+        for name, found_pieces in pieces.items():
+            for part, _, _ in found_pieces:
+                with opened_tensors(part) as file:
+                    yield file.get_tensor(name)
+
+    _write_in_order(path, layout, in_order(), metadata)
+
+
+def write_large_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, one tensor in memory at a time: they may be mapped from disk."""
+    layout = {name: (_DTYPES[value.dtype], list(value.shape)) for name, value in tensors.items()}
+    _write_in_order(path, layout, iter(tensors.values()), metadata)
+
+
+def _write_in_order(
+    path: Path,
+    layout: Mapping[str, tuple[str, list[int]]],
+    tensors: Iterator[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """The format of safetensors: the header's length, the header in JSON, and the tensors' bytes in order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * _BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     with replacing(path) as temporary, temporary.open("wb") as written:
         written.write(len(text).to_bytes(8, "little") + text)
-        for name, found_pieces in pieces.items():
-            for part, _, _ in found_pieces:
-                with opened_tensors(part) as file:
-                    written.write(file.get_tensor(name).numpy().tobytes())
+        for tensor in tensors:
+            written.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -14,9 +14,12 @@ from ptqd import zoo
 from ptqd.components import activation_bits, denoiser_name, with_components
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
 from ptqd.errors import InputError, PtqdError
+from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.plan import StepPlan
 from ptqd.planned import plan_of
+
+_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
 
 
 def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -48,8 +51,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
             name = json.loads(index.read_text("utf-8"))["_class_name"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
-        if name == LatentClassPipeline.__name__:
-            pipeline_class = LatentClassPipeline
+        pipeline_class = _OURS.get(name, DiffusionPipeline)
     diffusers.utils.logging.disable_progress_bar()
     try:
         pipe = pipeline_class.from_pretrained(folder if local else str(model), dtype=dtype)

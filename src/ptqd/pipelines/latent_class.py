@@ -6,18 +6,25 @@ learned by label dropout serves classifier-free guidance (Ho and Salimans, arXiv
     eps = eps(x_t, null) + w (eps(x_t, class) - eps(x_t, null)).
 """
 
-import inspect
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ptqd.errors import InputError
+from ptqd.pipelines.latent import decoded, denoised
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
@@ -41,7 +48,7 @@ class LatentClassPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | VQModel,
         unet: UNet2DConditionModel,
         class_embedder: ClassEmbedder,
         scheduler: SchedulerMixin,
@@ -97,29 +104,17 @@ class LatentClassPipeline(DiffusionPipeline):
         if guided:
             context = torch.cat([self.class_embedder(torch.full_like(labels, null)), context])  # 2N,1,D
 
-        size = self.unet.config.sample_size
-        shape = (labels.numel(), self.unet.config.in_channels, size, size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        elif tuple(latents.shape) != shape:
-            raise InputError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
-        for t in self.progress_bar(self.scheduler.timesteps):
-            inputs = scale(torch.cat([x, x]) if guided else x, t)
-            eps = self.unet(inputs, t, encoder_hidden_states=context).sample
-            if guided:
-                eps_null, eps_class = eps.chunk(2)
-                eps = eps_null + guidance_scale * (eps_class - eps_null)
-            x = self.scheduler.step(eps, t, x, **extra).prev_sample
 
-        if output_type == "latent":
-            images: Any = x
-        else:
-            decoded = self.vae.decode(x / self.vae.config.scaling_factor).sample
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            inputs = scale(torch.cat([x, x]) if guided else x, t)
+            eps: torch.Tensor = self.unet(inputs, t, encoder_hidden_states=context).sample
+            if not guided:
+                return eps
+            eps_null, eps_class = eps.chunk(2)
+            return eps_null + guidance_scale * (eps_class - eps_null)
+
+        x = denoised(self, labels.numel(), predict, num_inference_steps, eta, generator, latents)
+        images = decoded(self, x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,248 @@
+"""Checkpoints of CompVis' latent diffusion as pipelines of diffusers."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+import original_ldm
+from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
+from ptqd.cli import main
+from ptqd.convert import convert, save_converted
+
+DATA = Path(__file__).parent / "data" / "ldm"
+BASES = {"ldm4-imagenet": 192, "ldm4-bedrooms": 224, "ldm8-churches": 192}
+SHAPES = {name: json.loads((DATA / f"{name}.json").read_text()) for name in BASES}
+
+
+def config(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load((DATA / f"{name}.yaml").read_text())
+    return read
+
+
+def small(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A checkpoint with few channels, and its YAML."""
+    made = config(name)
+    model = made["model"]["params"]
+    betas = torch.linspace(model["linear_start"] ** 0.5, model["linear_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    unet, stage = model["unet_config"]["params"], model["first_stage_config"]["params"]
+    unet |= {"model_channels": 32, "image_size": 16}
+    stage["ddconfig"] |= {"ch": 32, "resolution": 128 if name == "ldm8-churches" else 64}
+    if "n_embed" in stage:
+        stage["n_embed"] = 64
+    if name == "ldm4-imagenet":
+        unet["context_dim"] = model["cond_stage_config"]["params"]["embed_dim"] = 16
+        model["cond_stage_config"]["params"]["n_classes"] = 11
+    return original_ldm.small_state(SHAPES[name], BASES[name], betas.float()), made
+
+
+def write(folder: Path, state: dict[str, Any], made: dict[str, Any]) -> tuple[Path, Path]:
+    torch.save({"state_dict": state, "epoch": 3}, folder / "model.ckpt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(made))
+    return folder / "model.ckpt", folder / "config.yaml"
+
+
+def without(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def ema_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The UNet's weights that count, by their plain names."""
+    raw = without(state, "model.diffusion_model.")
+    return {name: state.get(f"model_ema.diffusion_model{name.replace('.', '')}", value) for name, value in raw.items()}
+
+
+def nearly(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (mine - theirs).abs().max().item() < 2e-5 * theirs.abs().max().item()
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_a_pipeline_computes_what_the_original_does(name: str, tmp_path: Path) -> None:
+    state, made = small(name)
+    model = made["model"]["params"]
+    unet = model["unet_config"]["params"]
+    save_converted(convert(*write(tmp_path, state, made)), tmp_path / "out")
+    pipe: Any = load(tmp_path / "out")
+    random = torch.Generator().manual_seed(1)
+    x, t = torch.randn(3, unet["in_channels"], 16, 16, generator=random), torch.tensor([1, 500, 999])
+    context = pipe.class_embedder(torch.tensor([0, 7, 10])) if name == "ldm4-imagenet" else None
+    if context is not None:
+        assert isinstance(pipe, LatentClassPipeline)
+        assert torch.equal(context[:, 0], state["cond_stage_model.embedding.weight"][[0, 7, 10]])
+    else:
+        assert isinstance(pipe, LatentPipeline)
+    want = original_ldm.unet(
+        ema_of(state), x, t, context=context, heads=unet.get("num_heads", -1),
+        head_width=unet.get("num_head_channels", -1), scale_shift=unet.get("use_scale_shift_norm", False),
+        updown=unet.get("resblock_updown", False), blocks=unet["num_res_blocks"],
+    )  # fmt: skip
+    given = {} if context is None else {"encoder_hidden_states": context}
+    assert nearly(pipe.unet(x, t, **given).sample, want)
+    first = without(state, "first_stage_model.")
+    images = 2 * torch.rand(2, 3, 64, 64, generator=random) - 1
+    latents = original_ldm.encode(first, images)
+    encoded = pipe.vae.encode(images)
+    found = encoded.latents if "n_embed" in model["first_stage_config"]["params"] else encoded.latent_dist.parameters
+    assert nearly(found, latents)
+    latents = latents[:, : unet["in_channels"]]
+    assert nearly(pipe.vae.decode(latents).sample, original_ldm.decode(first, latents))
+    assert pipe.vae.config.scaling_factor == pytest.approx(state.get("scale_factor", torch.tensor(1.0)).item())
+
+
+@pytest.mark.parametrize("steps", [20, 50, 200, 250, 500])
+def test_the_scheduler_takes_the_originals_steps(steps: int, tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+    scheduler: Any = convert(*write(tmp_path, state, made)).scheduler
+    scheduler.set_timesteps(steps)
+    t = torch.arange(0, 1000, 1000 // steps) + 1
+    assert torch.equal(scheduler.timesteps.flip(0), t)
+    alphas = (1 - state["betas"].double()).cumprod(0)
+    before = torch.cat([alphas[:1], alphas[t[:-1]]])
+    sigmas = ((1 - before) / (1 - alphas[t]) * (1 - alphas[t] / before)).sqrt()
+    for i, step in enumerate(t.tolist()):
+        assert scheduler._get_variance(step, step - 1000 // steps) ** 0.5 == pytest.approx(sigmas[i].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*BASES, "ldm4-celebahq", "ldm4-ffhq"])
+def test_every_parameter_of_a_published_checkpoint_has_its_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, which holds names and shapes alone."""
+    shapes = SHAPES.get(name, SHAPES["ldm4-bedrooms"])
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    model = config(name)["model"]["params"]
+    ends = (model["linear_start"] ** 0.5, model["linear_end"] ** 0.5)
+    state |= {"betas": torch.linspace(*ends, 1000) ** 2}
+    if "scale_factor" in state:
+        state["scale_factor"] = torch.tensor(0.2)
+    monkeypatch.setattr("ptqd.convert._read_checkpoint", lambda path: dict(state))
+    pipe: Any = convert(tmp_path / "model.ckpt", DATA / f"{name}.yaml")
+    raw = [shape for key, shape in shapes.items() if key.startswith("model.diffusion_model.")]
+    assert sum(p.numel() for p in pipe.unet.parameters()) == sum(math.prod(shape) for shape in raw)
+
+
+def test_a_converted_pipeline_is_quantized_measured_and_sampled(tmp_path: Path) -> None:
+    state, made = small("ldm8-churches")
+    pipe = convert(*write(tmp_path, state, made))
+    run = Sampling(steps=2, eta=1.0, samples=2, batch=1)
+    made_of = quantize(pipe, "w4a8", run.replace(samples=1))
+    stats = measure(pipe, made_of, run)
+    assert stats.source["repeatable"]  # each sample's noise comes from its own generator
+    assert stats.samples == 2
+    assert stats.response.draws
+    made_of.save_pretrained(tmp_path / "quantized")
+    again: Any = load(tmp_path / "quantized")
+    images = [pipe(batch_size=1, num_inference_steps=2, output_type="np").images for pipe in (made_of, again)]
+    assert images[0].shape == (1, 128, 128, 3)
+
+
+def test_the_verb_and_lightnings_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, made = small("ldm4-imagenet")
+    checkpoint, path = write(tmp_path, state, made)
+    assert main(["convert", str(checkpoint), str(path), str(tmp_path / "out")]) == 0
+    assert "LatentClassPipeline" in capsys.readouterr().out
+    plain: Any = load(tmp_path / "out")
+    save_file(state, tmp_path / "state.safetensors")
+    same: Any = convert(tmp_path / "state.safetensors", path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.unet.parameters(), same.unet.parameters(), strict=True))
+    kind = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = kind  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patched.setitem(sys.modules, name, types.ModuleType(name))
+        patched.setitem(sys.modules, module.__name__, module)
+        torch.save({"state_dict": state, "callbacks": {kind: {"best": 1}}}, checkpoint)
+    noted: Any = convert(checkpoint, path)
+    assert torch.equal(noted.unet.conv_in.weight, plain.unet.conv_in.weight)
+
+
+def broken(tmp_path: Path, state: dict[str, Any], made: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        convert(*write(tmp_path, state, made))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, made = small("ldm4-bedrooms")
+    wide = copy.deepcopy(made)
+    wide["model"]["params"]["unet_config"]["params"]["model_channels"] = 64
+    assert "is of another architecture than" in broken(tmp_path, state, wide)
+    short = {name: value for name, value in state.items() if "middle_block.1" not in name}
+    assert "mid_block.attentions.0" in broken(tmp_path, short, made)
+    extra = {**state, "cond_stage_model.transformer.weight": torch.zeros(2)}
+    assert "1 tensors more than the YAML has a place for (cond_stage_model" in broken(tmp_path, extra, made)
+    raw = {name: value for name, value in state.items() if not name.startswith("model_ema")}
+    assert "has no EMA weights, which the YAML asks for; add 'use_ema: false'" in broken(tmp_path, raw, made)
+    part = {name: value for name, value in state.items() if name != "model_ema.diffusion_modelout2bias"}
+    assert "lacks 'model_ema.diffusion_modelout2bias'" in broken(tmp_path, part, made)
+    other = {**state, "betas": torch.linspace(1e-4, 2e-2, 1000)}
+    assert "trained with other betas" in broken(tmp_path, other, made)
+    raw_made = copy.deepcopy(made)
+    raw_made["model"]["params"]["use_ema"] = False
+    assert convert(*write(tmp_path, raw, raw_made))
+
+
+def test_what_the_yaml_says_and_we_do_not_know_is_named(tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+
+    def changed(*path: str, value: Any) -> str:
+        other = copy.deepcopy(made)
+        node = other["model"]
+        for name in path[:-1]:
+            node = node[name]
+        node[path[-1]] = value
+        return broken(tmp_path, state, other)
+
+    unet = ("params", "unet_config")
+    assert "unet_config is of the class ldm.Other; known is ldm.modules" in changed(*unet, "target", value="ldm.Other")
+    assert "unet_config has 'turbo', which is not known" in changed(*unet, "params", "turbo", value=1)
+    assert "conv_resample: False" in changed(*unet, "params", "conv_resample", value=False)
+    assert "num_head_channels in unet_config should be int" in changed(*unet, "params", "num_head_channels", value="x")
+    assert "needs num_heads or num_head_channels" in changed(*unet, "params", "num_heads", value=2)
+    assert "context_dim 9 is not" in changed(*unet, "params", value={**made["model"]["params"]["unet_config"]["params"],
+        "use_spatial_transformer": True, "context_dim": 9})  # fmt: skip
+    assert "parameterization: 'x0'" in changed("params", "parameterization", value="x0")
+    stage = ("params", "first_stage_config", "params", "ddconfig")
+    assert "attn_resolutions: [32]" in changed(*stage, "attn_resolutions", value=[32])
+    for text, said in (("a: 1", "describes no model"), ("a: [", "cannot be read as YAML")):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(InputError, match=said):
+            convert(tmp_path / "model.ckpt", tmp_path / "x.yaml")
+
+
+def test_code_and_damage_are_refused_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, made = small("ldm4-bedrooms")
+    checkpoint, path = write(tmp_path, state, made)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def refused() -> str:
+        assert main(["convert", str(checkpoint), str(path), str(out)]) == 2
+        assert not list(out.iterdir())
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "model.ckpt", "out"]
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said
+        return said
+
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
+    assert "is no whole checkpoint" in refused()
+    torch.save({"state_dict": state, "hook": nn.Linear}, checkpoint)
+    assert "holds torch.nn.modules.linear.Linear beside tensors and plain containers" in refused()
+    torch.save({"state_dict": [1, 2]}, checkpoint)
+    assert "holds no state_dict of tensors" in refused()
+    checkpoint.unlink()
+    assert main(["convert", str(checkpoint), str(path), str(out)]) == 2
+    assert "does not exist" in capsys.readouterr().err
