@@ -16,6 +16,7 @@ import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
 from ptqd.cli import main
 from ptqd.convert import convert, save_converted
+from ptqd.zoo import CONFIGS
 
 DATA = Path(__file__).parent / "data" / "ldm"
 BASES = {"ldm4-imagenet": 192, "ldm4-bedrooms": 224, "ldm8-churches": 192}
@@ -23,7 +24,7 @@ SHAPES = {name: json.loads((DATA / f"{name}.json").read_text()) for name in BASE
 
 
 def config(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = yaml.safe_load((DATA / f"{name}.yaml").read_text())
+    read: dict[str, Any] = yaml.safe_load(CONFIGS[name].read_text())
     return read
 
 
@@ -124,7 +125,7 @@ def test_every_parameter_of_a_published_checkpoint_has_its_place(
     if "scale_factor" in state:
         state["scale_factor"] = torch.tensor(0.2)
     monkeypatch.setattr("ptqd.convert._read_checkpoint", lambda path: dict(state))
-    pipe: Any = convert(tmp_path / "model.ckpt", DATA / f"{name}.yaml")
+    pipe: Any = convert(tmp_path / "model.ckpt", CONFIGS[name])
     raw = [shape for key, shape in shapes.items() if key.startswith("model.diffusion_model.")]
     assert sum(p.numel() for p in pipe.unet.parameters()) == sum(math.prod(shape) for shape in raw)
 

@@ -307,6 +307,13 @@ def _cmd_run(args: argparse.Namespace) -> None:
     from ptqd.plan_stages import PlanRequest
     from ptqd.zoo import MODELS
 
+    if Path(args.model).suffix == ".toml":
+        _run_study(args)
+        return
+    if args.out is None:
+        raise InputError("give --out, a run folder")
+    if args.dry_run or args.twin or args.pipeline is not None:
+        raise InputError("--dry-run, --twin and --model go with a study, a TOML file such as those under reproduce/")
     plan = None
     if args.plan is not None:
         if not args.recipe:
@@ -317,6 +324,7 @@ def _cmd_run(args: argparse.Namespace) -> None:
         raise InputError("--budget, --floor, --weights and --groups go with --plan auto; give that too")
     if not args.recipe:
         raise InputError("give a --recipe, such as w4a8, or a --plan")
+    args.samples = 256 if args.samples is None else args.samples
     pipe = _pipeline(args, args.model)
     experiment = Experiment(
         model=str(args.model),
@@ -330,6 +338,49 @@ def _cmd_run(args: argparse.Namespace) -> None:
     judge = _judge(args, default="fashion" if args.model in MODELS else "none")
     run_with_manifest(pipe, experiment, args.out, judge)
     args.run, args.markdown = args.out, False
+    _cmd_report(args)
+
+
+def _run_study(args: argparse.Namespace) -> None:
+    """A file such as those under ``reproduce/``, or what it will take."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from ptqd import processes
+    from ptqd.files import read_json, write_json
+    from ptqd.manifest import run_with_manifest
+    from ptqd.report.study import outlook_table, published_table
+    from ptqd.study import Study, held_against, outlook
+
+    if args.recipe or args.plan or args.ablation:
+        raise InputError(f"{args.model} says which recipes, plan and corrections; leave these options out")
+    study, model = Study.load(Path(args.model)), args.pipeline
+    if args.twin:
+        study, model = study.as_twin(), study.twin.model
+    if args.samples is not None:
+        study = dataclasses.replace(study, sampling=dataclasses.replace(study.sampling, samples=args.samples))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if args.dry_run:
+        console.print(outlook_table(study, outlook(study, model, images=not args.no_images), args.gpu))
+        return
+    if model is None:
+        raise InputError(f"give --model, the folder of {study.architecture} (see 'ptqd convert'), --twin or --dry-run")
+    if args.out is None:
+        raise InputError("give --out, a run folder")
+    args.judge = args.judge or ("fashion" if args.twin else study.judge.features)
+    if not args.twin and args.reference is None:
+        args.reference = Path(study.judge.reference)
+        if not args.reference.is_file():
+            raise InputError(f"{args.reference} is not here; get {study.judge.published_at} and give its --reference")
+    experiment = dataclasses.replace(study.experiment(str(model)), images=not args.no_images)
+    run_with_manifest(_pipeline(args, model), experiment, args.out, _judge(args))
+    args.run, args.markdown = args.out, False
+    if processes.is_main() and study.published:
+        report = read_json(args.out / "report.json")
+        report["published"] = held_against(study, report["rows"])
+        write_json(args.out / "report.json", report)
+        console.print(published_table(report["published"]))
     _cmd_report(args)
 
 
@@ -534,7 +585,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> Any:
 def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group = _add_schedule(parser)
     if samples is not None:
-        group.add_argument("--samples", type=int, default=samples, help="how many (default: %(default)s)")
+        group.add_argument("--samples", type=int, default=samples, help=f"how many (default: {samples})")
     group.add_argument("--batch", type=int, default=64, help="at once; never changes results (default: %(default)s)")
     group.add_argument(
         "--seed", type=int, default=0, help="sample i's seed comes from this and i (default: %(default)s)"
@@ -645,12 +696,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, help="file to write all values to")
 
     sub = verb("run", _cmd_run)
-    sub.add_argument("model", help=MODEL_HELP)
+    sub.add_argument("model", help=f"{MODEL_HELP}; or a study, a TOML file such as those under reproduce/")
     sub.add_argument(
         "--recipe", action="append", help=f"shorthand or TOML file; may be given again (with --plan: {PLANNED})"
     )
     _add_plan(sub, None)
-    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    sub.add_argument("--out", type=Path, help="run folder")
+    group = sub.add_argument_group("a study")
+    group.add_argument("--model", dest="pipeline", metavar="DIR", help="the converted checkpoint it is about")
+    group.add_argument("--twin", action="store_true", help="on the embedded model, at a size that two cores run")
+    group.add_argument("--dry-run", action="store_true", help="build it on the meta device, and print what it takes")
+    group.add_argument("--gpu", default="rtx3090", help="for --dry-run: whose time to estimate (default: %(default)s)")
     sub.add_argument(
         "--measured", type=int, default=64, help="samples the statistics are taken on (default: %(default)s)"
     )
@@ -659,6 +715,7 @@ def parser() -> argparse.ArgumentParser:
     _add_no_images(sub)
     _add_judge(sub, None)
     _add_sampling(sub, 256)
+    sub.set_defaults(samples=None)
 
     sub = verb("reproduce", _cmd_reproduce)
     sub.add_argument("manifest", type=Path, help="manifest.json that 'ptqd run' wrote, or its run folder")

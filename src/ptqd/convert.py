@@ -70,26 +70,28 @@ def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
     names = _ema_names(state, model) if model.ema else {}
     unet = _filled(_unet(model.unet), _unet_tensors(state, model, names), checkpoint, config)
     vae = _filled(_first_stage(model, state), _first_stage_tensors(state, model), checkpoint, config)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=model.timesteps,
-        beta_start=model.linear_start,
-        beta_end=model.linear_end,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
     embedder = None
     if model.classes:
         rows = {"embedding.weight": state.take("cond_stage_model.embedding.weight")}
-        with _on_meta():
-            empty = ClassEmbedder(model.classes - 1, model.class_width)
-        embedder = _filled(empty, rows, checkpoint, config)
+        embedder = _filled(_embedder(model), rows, checkpoint, config)
     state.check_empty(model)
     if embedder is None:
-        return LatentPipeline(vae, unet, scheduler)
-    return LatentClassPipeline(vae, unet, embedder, scheduler)
+        return LatentPipeline(vae, unet, _scheduler(model))
+    return LatentClassPipeline(vae, unet, embedder, _scheduler(model))
+
+
+def blank(config: Path) -> DiffusionPipeline:
+    """The pipeline that a YAML describes, on the meta device.
+
+    Raises:
+        InputError: a YAML that is not understood.
+    """
+    model = _read_config(config)
+    factor = {"scale_factor": torch.ones(())} if model.scaled else {}
+    vae = _first_stage(model, _State(factor, str(config)))
+    if not model.classes:
+        return LatentPipeline(vae, _unet(model.unet), _scheduler(model))
+    return LatentClassPipeline(vae, _unet(model.unet), _embedder(model), _scheduler(model))
 
 
 def save_converted(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -389,6 +391,27 @@ def _ema_names(state: _State, model: _Model) -> dict[str, str]:
         )
     names = state.suffixes("model.diffusion_model.")
     return {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in names}
+
+
+def _scheduler(model: _Model) -> DDIMScheduler:
+    """The original's DDIM: its betas, and its grid of steps, which begins at 1."""
+    return DDIMScheduler(
+        num_train_timesteps=model.timesteps,
+        beta_start=model.linear_start,
+        beta_end=model.linear_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def _embedder(model: _Model) -> ClassEmbedder:
+    """Its last class is the null class."""
+    with _on_meta():
+        made: ClassEmbedder = ClassEmbedder(model.classes - 1, model.class_width)
+    return made
 
 
 def _unet(unet: _Unet) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 from ptqd import zoo
 from ptqd.cost import Macs, call_macs, from_configuration, stand_in
 from ptqd.errors import InputError
+from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
 TOKENS = "context_tokens"
@@ -34,7 +35,10 @@ def skeleton(model: str | Path) -> DiffusionPipeline:
     source = str(zoo.MODELS.get(str(model), model))
     try:
         index = DiffusionPipeline.load_config(source)
-        kind: Any = getattr(diffusers, index["_class_name"], None) or LatentClassPipeline
+        name = index["_class_name"]
+        kind: Any = (
+            LatentPipeline if name == "LatentPipeline" else getattr(diffusers, name, None) or LatentClassPipeline
+        )
         parts = {
             name: _component(source, name, *entry)
             for name, entry in index.items()
@@ -45,6 +49,14 @@ def skeleton(model: str | Path) -> DiffusionPipeline:
         return pipe
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise InputError(f"{model} is no pipeline whose cost can be counted: {' '.join(str(error).split())}") from error
+
+
+def stood_in(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline whose networks are on the meta device, with answers of zeros; changed in place."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            stand_in(part, torch.device("cpu"), torch.float32)
+    return pipe
 
 
 def _component(source: str, name: str, library: str | None, class_name: str | None) -> Any:

@@ -8,4 +8,8 @@ MODELS = {name: _WEIGHTS / name for name in ("fashion-ldm", "fashion-ddpm", "fas
 CLASSIFIER = _WEIGHTS / "fashion-classifier"
 _PUBLISHED = Path(__file__).parent / "architectures"
 ARCHITECTURES = {name: _PUBLISHED / f"{name}.json" for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches")}
+CONFIGS = {  # as CompVis published them
+    name: _PUBLISHED / f"{name}.yaml"
+    for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches", "ldm4-celebahq", "ldm4-ffhq")
+}
 REFERENCE = _WEIGHTS / "fashion-reference.safetensors"

@@ -1,0 +1,237 @@
+"""A study: a published table row as a file, with the figures it is held against, and its twin on an embedded model."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ptqd import zoo
+from ptqd.components import denoiser_name
+from ptqd.convert import blank
+from ptqd.cost import cost_of, disk_bytes, memory_bytes, on_meta, run_macs
+from ptqd.errors import InputError
+from ptqd.experiment import Experiment, named_recipes
+from ptqd.insertion import insert_quantizers
+from ptqd.plan_stages import PlanRequest
+from ptqd.sampling import Sampling
+from ptqd.skeleton import skeleton, stood_in
+from ptqd.strict import build
+
+TRIED = 7 * 32  # quantized samples that auto runs, about (bench/samples.txt)
+GPUS = {  # dense float32, TFLOP/s, of the makers' data sheets: quantization is simulated in float32
+    "a100": 19.5,
+    "h100": 66.9,
+    "l40s": 91.6,
+    "rtx3090": 35.6,
+    "rtx4090": 82.6,
+    "t4": 8.1,
+    "v100": 15.7,
+}
+REACHED = 0.4  # of that rate, about what convolutions and products of these sizes reach
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a study samples; ``classes`` are asked for in turn, 0 where the model knows none."""
+
+    steps: int
+    eta: float
+    classes: int
+    samples: int
+    guidance: float | None = None
+    batch: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a study is judged by, and where the reference is published."""
+
+    features: str
+    reference: str
+    published_at: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure of a row: a metric's name as in the report, and the source."""
+
+    recipe: str
+    correction: str
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The same study on an embedded model, at a size that two cores run."""
+
+    model: str
+    steps: int
+    samples: int
+    measured: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A file under ``reproduce/``."""
+
+    title: str
+    architecture: Literal["ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches"]
+    recipes: tuple[str, ...]
+    corrections: tuple[str, ...]
+    measured: int
+    sampling: Setting
+    judge: Judged
+    twin: Twin
+    plan: str | None = None
+    published: tuple[Published, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read a TOML file.
+
+        Raises:
+            InputError: it is missing, no TOML, or has unknown or missing keys.
+        """
+        try:
+            read = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path} cannot be read as TOML: {error}") from error
+        study = build(cls, read, str(path))
+        named_recipes(study.recipes)
+        return study
+
+    def as_twin(self) -> "Study":
+        """On the embedded model: its classes, and without figures to be held against."""
+        classes = 10
+        setting = dataclasses.replace(
+            self.sampling, steps=self.twin.steps, samples=self.twin.samples, classes=classes,
+            guidance=self.sampling.guidance or 1.0,
+        )  # fmt: skip
+        return dataclasses.replace(self, sampling=setting, measured=self.twin.measured, published=())
+
+    def experiment(self, model: str) -> Experiment:
+        """What is run.
+
+        Args:
+            model: its name in the report.
+        """
+        setting = self.sampling
+        call: dict[str, Any] = {"class_labels": list(range(setting.classes))} if setting.classes else {}
+        if setting.guidance is not None:
+            call["guidance_scale"] = setting.guidance
+        return Experiment(
+            model=model,
+            settings=(Sampling(setting.steps, setting.eta, setting.samples, setting.batch, setting.seed, call),),
+            recipes=named_recipes(self.recipes),
+            measured=self.measured,
+            corrections=tuple(() if text == "none" else tuple(text.split(",")) for text in self.corrections),
+            plan=None if self.plan is None else PlanRequest.parse(self.plan, None, None, None),
+        )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a study will take, counted on the meta device.
+
+    Attributes:
+        parameters: of the denoiser.
+        calls: of the denoiser by purpose, each for one sample: guidance makes two of one.
+        flops: by purpose.
+        bops: bit operations of one sample by recipe, full precision first.
+        disk: bytes of the quantized denoiser by recipe.
+        memory: bytes of full-precision and quantized weights together, as they are while measuring.
+        files: what is written, with its bytes.
+    """
+
+    parameters: int
+    calls: Mapping[str, int]
+    flops: Mapping[str, float]
+    bops: Mapping[str, int]
+    disk: Mapping[str, int]
+    memory: int
+    files: Mapping[str, int]
+
+    def hours(self, gpu: str) -> float:
+        """On a named GPU, from its arithmetic rate alone.
+
+        Raises:
+            InputError: one whose rate is not known.
+        """
+        if gpu not in GPUS:
+            raise InputError(f"the rate of {gpu!r} is not known; known are {', '.join(GPUS)}")
+        return sum(self.flops.values()) / (GPUS[gpu] * 1e12 * REACHED) / 3600
+
+
+def outlook(study: Study, model: str | None, *, images: bool = True) -> Outlook:
+    """Build all of a study on the meta device and count what it takes.
+
+    Args:
+        study: whose pipeline is built from the published configuration, where there is no model.
+        model: a pipeline's folder, hub id or embedded name.
+        images: whether they are kept.
+
+    Raises:
+        InputError: no such model, or a recipe that does not fit it.
+    """
+    pipe = stood_in(blank(zoo.CONFIGS[study.architecture])) if model is None else skeleton(model)
+    experiment = study.experiment(model or study.architecture)
+    run = experiment.settings[0]
+    macs = run_macs(pipe, run)
+    denoiser: Any = on_meta(getattr(pipe, denoiser_name(pipe)))
+    calls_each = run.steps * (2 if (study.sampling.guidance or 1.0) != 1.0 else 1)
+    flops_each = 2.0 * macs.total
+    bops, disk, memory = {"fp32": cost_of(denoiser, macs).total}, {"fp32": disk_bytes(denoiser)}, 0
+    samples: dict[str, int] = {"sampling": run.samples, "calibrating": 0, "measuring": 0, "choosing corrections": 0}
+    drawing = study.sampling.eta > 0
+    rows = [methods for methods in experiment.corrections if drawing or "vsc" not in methods]
+    for name, recipe in experiment.recipes.items():
+        quantized = on_meta(getattr(pipe, denoiser_name(pipe)))
+        with torch.device("meta"):
+            insert_quantizers(quantized, recipe)
+        bops[name], disk[name] = cost_of(quantized, macs).total, disk_bytes(quantized)
+        memory = max(memory, memory_bytes(denoiser) + memory_bytes(quantized))
+        samples["sampling"] += len(rows) * run.samples
+        samples["calibrating"] += recipe.calibration_samples
+        samples["measuring"] += (1 + len(recipe.widths if study.plan else (0,))) * study.measured
+        samples["choosing corrections"] += TRIED * (("auto",) in rows)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    channels, latents = pipe.vae.config.out_channels, pipe.unet.config.in_channels * pipe.unet.config.sample_size**2 * 4
+    kept = size * size * channels if images else (2048 + 2023 + 1008) * 4
+    sets = 1 + len(rows) * len(experiment.recipes)
+    files = {
+        "samples" if images else "features": sets * run.samples * (kept + latents),
+        "quantized denoisers": sum(disk.values()) - disk["fp32"],
+    }
+    return Outlook(
+        parameters=sum(p.numel() for p in denoiser.parameters()),
+        calls={what: count * calls_each for what, count in samples.items()},
+        flops={what: count * flops_each for what, count in samples.items()},
+        bops=bops,
+        disk=disk,
+        memory=memory,
+        files=files,
+    )
+
+
+def held_against(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each published figure beside the one of the same row.
+
+    Returns:
+        Plain values: the figure's ``recipe``, ``correction``, ``metric``, ``published``, ``source``, and ``ours``, the
+        metric with its interval, or None where there is no such row or metric.
+    """
+    found = []
+    for figure in study.published:
+        same = (r for r in rows if (r["recipe"].split()[0], r["correction"]) == (figure.recipe, figure.correction))
+        row = next(same, None)
+        ours = None if row is None else row["metrics"].get(figure.metric)
+        plain = dataclasses.asdict(figure)
+        found.append({**plain, "published": plain.pop("value"), "ours": ours})
+    return found
