@@ -229,7 +229,7 @@ def test_files_that_are_something_else(model: Path, tmp_path: Path, capsys: pyte
     for name, count in (("a", 2), ("b", 3)):
         assert main(["sample", str(model), "--out", str(tmp_path / name), "--samples", str(count), "--steps", "1"]) == 0
     capsys.readouterr()
-    assert "differ in number or size" in fails(
+    assert "differ in number: 2 against 3" in fails(
         capsys, "evaluate", tmp_path / "a", "--against", tmp_path / "b", "--judge", "none"
     )
     assert "takes images of shape (32, 32, 1)" in fails(capsys, "evaluate", tmp_path / "a")

@@ -1,9 +1,12 @@
 """Files: written under a temporary name and renamed, read without pickle."""
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 
 from ptqd.errors import InputError
 
+_MADV_PAGEOUT = 21  # of linux/mman.h
 _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -170,6 +174,18 @@ def _write_in_order(
         written.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             written.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            _release(tensor)
+
+
+def _release(tensor: torch.Tensor) -> None:
+    """Let the system take back the memory of a tensor that is mapped from disk, where it can be told so (Linux)."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    page, start = mmap.PAGESIZE, tensor.data_ptr()
+    end = start + tensor.numel() * tensor.element_size()
+    first, last = -(-start // page) * page, end // page * page
+    if first < last:  # a hint that loses nothing: other memory is kept
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 @contextmanager

@@ -31,8 +31,7 @@ def outlook_table(study: Study, found: Outlook, gpu: str) -> Group:
     lines = [
         f"denoiser: {found.parameters:,} parameters; both in memory while measuring: {found.memory / 1e9:.2f} GB, and "
         f"activations of a batch of {study.sampling.batch}",
-        f"time on {gpu}: about {time} at {REACHED:.0%} of its float32 rate; learning of codes and looking at images come "
-        "on top",
+        f"time on {gpu}: about {time} at {REACHED:.0%} of its float32 rate; learning and looking at images come on top",
         "written into the run folder: "
         + ", ".join(f"{what} {size / 1e9:,.2f} GB" for what, size in found.files.items())
         + ", report.json, report.html, manifest.json",
