@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from conftest import SCHEDULE, tiny_pipeline
+from ptqd import LatentPipeline
 
 PROMPTS = ["a red cat", "a blue dog", "two birds"]
 WIDTH = 16  # of all text encoders
@@ -103,6 +104,27 @@ def ddpm_learned_variance() -> d.DiffusionPipeline:
 
 def ddim() -> d.DiffusionPipeline:
     return d.DDIMPipeline(pixel_unet(2), d.DDIMScheduler(clip_sample=False))
+
+
+def codebook() -> d.VQModel:
+    """Halves height and width."""
+    return d.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=2,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+    )
+
+
+def ldm() -> d.DiffusionPipeline:
+    """As CompVis/ldm-celebahq-256."""
+    return d.LDMPipeline(codebook(), pixel_unet(2), d.DDIMScheduler(clip_sample=False))
+
+
+def latent() -> d.DiffusionPipeline:
+    return LatentPipeline(codebook(), pixel_unet(2), d.DDIMScheduler(clip_sample=False))
 
 
 def dit() -> d.DiffusionPipeline:
@@ -533,6 +555,8 @@ CASES = {
     "ddpm": Case(ddpm, channels=2),
     "ddpm-learned-variance": Case(ddpm_learned_variance, channels=2),
     "ddim": Case(ddim, channels=2, eta=1.0),
+    "ldm": Case(ldm, channels=2),
+    "latent": Case(latent, channels=2, eta=1.0),
     "latent-class": Case(tiny_pipeline, {"class_labels": [0, 1, 2], "guidance_scale": 1.0}, guidance=GUIDED, eta=0.5),
     "dit": Case(dit, {"class_labels": [0, 1, 2], "guidance_scale": 1.0}, guidance=GUIDED),
     "sd1": Case(stable_diffusion, TEXT, guidance=GUIDED, eta=1.0),

@@ -10,7 +10,7 @@ from typing import Any
 from ptqd.batchwise import is_observed, judged, labels_of, observe_images
 from ptqd.errors import InputError
 from ptqd.evaluate.images import open_images
-from ptqd.evaluate.intervals import Statistic
+from ptqd.evaluate.intervals import Statistic, intervals
 from ptqd.evaluate.judge import Judge
 from ptqd.files import read_json
 from ptqd.sampling import Sampling
@@ -81,12 +81,12 @@ def _compared(rows: list[dict[str, Any]], judge: Judge, against: str | None) -> 
     strata = labels_of(run, run.samples)
     found = []
     for row, mine in zip(rows, found_all, strict=True):
-        shared = [name for name in mine if name in base and row is not chosen]
+        paired = {name: mine[name].minus(base[name]) for name in mine if name in base and row is not chosen}
         found.append(
             {name: value for name, value in row.items() if name != "folder"}
             | {
-                "metrics": {name: asdict(s.interval(strata)) for name, s in mine.items()},
-                "differences": {name: asdict(mine[name].minus(base[name]).interval(strata)) for name in shared},
+                "metrics": {name: asdict(metric) for name, metric in intervals(mine, strata).items()},
+                "differences": {name: asdict(metric) for name, metric in intervals(paired, strata).items()},
                 "against": row_name(chosen),
                 "chosen": row is chosen,
             }

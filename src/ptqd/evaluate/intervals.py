@@ -8,6 +8,7 @@ Frechet distance, which an ordinary bootstrap counts twice.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from ptqd.errors import InputError
 DRAWS = 1000
 LEVEL = 0.95
 COUNTS = 4_000_000  # in memory at once
+_UNKNOWN = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,7 @@ class Statistic:
             draws: how often samples are drawn again.
             seed: the same for statistics that are compared.
         """
-        means = resampled(self.influence, strata if self.of == "images" else None, draws, seed)
-        if len(self.influence) < 2:
-            return Metric(self.value, -math.inf, math.inf)
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Metric(self.value, self.value + float(low), self.value + float(high))
+        return intervals({"": self}, strata, draws, seed)[""]
 
     def _check(self, other: "Statistic") -> None:
         if len(self.influence) != len(other.influence):
@@ -79,17 +77,35 @@ class Statistic:
             )
 
 
-def resampled(influence: torch.Tensor, strata: torch.Tensor | None, draws: int, seed: int) -> np.ndarray:
-    """Means of a centred influence (N,) over samples drawn with replacement (draws,).
+def intervals(
+    found: Mapping[str, Statistic], strata: torch.Tensor | None = None, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Metric]:
+    """:meth:`Statistic.interval` of several statistics, from the same draws."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for name, statistic in found.items():
+        alike.setdefault((statistic.of, len(statistic.influence)), []).append(name)
+    made = {}
+    for (of, count), names in alike.items():
+        influences = torch.stack([found[name].influence for name in names], 1)  # N,K
+        means = resampled(influences, strata if of == "images" else None, draws, seed)
+        for i, name in enumerate(names):
+            low, high = np.quantile(means[:, i], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if count > 1 else _UNKNOWN
+            value = found[name].value
+            made[name] = Metric(value, value + float(low), value + float(high))
+    return {name: made[name] for name in found}
+
+
+def resampled(influences: torch.Tensor, strata: torch.Tensor | None, draws: int, seed: int) -> np.ndarray:
+    """Means of centred influences (N, K) over samples drawn with replacement (draws, K).
 
     Groups of one sample tell no spread; they are drawn from as one group.
     """
-    values = influence.double().cpu().numpy()
+    values = influences.double().cpu().numpy()
     groups = [np.arange(len(values))] if strata is None else _groups(strata.cpu().numpy())
-    total = np.zeros(draws)
+    total = np.zeros((draws, values.shape[1]))
     random = np.random.default_rng(seed)
     for group in groups:
-        centred = values[group] - values[group].mean()
+        centred = values[group] - values[group].mean(0)
         unbiased = math.sqrt(len(group) / max(len(group) - 1, 1))
         alike, at_once = np.full(len(group), 1 / len(group)), max(1, COUNTS // len(group))
         for start in range(0, draws, at_once):

@@ -11,7 +11,7 @@ import torch
 from ptqd.errors import InputError
 from ptqd.evaluate.extractors import ImageEncoder
 from ptqd.evaluate.features import Extractor, Features, Reference, extract
-from ptqd.evaluate.intervals import Metric, Statistic
+from ptqd.evaluate.intervals import Metric, Statistic, intervals
 from ptqd.evaluate.lpips import SMALLEST, Lpips
 from ptqd.evaluate.metrics import (
     WINDOW,
@@ -216,7 +216,7 @@ def latent_statistic(latents: torch.Tensor, reference: torch.Tensor) -> Statisti
 
 def with_intervals(found: Mapping[str, Statistic], labels: torch.Tensor | None) -> dict[str, Metric]:
     """Statistics with 95 % intervals: of a share of images Wilson's, else the bootstrap's, within classes if given."""
-    metrics = {name: statistic.interval(labels) for name, statistic in found.items()}
+    metrics = intervals(found, labels)
     if "class_agreement" in metrics:
         count = len(found["class_agreement"].influence)
         metrics["class_agreement"] = share_metric(round(metrics["class_agreement"].value * count), count)
