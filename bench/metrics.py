@@ -105,7 +105,7 @@ def networks() -> None:
     for name, mine, other in (
         ("Inception's pool3", made.pooled, pooled),
         ("Inception's logits without bias", made.logits, logits),
-        ("ADM's spatial features", made.spatial, first[0].flatten(1)),
+        ("ADM's spatial features", made.spatial, first[0].permute(0, 2, 3, 1).flatten(1)),
     ):
         print(f"  {name:34s} {((mine - other).abs().max() / other.abs().max()).item():.1e}")
 

@@ -129,6 +129,19 @@ def test_influence_on_the_kernel_distance() -> None:
     assert found.influence.std() == pytest.approx(jackknife.std().item(), rel=0.05)
 
 
+def test_intervals_of_recall_and_coverage_hold_the_spread_over_repetitions() -> None:
+    reference = features(1500, 5, seed=3)
+    values, halves = [], []
+    for seed in range(30):
+        x = 0.9 * features(150, 5, seed=10 + seed)
+        found = (precision_recall(x, reference)[1], density_coverage(x, reference)[1])
+        values.append([statistic.value for statistic in found])
+        halves.append([(metric.high - metric.low) / 2 for metric in (statistic.interval() for statistic in found)])
+    spread, mean = 1.96 * np.std(values, axis=0, ddof=1), np.mean(halves, axis=0)
+    assert mean[0] == pytest.approx(spread[0], rel=0.35)
+    assert spread[1] < mean[1] < 2 * spread[1]  # leaving one out is on the safe side (Efron and Stein)
+
+
 @pytest.mark.parametrize("classes", [False, True], ids=["alike", "classes take turns"])
 def test_frechet_intervals_cover_the_spread_over_repetitions(classes: bool) -> None:
     """With classes far apart, drawing samples as if they had none would make intervals many times too wide."""
@@ -192,6 +205,12 @@ def test_the_inception_score_and_its_bounds() -> None:
         inception_score(certain[:4])
 
 
+def recall_lost(balls: np.ndarray) -> float:
+    """Mean over samples of what leaving one out costs, times their number."""
+    total = balls.any(1).mean()
+    return float(sum(total - np.delete(balls, j, axis=1).any(1).mean() for j in range(balls.shape[1])))
+
+
 def test_precision_recall_density_and_coverage_by_their_definitions() -> None:
     x, y = features(40, 3), features(30, 3, seed=2, shift=0.4)
 
@@ -203,7 +222,11 @@ def test_precision_recall_density_and_coverage_by_their_definitions() -> None:
     precision, recall = precision_recall(x, y, 3)
     assert precision.value == pytest.approx(within(x, y, 3).any(1).mean())
     assert recall.value == pytest.approx(within(y, x, 3).any(1).mean())
-    assert (len(precision.influence), len(recall.influence)) == (40, 30)
+    assert (len(precision.influence), len(recall.influence)) == (40, 40)
+    balls = within(y, x, 3)
+    for j in range(40):  # a generated sample left out, the others' balls as they are
+        lost = balls.any(1).mean() - np.delete(balls, j, axis=1).any(1).mean()
+        assert recall.influence[j].item() == pytest.approx(40 * lost - recall_lost(balls), abs=1e-9)
     density, coverage = density_coverage(x, y, 5)
     assert density.value == pytest.approx(within(x, y, 5).sum() / 5 / 40)
     assert coverage.value == pytest.approx(within(x, y, 5).any(0).mean())

@@ -77,8 +77,11 @@ def test_a_dry_run_counts_everything_at_full_size(small: Path, capsys: pytest.Ca
     assert found.calls == {"sampling": 72, "calibrating": 64, "measuring": 32, "choosing corrections": 0}
     assert found.bops["fp32"] / found.bops["w4a8"] > 25
     assert found.disk["w4a8"] < 0.135 * found.disk["fp32"]
-    assert found.files["samples"] == 3 * 12 * (256 * 256 * 3 + 4 * 32 * 32 * 4)
-    assert outlook(study, None, images=False).files["features"] == 3 * 12 * (4 * 5079 + 4 * 32 * 32 * 4)
+    assert found.files["images"] == 3 * 12 * 256 * 256 * 3
+    assert found.files["latents"] == 3 * 12 * 4 * 32 * 32 * 4
+    assert found.files["features"] == 3 * 12 * 4 * 5079
+    assert outlook(study, None, images=False).files["images"] == 0
+    assert found.files["quantized pipelines"] > found.disk["w4a8"]
     assert found.hours("a100") > found.hours("h100")
     with pytest.raises(InputError, match="rate of 'abacus' is not known; known are a100"):
         found.hours("abacus")
@@ -133,12 +136,16 @@ def test_what_does_not_go_together_is_said(small: Path, capsys: pytest.CaptureFi
         return capsys.readouterr().err
 
     assert "give --model, the folder of ldm8-churches" in said(small, "--out", tmp_path / "x")
-    assert "says which recipes" in said(small, "--recipe", "w8a8", "--dry-run")
+    assert "says what is run; leave out --recipe" in said(small, "--recipe", "w8a8", "--dry-run")
     assert "give --out" in said(small, "--twin")
     assert "go with a study" in said("fashion-ldm", "--recipe", "w8a8", "--out", tmp_path / "x", "--twin")
     assert "give --out" in said("fashion-ldm", "--recipe", "w8a8")
     small.write_text(SMALL.replace("measured = 8", "measure = 8"))
     assert "unknown key 'measure'" in said(small, "--dry-run")
+    assert "leave out --steps, --methods" in said(small, "--dry-run", "--steps", "5", "--methods", "bc")
+    assert "leave out --model" in said(small, "--twin", "--model", "x", "--out", tmp_path / "x")
+    small.write_text(SMALL.replace('"cnc,bc"', '"cnc, bcc"'))
+    assert "unknown correction 'bcc'" in said(small, "--dry-run")
     small.write_text("title = ")
     assert "cannot be read as TOML" in said(small, "--dry-run")
     small.write_text(SMALL.replace('recipes = ["w4a8"]', 'recipes = ["w4a"]'))

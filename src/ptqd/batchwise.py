@@ -1,10 +1,10 @@
 """Measuring, sampling and looking at images batch by batch: shared among processes, kept against a kill."""
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ptqd.measuring import measure, measure_widths
 from ptqd.noise import NoiseStats
 from ptqd.replay import last_samples
 from ptqd.sampling import Sampling, run_batch
-from ptqd.stages import make_shards
+from ptqd.stages import RunFolder, make_shards
 
 SHOWN = 100  # images that are kept for people where the others are not
 
@@ -42,7 +42,7 @@ def measure_shards(
 
     shards = make_shards(list(run.batches()), scratch, write, title=title)
     if processes.is_main():
-        _merged(shards, NoiseStats.load).save(path)
+        _merged(shards).save(path)
 
 
 def measure_width_shards(
@@ -58,28 +58,26 @@ def measure_width_shards(
 
     def write(indices: range, shard: Path) -> None:
         found = measure_widths(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
-        for bits, stats in list(found.items())[1:]:
+        for bits, stats in found.items():
             stats.save(_of_width(shard, bits))
-        first = next(iter(found))
-        found[first].save(_of_width(shard, first))
         write_tensors(shard, {"widths": torch.tensor(list(found))}, {})  # all are there
 
     shards = make_shards(list(run.batches()), scratch, write, title=title)
     if processes.is_main():
         for bits in read_tensors(shards[0])[0]["widths"].tolist():
             parts = [_of_width(shard, bits) for shard in shards]
-            _merged(parts, NoiseStats.load).save(folder / f"{bits}.safetensors")
+            _merged(parts).save(folder / f"{bits}.safetensors")
 
 
 def _of_width(shard: Path, bits: int) -> Path:
     return shard.with_name(f"{shard.stem}-{bits}.safetensors")
 
 
-def _merged(shards: Sequence[Path], load: Callable[[Path], NoiseStats]) -> NoiseStats:
+def _merged(shards: Sequence[Path]) -> NoiseStats:
     """One after the other, so that the sums are those of a single process."""
-    total = load(shards[0])
+    total = NoiseStats.load(shards[0])
     for shard in shards[1:]:
-        total = NoiseStats.merge([total, load(shard)])
+        total = NoiseStats.merge([total, NoiseStats.load(shard)])
     return total
 
 
@@ -91,6 +89,7 @@ def sample_images(
     *,
     title: str | None,
     judge: Judge | None = None,
+    keep: bool = True,
 ) -> None:
     """Sample into ``path``, each process its share of the batches, through ``scratch``.
 
@@ -101,17 +100,20 @@ def sample_images(
             ``latents``, the samples after the last step (N, ...).
         scratch: a folder that survives a kill.
         title: of a progress bar.
-        judge: whose features are kept instead of the images, but for the first :data:`SHOWN`.
+        judge: what it sees is kept too.
+        keep: whether images are; else, with a judge, the first :data:`SHOWN` alone.
     """
 
     def write(indices: range, shard: Path) -> None:
         with last_samples(pipe, len(indices)) as latents:
             images = torch.from_numpy(np.rint(run_batch(pipe, run, indices) * 255).astype(np.uint8))
         tensors = {"images": images}
-        if latents and latents[0].shape[1:] != images.permute(0, 3, 1, 2).shape[1:]:
+        in_pixels = images.ndim == 4 and latents and latents[0].shape[1:] == images.permute(0, 3, 1, 2).shape[1:]
+        if latents and not in_pixels:
             tensors["latents"] = latents[0].float()
         if judge is not None:
             tensors |= observe(images, judge, texts=texts_of(run, indices)).tensors()
+        if not keep:
             tensors["images"] = images[: max(0, SHOWN - indices.start)]
         write_tensors(shard, tensors, {"ptqd.samples": scratch.name})
 
@@ -185,32 +187,29 @@ def observed_samples(
         InputError: images that cannot be read, are not alike, or are not there any more.
     """
     files = [_samples_file(p) for p in (path, against) if p is not None]
-    scratch = cache_folder("observed")
+    folder = RunFolder(cache_folder("observed"))
     made: list[tuple[Path, Path]] = []
-    for i, file in enumerate(files):
-        if is_observed(file, judge):
+    for file in files:
+        full = against is not None and file == files[0] and _has_images(files[1])
+        if is_observed(file, judge) and not (full and _has_images(file)):
             made.append((file, file))
             continue
-        images, same_seed = _images(file, judge), _images(files[1], judge) if i == 0 and against is not None else None
+        images, same_seed = _images(file, judge), _images(files[1], judge) if full else None
         digests = [x.digest() for x in (images, same_seed) if x is not None] if processes.is_main() else []
-        wanted = f"{judge.networks_key} {run.to_dict()} {digests} {version('ptqd')}"
-        key = processes.agreed(sha256(wanted.encode()).hexdigest())[:32]
-        parts, seen = scratch / key, scratch / f"{key}.safetensors"
-        if not processes.agreed(seen.is_file()):
-            observe_images(images, judge, run, seen, parts, title=title, same_seed=same_seed)
-        made.append((seen, file))
-    processes.wait()
+        inputs = {"images": processes.agreed(digests), "networks": judge.networks_key, "asked": run.to_dict()}
+        name = sha256(f"{inputs} {version('ptqd')}".encode()).hexdigest()[:32]
+
+        def build(seen: Path, scratch: Path, images: Any = images, same_seed: Any = same_seed) -> None:
+            observe_images(images, judge, run, seen, scratch, title=title, same_seed=same_seed)
+
+        made.append((folder.stage(f"{name}.safetensors", inputs, build, shared=True), file))
     if not processes.is_main():
         return 0, {}
     with opened_tensors(made[0][0]) as opened:
-        count = len(opened.get_tensor(next(iter(opened.keys())))) if opened.keys() else 0
+        names = [name for name in opened.keys() if name not in ("images", "latents")]  # noqa: SIM118
+        count = opened.get_slice(names[0]).get_shape()[0] if names else 0
     labels = labels_of(run, count)
-    found = with_intervals(judged(*made[0], judge, labels, made[1] if len(made) > 1 else None), labels)
-    for seen, file in made:
-        if seen != file:
-            shutil.rmtree(scratch / seen.stem, ignore_errors=True)
-            seen.unlink()
-    return count, found
+    return count, with_intervals(judged(*made[0], judge, labels, made[1] if len(made) > 1 else None), labels)
 
 
 def _samples_file(path: Path) -> Path:
@@ -218,18 +217,18 @@ def _samples_file(path: Path) -> Path:
     return inside if inside.is_file() else path
 
 
+def _has_images(path: Path) -> bool:
+    """Whether all images are there, and not only what a judge saw."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return True
+    with opened_tensors(path) as file:
+        names, wanted = list(file.keys()), (file.metadata() or {}).get("ptqd.samples")
+        return "images" in names and file.get_slice("images").get_shape()[0] == int(wanted or 0)
+
+
 def _images(path: Path, judge: Judge) -> ImageSet:
-    grey = (
-        judge.extractor is not None and judge.extractor.image_shape is not None and judge.extractor.image_shape[2] == 1
-    )
-    images = open_images(path, grey=grey)
-    if path.suffix == ".safetensors":
-        with opened_tensors(path) as file:
-            if "ptqd.networks" in (file.metadata() or {}):
-                raise InputError(
-                    f"{path} holds what another judge saw of its images, not the images; judge by that one"
-                )
-    return images
+    shape = None if judge.extractor is None else judge.extractor.image_shape
+    return open_images(path, grey=shape is not None and shape[-1] == 1)
 
 
 def is_observed(path: Path, judge: Judge) -> bool:
@@ -287,12 +286,11 @@ def texts_of(run: Sampling, indices: Sequence[int]) -> list[str] | None:
     return [prompt] * len(indices) if isinstance(prompt, str) else prompt
 
 
-def few_samples(count: int, judge: Judge, metrics: Mapping[str, Mapping[str, float]]) -> str | None:
+def few_samples(count: int, judge: Judge) -> str | None:
     """What fewer samples than features do to a Frechet distance, in words; None where there are enough."""
-    if judge.reference is None or count > len(judge.reference.mean) or "frechet_distance" not in metrics:
+    if judge.reference is None or count > len(judge.reference.mean):
         return None
-    plain, line = (metrics[name]["value"] for name in ("frechet_distance", "extrapolated_frechet_distance"))
     return (
-        f"{count} samples are no more than the {len(judge.reference.mean)} features: the Frechet distance is "
-        f"{plain - line:.3g} above what it would be with infinitely many, which stands beside it"
+        f"{count} samples are no more than the {len(judge.reference.mean)} features: Frechet distances are far above "
+        "what they would be with infinitely many, which stand beside them"
     )

@@ -140,9 +140,10 @@ def _cmd_plan(args: argparse.Namespace) -> None:
     stats = {}
     if request.given is None:
         measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
-        stats = load_widths(scratch / "widths")
     if not processes.is_main():
         return
+    if request.given is None:
+        stats = load_widths(scratch / "widths")
     plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
     planned = apply_plan(quantized, plan, pipe)
     with replacing(args.out) as temporary:
@@ -191,18 +192,20 @@ def _cmd_sample(args: argparse.Namespace) -> None:
 
     if args.no_images and (args.png or args.npz):
         raise InputError("--no-images keeps none to write; leave it out, or --png and --npz")
-    judge = _judge(args, needs_reference=False) if args.no_images else None
+    judge = _judge(args, needs_reference=False)
     if args.no_images and (judge is None or judge.extractor is None):
         raise InputError("--no-images keeps what a judge sees of them; give --judge")
     pipe = _pipeline(args, args.model)
     run = _sampling(args, pipe)
-    inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
+    inputs: dict[str, Any] = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
     if judge is not None:
-        inputs["networks"] = judge.networks_key
+        inputs |= {"networks": judge.networks_key, "images": not args.no_images}
     path = RunFolder(args.out).stage(
         "samples.safetensors",
         inputs,
-        lambda target, scratch: sample_images(pipe, run, target, scratch, title="sampling", judge=judge),
+        lambda target, scratch: sample_images(
+            pipe, run, target, scratch, title="sampling", judge=judge, keep=not args.no_images
+        ),
         shared=True,
     )
     if not processes.is_main():
@@ -216,8 +219,8 @@ def _cmd_sample(args: argparse.Namespace) -> None:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
     if args.npz:
         write_npz(args.out / "samples.npz", images, labels_of(run, len(images)))
-    kept = "what the judge sees of them" if args.no_images else "images"
-    print(f"{args.out}: {run.samples} samples, {kept}, grid.png")
+    kept = ["images"] * (not args.no_images) + ["what the judge sees of them"] * (judge is not None)
+    print(f"{args.out}: {run.samples} samples, {' and '.join(kept)}, grid.png")
 
 
 def _cmd_evaluate(args: argparse.Namespace) -> None:
@@ -231,17 +234,21 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     from ptqd.sampling import Sampling
 
     judge = _judge(args) or Judge()
+    if judge.extractor is None and args.against is None and (judge.clip is None or args.prompts is None):
+        raise InputError("nothing judges these images; give --judge, --against, or --clip with --prompts")
     call: dict[str, Any] = {"class_labels": list(range(args.classes))} if args.classes else {}
     if args.prompts is not None:
         call["prompt"] = _lines(args.prompts)
-    count, found = observed_samples(args.samples, args.against, judge, Sampling(call=call), title="looking at images")
+    count, found = observed_samples(
+        args.samples, args.against, judge, Sampling(call=call, batch=args.batch), title="looking at images"
+    )
     if not processes.is_main():
         return
     metrics = {name: asdict(metric) for name, metric in found.items()}
     if args.out is not None:
         write_json(args.out, metrics)
     print(json.dumps(metrics, indent=2))
-    note = few_samples(count, judge, metrics)
+    note = few_samples(count, judge)
     if note is not None:
         print(note, file=sys.stderr)
 
@@ -353,8 +360,14 @@ def _run_study(args: argparse.Namespace) -> None:
     from ptqd.report.study import outlook_table, published_table
     from ptqd.study import Study, held_against, outlook
 
-    if args.recipe or args.plan or args.ablation:
-        raise InputError(f"{args.model} says which recipes, plan and corrections; leave these options out")
+    said = ("recipe", "plan", "ablation", "budget", "floor", "weights", "groups", "call", "guidance", "scheduler")
+    given = [name for name in said if getattr(args, name)]
+    defaults = parser().parse_args(["run", "x"])
+    given += [n for n in ("steps", "eta", "seed", "measured", "methods") if getattr(args, n) != getattr(defaults, n)]
+    if given:
+        raise InputError(f"{args.model} says what is run; leave out {', '.join(f'--{name}' for name in given)}")
+    if args.twin and args.pipeline is not None:
+        raise InputError("--twin runs on the embedded model; leave out --model")
     study, model = Study.load(Path(args.model)), args.pipeline
     if args.twin:
         study, model = study.as_twin(), study.twin.model
@@ -371,7 +384,7 @@ def _run_study(args: argparse.Namespace) -> None:
     args.judge = args.judge or ("fashion" if args.twin else study.judge.features)
     if not args.twin and args.reference is None:
         args.reference = Path(study.judge.reference)
-        if not args.reference.is_file():
+        if not args.reference.exists():
             raise InputError(f"{args.reference} is not here; get {study.judge.published_at} and give its --reference")
     experiment = dataclasses.replace(study.experiment(str(model)), images=not args.no_images)
     run_with_manifest(_pipeline(args, model), experiment, args.out, _judge(args))
@@ -410,7 +423,11 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     if args.out.resolve() in (args.manifest.resolve(), args.manifest.resolve().parent):
         raise InputError(f"{args.out} holds the manifest's own results; choose another folder for --out")
     pipe = _pipeline(args, args.model or manifest["model"])
-    judge = _judge(args, default="fashion" if manifest["judge"] else "none")
+    options = (manifest["judge"] or {}).get("options", {})
+    for name in ("reference", "lpips", "clip"):
+        if getattr(args, name) is None and options.get(name) is not None:
+            setattr(args, name, Path(options[name]) if name == "reference" else options[name])
+    judge = _judge(args, default=options.get("judge") or ("fashion" if manifest["judge"] else "none"))
     found = reproduce(manifest, pipe, args.out, judge)
     if not processes.is_main():
         return 0
@@ -478,13 +495,12 @@ def _check_replaceable(folder: Path) -> None:
 
 def _methods(text: str) -> tuple[Any, ...]:
     from ptqd.correction.fit import METHODS
+    from ptqd.experiment import check_methods
 
     given = [part.strip() for part in text.split(",") if part.strip()]
     if given == ["auto"]:
         return ("auto",)
-    for method in given:
-        if method not in METHODS:
-            raise InputError(f"unknown correction {method!r}; known are auto, alone, and {', '.join(METHODS)}")
+    check_methods(given)
     return tuple(method for method in METHODS if method in given)
 
 
@@ -502,12 +518,14 @@ def _judge(args: argparse.Namespace, *, default: str = "none", needs_reference: 
     from ptqd.zoo.classifier import FashionClassifier
 
     name, reference = args.judge or default, args.reference
-    device = processes.device() or best_device()
+    options = {"judge": name, "reference": None if reference is None else str(reference)}
+    options |= {"lpips": args.lpips, "clip": args.clip}
+    device = processes.device() or getattr(args, "device", None) or best_device()
     lpips: Lpips | None = None
     clip: ImageEncoder | None = None
     extractor: Extractor
     known: Reference | None = None
-    if args.lpips is not None or Lpips.present():
+    if args.lpips is not None:
         lpips = Lpips.from_pretrained(Path(args.lpips) if args.lpips else None).to(device)
     if args.clip is not None:
         clip = ImageEncoder.from_pretrained(args.clip, texts=True)
@@ -515,8 +533,9 @@ def _judge(args: argparse.Namespace, *, default: str = "none", needs_reference: 
     if name == "none":
         if reference is not None:
             raise InputError("--reference goes with a --judge: fashion, inception, or an image encoder of transformers")
-        return Judge(lpips=lpips, clip=clip) if lpips or clip else None
-    shown = name
+        named = " and ".join(["LPIPS"] * (lpips is not None) + [f"{args.clip}"] * (clip is not None))
+        return Judge(name=named, lpips=lpips, clip=clip, options=options) if named else None
+    shown, against = name, reference
     if name == "fashion":
         extractor, shown = (
             FashionClassifier.from_pretrained(CLASSIFIER).float().eval(),
@@ -535,8 +554,9 @@ def _judge(args: argparse.Namespace, *, default: str = "none", needs_reference: 
         raise InputError(
             f"--judge {name} needs --reference: a folder of images, a dataset, an .npz or a .safetensors file"
         )
-    against = "the 10,000 test images" if reference is None else reference
-    return Judge(extractor, known, f"{shown}, against {against}", lpips, clip)
+    if name == "fashion" and reference is None:
+        against = "the 10,000 test images"
+    return Judge(extractor, known, f"{shown}, against {against}", lpips, clip, options)
 
 
 def _add_judge(parser: argparse.ArgumentParser, default: str | None = "fashion") -> None:
@@ -559,7 +579,7 @@ def _add_judge(parser: argparse.ArgumentParser, default: str | None = "fashion")
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="LPIPS to images of the same seeds too; its weights' folder (default: torch hub's, if they are there)",
+        help="LPIPS to images of the same seeds too; its weights' folder (default: torch hub's)",
     )
     group.add_argument(
         "--clip", metavar="NAME", help="CLIP score of prompts too: a CLIP of transformers, folder or hub id"
@@ -679,6 +699,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--prompts", type=Path, help="a prompt on each line, in turn; for --clip")
     sub.add_argument("--out", type=Path, help="JSON file to write")
+    sub.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
     sub = verb("report", _cmd_report)
     sub.add_argument("run", type=Path, help="run folder with a report.json")

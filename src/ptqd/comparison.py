@@ -11,7 +11,7 @@ from ptqd.batchwise import is_observed, judged, labels_of, observe_images
 from ptqd.errors import InputError
 from ptqd.evaluate.images import open_images
 from ptqd.evaluate.intervals import Statistic, intervals
-from ptqd.evaluate.judge import Judge
+from ptqd.evaluate.judge import Judge, with_intervals
 from ptqd.files import read_json
 from ptqd.sampling import Sampling
 
@@ -85,9 +85,10 @@ def _compared(rows: list[dict[str, Any]], judge: Judge, against: str | None) -> 
         found.append(
             {name: value for name, value in row.items() if name != "folder"}
             | {
-                "metrics": {name: asdict(metric) for name, metric in intervals(mine, strata).items()},
+                "metrics": {name: asdict(metric) for name, metric in with_intervals(mine, strata).items()},
                 "differences": {name: asdict(metric) for name, metric in intervals(paired, strata).items()},
                 "against": row_name(chosen),
+                "inception": judge.inception,
                 "chosen": row is chosen,
             }
         )
@@ -112,11 +113,6 @@ def _observed(row: dict[str, Any], full: dict[str, Any] | None, judge: Judge, sc
     made = scratch / f"{sha256(name.encode()).hexdigest()}.safetensors"
     if not made.exists():
         images = [open_images(r["folder"] / r["images"], grey=False) for r in (row, full) if r is not None]
-        if len(images[0]) < row["samples"]:
-            raise InputError(
-                f"{row['folder']} kept no images, only what its judge saw of them; compare by that judge, and give "
-                "--judge as the run had it"
-            )
         same_seed = images[1] if len(images) > 1 else None
         parts = scratch / f"{made.stem}-parts"
         observe_images(images[0], judge, _sampling(row), made, parts, title=None, same_seed=same_seed)

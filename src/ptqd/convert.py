@@ -6,9 +6,8 @@ is an error, and so is anything in the YAML that is not understood.
 """
 
 import dataclasses
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 
 from ptqd.errors import InputError
-from ptqd.files import read_tensors, write_large_tensors
+from ptqd.files import read_pickle, write_large_tensors
 from ptqd.pipelines.latent import LatentPipeline, MultiHeadUNet2DModel
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-VQ = ("ldm.models.autoencoder.VQModelInterface", "ldm.models.autoencoder.VQModel")
+VQ = "ldm.models.autoencoder.VQModelInterface"
 KL = "ldm.models.autoencoder.AutoencoderKL"
 CLASSES = "ldm.modules.encoders.modules.ClassEmbedder"
 UNCONDITIONAL = "__is_unconditional__"
@@ -68,8 +67,9 @@ def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
     state = _State(_read_checkpoint(checkpoint), str(checkpoint))
     state.check_schedule(model)
     names = _ema_names(state, model) if model.ema else {}
-    unet = _filled(_unet(model.unet), _unet_tensors(state, model, names), checkpoint, config)
-    vae = _filled(_first_stage(model, state), _first_stage_tensors(state, model), checkpoint, config)
+    empty, stage = _built(config, lambda: (_unet(model.unet), _first_stage(model, state)))
+    unet = _filled(empty, _unet_tensors(state, model, names), checkpoint, config)
+    vae = _filled(stage, _first_stage_tensors(state, model), checkpoint, config)
     embedder = None
     if model.classes:
         rows = {"embedding.weight": state.take("cond_stage_model.embedding.weight")}
@@ -88,10 +88,18 @@ def blank(config: Path) -> DiffusionPipeline:
     """
     model = _read_config(config)
     factor = {"scale_factor": torch.ones(())} if model.scaled else {}
-    vae = _first_stage(model, _State(factor, str(config)))
+    unet, vae = _built(config, lambda: (_unet(model.unet), _first_stage(model, _State(factor, str(config)))))
     if not model.classes:
-        return LatentPipeline(vae, _unet(model.unet), _scheduler(model))
-    return LatentClassPipeline(vae, _unet(model.unet), _embedder(model), _scheduler(model))
+        return LatentPipeline(vae, unet, _scheduler(model))
+    return LatentClassPipeline(vae, unet, _embedder(model), _scheduler(model))
+
+
+def _built(config: Path, build: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Networks that diffusers builds, if it takes what the YAML says."""
+    try:
+        return build()
+    except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"{config} describes networks that cannot be built: {' '.join(str(error).split())}") from error
 
 
 def save_converted(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -159,6 +167,7 @@ class _Model:
     linear_end: float
     ema: bool
     scaled: bool
+    scale: float
     unet: _Unet
     stage: _Stage
     classes: int
@@ -177,25 +186,31 @@ def _read_config(path: Path) -> _Model:
     model.refuse_unless("beta_schedule", "linear", "the original's")
     model.ignore("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "monitor", "loss_type")
     model.ignore("cond_stage_trainable", "concat_mode", "scheduler_config", "image_size", "channels", "ckpt_path")
-    model.ignore("ignore_keys", "conditioning_key", "load_only_unet", "scale_factor", "original_elbo_weight")
+    model.ignore("ignore_keys", "conditioning_key", "load_only_unet", "original_elbo_weight")
     model.ignore("v_posterior", "l_simple_weight", "learn_logvar", "logvar_init", "clip_denoised")
     unet = _read_unet(model.child("unet_config").of(UNET))
-    stage = _read_stage(model.child("first_stage_config").of(*VQ, KL))
+    stage = _read_stage(model.child("first_stage_config").of(VQ, KL))
     condition = model.take("cond_stage_config", object, UNCONDITIONAL)
     classes = class_width = 0
     if condition != UNCONDITIONAL:
         embedder = _Node(path, "cond_stage_config", condition).of(CLASSES)
-        classes, class_width = embedder.take("n_classes", int), embedder.take("embed_dim", int)
+        classes, class_width = embedder.take("n_classes", int, 1000), embedder.take("embed_dim", int)
         embedder.ignore("key")
         embedder.done()
+    if classes == 1000:
+        raise InputError(f"{path}: n_classes 1000 has no class for guidance; the last of 1001 is the null class")
     if unet.context != class_width:
         raise InputError(f"{path}: context_dim {unet.context} is not the width of the class embedder, {class_width}")
+    start, end = model.take("linear_start", float, 1e-4), model.take("linear_end", float, 2e-2)
+    if not 0 < start < end < 1:
+        raise InputError(f"{path}: betas from linear_start {start} to linear_end {end} are not between 0 and 1")
     found = _Model(
         timesteps=model.take("timesteps", int, 1000),
-        linear_start=model.take("linear_start", float, 1e-4),
-        linear_end=model.take("linear_end", float, 2e-2),
+        linear_start=start,
+        linear_end=end,
         ema=model.take("use_ema", bool, True),
         scaled=model.take("scale_by_std", bool, False),
+        scale=model.take("scale_factor", float, 1.0),
         unet=unet,
         stage=stage,
         classes=classes,
@@ -212,7 +227,8 @@ def _read_unet(node: "_Node") -> _Unet:
     node.refuse_unless("dims", 2, "images")
     node.refuse_unless("conv_resample", True, "with convolutions")
     node.refuse_unless("num_classes", None, "classes come through the context")
-    node.ignore("dropout", "use_checkpoint", "use_fp16", "legacy", "num_heads_upsample")
+    node.ignore("dropout", "use_checkpoint", "use_fp16", "legacy")
+    node.refuse_unless("num_heads_upsample", -1, "as many as on the way down")
     found = _Unet(
         image_size=node.take("image_size", int),
         inputs=node.take("in_channels", int),
@@ -238,7 +254,7 @@ def _read_unet(node: "_Node") -> _Unet:
 
 
 def _read_stage(node: "_Node") -> _Stage:
-    quantized = node.target in VQ
+    quantized = node.target == VQ
     codes, code_width = node.take("n_embed", int) if quantized else 0, node.take("embed_dim", int)
     node.ignore("ckpt_path", "monitor", "lossconfig", "image_key", "colorize_nlabels", "remap", "sane_index_shape")
     node.ignore("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ignore_keys")
@@ -292,9 +308,13 @@ class _Node:
         value = self.values.pop(name, default)
         if value is dataclasses.MISSING:
             raise InputError(f"{self.path}: {self.name} lacks {name}")
-        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        if not (number or isinstance(value, kind)) or (kind is int and isinstance(value, bool)):
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            with suppress(ValueError):
+                value = float(value)  # 1e-4 is text to a YAML reader
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InputError(f"{self.path}: {name} in {self.name} should be {kind.__name__}; it is {value!r}")
+        if isinstance(value, list) and not all(type(item) is int and item > 0 for item in value):
+            raise InputError(f"{self.path}: {name} in {self.name} should be whole numbers above 0; it is {value!r}")
         return value
 
     def refuse_unless(self, name: str, wanted: Any, why: str) -> None:
@@ -317,21 +337,8 @@ class _Node:
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        with torch.serialization.safe_globals([(_Inert, _BOOKKEEPING)]):
-            read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        said = str(error)
-        named = said.partition("GLOBAL ")[2].split() or said.rsplit("Unsupported class ", maxsplit=1)[-1].split()
-        raise InputError(
-            f"{path} holds {named[0] if 'GLOBAL' in said or 'class' in said else 'something'} beside tensors and plain "
-            "containers; it is not loaded, as that could run code: save its state_dict alone"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is no whole checkpoint ({reason}); download it again") from error
+    with torch.serialization.safe_globals([(_Inert, _BOOKKEEPING)]):
+        read = read_pickle(path)
     state = read.get("state_dict", read) if isinstance(read, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state_dict of tensors")
@@ -372,9 +379,9 @@ class _State:
 
     def check_empty(self, model: _Model) -> None:
         """Nothing is left over but what is no part of the model."""
-        unused = ("model_ema.", "first_stage_model.loss.", *(["model.diffusion_model."] if model.ema else []))
-        left = [name for name in self.left if name not in _SCHEDULE and not name.startswith(unused)]
-        left = [name for name in left if name != "scale_factor"]
+        unused = ("first_stage_model.loss.",) if model.ema else ("first_stage_model.loss.", "model_ema.")
+        known = (*_SCHEDULE, "scale_factor", "model_ema.decay", "model_ema.num_updates")
+        left = [name for name in self.left if name not in known and not name.startswith(unused)]
         if left:
             raise InputError(
                 f"{self.where} holds {len(left)} tensors more than the YAML has a place for ({left[0]}, ...); it is of "
@@ -522,6 +529,10 @@ def _attention(unet: _Unet, ours: str, part: str, leaf: str, value: torch.Tensor
         return {f"{ours}.{name}.{leaf}": value.squeeze(-1) if value.ndim == 3 else value}
     value = value.squeeze(-1) if value.ndim == 3 else value
     width = value.shape[0] // 3
+    if value.shape[0] % 3 or width % unet.heads_of(width) or (unet.heads <= 0 and width % unet.head_width):
+        raise InputError(
+            f"{ours}: {value.shape[0]} rows are no queries, keys and values of {unet.heads_of(width)} heads"
+        )
     heads = 1 if unet.new_order else unet.heads_of(width)
     parts = value.view(heads, 3, width // heads, *value.shape[1:]).unbind(1)
     return {f"{ours}.{n}.{leaf}": p.flatten(0, 1) for n, p in zip(("to_q", "to_k", "to_v"), parts, strict=True)}
@@ -529,9 +540,9 @@ def _attention(unet: _Unet, ours: str, part: str, leaf: str, value: torch.Tensor
 
 def _first_stage(model: _Model, state: _State) -> Any:
     stage, levels = model.stage, len(model.stage.multipliers)
-    scale = 1.0
+    scale = model.scale
     if "scale_factor" in state.left:
-        scale = float(state.left["scale_factor"])
+        scale = float(state.left["scale_factor"].reshape(-1)[0])
     elif model.scaled:
         raise InputError(f"{state.where} lacks 'scale_factor', which the YAML says was found in training")
     common: dict[str, Any] = {

@@ -22,6 +22,7 @@ from ptqd.batchwise import (
 )
 from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.correction.auto import Choice, fit_auto
+from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import correct
 from ptqd.cost import FULL_BITS, Macs, cost_of, disk_bytes, run_macs
 from ptqd.errors import InputError
@@ -105,6 +106,8 @@ def run_experiment(
     judge = judge or Judge()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
+    for methods in experiment.corrections:
+        check_methods(methods)
     run_folder = RunFolder(folder)
     report: dict[str, Any] = {
         "rows": [],
@@ -122,6 +125,17 @@ def run_experiment(
             if processes.is_main():
                 write_json(folder / "report.json", report)  # a long run can be read before its end
     return report
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Corrections are known ones.
+
+    Raises:
+        InputError: one that is not, or auto beside others.
+    """
+    for method in methods:
+        if method not in METHODS and tuple(methods) != AUTO:
+            raise InputError(f"unknown correction {method!r}; known are auto, alone, and {', '.join(METHODS)}")
 
 
 def setting_name(facts: Mapping[str, Any]) -> str:
@@ -271,11 +285,11 @@ class _Setting:
     def _sample(self, what: str, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> Path:
         """Samples; where no images are kept, what the judge saw of them."""
         run, keep = self.setting, self.experiment.images
-        name = f"{self.name}/{what}/{'samples' if keep else 'observed'}.safetensors"
+        name = f"{self.name}/{what}/samples.safetensors"
 
         def build(path: Path, scratch: Path) -> None:
             title = f"sampling {self.name} {what}" if self.progress else None
-            sample_images(pipe, run, path, scratch, title=title, judge=None if keep else self.judge)
+            sample_images(pipe, run, path, scratch, title=title, judge=None if keep else self.judge, keep=keep)
 
         facts = {**self.source, **inputs, "setting": self._run_facts(run.samples)}
         if not keep:
@@ -315,7 +329,7 @@ class _Setting:
 
         made = self._stage(self._name(images.with_name("metrics.json")), inputs, build)
         metrics = read_json(made)
-        note = few_samples(self.setting.samples, self.judge, metrics)
+        note = few_samples(self.setting.samples, self.judge)
         if note is not None and note not in self.report["notes"]:
             self.report["notes"].append(note)
         return {
@@ -325,7 +339,7 @@ class _Setting:
             "correction": correction,
             "samples": self.setting.samples,
             "metrics": metrics,
-            "inception": self.judge.extractor is not None and self.judge.extractor.inception,
+            "inception": self.judge.inception,
             "bops": bops,
             "bops_ratio": self.full_bops / bops,
             "bytes": size,

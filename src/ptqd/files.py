@@ -5,8 +5,11 @@ import json
 import math
 import mmap
 import os
+import pickle
+import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +110,32 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write a safetensors file atomically."""
     with replacing(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, tensors mapped from disk, or a safetensors file's tensors; never code.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything but tensors and plain containers, which is named.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.\w+)", str(error))
+        if named is None:
+            raise InputError(f"{path} is damaged or no file of torch.save; get it again") from error
+        raise InputError(
+            f"{path} holds {named[1]} beside tensors and plain containers; it is not loaded, as that could run code: "
+            "save its state_dict alone"
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is no whole checkpoint ({reason}); get it again") from error
 
 
 def join_tensors(path: Path, parts: Sequence[Path], metadata: Mapping[str, str]) -> None:

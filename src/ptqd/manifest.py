@@ -49,7 +49,7 @@ def run_with_manifest(
         "corrections": [list(methods) for methods in experiment.corrections],
         "plan": None if experiment.plan is None else experiment.plan.facts(),
         "images": experiment.images,
-        "judge": None if judge is None else {"name": judge.name, "key": judge.key},
+        "judge": None if judge is None else {"name": judge.name, "key": judge.key, "options": dict(judge.options)},
         "statistics": {
             name: sha256((folder / name).read_bytes()).hexdigest()
             for name in sorted(report["stages"])

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ptqd import zoo
 from ptqd.components import denoiser_name
 from ptqd.convert import blank
 from ptqd.cost import cost_of, disk_bytes, memory_bytes, on_meta, run_macs
 from ptqd.errors import InputError
-from ptqd.experiment import Experiment, named_recipes
+from ptqd.experiment import Experiment, check_methods, named_recipes
 from ptqd.insertion import insert_quantizers
 from ptqd.plan_stages import PlanRequest
 from ptqd.sampling import Sampling
@@ -31,6 +32,7 @@ GPUS = {  # dense float32, TFLOP/s, of the makers' data sheets: quantization is 
     "t4": 8.1,
     "v100": 15.7,
 }
+FEATURES = 2048 + 17 * 17 * 7 + 1008  # of an image, in Inception's features
 REACHED = 0.4  # of that rate, about what convolutions and products of these sizes reach
 
 
@@ -105,6 +107,8 @@ class Study:
             raise InputError(f"{path} cannot be read as TOML: {error}") from error
         study = build(cls, read, str(path))
         named_recipes(study.recipes)
+        for methods in study.experiment("").corrections:
+            check_methods(methods)
         return study
 
     def as_twin(self) -> "Study":
@@ -131,7 +135,9 @@ class Study:
             settings=(Sampling(setting.steps, setting.eta, setting.samples, setting.batch, setting.seed, call),),
             recipes=named_recipes(self.recipes),
             measured=self.measured,
-            corrections=tuple(() if text == "none" else tuple(text.split(",")) for text in self.corrections),
+            corrections=tuple(
+                () if text == "none" else tuple(part.strip() for part in text.split(",")) for text in self.corrections
+            ),
             plan=None if self.plan is None else PlanRequest.parse(self.plan, None, None, None),
         )
 
@@ -199,15 +205,21 @@ def outlook(study: Study, model: str | None, *, images: bool = True) -> Outlook:
         memory = max(memory, memory_bytes(denoiser) + memory_bytes(quantized))
         samples["sampling"] += len(rows) * run.samples
         samples["calibrating"] += recipe.calibration_samples
-        samples["measuring"] += (1 + len(recipe.widths if study.plan else (0,))) * study.measured
+        samples["measuring"] += 2 * study.measured + (1 + len(recipe.widths)) * study.measured * (
+            study.plan is not None
+        )
         samples["choosing corrections"] += TRIED * (("auto",) in rows)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    channels, latents = pipe.vae.config.out_channels, pipe.unet.config.in_channels * pipe.unet.config.sample_size**2 * 4
-    kept = size * size * channels if images else (2048 + 2023 + 1008) * 4
-    sets = 1 + len(rows) * len(experiment.recipes)
+    sets = (1 + len(rows) * len(experiment.recipes)) * run.samples
+    others = sum(
+        disk_bytes(part) for part in pipe.components.values() if part is not pipe.unet and isinstance(part, nn.Module)
+    )
+    copies = 2 if study.plan else 1  # as quantized, and with its plan
     files = {
-        "samples" if images else "features": sets * run.samples * (kept + latents),
-        "quantized denoisers": sum(disk.values()) - disk["fp32"],
+        "images": sets * size * size * pipe.vae.config.out_channels if images else 0,
+        "latents": sets * pipe.unet.config.in_channels * pipe.unet.config.sample_size**2 * 4,
+        "features": sets * 4 * FEATURES,
+        "quantized pipelines": (sum(disk.values()) - disk["fp32"] + others * len(experiment.recipes)) * copies,
     }
     return Outlook(
         parameters=sum(p.numel() for p in denoiser.parameters()),
@@ -224,8 +236,9 @@ def held_against(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[s
     """Each published figure beside the one of the same row.
 
     Returns:
-        Plain values: the figure's ``recipe``, ``correction``, ``metric``, ``published``, ``source``, and ``ours``, the
-        metric with its interval, or None where there is no such row or metric.
+        Plain values: the figure's ``recipe``, ``correction``, ``metric``, ``published``, ``source``, ``ours``, the
+        metric with its interval, or None where there is no such row or metric, and ``inception``, whether that is of
+        Inception's features.
     """
     found = []
     for figure in study.published:
@@ -233,5 +246,6 @@ def held_against(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[s
         row = next(same, None)
         ours = None if row is None else row["metrics"].get(figure.metric)
         plain = dataclasses.asdict(figure)
-        found.append({**plain, "published": plain.pop("value"), "ours": ours})
+        inception = row is not None and bool(row["inception"])
+        found.append({**plain, "published": plain.pop("value"), "ours": ours, "inception": inception})
     return found

@@ -50,7 +50,7 @@ class ImageEncoder:
             tokenizer = AutoTokenizer.from_pretrained(name) if texts else None
             loaded = AutoModel.from_pretrained(name), processors.from_pretrained(name), tokenizer
         except (ImportError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{name} is no image encoder of transformers ({reason}); give a folder that save_pretrained wrote, "
                 "or a hub id"
@@ -82,7 +82,7 @@ class ImageEncoder:
         values = inputs["pixel_values"].to(self.model.device)
         embed = getattr(self.model, "get_image_features", self.model)
         made = embed(pixel_values=values)
-        pooled = made if isinstance(made, torch.Tensor) else made.pooler_output
+        pooled = made if isinstance(made, torch.Tensor) else getattr(made, "pooler_output", None)
         if pooled is None:
             raise InputError(f"{type(self.model).__name__} has no pooled output; choose an encoder that has one")
         nothing = pooled.new_zeros(len(pooled), 0)

@@ -165,6 +165,10 @@ class Summing:
         if self.pooled is None or self.spatial is None or self.pooled.n < 2:
             raise InputError("a reference needs at least two images")
         pooled, spatial = self.pooled, self.spatial
+        if not bool(torch.isfinite(pooled.total).all() and torch.isfinite(spatial.total).all()):
+            raise InputError(
+                "the features of some of the reference's images are not finite; look at the network and them"
+            )
         kept = torch.cat(self.kept)
         return Reference(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
 

@@ -7,7 +7,7 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ptqd.errors import InputError
 from ptqd.files import read_tensors, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 NAMED = 3  # of many broken images
 BATCH = 250
 
@@ -86,7 +87,7 @@ class Pictures:
         try:
             pictures = [self._read(self.sources[i]) for i in indices]
             first = self._read(self.sources[0]).shape if indices.start else pictures[0].shape
-        except (OSError, SyntaxError, ValueError):
+        except _UNREADABLE:
             raise self._complaint() from None
         if any(picture.shape != first for picture in pictures):
             raise self._complaint()
@@ -110,7 +111,7 @@ class Pictures:
         for source in self.sources:
             try:
                 height, width, _ = self._read(source).shape
-            except (OSError, SyntaxError, ValueError):
+            except _UNREADABLE:
                 broken.append(source.name)
                 continue
             size = size or (width, height)
@@ -182,20 +183,52 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
     tensors, metadata = read_tensors(path)
     if "ptqd.samples" not in metadata or "images" not in tensors:
         raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
+    if len(tensors["images"]) < int(metadata["ptqd.samples"]):
+        raise InputError(
+            f"{path} kept no images, only what a judge saw of them; give it that judge, or sample again without "
+            "--no-images"
+        )
     return Pixels(tensors["images"])
 
 
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Some arrays of an .npz file, without pickle.
+    """Some arrays of an .npz file, without pickle, mapped from disk where they are not compressed.
+
+    Args:
+        path: the file.
+        names: of the arrays that are wanted.
 
     Raises:
         InputError: it is damaged, or something else.
     """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            found = {name: _mapped(path, file.zip, f"{name}.npy") for name in file.files if name in names}
+            missing = {name: file[name] for name, array in found.items() if array is None}
+            return {name: array for name, array in found.items() if array is not None} | missing
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as .npz: {error}") from error
+
+
+def _mapped(path: Path, archive: ZipFile, member: str) -> np.ndarray | None:
+    """An array that is stored as it is; None where it is compressed."""
+    info = archive.getinfo(member)
+    if info.compress_type != ZIP_STORED:
+        return None
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        head = stream.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    with path.open("rb") as opened:
+        opened.seek(info.header_offset + 26)  # lengths of the name and of what follows it
+        lengths = np.frombuffer(opened.read(4), "<u2")
+    start = info.header_offset + 30 + int(lengths.sum()) + head
+    return (
+        np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C") if np.prod(shape) else np.zeros(shape, dtype)
+    )
 
 
 def write_npz(path: Path, images: torch.Tensor, labels: torch.Tensor | None) -> None:

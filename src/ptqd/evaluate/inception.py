@@ -143,10 +143,10 @@ class _E(nn.Module):
 class Inception(nn.Module):
     """The feature extractor of FID, sFID, KID and the Inception score; parameters are named as in published files.
 
-    ``features`` gives ``pooled`` (N, 2048), the pool3 of FID; ``spatial`` (N, 7 * 17 * 17), the first seven channels of
+    ``features`` gives ``pooled`` (N, 2048), the pool3 of FID; ``spatial`` (N, 17 * 17 * 7), the first seven channels of
     the 1 x 1 branch of the third 17 x 17 block (``mixed_6/conv`` in TensorFlow's graph), as ADM's evaluation takes them
-    for sFID (arXiv 2105.05233; Nash et al., arXiv 2103.03841); and ``logits`` (N, 1008) without the bias, as ADM's and
-    torch-fidelity's Inception score take them.
+    for sFID (arXiv 2105.05233; Nash et al., arXiv 2103.03841), in its order; and ``logits`` (N, 1008) without the bias,
+    as ADM's and torch-fidelity's Inception score take them.
     """
 
     image_shape = None
@@ -162,12 +162,8 @@ class Inception(nn.Module):
         self.Conv2d_4a_3x3 = _Conv(80, 192, 3, same=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _A(192, 32), _A(256, 64), _A(288, 64)
         self.Mixed_6a = _B(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-            _C(768, 128),
-            _C(768, 160),
-            _C(768, 160),
-            _C(768, 192),
-        )
+        self.Mixed_6b, self.Mixed_6c = _C(768, 128), _C(768, 160)
+        self.Mixed_6d, self.Mixed_6e = _C(768, 160), _C(768, 192)
         self.Mixed_7a = _D(768)
         self.Mixed_7b, self.Mixed_7c = _E(1280, last=False), _E(2048, last=True)
         self.fc = nn.Linear(2048, 1008)
@@ -204,7 +200,7 @@ class Inception(nn.Module):
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
         spatial = x[:, :SPATIAL]  # its 1 x 1 branch comes first
         pooled = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3))
-        return Features(pooled, spatial.flatten(1), pooled @ self.fc.weight.T)
+        return Features(pooled, spatial.permute(0, 2, 3, 1).flatten(1), pooled @ self.fc.weight.T)
 
 
 def resized(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

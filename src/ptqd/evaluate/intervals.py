@@ -10,7 +10,6 @@ Frechet distance, which an ordinary bootstrap counts twice.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from ptqd.errors import InputError
 DRAWS = 1000
 LEVEL = 0.95
 COUNTS = 4_000_000  # in memory at once
-_UNKNOWN = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,28 @@ class Statistic:
     Attributes:
         value: of all samples.
         influence: of each sample (N,), float64: N times what its being there once more changes, to first order.
-        of: which samples these are: the images that are judged, or the reference's, which are drawn again where a
-            metric counts them.
     """
 
     value: float
     influence: torch.Tensor
-    of: Literal["images", "reference"] = "images"
 
     def minus(self, other: "Statistic") -> "Statistic":
         """The difference to a statistic of the same seeds."""
         self._check(other)
-        return Statistic(self.value - other.value, self.influence - other.influence, self.of)
+        return Statistic(self.value - other.value, self.influence - other.influence)
 
     def above(self, other: "Statistic") -> "Statistic":
         """How far it is above one of the same seeds, as a share of that."""
         self._check(other)
         ratio = self.value / other.value
-        return Statistic(ratio - 1, (self.influence - ratio * other.influence) / other.value, self.of)
+        return Statistic(ratio - 1, (self.influence - ratio * other.influence) / other.value)
 
     def interval(self, strata: torch.Tensor | None = None, draws: int = DRAWS, seed: int = 0) -> Metric:
         """The bootstrap's percentile interval.
 
         Args:
             strata: a group for each sample (N,), such as its class, where every group's size was chosen beforehand:
-                groups are then drawn from one by one. The reference's samples have none.
+                groups are then drawn from one by one.
             draws: how often samples are drawn again.
             seed: the same for statistics that are compared.
         """
@@ -81,18 +76,16 @@ def intervals(
     found: Mapping[str, Statistic], strata: torch.Tensor | None = None, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Metric]:
     """:meth:`Statistic.interval` of several statistics, from the same draws."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for name, statistic in found.items():
-        alike.setdefault((statistic.of, len(statistic.influence)), []).append(name)
-    made = {}
-    for (of, count), names in alike.items():
-        influences = torch.stack([found[name].influence for name in names], 1)  # N,K
-        means = resampled(influences, strata if of == "images" else None, draws, seed)
-        for i, name in enumerate(names):
-            low, high = np.quantile(means[:, i], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if count > 1 else _UNKNOWN
-            value = found[name].value
-            made[name] = Metric(value, value + float(low), value + float(high))
-    return {name: made[name] for name in found}
+    if not found:
+        return {}
+    influences = torch.stack([statistic.influence.cpu() for statistic in found.values()], 1)  # N,K
+    means = resampled(influences, strata, draws, seed)
+    ends = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    if len(influences) < 2:
+        ends[:] = [[-math.inf], [math.inf]]
+    values = [statistic.value for statistic in found.values()]
+    made = [Metric(v, v + float(low), v + float(high)) for v, low, high in zip(values, *ends, strict=True)]
+    return dict(zip(found, made, strict=True))
 
 
 def resampled(influences: torch.Tensor, strata: torch.Tensor | None, draws: int, seed: int) -> np.ndarray:

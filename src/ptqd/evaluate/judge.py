@@ -1,7 +1,7 @@
 """What a set of images is judged by: what each image shows, kept, and from that the metrics and their intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -45,6 +45,7 @@ class Judge:
         name: of both, for people.
         lpips: perceptual distance to images of the same seeds.
         clip: how well images fit their texts.
+        options: how it was asked for, for the manifest.
     """
 
     extractor: Extractor | None = None
@@ -52,6 +53,12 @@ class Judge:
     name: str = ""
     lpips: Lpips | None = None
     clip: ImageEncoder | None = None
+    options: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def inception(self) -> bool:
+        """Whether distances are called FID, sFID and KID."""
+        return self.extractor is not None and self.extractor.inception
 
     @cached_property
     def networks_key(self) -> str:
@@ -127,15 +134,18 @@ def observe(
             raise InputError(
                 f"images and those of the same seeds differ in number or size: {shapes}; sample both alike"
             )
+        values["psnr"] = psnr(images / 255, same_seed / 255)
+    if same_seed is not None and images.ndim == 4:  # of videos there is PSNR alone
         mine, full = (x.permute(0, 3, 1, 2) / 255 for x in (images, same_seed))
-        values["psnr"] = psnr(mine, full)
         if min(mine.shape[2:]) >= WINDOW:
             values["ssim"] = ssim(mine, full)
         if judge.lpips is not None and min(mine.shape[2:]) >= SMALLEST:
-            values["lpips"] = judge.lpips.distances(2 * mine - 1, 2 * full - 1).double().cpu()
+            values["lpips"] = judge.lpips.distances(2 * mine - 1, 2 * full - 1).cpu().double()
+    if images.ndim != 4 and (judge.extractor or judge.clip):
+        raise InputError(f"results of shape {tuple(images.shape[1:])} are no images; judge them by none")
     if judge.clip is not None and texts is not None:
         shown = judge.clip.features(images.permute(0, 3, 1, 2) / 127.5 - 1).pooled
-        values["clip_score"] = clip_scores(shown, judge.clip.text_features(texts)).cpu()
+        values["clip_score"] = clip_scores(shown.cpu(), judge.clip.text_features(texts).cpu())
     return Observed(None if judge.extractor is None else extract(judge.extractor, images), values)
 
 

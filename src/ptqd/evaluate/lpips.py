@@ -75,11 +75,6 @@ class Lpips(nn.Module):
         load_weights(network.net, paths[1], VGG_URL, "VGG16's weights", only="features.")
         return network.eval().requires_grad_(False)
 
-    @classmethod
-    def present(cls) -> bool:
-        """Whether its weights are in torch hub's folder."""
-        return hub_file(URL).is_file() and hub_file(VGG_URL).is_file()
-
     @property
     def key(self) -> str:
         """Changes with the weights."""

@@ -8,7 +8,6 @@ distance (Binkowski et al., arXiv 1801.01401) are not FID, sFID or KID, and are 
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from scipy import stats as scipy_stats
@@ -208,16 +207,19 @@ def precision_recall(
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, eq. 1 and 2).
 
     Precision is the share of generated samples within the ball around some reference sample that reaches its k-th
-    neighbour; recall, the other way round. The influences are of the samples that are counted: generated ones (N,) for
-    precision, the reference's (M,) for recall.
+    neighbour; recall, the other way round. A generated sample's influence on recall is that of leaving it out: the
+    reference samples that are within its ball alone (Efron and Stein, Ann. Statist. 9, 1981).
 
     Args:
         features: generated (N, D).
         reference: real (M, D).
         neighbours: k.
     """
-    recall = _share_within(reference, features, neighbours)
-    return _share_within(features, reference, neighbours), replace(recall, of="reference")
+    radii = _radii(reference, neighbours)
+    precision = torch.cat([(distances <= radii).any(1) for _, distances in _distances(features, reference)])
+    radii = _radii(features, neighbours)
+    recall = _held((distances <= radii for _, distances in _distances(reference, features)), len(reference))
+    return mean_statistic(precision), recall
 
 
 def density_coverage(
@@ -226,7 +228,7 @@ def density_coverage(
     """Density and coverage (Naeem et al., arXiv 2002.09797, eq. 3 and 4).
 
     Density: how many balls around reference samples hold a generated one, over k; coverage: the share of these balls
-    that hold any. Influences are of generated samples (N,) and of the reference's (M,).
+    that hold any. A generated sample's influence on coverage is that of leaving it out.
 
     Args:
         features: generated (N, D).
@@ -234,18 +236,21 @@ def density_coverage(
         neighbours: k.
     """
     radii = _radii(reference, neighbours)
-    held = torch.zeros(len(features), dtype=torch.float64)
-    reached = torch.zeros(len(reference), dtype=torch.bool)
-    for rows, distances in _distances(features, reference):
-        inside = distances < radii
-        held[rows] = inside.double().sum(1).cpu() / neighbours
-        reached |= inside.any(0).cpu()
-    return mean_statistic(held), replace(mean_statistic(reached), of="reference")
+    counts = [(distances < radii).double().sum(1) for _, distances in _distances(features, reference)]
+    inside = (distances < radii[rows, None] for rows, distances in _distances(reference, features))
+    return mean_statistic(torch.cat(counts) / neighbours), _held(inside, len(reference))
 
 
-def _share_within(x: torch.Tensor, centres: torch.Tensor, neighbours: int) -> Statistic:
-    radii = _radii(centres, neighbours)
-    return mean_statistic(torch.cat([(distances <= radii).any(1) for _, distances in _distances(x, centres)]))
+def _held(parts: Iterator[torch.Tensor], count: int) -> Statistic:
+    """Share of a reference's samples that generated ones hold, from whether each (m, N) does, part by part."""
+    held, alone = 0, torch.zeros(0, dtype=torch.float64)
+    for inside in parts:
+        holders = inside.sum(1)
+        held += int((holders > 0).sum())
+        mine = inside[holders == 1].double().sum(0)
+        alone = mine if not len(alone) else alone + mine
+    influence = len(alone) * alone / count
+    return Statistic(held / count, influence - influence.mean())
 
 
 def _radii(x: torch.Tensor, neighbours: int) -> torch.Tensor:

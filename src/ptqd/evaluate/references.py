@@ -1,12 +1,11 @@
 """Reference statistics from images, ADM's .npz files, or a file of our own; what images give is kept by content."""
 
 import os
-import shutil
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ptqd import processes
@@ -14,7 +13,7 @@ from ptqd.errors import InputError
 from ptqd.evaluate.features import Extractor, Features, Reference, Summing, extract
 from ptqd.evaluate.images import ImageSet, batches, open_images, read_npz
 from ptqd.files import read_tensors, write_tensors
-from ptqd.stages import make_shards
+from ptqd.stages import RunFolder, make_shards
 
 
 def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) -> Reference:
@@ -23,8 +22,9 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
     Processes share images, batch by batch; a kill costs a batch of each.
 
     Args:
-        path: images, as :func:`ptqd.evaluate.images.open_images` takes them; an .npz without them but with ``mu`` and
-            ``sigma`` (and ``mu_s``, ``sigma_s``), as ADM's evaluations publish; or what :meth:`Reference.save` wrote.
+        path: images, as :func:`ptqd.evaluate.images.open_images` takes them; an .npz with ``mu`` and ``sigma`` (and
+            ``mu_s``, ``sigma_s``), as ADM's evaluations publish, whose images, if it holds some too, are the sample;
+            or what :meth:`Reference.save` wrote.
         extractor: of the features; moments that are read were made by it too, which cannot be checked.
         cache: where statistics of images are kept, by the images' content and the extractor; by default in the user's
             cache, which has to be one that all processes see.
@@ -32,14 +32,19 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
     Raises:
         InputError: nothing there, images that cannot be read or are not all of one size, or a file of another kind.
     """
-    if path.suffix == ".npz" and path.is_file():
-        found = _moments_of(path)
-        if found is not None:
-            return found
+    cache = cache or cache_folder("references")
+    moments = _moments_of(path) if path.suffix == ".npz" and path.is_file() else None
+    if moments is not None and moments.count == 0:
+        return moments
     if path.is_file() and path.suffix == ".safetensors" and "ptqd.samples" not in read_tensors(path)[1]:
         return Reference.load(path)
     grey = extractor.image_shape is not None and extractor.image_shape[-1] == 1
-    return _of_images(open_images(path, grey=grey), extractor, cache or cache_folder("references"))
+    found = _of_images(open_images(path, grey=grey), extractor, cache)
+    if moments is None or len(moments.mean) != len(found.mean):
+        return found
+    spatial = moments if len(moments.spatial_mean) == len(found.spatial_mean) else found
+    return replace(moments, spatial_mean=spatial.spatial_mean, spatial_covariance=spatial.spatial_covariance,
+                   sample=found.sample)  # fmt: skip
 
 
 def cache_folder(what: str) -> Path:
@@ -48,47 +53,41 @@ def cache_folder(what: str) -> Path:
 
 
 def _of_images(images: ImageSet, extractor: Extractor, cache: Path) -> Reference:
-    key = processes.agreed(
-        sha256(f"{version('ptqd')} {extractor.key} {images.digest() if processes.is_main() else ''}".encode())
-        .hexdigest()[:32]
-    )  # fmt: skip
-    kept = cache / f"{key}.safetensors"
-    if processes.agreed(kept.is_file()):
-        return Reference.load(kept)
-    scratch = cache / f".{key}"
+    content = processes.agreed(images.digest() if processes.is_main() else "")
+    inputs = {"images": content, "extractor": extractor.key, "ptqd": version("ptqd")}
+    name = sha256(str(inputs).encode()).hexdigest()[:32]
 
-    def write(indices: range, shard: Path) -> None:
-        features = extract(extractor, images.part(indices))
-        write_tensors(shard, {"pooled": features.pooled, "spatial": features.spatial}, {"ptqd.features": key})
+    def build(path: Path, scratch: Path) -> None:
+        def write(indices: range, shard: Path) -> None:
+            features = extract(extractor, images.part(indices))
+            write_tensors(shard, {"pooled": features.pooled, "spatial": features.spatial}, {"ptqd.features": name})
 
-    try:
         shards = make_shards(batches(images), scratch, write, title="looking at the reference")
-    except InputError:
-        shutil.rmtree(scratch, ignore_errors=True)  # mended images have another key
-        raise
-    if processes.is_main():
-        summing = Summing(len(images))
-        for shard in shards:
-            tensors, _ = read_tensors(shard)
-            summing.add(Features(tensors["pooled"], tensors["spatial"], tensors["pooled"][:, :0]))
-        summing.reference().save(kept)
-        shutil.rmtree(scratch)
-    processes.wait()
-    return Reference.load(kept)
+        if processes.is_main():
+            summing = Summing(len(images))
+            for shard in shards:
+                tensors, _ = read_tensors(shard)
+                summing.add(Features(tensors["pooled"], tensors["spatial"], tensors["pooled"][:, :0]))
+            summing.reference().save(path)
+
+    return Reference.load(RunFolder(cache).stage(f"{name}.safetensors", inputs, build, shared=True))
 
 
 def _moments_of(path: Path) -> Reference | None:
-    """Of an .npz without images."""
-    if "arr_0" in read_npz(path, ("arr_0",)):
-        return None
+    """Those of an .npz, None where it has none; ``count`` is 0 where it has no images."""
     arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"))
+    images = "arr_0" in read_npz(path, ("arr_0",))
     if not {"mu", "sigma"} <= set(arrays):
-        raise InputError(f"{path} holds neither mu and sigma nor arr_0, uint8 images (N, H, W, C)")
+        if not images:
+            raise InputError(f"{path} holds neither mu and sigma nor arr_0, uint8 images (N, H, W, C)")
+        return None
     for name, other in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if name in arrays and arrays.get(other, np.zeros(0)).shape != (len(arrays[name]),) * 2:
+        if name in arrays and (other not in arrays or arrays[other].shape != (len(arrays[name]),) * 2):
             raise InputError(f"{path}: {other} is no square matrix as wide as {name}; write it again")
-    mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+    known = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
+    for name, tensor in known.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {name} holds NaN or infinite values; write it again")
     none = torch.zeros(0, dtype=torch.float64)
-    spatial = [torch.from_numpy(arrays[name]).double() for name in ("mu_s", "sigma_s") if name in arrays]
-    spatial_mean, spatial_covariance = spatial if len(spatial) == 2 else (none, none.view(0, 0))
-    return Reference(mean, covariance, spatial_mean, spatial_covariance, torch.zeros(0, len(mean)), 0)
+    spatial = (known.get("mu_s", none), known.get("sigma_s", none.view(0, 0)))
+    return Reference(known["mu"], known["sigma"], *spatial, torch.zeros(0, len(known["mu"])), int(images))

@@ -1,6 +1,5 @@
 """Published weights of the networks that judge: from a file, or torch hub's folder."""
 
-import pickle
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from ptqd.errors import InputError
-from ptqd.files import read_tensors
+from ptqd.files import read_pickle
 
 
 def weights_key(network: nn.Module) -> str:
@@ -52,13 +51,7 @@ def load_weights(network: nn.Module, path: Path | None, url: str, what: str, onl
 
 
 def _read(path: Path, what: str) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{what} cannot be read from {path} ({reason}); give a .pth or .safetensors file") from error
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} does not hold {what}: it is no state dict of tensors")
     return state

@@ -51,7 +51,7 @@ def write_page(folder: Path) -> Path:
         inception=all(row.get("inception") for row in rows),
         groups=[(text, _lines(group, metrics)) for text, group in by_setting(rows)],
         columns=[(metric_title(rows, name), METRICS[name][1]) for name in metrics],
-        published=report.get("published", []),
+        published=[{**line, "metric": metric_title([line], line["metric"])} for line in report.get("published", [])],
         notes=report.get("notes", []),
         cost_columns=COST_COLUMNS,
         strips=strips,

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from ptqd.report.table import METRICS
+from ptqd.report.table import metric_title
 from ptqd.study import REACHED, Outlook, Study
 
 
@@ -25,7 +25,8 @@ def outlook_table(study: Study, found: Outlook, gpu: str) -> Group:
         models.add_column(name, justify="left" if name == "recipe" else "right")
     for name, bops in found.bops.items():
         size = f"{found.disk[name] / 1e6:,.1f}"
-        models.add_row(name, f"{bops / 1e9:,.0f}", f"{found.bops['fp32'] / bops:.1f}x", size)
+        label = f"{name}, at its widest" if study.plan and name != "fp32" else name
+        models.add_row(label, f"{bops / 1e9:,.0f}", f"{found.bops['fp32'] / bops:.1f}x", size)
     hours = found.hours(gpu)
     time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     lines = [
@@ -48,7 +49,7 @@ def published_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         ours = line["ours"]
         here = "-" if ours is None else f"{ours['value']:.3f}"
         interval = "" if ours is None or ours["low"] is None else f"{ours['low']:.3f} to {ours['high']:.3f}"
-        name = METRICS.get(line["metric"], (line["metric"], ""))[0]
+        name = metric_title([line], line["metric"])
         cells = (line["recipe"], line["correction"], name, f"{line['published']:g}", here, interval, line["source"])
         table.add_row(*cells)
     return table
