@@ -15,7 +15,7 @@ from torch import nn
 import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
 from ptqd.cli import main
-from ptqd.convert import convert, save_converted
+from ptqd.convert.pipeline import convert, save_converted
 from ptqd.zoo import CONFIGS
 
 DATA = Path(__file__).parent / "data" / "ldm"
@@ -124,7 +124,7 @@ def test_every_parameter_of_a_published_checkpoint_has_its_place(
     state |= {"betas": torch.linspace(*ends, 1000) ** 2}
     if "scale_factor" in state:
         state["scale_factor"] = torch.tensor(0.2)
-    monkeypatch.setattr("ptqd.convert._read_checkpoint", lambda path: dict(state))
+    monkeypatch.setattr("ptqd.convert.pipeline.read_checkpoint", lambda path: dict(state))
     pipe: Any = convert(tmp_path / "model.ckpt", CONFIGS[name])
     raw = [shape for key, shape in shapes.items() if key.startswith("model.diffusion_model.")]
     assert sum(p.numel() for p in pipe.unet.parameters()) == sum(math.prod(shape) for shape in raw)
@@ -191,6 +191,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "lacks 'model_ema.diffusion_modelout2bias'" in broken(tmp_path, part, made)
     other = {**state, "betas": torch.linspace(1e-4, 2e-2, 1000)}
     assert "trained with other betas" in broken(tmp_path, other, made)
+    label = {**state, "model.diffusion_model.label_emb.weight": torch.zeros(2, 2)}
+    assert "1 tensors more than the YAML has a place for (model.diffusion_model.label_emb" in broken(
+        tmp_path, label, made
+    )
+    qkv = "model.diffusion_model.middle_block.1.qkv.weight"
+    odd = {**state, qkv: torch.zeros(100, 128, 1)}
+    ema = "model_ema.diffusion_modelmiddle_block1qkvweight"
+    assert "are no queries, keys and values" in broken(tmp_path, {**odd, ema: odd[qkv]}, made)
     raw_made = copy.deepcopy(made)
     raw_made["model"]["params"]["use_ema"] = False
     assert convert(*write(tmp_path, raw, raw_made))
@@ -215,6 +223,12 @@ def test_what_the_yaml_says_and_we_do_not_know_is_named(tmp_path: Path) -> None:
     assert "needs num_heads or num_head_channels" in changed(*unet, "params", "num_heads", value=2)
     assert "context_dim 9 is not" in changed(*unet, "params", value={**made["model"]["params"]["unet_config"]["params"],
         "use_spatial_transformer": True, "context_dim": 9})  # fmt: skip
+    assert "channel_mult in unet_config should be whole numbers" in changed(
+        *unet, "params", "channel_mult", value=["a"]
+    )
+    assert "networks that cannot be built" in changed(*unet, "params", "model_channels", value=33)
+    assert "are not between 0 and 1" in changed("params", "linear_start", value=-1.0)
+    assert "num_heads_upsample: 4" in changed(*unet, "params", "num_heads_upsample", value=4)
     assert "parameterization: 'x0'" in changed("params", "parameterization", value="x0")
     stage = ("params", "first_stage_config", "params", "ddconfig")
     assert "attn_resolutions: [32]" in changed(*stage, "attn_resolutions", value=[32])
@@ -222,6 +236,13 @@ def test_what_the_yaml_says_and_we_do_not_know_is_named(tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             convert(tmp_path / "model.ckpt", tmp_path / "x.yaml")
+
+
+def test_the_scale_of_latents_is_the_yamls_where_training_found_none(tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+    made["model"]["params"]["scale_factor"] = 0.18215
+    pipe: Any = convert(*write(tmp_path, state, made))
+    assert pipe.vae.config.scaling_factor == 0.18215
 
 
 def test_code_and_damage_are_refused_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,9 +260,11 @@ def test_code_and_damage_are_refused_and_nothing_is_written(tmp_path: Path, caps
         return said
 
     checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    assert "is no whole checkpoint" in refused()
+    assert "get it again" in refused()
     torch.save({"state_dict": state, "hook": nn.Linear}, checkpoint)
     assert "holds torch.nn.modules.linear.Linear beside tensors and plain containers" in refused()
+    checkpoint.write_bytes(b"not a checkpoint at all")
+    assert "is damaged or no file of torch.save" in refused() or "is no whole checkpoint" in refused()
     torch.save({"state_dict": [1, 2]}, checkpoint)
     assert "holds no state_dict of tensors" in refused()
     checkpoint.unlink()

@@ -27,7 +27,7 @@ METHODS_HELP = (
 
 def _cmd_convert(args: argparse.Namespace) -> None:
     """Make a diffusers pipeline of a checkpoint in CompVis' latent-diffusion format and its YAML."""
-    from ptqd.convert import convert, save_converted
+    from ptqd.convert.pipeline import convert, save_converted
     from ptqd.files import replacing
 
     _check_replaceable(args.out)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ptqd import zoo
 from ptqd.components import denoiser_name
-from ptqd.convert import blank
+from ptqd.convert.pipeline import blank
 from ptqd.cost import cost_of, disk_bytes, memory_bytes, on_meta, run_macs
 from ptqd.errors import InputError
 from ptqd.experiment import Experiment, check_methods, named_recipes

@@ -1,0 +1,1 @@
+"""Checkpoints of CompVis' latent diffusion as pipelines of diffusers."""

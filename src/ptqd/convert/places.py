@@ -1,0 +1,146 @@
+"""Which tensor of the original is which of diffusers."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from ptqd.convert.checkpoint import State
+from ptqd.convert.config import Model, Stage, Unet
+from ptqd.errors import InputError
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_STAGE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+
+
+def ema_names(state: State, model: Model) -> dict[str, str]:
+    """The name of each of the UNet's parameters in the EMA copy, which leaves the dots out."""
+    if not state.suffixes("model_ema."):
+        raise InputError(
+            f"{state.where} has no EMA weights, which the YAML asks for; add 'use_ema: false' to its model's params to "
+            "take the raw ones"
+        )
+    names = state.suffixes("model.diffusion_model.")
+    return {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in names}
+
+
+def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
+    """Names in the original and in diffusers, and what is there."""
+    attention = "transformer" if unet.context else "attention"
+    levels = range(len(unet.multipliers))
+    yield "time_embed.0", "time_embedding.linear_1", "layer"
+    yield "time_embed.2", "time_embedding.linear_2", "layer"
+    yield "input_blocks.0.0", "conv_in", "layer"
+    n = 1
+    for level in levels:
+        for j in range(unet.blocks):
+            yield f"input_blocks.{n}.0", f"down_blocks.{level}.resnets.{j}", "resnet"
+            if unet.attention[level]:
+                yield f"input_blocks.{n}.1", f"down_blocks.{level}.attentions.{j}", attention
+            n += 1
+        if level != levels[-1]:
+            place = f"down_blocks.{level}.downsamplers.0"
+            if unet.resnet_updown:
+                yield f"input_blocks.{n}.0", place, "resnet"
+            else:
+                yield f"input_blocks.{n}.0.op", f"{place}.conv", "layer"
+            n += 1
+    yield "middle_block.0", "mid_block.resnets.0", "resnet"
+    yield "middle_block.1", "mid_block.attentions.0", attention
+    yield "middle_block.2", "mid_block.resnets.1", "resnet"
+    n = 0
+    for up, level in enumerate(reversed(levels)):
+        for j in range(unet.blocks + 1):
+            yield f"output_blocks.{n}.0", f"up_blocks.{up}.resnets.{j}", "resnet"
+            if unet.attention[level]:
+                yield f"output_blocks.{n}.1", f"up_blocks.{up}.attentions.{j}", attention
+            if level > 0 and j == unet.blocks:
+                last = f"output_blocks.{n}.{2 if unet.attention[level] else 1}"
+                place = f"up_blocks.{up}.upsamplers.0"
+                if unet.resnet_updown:
+                    yield last, place, "resnet"
+                else:
+                    yield f"{last}.conv", f"{place}.conv", "layer"
+            n += 1
+    yield "out.0", "conv_norm_out", "layer"
+    yield "out.2", "conv_out", "layer"
+
+
+def unet_tensors(state: State, model: Model, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The UNet's, by their names in diffusers."""
+    found: dict[str, torch.Tensor] = {}
+    raw = "model.diffusion_model."
+    for theirs, ours, kind in _unet_places(model.unet):
+        for suffix in state.suffixes(f"{raw}{theirs}."):
+            name = f"{theirs}.{suffix}"
+            value = state.take(f"{raw}{name}")
+            if model.ema:
+                value = state.take(names[name])
+            part, _, leaf = suffix.rpartition(".")
+            if kind == "resnet":
+                found[f"{ours}.{_RESNET.get(part, part)}.{leaf}"] = value
+            elif kind == "attention":
+                found |= _attention(model.unet, ours, part, leaf, value)
+            else:
+                found[f"{ours}.{suffix}"] = value
+    return found
+
+
+def _attention(unet: Unet, ours: str, part: str, leaf: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of an AttentionBlock: one convolution for queries, keys and values, head by head or (new order) all by all."""
+    if part != "qkv":
+        name = {"norm": "group_norm", "proj_out": "to_out.0"}.get(part, part)
+        return {f"{ours}.{name}.{leaf}": value.squeeze(-1) if value.ndim == 3 else value}
+    value = value.squeeze(-1) if value.ndim == 3 else value
+    width = value.shape[0] // 3
+    if value.shape[0] % 3 or width % unet.heads_of(width) or (unet.heads <= 0 and width % unet.head_width):
+        raise InputError(
+            f"{ours}: {value.shape[0]} rows are no queries, keys and values of {unet.heads_of(width)} heads"
+        )
+    heads = 1 if unet.new_order else unet.heads_of(width)
+    parts = value.view(heads, 3, width // heads, *value.shape[1:]).unbind(1)
+    return {f"{ours}.{n}.{leaf}": p.flatten(0, 1) for n, p in zip(("to_q", "to_k", "to_v"), parts, strict=True)}
+
+
+def _first_stage_places(stage: Stage) -> Iterator[tuple[str, str, str]]:
+    for side, sign in (("encoder", "down"), ("decoder", "up")):
+        levels = len(stage.multipliers)
+        yield f"{side}.conv_in", f"{side}.conv_in", "layer"
+        for level in range(levels):
+            block = level if side == "encoder" else levels - 1 - level
+            for j in range(stage.blocks + (side == "decoder")):
+                yield f"{side}.{sign}.{level}.block.{j}", f"{side}.{sign}_blocks.{block}.resnets.{j}", "resnet"
+            theirs, ours = f"{side}.{sign}.{level}.{sign}sample", f"{side}.{sign}_blocks.{block}.{sign}samplers.0"
+            yield f"{theirs}.conv", f"{ours}.conv", "layer"
+        yield f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", "resnet"
+        yield f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", "attention"
+        yield f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", "resnet"
+        yield f"{side}.norm_out", f"{side}.conv_norm_out", "layer"
+        yield f"{side}.conv_out", f"{side}.conv_out", "layer"
+    for name in ("quant_conv", "post_quant_conv"):
+        yield name, name, "layer"
+    if stage.codes:
+        yield "quantize.embedding", "quantize.embedding", "layer"
+
+
+def first_stage_tensors(state: State, model: Model) -> dict[str, torch.Tensor]:
+    """The first stage's, by their names in diffusers."""
+    found: dict[str, torch.Tensor] = {}
+    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    for theirs, ours, kind in _first_stage_places(model.stage):
+        for suffix in state.suffixes(f"first_stage_model.{theirs}."):
+            value = state.take(f"first_stage_model.{theirs}.{suffix}")
+            part, _, leaf = suffix.rpartition(".")
+            if kind == "layer":
+                found[f"{ours}.{suffix}"] = value
+            elif kind == "resnet":
+                found[f"{ours}.{_STAGE_RESNET.get(part, part)}.{leaf}"] = value
+            else:  # 1 x 1 convolutions, there
+                found[f"{ours}.{attention.get(part, part)}.{leaf}"] = value.flatten(1) if value.ndim == 4 else value
+    return found
