@@ -49,7 +49,7 @@ def by_step(steps: Sequence[dict[str, Any]], recipe: str) -> None:
     print(f"  {recipe}: k {slopes}, clear of 0 in {told.mean():.0%} of steps")
     print(f"    R2 {r2[first]:.3f}, {r2[middle]:.3f}, {r2[last]:.3f}, at most {r2.max():.3f}")
     print(
-        f"    residual: |skewness| {np.median(abs(skewness)):.2f}, excess kurtosis {np.median(kurtosis):.2f} (medians), "
+        f"    residual, medians: |skewness| {np.median(abs(skewness)):.2f}, excess kurtosis {np.median(kurtosis):.2f}, "
         f"{kurtosis.max():.1f} at most; normal (D'Agostino-Pearson p > 0.05) in {(normal > 0.05).mean():.0%}"
     )
     print(f"    residual's correlation with the step before {np.median(repeats):.2f} (median)")

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,3 +147,21 @@ def test_a_late_worker_is_waited_for_and_one_of_another_kind_refused(tmp_path: P
     assert all(code != 0 for code, _ in different)
     assert any("was started with other arguments than the main one" in said for _, said in different)
     assert not (tmp_path / "other" / "samples.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_see_in_images_what_one_sees(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    random = torch.Generator().manual_seed(0)
+    for name in ("real", "made"):
+        pixels = torch.randint(0, 256, (40, 32, 32, 1), generator=random, dtype=torch.uint8)
+        np.savez(tmp_path / f"{name}.npz", pixels.numpy())
+    command = ["evaluate", str(tmp_path / "made.npz"), "--reference", str(tmp_path / "real.npz"), "--batch", "8"]
+    found = []
+    for name, launch in (("one", [sys.executable, "-m", "ptqd"]), ("two", launched("--nproc_per_node", "2"))):
+        cache = environment() | {"XDG_CACHE_HOME": str(tmp_path / name)}
+        subprocess.run([*launch, *command, "--out", str(tmp_path / f"{name}.json")], env=cache, check=True)
+        found.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        assert len(list((tmp_path / name / "ptqd").rglob("*.safetensors"))) == 2  # the reference, and what was seen
+    assert found[0] == found[1]
+    assert "frechet_distance" in found[0]
+    assert capfd.readouterr().out.count('"frechet_distance"') == 2  # the main process alone

@@ -17,6 +17,7 @@ from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.moments import ROWS, Moments
 
 WINDOW = 11  # of structural similarity
+_DISTANCES = 4_000_000  # in memory at once
 _SINGULAR = 1e-10  # an eigenvalue this far below the largest is 0
 
 
@@ -262,8 +263,9 @@ def _radii(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Distances (n, M) of parts of ``x`` to ``y``, with which rows they are."""
-    for start in range(0, len(x), ROWS // 4):
-        rows = slice(start, min(start + ROWS // 4, len(x)))
+    at_once = max(1, _DISTANCES // len(y))
+    for start in range(0, len(x), at_once):
+        rows = slice(start, min(start + at_once, len(x)))
         yield rows, torch.cat([torch.cdist(x[rows].double(), part.double()) for part in y.split(ROWS)], 1)
 
 
