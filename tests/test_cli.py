@@ -204,7 +204,7 @@ def test_bad_arguments(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "must be NAME=VALUE" in fails(capsys, "sample", model, *out, "--call", "x")
     assert "is not JSON" in fails(capsys, "sample", model, *out, "--call", "prompt=a cat")
     assert "takes no argument 'prompt'" in fails(capsys, "sample", model, *out, "--call", 'prompt=["a"]')
-    assert "does not exist" in fails(capsys, "evaluate", tmp_path / "none", "--judge", "none")
+    assert "does not exist" in fails(capsys, "evaluate", tmp_path / "none", "--against", model)
     assert "cannot be read as JSON" in fails(capsys, "report", tmp_path / "none")
     assert "seed must be at least 0" in fails(capsys, "sample", model, *out, "--seed", -1)
     assert "refuses its arguments" in fails(capsys, "sample", model, *out, "--steps", 2000)
@@ -224,7 +224,7 @@ def test_files_that_are_something_else(model: Path, tmp_path: Path, capsys: pyte
 
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, foreign)
-    assert "holds no samples" in fails(capsys, "evaluate", foreign, "--judge", "none")
+    assert "holds no samples" in fails(capsys, "evaluate", foreign, "--against", foreign)
     assert "holds no noise statistics" in fails(capsys, "correct", model, foreign, "--out", tmp_path / "out")
     for name, count in (("a", 2), ("b", 3)):
         assert main(["sample", str(model), "--out", str(tmp_path / name), "--samples", str(count), "--steps", "1"]) == 0

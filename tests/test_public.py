@@ -7,6 +7,7 @@ def test_the_public_names_are_these() -> None:
         "Correction",
         "InputError",
         "LatentClassPipeline",
+        "LatentPipeline",
         "MismatchError",
         "NoiseStats",
         "PtqdError",
