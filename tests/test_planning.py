@@ -371,7 +371,7 @@ def test_a_second_order_sampler_is_planned_and_runs(pipe: Any, run: Sampling) ->
     assert math.isclose(run_cost(planned, once).ratio, plan.made["fewer_bit_operations"], rel_tol=1e-3)
 
 
-QUICK = ("ddpm-learned-variance", "latent-class", "dit", "sd3", "flux", "sana", "wan", "stable-audio", "dance")
+QUICK = ("ddpm-learned-variance", "latent-class", "dit", "sd3", "flux", "sana", "wan", "stable-audio")
 
 
 @pytest.mark.parametrize(

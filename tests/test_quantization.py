@@ -156,6 +156,7 @@ def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> No
     assert by_name["up_blocks.0.attentions.0.transformer_blocks.0.attn1"].weights == ""
 
 
+@pytest.mark.slow
 def test_a_split_pipeline_costs_the_same_and_a_low_rank_branch_costs_more(pipe: Any, run: Sampling) -> None:
     costs = {}
     for recipe in ("w4a4", "w4a4-split", "w4a4-svd8"):

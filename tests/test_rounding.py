@@ -216,7 +216,9 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
         pytest.param([{"name": "adaround", **SHORT}], marks=pytest.mark.slow),
         [{"name": "brecq", **SHORT}],
         [{"name": "distill", **SHORT}],
-        [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}],
+        pytest.param(
+            [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}], marks=pytest.mark.slow
+        ),
     ],
     ids=lambda methods: "+".join(m["name"] for m in methods),
 )
@@ -231,6 +233,7 @@ def test_methods_lower_the_error_and_are_saved(methods: Any, pipe: Any, run: Sam
     assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(made, run, range(2), "latent"))
 
 
+@pytest.mark.slow
 def test_distillation_at_eight_bits_does_not_lose_what_rounding_kept(pipe: Any, run: Sampling) -> None:
     methods = {"name": "distill", **SHORT}
     nearest, made = (quantize(pipe, quick(*chosen, recipe="w8a8"), run) for chosen in ([], [methods]))
@@ -267,6 +270,7 @@ def test_a_kill_between_or_inside_units_changes_nothing(
     assert not list(tmp_path.rglob("*.bin"))  # inputs are not left behind
 
 
+@pytest.mark.slow
 def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:
     rules = [{"match": "*", "type": "linear", "without": ["gptq", "smooth"]}]
     made = quantize(pipe, quick({"name": "smooth"}, {"name": "gptq"}, rules=rules), run)
@@ -300,6 +304,7 @@ def test_half_a_split_layer_cannot_be_skipped(pipe: Any) -> None:
         insert_quantizers(copy.deepcopy(pipe.unet), recipe)
 
 
+@pytest.mark.slow
 def test_an_activation_that_never_varies_and_a_weight_that_is_zero(run: Sampling) -> None:
     from conftest import tiny_pipeline
 
@@ -355,6 +360,7 @@ def test_smoothing_is_fitted_on_full_precision_inputs(
     assert torch.allclose(seen[0], want[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_smoothed_time_embeddings_are_fitted_to_the_inputs_they_get(pipe: Any, run: Sampling) -> None:
     recipe = dataclasses.replace(Recipe.parse("w4a8-smooth-time"), calibration_samples=4)
     quantized = quantize(pipe, recipe, run)
@@ -383,7 +389,7 @@ def test_a_second_method_starts_where_the_first_ended() -> None:
     assert (made.integer_weight().flatten(1) == moved).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("recipe", ["w4a8-smooth-qdiffusion", "w4a8-time-steps2"])
+@pytest.mark.parametrize("recipe", [pytest.param("w4a8-smooth-qdiffusion", marks=pytest.mark.slow), "w4a8-time-steps2"])
 def test_half_precision_pipelines(recipe: str, run: Sampling) -> None:
     from conftest import tiny_pipeline
 
