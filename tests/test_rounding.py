@@ -214,7 +214,7 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
     [
         [{"name": "gptq", "inputs": 64}],
         pytest.param([{"name": "adaround", **SHORT}], marks=pytest.mark.slow),
-        [{"name": "brecq", **SHORT}],
+        pytest.param([{"name": "brecq", **SHORT}], marks=pytest.mark.slow),
         [{"name": "distill", **SHORT}],
         pytest.param(
             [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}], marks=pytest.mark.slow
