@@ -74,7 +74,7 @@ class QuantAttnProcessor(nn.Module):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        scores = attn.get_attention_scores(self.query(query), self.key(key), attention_mask)  # N*heads,L,K
+        scores = self.scores(attn, query, key, attention_mask)  # N*heads,L,K
         hidden_states = torch.bmm(self.probabilities(scores), self.value(value))
         hidden_states = attn.batch_to_head_dim(hidden_states)  # N,L,C
         for module in attn.to_out:
@@ -85,3 +85,8 @@ class QuantAttnProcessor(nn.Module):
             hidden_states = hidden_states + residual
         output: torch.Tensor = hidden_states / attn.rescale_output_factor
         return output
+
+    def scores(self, attn: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Probabilities (N*heads, L, K) of queries (N*heads, L, D) and keys (N*heads, K, D)."""
+        probabilities: torch.Tensor = attn.get_attention_scores(self.query(query), self.key(key), mask)
+        return probabilities

@@ -177,7 +177,7 @@ def _with_timesteps_by_row(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
-    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    argument = timestep_argument(model)
     if argument is None:
         return args, dict(kwargs)
     name, position = argument

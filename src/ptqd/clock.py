@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,11 +82,21 @@ class StepClock:
         )
 
 
-@functools.cache
-def timestep_argument(kind: type[nn.Module]) -> tuple[str, int] | None:
+def timestep_argument(model: nn.Module) -> tuple[str, int] | None:
     """The name and the place of the timestep among the arguments of a denoiser's call; None where it takes none."""
-    parameters = list(inspect.signature(kind.forward).parameters)[1:]
+    parameters = call_parameters(model)
     return next(((name, parameters.index(name)) for name in NAMES if name in parameters), None)
+
+
+def call_parameters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a denoiser is called with, in order."""
+    own: tuple[str, ...] | None = getattr(model, "call_parameters", None)  # of one that an engine runs
+    return own or _parameters(type(model).forward)
+
+
+@functools.cache
+def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(call).parameters)[1:]
 
 
 def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
@@ -94,7 +104,7 @@ def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
     It may be a number, one a sample, or one a token, of which the largest counts.
     """
-    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    argument = timestep_argument(model)
     if argument is None:
         return None
     name, position = argument
@@ -137,7 +147,7 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
         InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
             layer, or a layer without a group; or a denoiser that takes no timestep.
     """
-    if timestep_argument(type(model)) is None:  # type: ignore[arg-type]  # classes are hashable
+    if timestep_argument(model) is None:
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
     quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
     for name, quantizer in layer_quantizers(model):

@@ -110,7 +110,7 @@ def _drop_what_sees_more(
     kwargs: dict[str, Any],
 ) -> None:
     """Drop layers whose input changes when everything but the timestep does: a run may hold one condition only."""
-    argument = timestep_argument(type(model))  # type: ignore[arg-type]  # classes are hashable
+    argument = timestep_argument(model)
     if argument is None:
         return
     name, position = argument

@@ -1,0 +1,445 @@
+"""A component of a pipeline as an ONNX graph of standard operators: what every engine reads.
+
+Of a denoiser that ptqd quantized it carries exactly its codes, scales and zero points: a product reads
+``DequantizeLinear(QuantizeLinear(x))`` and ``DequantizeLinear(codes)``, which engines turn into integer arithmetic.
+Weights of 4 bits and less are stored as INT4. Where activation ranges follow the steps, scales, zero points and the
+largest codes are inputs of the graph, one vector each; else they are constants.
+"""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.activations import ActivationQuantizer
+from ptqd.affine import MAX_BITS, WIDE
+from ptqd.attention import QuantAttnProcessor
+from ptqd.clock import timestep_argument
+from ptqd.components import copy_module
+from ptqd.errors import InputError
+from ptqd.formats import BLOCKS
+from ptqd.insertion import put_layer
+from ptqd.layers import QuantLayer
+from ptqd.sampling import Sampling, run_batch
+
+OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
+RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.most")  # inputs: of each quantizer (Q,), float32, uint8 and uint8
+TRACED = 3  # samples of the traced call; a size that no other dimension is likely to have
+FOUR_BITS = 4
+OUT = "out."  # before the names of outputs, which an input may have too
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a pipeline calls a component.
+
+    Attributes:
+        parameters: the names of the call's arguments, in order.
+        tensors: the arguments that are tensors, those in a dictionary under ``"NAME.KEY"``.
+        constants: the others that are not None.
+        batch: rows of those tensors that have one for each sample.
+    """
+
+    parameters: tuple[str, ...]
+    tensors: Mapping[str, torch.Tensor]
+    constants: Mapping[str, Any]
+    batch: int
+
+    @property
+    def by_sample(self) -> tuple[str, ...]:
+        """The tensors with a row for each sample."""
+        return tuple(name for name, value in self.tensors.items() if value.ndim and len(value) == self.batch)
+
+
+class _Seen(Exception):  # noqa: N818  # no error: the call that was waited for
+    pass
+
+
+def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, method: str = "forward") -> Call:
+    """The first call that a pipeline makes of a component, when it samples as ``run`` says.
+
+    Raises:
+        InputError: it makes none, or one with arguments that a graph cannot have.
+    """
+    original, seen = getattr(component, method), []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.append(arguments_of(component, method, args, kwargs))
+        raise _Seen
+
+    setattr(component, method, record)
+    try:
+        run_batch(pipe, run.replace(samples=TRACED, batch=TRACED), range(TRACED))
+    except _Seen:
+        pass
+    finally:
+        delattr(component, method)
+        assert getattr(component, method) == original
+    if not seen:
+        raise InputError(f"{type(pipe).__name__} does not call its {type(component).__name__}; nothing to export")
+    return seen[0]
+
+
+def arguments_of(component: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """A call's arguments by their names, those in dictionaries one by one.
+
+    Raises:
+        InputError: an argument that is a list of tensors, or no plain value.
+    """
+    parameters = tuple(inspect.signature(getattr(type(component), method)).parameters)[1:]
+    tensors: dict[str, torch.Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in flat_arguments(parameters, args, kwargs):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, bool | int | float | str):
+            constants[name] = value
+        else:
+            kind = type(component).__name__
+            raise InputError(f"{kind} is given a {type(value).__name__} as {name!r}, which no graph takes")
+    batch = next((len(value) for value in tensors.values() if value.ndim), 1)
+    argument = timestep_argument(component) if method == "forward" else None
+    if argument is not None and {argument[0]} & {*tensors, *constants}:
+        told = constants.pop(argument[0], tensors.get(argument[0]))
+        tensors[argument[0]] = timesteps_of(told, batch)
+    return Call(parameters, tensors, constants, batch)
+
+
+def timesteps_of(told: Any, batch: int) -> torch.Tensor:
+    """A timestep, a number or one for all or one a sample, as a graph takes it: one a sample (N,), float32."""
+    told = torch.as_tensor(told).detach().cpu().float()
+    return told.reshape(1).expand(batch).clone() if told.numel() == 1 else told
+
+
+def flat_arguments(
+    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Names and values of a call's arguments; None and whether to return a dictionary are left out."""
+    for name, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
+        if value is None or name == "return_dict":
+            continue
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", item) for key, item in value.items() if item is not None)
+        else:
+            yield name, value
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the graph of a quantized denoiser computes how.
+
+    Attributes:
+        integer: names of layers and attention products whose operands are both integers.
+        floating: those whose are not, with the reason.
+        quantizers: names of the activation quantizers whose ranges are inputs, in the inputs' order.
+    """
+
+    integer: tuple[str, ...]
+    floating: tuple[tuple[str, str], ...]
+    quantizers: tuple[str, ...]
+
+
+@dataclass
+class _Table:
+    """The ranges of the step at hand, while the graph is traced: one of each quantizer (Q,)."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    most: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A component that was traced.
+
+    Attributes:
+        model: the graph (``onnx.ModelProto``).
+        call: how it is called.
+        outputs: names of the outputs, by what the component calls them.
+        kind: the class of what the component returns, ``"MODULE.NAME"``; ``"tuple"`` where it is a tuple.
+        products: what is computed how, of a quantized denoiser.
+    """
+
+    model: Any
+    call: Call
+    outputs: tuple[str, ...]
+    kind: str
+    products: Products
+
+
+def trace(model: nn.Module, call: Call, method: str = "forward") -> Graph:
+    """Trace a component, quantized by ptqd or not.
+
+    Args:
+        model: the component, on the CPU, in float32.
+        call: how it is called; see :func:`captured`.
+        method: what of it is called.
+
+    Raises:
+        InputError: it cannot be traced, or holds a number format that no ONNX engine multiplies.
+    """
+    twin, products, table = _traceable(model)
+    names = list(call.tensors)
+    tensors = [value.detach().cpu() for value in call.tensors.values()]
+    tensors = [value.float() if value.is_floating_point() else value for value in tensors]
+    if products.quantizers:
+        names += RANGES
+        tensors += [table.scale, table.zero, table.most]
+    wrapper = _Called(twin, call, method, table if products.quantizers else None)
+    with torch.no_grad():
+        wrapper(*tensors)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    dims = [{0: batch} if name in call.by_sample else {} for name in names]
+    try:
+        with warnings.catch_warnings(), _silent():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                wrapper.eval(),
+                tuple(tensors),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=[f"{OUT}{name}" for name in wrapper.outputs],
+                dynamic_shapes=(tuple(dims),),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        first = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"{type(model).__name__} cannot be traced to an ONNX graph: {first}") from error
+    assert program is not None
+    proto = program.model_proto
+    _pack_four_bits(proto, {name: layer.bits for name, layer in wrapper.named_modules() if isinstance(layer, _Product)})
+    return Graph(proto, call, wrapper.outputs, wrapper.kind, products)
+
+
+class _Called(nn.Module):
+    """A component as a function of tensors alone."""
+
+    outputs: tuple[str, ...]
+    kind: str
+
+    def __init__(self, model: nn.Module, call: Call, method: str, table: _Table | None) -> None:
+        super().__init__()
+        self.model, self.call, self.method, self.table = model, call, method, table
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.table is not None:
+            *tensors, self.table.scale, self.table.zero, self.table.most = tensors  # type: ignore[assignment]
+        given: dict[str, Any] = {}
+        for name, value in [*zip(self.call.tensors, tensors, strict=True), *self.call.constants.items()]:
+            outer, dot, inner = name.partition(".")
+            if dot:
+                given.setdefault(outer, {})[inner] = value
+            else:
+                given[name] = value
+        made = getattr(self.model, self.method)(**given)
+        found = dict(made.items()) if isinstance(made, Mapping) else {str(i): value for i, value in enumerate(made)}
+        found = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+        self.outputs = tuple(found)
+        self.kind = f"{type(made).__module__}.{type(made).__qualname__}" if isinstance(made, Mapping) else "tuple"
+        return tuple(found.values())
+
+
+def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
+    """Store codes of 4 bits and less, and their zero points, as 4-bit integers."""
+    import onnx
+
+    for tensor in proto.graph.initializer:
+        layer, _, what = tensor.name.rpartition(".")
+        if what not in ("codes", "zero") or bits.get(layer, MAX_BITS) > FOUR_BITS:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        kind = onnx.TensorProto.INT4 if values.dtype == "int8" else onnx.TensorProto.UINT4
+        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, values.flatten()))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the exporter logs about operators of libraries that are not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _traceable(model: nn.Module) -> tuple[nn.Module, Products, _Table]:
+    """A quantized denoiser as one that can be traced: standard operators instead of the simulation; weights are shared.
+
+    Raises:
+        InputError: a number format that no ONNX engine multiplies.
+    """
+    twin = copy_module(model, lambda tensor: tensor)
+    for hook in list(twin._forward_pre_hooks):  # clocks: the ranges come from outside
+        del twin._forward_pre_hooks[hook]
+        twin._forward_pre_hooks_with_kwargs.pop(hook, None)
+    changing = [(name, q) for name, q in twin.named_modules() if isinstance(q, ActivationQuantizer) and _changes(q)]
+    table = _Table(torch.ones(len(changing)), *(torch.zeros(len(changing), dtype=torch.uint8) for _ in range(2)))
+    places = {id(q): i for i, (_, q) in enumerate(changing)}
+    integer, floating = [], []
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, QuantLayer | QuantAttnProcessor):
+            reason = _why_not(name, module)
+            if reason is None:
+                integer.append(name)
+            else:
+                floating.append((name, reason))
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, QuantAttnProcessor):
+            quantizers = [_Rounding(q, places.get(id(q)), table) for q in module.quantizers]
+            put_layer(twin, name, _Attention(module, *quantizers))
+        elif isinstance(module, QuantLayer):
+            put_layer(twin, name, _Product(module, _Rounding(module.input, places.get(id(module.input)), table)))
+    return twin, Products(tuple(integer), tuple(floating), tuple(name for name, _ in changing)), table
+
+
+def _changes(quantizer: ActivationQuantizer) -> bool:
+    """Whether its range depends on the step."""
+    return len(quantizer.widths) > 1 or quantizer.ranges > 1
+
+
+def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
+    """Why a product is none of integers; None where it is one."""
+    if isinstance(module, QuantAttnProcessor):
+        if module.probabilities.bits == WIDE:
+            return "16-bit probabilities"
+        return "ranges as they come" if module.query.spec.dynamic else None
+    for what, spec in (("weights", module.weights), ("activations", module.input.spec)):
+        if spec.format != "int":
+            raise InputError(f"{name}: no engine multiplies {spec.format} {what}; quantize to integers, or simulate")
+    assert module.input.spec.format not in BLOCKS
+    return "groups of weights" if module.scale.ndim == 2 else None
+
+
+def symbolic(name: str, inputs: Sequence[Any], like: torch.Tensor, dtype: torch.dtype, **attributes: Any) -> Any:
+    """An ONNX operator in a traced graph, whose output has a tensor's shape."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+
+
+class _Rounding(nn.Module):
+    """An activation quantizer as QuantizeLinear and DequantizeLinear. Codes are unsigned, whatever the grid."""
+
+    def __init__(self, quantizer: ActivationQuantizer, place: int | None, table: _Table) -> None:
+        super().__init__()
+        self.spec, self.axis, self.rowwise, self.place = quantizer.spec, quantizer.axis, quantizer.rowwise, place
+        self.grid = quantizer.grids[quantizer.active.index]
+        self.table = table
+        self.dtype = torch.uint16 if self.grid.bits > MAX_BITS else torch.uint8
+        index = quantizer.active.index
+        scale, zero = (t.view(quantizer.ranges, -1)[0, index] for t in (quantizer.scale, quantizer.zero_point))
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero", (zero - self.grid.qmin).to(self.dtype))
+        self.low, self.high = (float((edge - zero) * scale) for edge in (self.grid.qmin, self.grid.qmax))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spec.dynamic:
+            return self._as_it_comes(x)
+        if self.place is not None:
+            table, i = self.table, self.place
+            codes = symbolic("QuantizeLinear", (x, table.scale[i], table.zero[i]), x, self.dtype)
+            codes = symbolic("Min", (codes, table.most[i]), x, self.dtype)
+            made: torch.Tensor = symbolic("DequantizeLinear", (codes, table.scale[i], table.zero[i]), x, torch.float32)
+            return made
+        if self.grid.bits not in (MAX_BITS, WIDE):
+            x = x.clamp(self.low, self.high)
+        codes = symbolic("QuantizeLinear", (x, self.scale, self.zero), x, self.dtype)
+        made = symbolic("DequantizeLinear", (codes, self.scale, self.zero), x, torch.float32)
+        return made
+
+    def _as_it_comes(self, x: torch.Tensor) -> torch.Tensor:
+        """With the range of each token, or sample, found now."""
+        moved = x if self.rowwise else x.movedim(self.axis, -1)
+        rows = moved.flatten(1) if self.rowwise else moved.reshape(-1, moved.shape[-1])  # R,K
+        grid = self.grid
+        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)  # R
+        if grid.symmetric:
+            scale, zero = torch.maximum(-low, high) / grid.qmax, torch.zeros_like(low)
+        else:
+            scale = (high - low) / (grid.qmax - grid.qmin)
+        scale = torch.where(scale > torch.finfo(torch.float32).smallest_normal, scale, 1.0)
+        if not grid.symmetric:
+            zero = (grid.qmin - low / scale).round().clamp(grid.qmin, grid.qmax)
+        codes_of_zero = (zero - grid.qmin).to(torch.uint8)
+        codes = symbolic("QuantizeLinear", (rows, scale, codes_of_zero), rows, torch.uint8, axis=0)
+        if grid.bits < MAX_BITS:
+            most = torch.tensor(grid.qmax - grid.qmin, dtype=torch.uint8)
+            codes = symbolic("Min", (codes, most), rows, torch.uint8)
+        made: torch.Tensor = symbolic("DequantizeLinear", (codes, scale, codes_of_zero), rows, torch.float32, axis=0)
+        return made.view(x.shape) if self.rowwise else made.view(moved.shape).movedim(-1, self.axis)
+
+
+class _Product(nn.Module):
+    """A quantized layer with its codes as they are."""
+
+    def __init__(self, layer: QuantLayer, rounding: _Rounding) -> None:
+        super().__init__()
+        self.layer = [layer]
+        self.rounding = rounding
+        self.bias = layer.bias
+        spec, codes = layer.weights, layer.integer_weight()
+        self.linear = layer.kind == "linear"
+        unsigned = layer.zero_point is not None
+        dtype = torch.uint8 if unsigned else torch.int8
+        rows = codes.to(dtype)  # O,I,...
+        self.blocks = layer.scale.ndim == 2
+        scale, zero = layer.scale.detach(), layer.zero_point
+        if self.blocks:
+            rows = rows.flatten(1)  # O,K
+            self.size = rows.shape[1] // scale.shape[1]
+        elif self.linear:
+            rows = rows.t().contiguous()  # I,O as a product reads it
+        self.register_buffer("codes", rows)
+        self.register_buffer("scale", scale.float().clone())
+        self.register_buffer("zero", None if zero is None else zero.to(dtype))
+        self.bits = spec.bits
+        if layer.rank:
+            down, up = layer._low_rank()
+            self.register_buffer("down", down.half())
+            self.register_buffer("up", up.half())
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layer = self.layer[0]
+        x = layer.smoothed(x)
+        made = self._multiplied(self.rounding(x))
+        if layer.rank:
+            down, up = self.down.float(), self.up.float()
+            made = made + layer.combine(layer.product(x, down.view(-1, *layer.shape[1:])), up)
+        return made
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        layer, inputs = self.layer[0], (self.codes, self.scale, *(() if self.zero is None else (self.zero,)))
+        if self.blocks:
+            weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1, block_size=self.size).view(
+                layer.shape
+            )
+            return layer.product(x, weight, self.bias)
+        weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1 if self.linear else 0)
+        if not self.linear:
+            return layer.product(x, weight, self.bias)
+        made = x @ weight
+        return made if self.bias is None else made + self.bias
+
+
+class _Attention(QuantAttnProcessor):
+    """Attention whose operands are rounded in the graph."""
+
+    def __init__(self, processor: QuantAttnProcessor, *quantizers: _Rounding) -> None:
+        nn.Module.__init__(self)
+        self.query, self.key, self.probabilities, self.value = quantizers  # type: ignore[assignment]
+
+    def scores(self, attn: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention probabilities (N*heads, L, K); the key turned before it is rounded, for engines that fuse."""
+        turned = self.key(key.transpose(1, 2)) if not self.key.spec.dynamic else self.key(key).transpose(1, 2)
+        scores = (self.query(query) @ turned) * attn.scale
+        if mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1)

@@ -1,0 +1,393 @@
+"""An exported graph made ready for ONNX Runtime on a CPU: products of integers, channels last.
+
+ONNX Runtime has integer convolutions only where their output is rounded to 8 bits too, which ptqd does not do. Here a
+convolution is one gather of codes and a product of integers with a float output, the products that a linear layer and
+attention are too. Activations go with channels last from product to product; a group normalization is a few
+operators that need no other layout. What is not known here stays as it was. Nothing of this needs torch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ptqd.engines.processor import Processor, overflows
+
+CONTRIB = "com.microsoft"
+ELEMENTWISE = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Sigmoid",
+    "Tanh",
+    "Clip",
+    "Sqrt",
+    "Neg",
+    "Exp",
+    "Gelu",
+    "Relu",
+    "Cast",
+    "Min",
+}
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A float tensor that is codes of activations."""
+
+    codes: str
+    scale: str
+    zero: str
+    by_row: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A float tensor that is codes of a weight."""
+
+    codes: str
+    scale: str
+    zero: str
+    axis: int
+
+
+def widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with 4-bit integers in 8-bit containers, in place: what kernels of integers read."""
+    wider = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in wider:
+            values = numpy_helper.to_array(tensor).astype(wider[tensor.data_type])
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
+
+
+def lowered(model: onnx.ModelProto, processor: Processor) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A graph as ONNX Runtime's CPU kernels compute it fastest.
+
+    Args:
+        model: as :func:`ptqd.engines.graph.trace` makes it; its contents are taken over.
+        processor: where it will run: weights become unsigned where signed ones could overflow.
+
+    Returns:
+        The graph, and its initializers.
+    """
+    return _Lowering(widened(model), processor).go()
+
+
+class _Lowering:
+    """One graph, node by node. A name can be there as it was, channels last, or not yet."""
+
+    def __init__(self, model: onnx.ModelProto, processor: Processor) -> None:
+        self.model, self.processor = model, processor
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        graph = model.graph
+        self.shapes: dict[str, list[int | None]] = {}
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            dims = value.type.tensor_type.shape.dim
+            self.shapes[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+        self.shapes |= {name: list(value.shape) for name, value in self.constants.items()}
+        self.uses = Counter(name for node in graph.node for name in node.input)
+        self.uses.update(value.name for value in graph.output)
+        self.users = {name: node for node in graph.node for name in node.input}
+        self.made: list[onnx.NodeProto] = []
+        self.as_was = {value.name for value in graph.input} | set(self.constants) | {""}
+        self.last: dict[str, str] = {}  # channels last
+        self.dequantized: dict[str, Dequantized] = {}
+        self.weights: dict[str, Weight] = {}
+        self.postponed: dict[str, onnx.NodeProto] = {}
+        self.renamed: dict[str, str] = {}
+        self.done: set[str] = set()  # outputs of nodes that went into another
+
+    def go(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        graph = self.model.graph
+        for node in graph.node:
+            if set(node.output) & self.done:
+                continue
+            handler: Callable[[onnx.NodeProto], bool] | None = getattr(self, f"_{node.op_type.lower()}", None)
+            if handler is None and node.op_type in ELEMENTWISE:
+                handler = self._elementwise
+            if handler is None or not handler(node):
+                self._keep(node)
+        for value in graph.output:
+            self.here(value.name)
+        nodes = self._used()
+        names = {name for node in nodes for name in node.input}
+        constants = {name: value for name, value in self.constants.items() if name in names}
+        made = helper.make_graph(nodes, graph.name, graph.input, graph.output)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(made, opset_imports=opsets, ir_version=10), constants
+
+    def _used(self) -> list[onnx.NodeProto]:
+        """The nodes that an output needs."""
+        needed, found = {value.name for value in self.model.graph.output}, []
+        for node in reversed(self.made):
+            if needed & set(node.output):
+                needed |= set(node.input)
+                found.append(node)
+        return found[::-1]
+
+    def _keep(self, node: onnx.NodeProto) -> None:
+        inputs = [self.here(name) for name in node.input]
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        del copy.input[:]
+        copy.input.extend(inputs)
+        self.made.append(copy)
+        self.as_was |= set(node.output)
+
+    def emit(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Add a node."""
+        domain = CONTRIB if kind in ("MatMulIntegerToFloat",) else ""
+        self.made.append(helper.make_node(kind, list(inputs), [output], domain=domain, **attributes))
+        return output
+
+    def constant(self, value: Any, kind: Any = np.int64) -> str:
+        """The name of an initializer of this value; equal ones share it."""
+        array = np.ascontiguousarray(np.asarray(value, kind))
+        name = f"ptqd/{array.dtype}{list(array.shape)}/{hash(array.tobytes()):x}"
+        self.constants[name] = array
+        self.as_was.add(name)
+        return name
+
+    def here(self, name: str) -> str:
+        """A tensor in its own layout, made now where it is not there."""
+        if name in self.as_was:
+            return name
+        if name in self.postponed:
+            self._keep(self.postponed[name])
+            return name
+        rank = len(self.shapes[name])
+        self.emit("Transpose", [self.last[name]], name, perm=[0, rank - 1, *range(1, rank - 1)])
+        self.as_was.add(name)
+        return name
+
+    def channels_last(self, name: str) -> str:
+        """A tensor (N, C, ...) as (N, ..., C)."""
+        if name not in self.last:
+            rank = len(self.shapes[name])
+            turned = self.emit("Transpose", [self.here(name)], f"{name}/last", perm=[0, *range(2, rank), 1])
+            self.last[name] = turned
+        return self.last[name]
+
+    # what is known of operators, by their names
+
+    def _dequantizelinear(self, node: onnx.NodeProto) -> bool:
+        codes, scale, *zero = node.input
+        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        output = node.output[0]
+        self.postponed[output] = node
+        if facts.get("block_size"):
+            return True
+        if codes in self.constants:
+            self.weights[output] = Weight(codes, scale, zero[0] if zero else "", facts.get("axis", 1))
+        else:
+            by_row = len(self.shapes.get(scale, [])) == 1 and self.shapes[scale] != [1]
+            self.dequantized[output] = Dequantized(codes, scale, zero[0] if zero else "", by_row)
+        return True
+
+    def _quantizelinear(self, node: onnx.NodeProto) -> bool:
+        return self._elementwise(node, 1)
+
+    def _elementwise(self, node: onnx.NodeProto, count: int | None = None) -> bool:
+        """Operators that leave channels where they are; the first ``count`` inputs have them."""
+        inputs = list(node.input)[:count]
+        ranks = [len(self.shapes.get(name, [])) for name in inputs]
+        rank = max(ranks)
+        if rank not in (3, 4) or not any(name in self.last for name in inputs):
+            return False
+        if any(r not in (0, rank) and self.shapes[name] != [1] for name, r in zip(inputs, ranks, strict=True)):
+            return False
+        turned = [
+            self.channels_last(name) if r == rank else self.here(name) for name, r in zip(inputs, ranks, strict=True)
+        ]
+        rest = [self.here(name) for name in list(node.input)[len(inputs) :]]
+        self._put(node, turned + rest)
+        return True
+
+    def _put(self, node: onnx.NodeProto, inputs: Sequence[str], **attributes: Any) -> None:
+        """A node with other inputs, whose output has its channels last."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        del copy.input[:], copy.output[:]
+        copy.input.extend(inputs)
+        for name, value in attributes.items():
+            kept = [a for a in copy.attribute if a.name != name]
+            del copy.attribute[:]
+            copy.attribute.extend([*kept, helper.make_attribute(name, value)])
+        copy.output.append(f"{node.output[0]}/last")
+        self.made.append(copy)
+        self.last[node.output[0]] = copy.output[0]
+
+    def _concat(self, node: onnx.NodeProto) -> bool:
+        rank = len(self.shapes.get(node.output[0], []))
+        axis = helper.get_attribute_value(node.attribute[0])
+        if rank != 4 or axis != 1 or not any(name in self.last for name in node.input):
+            return False
+        self._put(node, [self.channels_last(name) for name in node.input], axis=rank - 1)
+        return True
+
+    def _transpose(self, node: onnx.NodeProto) -> bool:
+        """One that only puts the channels last, or back, is a name."""
+        source, output = node.input[0], node.output[0]
+        perm = list(helper.get_attribute_value(node.attribute[0]))
+        rank = len(perm)
+        if perm == [0, *range(2, rank), 1]:
+            if source not in self.last:
+                return False
+            self.emit("Identity", [self.last[source]], output)
+            self.as_was.add(output)
+            return True
+        if perm == [0, rank - 1, *range(1, rank - 1)]:
+            self.last[output] = self.here(source)
+            return True
+        return False
+
+    def _reshape(self, node: onnx.NodeProto) -> bool:
+        """Places joined or parted, the channels left alone: (N, C, H, W) and (N, C, HW)."""
+        source, output = node.input[0], node.output[0]
+        before, after = self.shapes.get(source, []), self.shapes.get(output, [])
+        if source not in self.last or {len(before), len(after)} != {3, 4} or before[1] != after[1] or not before[1]:
+            return False
+        if before[0] is not None or after[0] is not None or None in (*before[1:], *after[1:]):
+            return False
+        shape = self.constant([0, *after[2:], after[1]])
+        self.last[output] = self.emit("Reshape", [self.last[source], shape], f"{output}/last")
+        return True
+
+    def _resize(self, node: onnx.NodeProto) -> bool:
+        """To repeat the nearest value is to gather."""
+        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        source, output = node.input[0], node.output[0]
+        before, after = self.shapes.get(source, []), self.shapes.get(output, [])
+        if facts.get("mode") != b"nearest" or len(before) != 4 or None in (*before[1:], *after[1:]):
+            return False
+        if facts.get("coordinate_transformation_mode") != b"asymmetric" or facts.get("nearest_mode") != b"floor":
+            return False
+        (_, c, h, w), (_, _, high, wide) = before, after
+        assert c and h and w and high and wide
+        rows = np.arange(high) * h // high
+        columns = np.arange(wide) * w // wide
+        places = (rows[:, None] * w + columns).reshape(-1)
+        flat = self.emit("Reshape", [self.channels_last(source), self.constant([0, h * w, c])], f"{output}/flat")
+        taken = self.emit("Gather", [flat, self.constant(places)], f"{output}/taken", axis=1)
+        self.last[output] = self.emit("Reshape", [taken, self.constant([0, high, wide, c])], f"{output}/last")
+        return True
+
+    def _groupnormalization(self, node: onnx.NodeProto) -> bool:
+        """Mean and mean square of each group's channels, then one scale and one offset a channel."""
+        x, gamma, beta = node.input
+        shape = self.shapes.get(x, [])
+        if gamma not in self.constants or len(shape) not in (3, 4) or None in shape[1:]:
+            return False
+        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        groups, epsilon, y = facts["num_groups"], facts.get("epsilon", 1e-5), node.output[0]
+        channels, places = int(shape[1] or 0), int(np.prod(shape[2:]))
+        size = channels // groups
+
+        def make(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> str:
+            return self.emit(kind, inputs, f"{y}/{what}", **attributes)
+
+        flat = make("Reshape", [self.channels_last(x), self.constant([0, places, channels])], "flat")
+        by_group = self.constant([0, groups, size])
+        one, two = self.constant([1]), self.constant([2])
+        mean = make("ReduceMean", [flat, one], "means", keepdims=0)
+        square = make("ReduceSumSquare", [flat, one], "squares", keepdims=0)
+        mean = make("ReduceMean", [make("Reshape", [mean, by_group], "m"), two], "mean", keepdims=1)  # N,G,1
+        square = make("ReduceMean", [make("Reshape", [square, by_group], "s"), two], "square", keepdims=1)
+        square = make("Mul", [square, self.constant(1 / places, np.float32)], "meansquare")
+        variance = make("Sub", [square, make("Mul", [mean, mean], "mm")], "var")
+        variance = make("Max", [variance, self.constant(0, np.float32)], "variance")
+        variance = make("Add", [variance, self.constant(epsilon, np.float32)], "eps")
+        inverse = make("Reciprocal", [make("Sqrt", [variance], "std")], "inverse")
+        scale = make("Mul", [inverse, self.constant(self.constants[gamma].reshape(groups, size), np.float32)], "scale")
+        offset = make("Mul", [mean, scale], "shift")  # N,G,C/G
+        offset = make("Sub", [self.constant(self.constants[beta].reshape(groups, size), np.float32), offset], "offset")
+        by_channel = self.constant([0, 1, channels])
+        scaled = make("Mul", [flat, make("Reshape", [scale, by_channel], "a")], "scaled")
+        shifted = make("Add", [scaled, make("Reshape", [offset, by_channel], "b")], "shifted")
+        self.last[y] = make("Reshape", [shifted, self.constant([0, *shape[2:], channels])], "last")
+        return True
+
+    def _conv(self, node: onnx.NodeProto) -> bool:
+        x, weight = self.dequantized.get(node.input[0]), self.weights.get(node.input[1])
+        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        output = node.output[0]
+        shape, after = self.shapes.get(node.input[0], []), self.shapes.get(output, [])
+        if x is None or x.by_row or weight is None or len(shape) != 4 or facts.get("group", 1) != 1:
+            return False
+        if None in (*shape[1:], *after[1:]):
+            return False
+        codes = self.constants[weight.codes]
+        rows = np.ascontiguousarray(codes.transpose(2, 3, 1, 0)).reshape(-1, codes.shape[0])  # kh*kw*I,O
+        left = self._columns(self.channels_last(x.codes), x, shape, after, codes.shape[2:], facts, output)
+        bias = node.input[2] if len(node.input) > 2 else ""
+        self.last[output] = self._product(left, x, weight, rows, bias, f"{output}/last")
+        return True
+
+    def _columns(
+        self,
+        source: str,
+        x: Dequantized,
+        shape: Sequence[int | None],
+        after: Sequence[int | None],
+        kernel: Sequence[int],
+        facts: dict[str, Any],
+        output: str,
+    ) -> str:
+        """The codes under a kernel, side by side: (N, H', W', kh*kw*C)."""
+        strides, dilations = facts.get("strides", [1, 1]), facts.get("dilations", [1, 1])
+        pads = facts.get("pads", [0, 0, 0, 0])
+        if tuple(kernel) == (1, 1) and list(strides) == [1, 1] and not any(pads):
+            return source
+        _, c, h, w = (int(d or 0) for d in shape)
+        high, wide = int(after[2] or 0), int(after[3] or 0)
+        if any(pads):
+            amounts = self.constant([0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0])
+            source = self.emit("Pad", [source, amounts, self.here(x.zero)], f"{output}/padded")
+        across = w + pads[1] + pads[3]
+        rows = np.arange(high)[:, None, None, None] * strides[0] + np.arange(kernel[0])[:, None] * dilations[0]
+        columns = np.arange(wide)[:, None, None] * strides[1] + np.arange(kernel[1]) * dilations[1]
+        places = (rows * across + columns).reshape(-1)  # H'*W'*kh*kw
+        flat = self.constant([0, (h + pads[0] + pads[2]) * across, c])
+        flat = self.emit("Reshape", [source, flat], f"{output}/flat")
+        taken = self.emit("Gather", [flat, self.constant(places)], f"{output}/taken", axis=1)
+        side_by_side = self.constant([0, high, wide, kernel[0] * kernel[1] * c])
+        return self.emit("Reshape", [taken, side_by_side], f"{output}/columns")
+
+    def _product(self, left: str, x: Dequantized, weight: Weight, rows: np.ndarray, bias: str, output: str) -> str:
+        """Codes (..., K) times codes of a weight (K, O), plus a bias: float32."""
+        zero = weight.zero
+        if rows.dtype == np.int8 and not self.processor.vnni and overflows(rows):
+            rows = (rows.astype(np.int16) + 128).astype(np.uint8)
+            zero = self.constant(np.full(rows.shape[1], 128), np.uint8)
+        name = f"{weight.codes}/rows"
+        self.constants[name] = rows
+        self.as_was.add(name)
+        inputs = [left, name, self.here(x.scale), weight.scale, self.here(x.zero), zero, bias]
+        return self.emit("MatMulIntegerToFloat", inputs, output)
+
+    def _matmul(self, node: onnx.NodeProto) -> bool:
+        x = self.dequantized.get(node.input[0])
+        if x is None or x.by_row:
+            return False
+        output, weight, other = node.output[0], self.weights.get(node.input[1]), self.dequantized.get(node.input[1])
+        if weight is not None and weight.axis == 1:
+            user, bias = self.users.get(output), ""
+            if self.uses[output] == 1 and user is not None and user.op_type == "Add":
+                added = next((name for name in user.input if name != output), "")
+                if added in self.constants and self.constants[added].ndim == 1:
+                    output, bias = user.output[0], added
+                    self.done.add(output)
+            self._product(self.here(x.codes), x, weight, self.constants[weight.codes], bias, output)
+        elif other is not None and not other.by_row:
+            inputs = [self.here(n) for n in (x.codes, other.codes, x.scale, other.scale, x.zero, other.zero)]
+            self.emit("MatMulIntegerToFloat", inputs, output)
+        else:
+            return False
+        self.as_was.add(output)
+        return True

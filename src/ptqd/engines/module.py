@@ -1,0 +1,304 @@
+"""A component of a pipeline that an engine runs, in the place of the one it was exported from.
+
+It is called, saved and loaded like any other, and shows the configuration of the one that it stands for, so that
+guidance, schedulers, corrections and plans work unchanged.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+from ptqd.activations import ActivationQuantizer
+from ptqd.adoption import PtqdConfig, PtqdQuantizer
+from ptqd.clock import NAMES, set_clock
+from ptqd.engines.graph import RANGES, Graph, flat_arguments, timesteps_of
+from ptqd.engines.sessions import Provider, Session, open_session, required
+from ptqd.errors import InputError
+from ptqd.files import read_json, read_tensors, write_json, write_tensors
+from ptqd.insertion import Coverage
+from ptqd.plan import StepPlan
+from ptqd.ranges import StepRanges, set_ranges
+from ptqd.recipe import Quantizer
+
+GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class _Held:
+    """A session, which copies of a module share."""
+
+    session: Session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
+        return self
+
+
+class EngineModule(ModelMixin, ConfigMixin):
+    """A component that an engine runs; :func:`ptqd.load` makes it of a folder that ``ptqd export`` wrote.
+
+    Args:
+        folder: with the graph and what is known of it.
+        threads: of the CPU; as many as torch has where it is 0.
+        provider: where ONNX Runtime runs it.
+
+    Raises:
+        InputError: the engine is not installed or too old, or does not load the graph; or the folder is damaged.
+    """
+
+    config_name = "config.json"
+    graph_hash: torch.Tensor
+
+    def __init__(self, folder: Path, *, threads: int = 0, provider: Provider = "cpu") -> None:
+        super().__init__()
+        self.folder = folder
+        facts = read_json(folder / FACTS)
+        if facts.get("format") != FORMAT:
+            raise InputError(f"{folder / FACTS} is of another version of ptqd; export the pipeline again")
+        self.facts: dict[str, Any] = facts
+        self.engine: str = facts["engine"]
+        self.call_parameters = tuple(facts["parameters"])
+        digest = sha256((folder / GRAPH).read_bytes() if (folder / GRAPH).is_file() else b"")
+        digest.update((folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).is_file() else b"")
+        if digest.hexdigest() != facts["sha256"]:
+            raise InputError(f"{folder}: the graph is not the one that was exported; export the pipeline again")
+        self.register_buffer("graph_hash", torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone())
+        self.register_to_config(**read_json(folder / "config.json"))
+        self.open(threads=threads, provider=provider)
+        self._adopt()
+        self.eval()
+
+    def open(self, *, threads: int = 0, provider: Provider = "cpu") -> None:
+        """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
+        threads = threads or torch.get_num_threads()
+        self._held = _Held(open_session(self.folder / GRAPH, self.engine, threads=threads, provider=provider))
+        self.provider = provider
+
+    def _adopt(self) -> None:
+        """What follows the steps: ranges and plans; and what marks a quantized denoiser."""
+        tables, _ = read_tensors(self.folder / TABLE) if (self.folder / TABLE).is_file() else ({}, {})
+        self.quantizers: list[str] = []
+        for name, spec in self.facts["ranges"].items():
+            quantizer = ActivationQuantizer(
+                Quantizer(spec["bits"], symmetric=spec["symmetric"]), spec["widths"], ranges=spec["ranges"]
+            )
+            quantizer.scale.copy_(tables[f"{name}.scale"])
+            quantizer.zero_point.copy_(tables[f"{name}.zero_point"])
+            _put(self, name, quantizer)
+            self.quantizers.append(name)
+        self._vectors: dict[Any, dict[str, Any]] = {}
+        config = self.config.get("quantization_config")
+        if config is None or config.get("quant_method") != "ptqd":
+            return
+        found = PtqdQuantizer(PtqdConfig(**config))
+        found.adopt(self, Coverage(*(tuple(map(_tuple, self.facts[name])) for name in ("quantized", "skipped"))))
+        if config.get("ranges") is not None and self.quantizers:
+            set_ranges(self, StepRanges.from_dict(config["ranges"]))
+        if config.get("plan") is not None:
+            set_clock(self, StepPlan.from_dict(config["plan"], "the saved plan"))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the component that it stands for returns for the same arguments."""
+        return self._run("forward", args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The images of latents, of an autoencoder's decoder."""
+        return self._run("decode", args, kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Not exported.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("an autoencoder's encoder is not exported; take the one of the pipeline in full precision")
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        kind = self.facts["component"].rpartition(".")[2]
+        if method != self.facts["method"]:
+            raise InputError(f"of {kind} only {self.facts['method']!r} was exported; export what calls {method!r}")
+        given = dict(flat_arguments(self.call_parameters, args, kwargs))
+        told = next((name for name in NAMES if name in given and name in self.facts["inputs"]), None)
+        like = next((value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim), None)
+        if like is None:
+            raise InputError(f"{kind} was called without a tensor; give it what the exported pipeline gives it")
+        if told is not None and method == "forward":
+            given[told] = timesteps_of(given[told], len(like))
+        self._check(kind, given, len(like))
+        inputs = {name: _array(given[name], spec["dtype"]) for name, spec in self.facts["inputs"].items()}
+        inputs |= self._ranges()
+        made = self._held.session.run(inputs)
+        tensors = [torch.from_numpy(array).to(like.device) for array in made]
+        if like.is_floating_point():
+            tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
+        if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
+            return tuple(tensors)
+        module, _, name = self.facts["returns"].rpartition(".")
+        return getattr(importlib.import_module(module), name)(**dict(zip(self.facts["outputs"], tensors, strict=True)))
+
+    def _check(self, kind: str, given: Mapping[str, Any], batch: int) -> None:
+        """Whether the graph was made for a call."""
+        known, constants = self.facts["inputs"], self.facts["constants"]
+        for name, value in given.items():
+            if name not in known and (name not in constants or constants[name] != value):
+                made = "without it" if name not in constants else f"for {constants[name]!r}"
+                raise InputError(
+                    f"{kind}: the graph was made {made}: {name!r}; export the pipeline as it is called now"
+                )
+        for name, spec in known.items():
+            if name not in given:
+                raise InputError(f"{kind}: the graph takes {name!r} too; export the pipeline as it is called now")
+            wanted = [batch if size is None else size for size in spec["shape"]]
+            shape = list(given[name].shape)
+            if shape != wanted:
+                sizes = " x ".join("N" if size is None else str(size) for size in spec["shape"])
+                raise InputError(
+                    f"{kind}: the graph was made for {name} of {sizes}, it is given {' x '.join(map(str, shape))}; "
+                    "export the pipeline again for another resolution or length"
+                )
+
+    def _ranges(self) -> dict[str, Any]:
+        """Scale, zero point and largest code of each quantizer whose range follows the steps, of the step at hand."""
+        if not self.quantizers:
+            return {}
+        found: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]  # type: ignore[misc]
+        steps = [quantizer.step.index for quantizer in found]
+        if any(isinstance(step, torch.Tensor) for step in steps):
+            raise InputError("the samples of a batch are at several steps; an engine has the ranges of one")
+        key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, found, strict=True))
+        if key not in self._vectors:
+            scale, zero, most = [], [], []
+            for quantizer, (step, width) in zip(found, key, strict=True):
+                row, grid = step if quantizer.ranges > 1 else 0, quantizer.grids[width]
+                scale.append(quantizer.scale.view(quantizer.ranges, -1)[row, width])
+                zero.append(quantizer.zero_point.view(quantizer.ranges, -1)[row, width] - grid.qmin)
+                most.append(torch.tensor(grid.qmax - grid.qmin))
+            values = (torch.stack(scale), *(torch.stack(t).to(torch.uint8) for t in (zero, most)))
+            self._vectors[key] = {name: value.numpy() for name, value in zip(RANGES, values, strict=True)}
+        return self._vectors[key]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Copy the graph and what is known of it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (GRAPH, WEIGHTS, FACTS, TABLE, "config.json"):
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "EngineModule":
+        """Load what :func:`export_component` wrote."""
+        return cls(Path(pretrained_model_name_or_path))
+
+    def to(self, *args: Any, **kwargs: Any) -> "EngineModule":
+        """Run on a CPU or a GPU from now on; its numbers stay as they are."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and self.engine == "onnxruntime":
+            provider: Provider = "cuda" if device.type == "cuda" else "cpu"
+            if (self.provider == "cpu") != (provider == "cpu"):
+                self.open(provider=provider)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its inputs and outputs."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device("cpu" if self.provider == "cpu" else "cuda")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _array(value: Any, dtype: str) -> Any:
+    return value.detach().cpu().to(getattr(torch, dtype)).contiguous().numpy()
+
+
+def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
+    """Put a module at a dotted name, with what lies between."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if parent not in model._modules:
+            model.add_module(parent, nn.Module())
+        model = model._modules[parent]  # type: ignore[assignment]
+    model.add_module(last, leaf)
+
+
+def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, method: str) -> None:
+    """Write a traced component to a folder that :class:`EngineModule` reads.
+
+    Args:
+        folder: an empty or a new one.
+        graph: of the component.
+        model: the component itself.
+        engine: that it is for.
+        method: what of it was traced.
+    """
+    onnx = required("onnx")
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(graph.model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
+    digest = sha256((folder / GRAPH).read_bytes())
+    if (folder / WEIGHTS).is_file():
+        digest.update((folder / WEIGHTS).read_bytes())
+    by_sample = set(graph.call.by_sample)
+    modules = dict(model.named_modules())
+    quantizers: dict[str, Any] = {name: modules[name] for name in graph.products.quantizers}
+    coverage = getattr(getattr(model, "hf_quantizer", None), "coverage", Coverage((), ()))
+    tensors = graph.call.tensors
+    facts = {
+        "format": FORMAT,
+        "engine": engine,
+        "component": f"{type(model).__module__}.{type(model).__qualname__}",
+        "method": method,
+        "parameters": list(graph.call.parameters),
+        "inputs": {
+            name: {
+                "shape": [None if not i and name in by_sample else size for i, size in enumerate(value.shape)],
+                "dtype": "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
+            }
+            for name, value in tensors.items()
+        },
+        "constants": dict(graph.call.constants),
+        "outputs": list(graph.outputs),
+        "returns": graph.kind,
+        "integer": list(graph.products.integer),
+        "floating": dict(graph.products.floating),
+        "ranges": {
+            name: {
+                "bits": q.spec.bits,
+                "symmetric": q.spec.symmetric,
+                "widths": list(q.widths),
+                "ranges": q.ranges,
+            }
+            for name, q in quantizers.items()
+        },
+        "quantized": list(coverage.quantized),
+        "skipped": [list(skipped) for skipped in coverage.skipped],
+        "sha256": digest.hexdigest(),
+        "versions": {name: version(name) for name in ("ptqd", "torch", "onnx")},
+    }
+    if quantizers:
+        tables = {
+            f"{name}.{what}": getattr(q, what) for name, q in quantizers.items() for what in ("scale", "zero_point")
+        }
+        write_tensors(folder / TABLE, tables, {})
+    config: Any = getattr(model, "config", {})
+    values = dict(config.items()) if isinstance(config, Mapping) else config.to_dict()
+    if isinstance(values.get("quantization_config"), PtqdConfig):
+        values["quantization_config"] = values["quantization_config"].to_dict()
+    write_json(folder / "config.json", json.loads(json.dumps(values, default=str)))
+    write_json(folder / FACTS, facts)

@@ -1,0 +1,201 @@
+"""Engines that run an exported graph: arrays in, arrays out. Nothing of this needs torch."""
+
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ptqd.engines.processor import Processor, overflows, this_processor
+from ptqd.errors import InputError
+
+Engine = Literal["onnxruntime", "openvino"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+LEAST: dict[str, tuple[int, ...]] = {"onnxruntime": (1, 20), "openvino": (2025, 0), "onnx": (1, 17)}
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+def required(package: str) -> Any:
+    """A package that an engine needs.
+
+    Raises:
+        InputError: it is not installed, or older than what is needed.
+    """
+    remedy = "pip install 'ptqd[engines]', or sample in simulation"
+    try:
+        module, found = importlib.import_module(package), version(package)
+    except (ImportError, PackageNotFoundError) as error:
+        if package == "onnxruntime" and "onnxruntime" in sys.modules:  # of a package by another name, as for GPUs
+            return sys.modules["onnxruntime"]
+        raise InputError(f"{package} is not installed: {remedy}") from error
+    least = LEAST[package]
+    if tuple(int(part) for part in found.split(".")[: len(least)]) < least:
+        raise InputError(f"{package} {found} is older than {'.'.join(map(str, least))}: {remedy}")
+    return module
+
+
+class Session(ABC):
+    """A graph that an engine has loaded."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The graph's outputs, in order, of inputs by their names."""
+
+
+class OnnxRuntimeSession(Session):
+    """ONNX Runtime: products of integers on the CPU, or the graph as it is for the providers of a GPU.
+
+    Args:
+        path: of the graph.
+        threads: of the CPU.
+        provider: where it runs.
+        processor: of the CPU.
+
+    Raises:
+        InputError: ONNX Runtime or the provider is not there, the processor lacks AVX2, or the graph is damaged or has
+            an operator that ONNX Runtime lacks.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int = 1, provider: Provider = "cpu", processor: Processor | None = None
+    ) -> None:
+        runtime = required("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other sessions, and torch, wait
+        wanted = PROVIDERS[provider]
+        if wanted not in runtime.get_available_providers():
+            there = ", ".join(runtime.get_available_providers())
+            raise InputError(f"this onnxruntime has no {wanted} ({there}): pip install onnxruntime-gpu, or use the CPU")
+        self._kept: list[Any] = []
+        source: Any = str(path)
+        if provider == "cpu":
+            source = self._prepared(path, options, processor or this_processor())
+        try:
+            self.session = runtime.InferenceSession(source, options, providers=[wanted])
+        except Exception as error:  # noqa: BLE001  # each of onnxruntime's kinds of errors is an Exception of its own
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"onnxruntime does not load {path}: {reason}; export it again, or simulate") from error
+        self._outputs = [output.name for output in self.session.get_outputs()]
+
+    def _prepared(self, path: Path, options: Any, processor: Processor) -> bytes:
+        from ptqd.engines.lowering import lowered
+
+        if not processor.avx2:
+            raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
+        graph, constants = lowered(read_graph(path), processor)
+        from onnx import TensorProto, numpy_helper
+
+        runtime = required("onnxruntime")
+        large = {name: value for name, value in constants.items() if value.nbytes > 1024}
+        for name, value in constants.items():
+            if name not in large:
+                graph.graph.initializer.append(numpy_helper.from_array(value, name))
+                continue
+            placeholder = numpy_helper.from_array(np.zeros(0, value.dtype), name)
+            del placeholder.dims[:]
+            placeholder.dims.extend(value.shape)
+            placeholder.ClearField("raw_data")
+            placeholder.data_location = TensorProto.EXTERNAL
+            placeholder.external_data.add(key="location", value="in memory")
+            graph.graph.initializer.append(placeholder)
+        values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in large.values()]
+        self._kept = [*large.values(), *values]  # the session reads them where they are
+        options.add_external_initializers(list(large), values)
+        return bytes(graph.SerializeToString())
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The graph's outputs, in order, of inputs by their names."""
+        found: list[np.ndarray] = self.session.run(self._outputs, dict(inputs))
+        return found
+
+
+class OpenVinoSession(Session):
+    """OpenVINO on the CPU, which itself makes integer kernels of the graph.
+
+    Args:
+        path: of the graph.
+        threads: of the CPU.
+        processor: of the CPU.
+
+    Raises:
+        InputError: OpenVINO is not there, an operator that it lacks, or weights that would overflow on this processor.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1, processor: Processor | None = None) -> None:
+        openvino = required("openvino")
+        from ptqd.engines.lowering import widened
+
+        model = widened(read_graph(path))
+        _check_overflow(model, processor or this_processor())
+        core = openvino.Core()
+        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", config)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"openvino does not load {path}: {reason}; use onnxruntime, or simulate") from error
+        self._names = [value.name for value in model.graph.input]
+        self._request = compiled.create_infer_request()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The graph's outputs, in order, of inputs by their names."""
+        found = self._request.infer([inputs[name] for name in self._names])
+        return [np.array(found[i]) for i in range(len(found))]
+
+
+def _check_overflow(model: Any, processor: Processor) -> None:
+    """OpenVINO multiplies signed weights, which may overflow where there is no VNNI."""
+    from onnx import numpy_helper
+
+    if processor.vnni:
+        return
+    used = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name not in used:
+            continue
+        codes = numpy_helper.to_array(tensor)
+        if codes.dtype != np.int8:
+            continue
+        rows = codes.transpose(*range(2, codes.ndim), 1, 0).reshape(-1, len(codes)) if codes.ndim > 2 else codes
+        if overflows(rows):
+            raise InputError(
+                f"{tensor.name}: on this processor (without VNNI) openvino's sums of two products would saturate; "
+                "use onnxruntime, which computes them exactly, or weights of 7 bits and less (w7a8)"
+            )
+
+
+def read_graph(path: Path) -> Any:
+    """An ONNX graph.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    onnx = required("onnx")
+    try:
+        return onnx.load(path)
+    except Exception as error:  # noqa: BLE001  # protobuf's errors have no common class
+        raise InputError(f"{path} is no ONNX graph ({' '.join(str(error).split())[:200]}); export it again") from error
+
+
+def open_session(path: Path, engine: str, *, threads: int, provider: Provider = "cpu") -> Session:
+    """A graph in an engine.
+
+    Raises:
+        InputError: an engine that is not known, or see the engines themselves.
+    """
+    if engine == "onnxruntime":
+        return OnnxRuntimeSession(path, threads=threads, provider=provider)
+    if engine == "openvino":
+        return OpenVinoSession(path, threads=threads)
+    raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
