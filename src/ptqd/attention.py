@@ -86,7 +86,9 @@ class QuantAttnProcessor(nn.Module):
         output: torch.Tensor = hidden_states / attn.rescale_output_factor
         return output
 
-    def scores(self, attn: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def scores(
+        self, attn: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Probabilities (N*heads, L, K) of queries (N*heads, L, D) and keys (N*heads, K, D)."""
         probabilities: torch.Tensor = attn.get_attention_scores(self.query(query), self.key(key), mask)
         return probabilities

@@ -260,6 +260,65 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read as text: {error}; give a file with a prompt on each line") from error
 
 
+def _cmd_export(args: argparse.Namespace) -> None:
+    """Write a quantized pipeline for an engine that multiplies integers; 'ptqd sample' and ptqd.load run it."""
+    from ptqd.engines.exporting import export
+
+    _check_replaceable(args.out)
+    pipe, run, _ = _kept(args)
+    made = export(pipe, run, args.engine, args.out, others=args.others, provider=args.provider)
+    products = made.products
+    print(f"{args.out}: {', '.join(made.components)} for {args.engine}")
+    print(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
+    print("".join(f"  in floating point: {name} ({reason})\n" for name, reason in products.floating), end="")
+
+
+def _cmd_bench(args: argparse.Namespace) -> None:
+    """Time a quantized pipeline in every engine that is installed, beside full precision, in turn, in one table."""
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+
+    from ptqd.files import write_json
+    from ptqd.loading import best_device
+    from ptqd.report.speed import speed_rows, speed_table
+    from ptqd.speed import contestants, race
+
+    pipe, run, row = _kept(args)
+    model = args.model or (row or {}).get("model")
+    if model is None:
+        raise InputError("give --model, the pipeline in full precision that this one was quantized from")
+    full, name = _pipeline(args, model), args.run.name if row is None else row["recipe"]
+    run = run.replace(batch=args.batch)
+    with TemporaryDirectory() as folder:
+        found, refused = contestants(full, pipe, name, run, Path(folder), args.engine or None, progress=True)
+        device = args.device or best_device()
+        timings, failed = race(found, run, repeats=args.repeats, threads=args.threads, device=device, progress=True)
+    rows = speed_rows(timings)
+    title = (
+        f"{name}: {run.steps} steps, batch {run.batch}, {args.threads or 'all'} threads, {device}, {args.repeats} times"
+    )
+    Console(width=None if sys.stdout.isatty() else 160).print(speed_table(rows, title))
+    for what, reason in (refused | failed).items():
+        print(f"  without {what}: {reason}")
+    if args.json is not None:
+        write_json(args.json, {"title": title, "rows": rows, "without": refused | failed})
+
+
+def _kept(args: argparse.Namespace) -> "tuple[DiffusionPipeline, Sampling, dict[str, Any] | None]":
+    """The quantized pipeline of a run folder's row, and how it was sampled; or of a folder of its own."""
+    from ptqd.experiment import pipeline_of
+    from ptqd.rows import one_row, sampling_of
+
+    if not (args.run / "report.json").is_file():
+        if args.row is not None:
+            raise InputError(f"{args.run} is no run folder (it has no report.json), so it has no rows; leave out --row")
+        pipe = _pipeline(args, args.run)
+        return pipe, _sampling(args, pipe), None
+    row = one_row(args.run, args.row)
+    return pipeline_of(args.run, row), sampling_of(row), row
+
+
 def _cmd_report(args: argparse.Namespace) -> None:
     """Write a run folder's report.html and print its table."""
     from rich.console import Console
@@ -613,6 +672,13 @@ def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
+def _add_row(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder, or a quantized pipeline's folder")
+    parser.add_argument(
+        "--row", metavar="'w4a8 auto'", help="of a run folder: recipe and correction (default: the last row)"
+    )
+
+
 def _add_plan(parser: argparse.ArgumentParser, default: str | None) -> None:
     group = parser.add_argument_group("bits by step")
     text = "auto: the least error for a budget; paper: PTQD's rule; or a plan's file (default: %(default)s)"
@@ -701,6 +767,33 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="JSON file to write")
     sub.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+
+    sub = verb("export", _cmd_export)
+    _add_row(sub)
+    sub.add_argument("--engine", default="onnxruntime", help="onnxruntime, openvino or torchao (default: %(default)s)")
+    sub.add_argument(
+        "--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="of onnxruntime (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--others",
+        choices=("fp32", "int8", "none"),
+        default="fp32",
+        help="decoders and text encoders: in full precision, as int8, or left to torch (default: %(default)s)",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_sampling(sub, 64)
+
+    sub = verb("bench", _cmd_bench)
+    _add_row(sub)
+    sub.add_argument("--model", help=f"in full precision (default: the run's): {MODEL_HELP}")
+    sub.add_argument(
+        "--engine", action="append", help="torch.compile, onnxruntime or openvino; may be given again (default: all)"
+    )
+    sub.add_argument("--repeats", type=int, default=5, help="batches timed of each (default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=0, help="of the CPU (default: as torch)")
+    sub.add_argument("--json", type=Path, help="file to write all values to")
+    _add_sampling(sub, None)
+    sub.set_defaults(batch=32)
 
     sub = verb("report", _cmd_report)
     sub.add_argument("run", type=Path, help="run folder with a report.json")

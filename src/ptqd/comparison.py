@@ -12,8 +12,7 @@ from ptqd.errors import InputError
 from ptqd.evaluate.images import open_images
 from ptqd.evaluate.intervals import Statistic, intervals
 from ptqd.evaluate.judge import Judge, with_intervals
-from ptqd.files import read_json
-from ptqd.sampling import Sampling
+from ptqd.rows import row_name, rows_of, sampling_of
 
 SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired
 
@@ -39,23 +38,11 @@ def compare_runs(folders: Sequence[Path], judge: Judge | None, against: str | No
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two run folders are called {name!r}; give them names of their own")
-    rows = [row for folder in folders for row in _rows(folder.resolve(), len(folders) > 1)]
+    rows = [row for folder in folders for row in rows_of(folder.resolve(), len(folders) > 1)]
     found: list[dict[str, Any]] = []
     for setting in list(dict.fromkeys(_key(row["setting"]) for row in rows)):
         found += _compared([row for row in rows if _key(row["setting"]) == setting], judge or Judge(), against)
     return found
-
-
-def row_name(row: dict[str, Any]) -> str:
-    """How ``against`` names a row."""
-    return " ".join(part for part in (row.get("run", ""), row["recipe"], row["correction"]) if part)
-
-
-def _rows(folder: Path, several: bool) -> list[dict[str, Any]]:
-    report = read_json(folder / "report.json")
-    if not isinstance(report, dict) or not report.get("rows"):
-        raise InputError(f"{folder / 'report.json'} is no report with rows; write one with 'ptqd run'")
-    return [{**row, "run": folder.name if several else "", "folder": folder} for row in report["rows"]]
 
 
 def _key(setting: dict[str, Any]) -> str:
@@ -77,7 +64,7 @@ def _compared(rows: list[dict[str, Any]], judge: Judge, against: str | None) -> 
         raise InputError(
             f"{row_name(chosen)!r} is judged by nothing; compare with another row, or give a --judge other than none"
         )
-    run = _sampling(chosen)
+    run = sampling_of(chosen)
     strata = labels_of(run, run.samples)
     found = []
     for row, mine in zip(rows, found_all, strict=True):
@@ -99,7 +86,7 @@ def _statistics(row: dict[str, Any], rows: list[dict[str, Any]], judge: Judge, s
     """One row's; those to full precision are to its own run's."""
     full = next((r for r in rows if r["recipe"] == "fp32" and r["folder"] == row["folder"]), None)
     full = None if full is row else full
-    labels = labels_of(_sampling(row), row["samples"])
+    labels = labels_of(sampling_of(row), row["samples"])
     pair = None if full is None else (_observed(full, None, judge, scratch), full["folder"] / full["images"])
     return judged(_observed(row, full, judge, scratch), row["folder"] / row["images"], judge, labels, pair)
 
@@ -115,23 +102,17 @@ def _observed(row: dict[str, Any], full: dict[str, Any] | None, judge: Judge, sc
         images = [open_images(r["folder"] / r["images"], grey=False) for r in (row, full) if r is not None]
         same_seed = images[1] if len(images) > 1 else None
         parts = scratch / f"{made.stem}-parts"
-        observe_images(images[0], judge, _sampling(row), made, parts, title=None, same_seed=same_seed)
+        observe_images(images[0], judge, sampling_of(row), made, parts, title=None, same_seed=same_seed)
     return made
 
 
 def _check_seeds(rows: list[dict[str, Any]]) -> None:
-    first = _sampling(rows[0]).to_dict()
+    first = sampling_of(rows[0]).to_dict()
     for row in rows[1:]:
-        mine = _sampling(row).to_dict()
+        mine = sampling_of(row).to_dict()
         for name in SEEDS:
             if mine[name] != first[name]:
                 raise InputError(
                     f"{row['folder']} and {rows[0]['folder']} cannot be paired: {name} is {mine[name]} in one and "
                     f"{first[name]} in the other; sample both alike"
                 )
-
-
-def _sampling(row: dict[str, Any]) -> Sampling:
-    """How a row was sampled, as its stage's record says."""
-    record = read_json(row["folder"] / ".stages" / f"{row['images']}.json")
-    return Sampling(**record["inputs"]["setting"])

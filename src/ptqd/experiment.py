@@ -127,6 +127,28 @@ def run_experiment(
     return report
 
 
+def pipeline_of(folder: Path, row: Mapping[str, Any]) -> DiffusionPipeline:
+    """The pipeline that a run folder's row was sampled with, its correction included.
+
+    Args:
+        folder: that :func:`run_experiment` wrote.
+        row: of its report.
+
+    Raises:
+        InputError: what the run kept of it is gone.
+    """
+    if row["recipe"] == "fp32":
+        return load(row["model"])
+    prefix = folder / setting_name(row["setting"]) / row["recipe"].replace(" ", "-")
+    kept = [prefix / name for name in ("planned", "quantized") if (prefix / name).is_dir()]
+    if not kept:
+        raise InputError(f"{prefix} holds no quantized pipeline; run it again with 'ptqd run'")
+    pipe, methods = load(kept[0]), tuple(filter(None, row["correction"].removeprefix("none").split("+")))
+    if methods == AUTO:
+        return correct(pipe, Choice.from_dict(read_json(prefix / "auto.json")).correction)
+    return correct(pipe, NoiseStats.load(prefix / "noise.safetensors"), methods) if methods else pipe
+
+
 def check_methods(methods: Sequence[str]) -> None:
     """Corrections are known ones.
 

@@ -13,6 +13,7 @@ from torch import nn
 from ptqd import zoo
 from ptqd.components import activation_bits, denoiser_name, with_components
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
+from ptqd.engines import module as _engines  # noqa: F401  # pipelines that were exported name it
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline

@@ -284,6 +284,8 @@ def check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
     name = denoiser_name(qpipe)
     model = getattr(qpipe, name)
     found = {"quantized": fingerprint(model), "activation_bits": activation_bits(model), **schedule_of(qpipe)}
+    if source.get("quantized") == getattr(model, "simulated_by", None):  # an engine that computes what was measured
+        del found["quantized"]
     whats = {"quantized": f"on another {name}", "activation_bits": "at other activation bits"}
     for fact, value in found.items():
         if fact in source and source[fact] != value:

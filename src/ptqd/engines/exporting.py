@@ -1,21 +1,27 @@
 """A pipeline for an engine: its networks as graphs, in a diffusers folder that loads and runs like any other."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.activations import ActivationQuantizer
 from ptqd.components import denoiser_name, with_components
-from ptqd.engines.graph import Products, captured, trace
+from ptqd.engines.graph import Graph, Products, captured, trace
 from ptqd.engines.module import EngineModule, write_component
-from ptqd.engines.sessions import ENGINES
+from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.errors import InputError
 from ptqd.files import replacing
-from ptqd.sampling import Sampling
+from ptqd.insertion import insert_quantizers, quant_modules
+from ptqd.recipe import Recipe
+from ptqd.sampling import Sampling, sample
 
 DECODERS, ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "text_encoder_3")
+Others = Literal["fp32", "int8", "none"]
+CALIBRATED = 16  # samples that decoders and text encoders find their ranges on
 
 
 @dataclass(frozen=True)
@@ -33,49 +39,105 @@ class Exported:
     components: tuple[str, ...]
 
 
-def export(pipe: DiffusionPipeline, run: Sampling, engine: str, folder: Path, *, others: bool = True) -> Exported:
+def export(
+    pipe: DiffusionPipeline,
+    run: Sampling,
+    engine: str,
+    folder: Path,
+    *,
+    others: Others = "fp32",
+    provider: Provider = "cpu",
+) -> Exported:
     """Write a pipeline whose networks an engine runs, as a diffusers folder; :func:`ptqd.load` loads it again.
 
     The denoiser carries exactly its codes, scales and zero points, and follows its plan; a scheduler that corrects goes
-    on to. Decoders and text encoders are in full precision.
+    on to.
 
     Args:
         pipe: quantized by ptqd, or in full precision.
         run: how it samples: its calls show what the networks are given.
         engine: ``"onnxruntime"`` or ``"openvino"``.
         folder: written over.
-        others: export decoders and text encoders too.
+        others: decoders and text encoders: in full precision, as int8, or left to torch (``"none"``).
+        provider: of ONNX Runtime, that the graph is made for.
 
     Raises:
-        InputError: a network that cannot be traced, number formats or operators that the engine lacks, or an engine that
-            is not installed.
+        InputError: a network that cannot be traced, number formats or operators that the engine or provider lacks, or
+            an engine that is not installed.
     """
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    if provider != "cpu" and engine != "onnxruntime":
+        raise InputError(f"{provider} is a provider of onnxruntime; leave --provider out for {engine}")
+    for package in (engine, "onnx", "onnxscript"):
+        required(package)
     name = denoiser_name(pipe)
-    wanted = [(name, "forward")]
-    if others:
-        wanted += [(n, "decode") for n in DECODERS if _is_ours(getattr(pipe, n, None))]
-        wanted += [(n, "forward") for n in ENCODERS if _is_ours(getattr(pipe, n, None))]
+    pipe = pipe.to("cpu")
+    if provider == "tensorrt":
+        _check_symmetric(getattr(pipe, name))
     with replacing(folder) as temporary:
-        made: dict[str, Any] = {}
-        for component, method in wanted:
-            model = getattr(pipe, component)
-            call = captured(pipe, run, model, method)
-            graph = trace(model, call, method)
-            if component == name:
-                products = graph.products
-                if engine == "openvino" and products.quantizers:
-                    raise InputError(
-                        "openvino fuses only ranges that stay the same; a plan, or ranges by step, needs onnxruntime"
-                    )
-            target = temporary / component
-            write_component(target, graph, model, engine, method)
-            made[component] = EngineModule(target)
-        with_components(pipe, **made).save_pretrained(temporary)
-    loaded = {component: EngineModule(folder / component) for component in made}
-    return Exported(with_components(pipe, **loaded), products, tuple(made))
+        graph = _written(pipe, run, name, "forward", temporary, engine, provider)
+        if engine == "openvino" and graph.products.quantizers:
+            raise InputError(
+                "openvino has kernels of integers only where ranges stay the same; for a plan, or ranges by step, "
+                "export to onnxruntime"
+            )
+        made = [name]
+        for component, method in _others(pipe) if others != "none" else ():
+            source = pipe
+            if others == "int8":
+                source = with_components(pipe, **{component: _in_8_bits(pipe, run, component, method)})
+            _written(source, run, component, method, temporary, engine, provider)
+            made.append(component)
+        loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in made})
+        loaded.save_pretrained(temporary)
+    engines = {component: EngineModule(folder / component) for component in made}
+    return Exported(with_components(pipe, **engines), graph.products, tuple(made))
 
 
-def _is_ours(component: Any) -> bool:
-    return isinstance(component, nn.Module) and not isinstance(component, EngineModule)
+def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
+    """Decoders and text encoders, with what of them is called."""
+    parts = [(name, "decode") for name in DECODERS] + [(name, "forward") for name in ENCODERS]
+    found = [(name, method) for name, method in parts if isinstance(getattr(pipe, name, None), nn.Module)]
+    return [(name, method) for name, method in found if not isinstance(getattr(pipe, name), EngineModule)]
+
+
+def _written(
+    pipe: DiffusionPipeline, run: Sampling, name: str, method: str, folder: Path, engine: str, provider: Provider
+) -> Graph:
+    """Trace one component as the pipeline calls it, and write it."""
+    model = getattr(pipe, name)
+    graph = trace(model, captured(pipe, run, model, method), method, signed=provider == "tensorrt")
+    write_component(folder / name, graph, model, engine, provider)
+    return graph
+
+
+def _in_8_bits(pipe: DiffusionPipeline, run: Sampling, name: str, method: str) -> nn.Module:
+    """A decoder or text encoder of 8-bit weights and activations, calibrated on what the pipeline gives it."""
+    model = copy.deepcopy(getattr(pipe, name))
+    part = model.decoder if method == "decode" else model
+    insert_quantizers(part, Recipe.parse("w8a8"))
+    for module in quant_modules(part):
+        module.observe()
+    for _ in sample(with_components(pipe, **{name: model}), run.apart(name).replace(samples=CALIBRATED)):
+        pass
+    for module in quant_modules(part):
+        module.freeze()
+    return model  # type: ignore[no-any-return]
+
+
+def _check_symmetric(model: nn.Module) -> None:
+    """Whether TensorRT multiplies a denoiser's integers: it knows no zero points, and no ranges that change.
+
+    Raises:
+        InputError: it does not.
+    """
+    for name, quantizer in model.named_modules():
+        if isinstance(quantizer, ActivationQuantizer):
+            changing = quantizer.spec.dynamic or len(quantizer.widths) > 1 or quantizer.ranges > 1
+            what = "a range that changes" if changing else None if quantizer.spec.symmetric else "a zero point"
+            if what is not None:
+                raise InputError(
+                    f"{name} has {what}, which TensorRT does not multiply; quantize with a recipe of one width, with "
+                    "attention = false and [activations] symmetric = true and dynamic = false, or export for cuda"
+                )

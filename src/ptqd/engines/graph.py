@@ -6,6 +6,7 @@ Weights of 4 bits and less are stored as INT4. Where activation ranges follow th
 largest codes are inputs of the graph, one vector each; else they are constants.
 """
 
+import ast
 import contextlib
 import inspect
 import logging
@@ -33,6 +34,7 @@ OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.most")  # inputs: of each quantizer (Q,), float32, uint8 and uint8
 TRACED = 3  # samples of the traced call; a size that no other dimension is likely to have
 FOUR_BITS = 4
+CODES = "codes."  # before the name of a quantizer: what it makes of an activation
 OUT = "out."  # before the names of outputs, which an input may have too
 
 
@@ -114,8 +116,8 @@ def arguments_of(component: nn.Module, method: str, args: Sequence[Any], kwargs:
 
 def timesteps_of(told: Any, batch: int) -> torch.Tensor:
     """A timestep, a number or one for all or one a sample, as a graph takes it: one a sample (N,), float32."""
-    told = torch.as_tensor(told).detach().cpu().float()
-    return told.reshape(1).expand(batch).clone() if told.numel() == 1 else told
+    values: torch.Tensor = torch.as_tensor(told).detach().cpu().float()
+    return values.reshape(1).expand(batch).clone() if values.numel() == 1 else values
 
 
 def flat_arguments(
@@ -162,6 +164,7 @@ class Graph:
     Attributes:
         model: the graph (``onnx.ModelProto``).
         call: how it is called.
+        method: what of it is called.
         outputs: names of the outputs, by what the component calls them.
         kind: the class of what the component returns, ``"MODULE.NAME"``; ``"tuple"`` where it is a tuple.
         products: what is computed how, of a quantized denoiser.
@@ -169,23 +172,25 @@ class Graph:
 
     model: Any
     call: Call
+    method: str
     outputs: tuple[str, ...]
     kind: str
     products: Products
 
 
-def trace(model: nn.Module, call: Call, method: str = "forward") -> Graph:
+def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool = False) -> Graph:
     """Trace a component, quantized by ptqd or not.
 
     Args:
         model: the component, on the CPU, in float32.
         call: how it is called; see :func:`captured`.
         method: what of it is called.
+        signed: codes of symmetric activations are signed and 4-bit codes lie in 8 bits, as TensorRT wants them.
 
     Raises:
         InputError: it cannot be traced, or holds a number format that no ONNX engine multiplies.
     """
-    twin, products, table = _traceable(model)
+    twin, products, table = _traceable(model, signed)
     names = list(call.tensors)
     tensors = [value.detach().cpu() for value in call.tensors.values()]
     tensors = [value.float() if value.is_floating_point() else value for value in tensors]
@@ -195,8 +200,7 @@ def trace(model: nn.Module, call: Call, method: str = "forward") -> Graph:
     wrapper = _Called(twin, call, method, table if products.quantizers else None)
     with torch.no_grad():
         wrapper(*tensors)
-    batch = torch.export.Dim("batch", min=1, max=2**16)
-    dims = [{0: batch} if name in call.by_sample else {} for name in names]
+    dims = [{0: torch.export.Dim.DYNAMIC} if name in call.by_sample else {} for name in names]
     try:
         with warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")
@@ -215,8 +219,12 @@ def trace(model: nn.Module, call: Call, method: str = "forward") -> Graph:
         raise InputError(f"{type(model).__name__} cannot be traced to an ONNX graph: {first}") from error
     assert program is not None
     proto = program.model_proto
-    _pack_four_bits(proto, {name: layer.bits for name, layer in wrapper.named_modules() if isinstance(layer, _Product)})
-    return Graph(proto, call, wrapper.outputs, wrapper.kind, products)
+    if not signed:
+        _pack_four_bits(
+            proto, {name: layer.bits for name, layer in wrapper.named_modules() if isinstance(layer, _Product)}
+        )
+    _name_codes(proto)
+    return Graph(proto, call, method, wrapper.outputs, wrapper.kind, products)
 
 
 class _Called(nn.Module):
@@ -260,6 +268,29 @@ def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
         tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, values.flatten()))
 
 
+def _name_codes(proto: Any) -> None:
+    """Call the codes of activations ``"codes.QUANTIZER"``, and drop what else the exporter tells of nodes."""
+    found: dict[str, str] = {}
+    for node in proto.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        inside = ast.literal_eval(scopes)[-2:-1]
+        name = str(*inside).removeprefix("model.")
+        if node.op_type == "DequantizeLinear" and name.endswith((".rounding", *_Attention.OPERANDS)):
+            name = f"{CODES}{name.removesuffix('.rounding') + '.input' if name.endswith('.rounding') else name}"
+            if name not in found.values():
+                found[node.input[0]] = name
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [found.get(name, name) for name in names]
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        value.name = found.get(value.name, value.name)
+        del value.metadata_props[:]
+    for tensor in proto.graph.initializer:
+        del tensor.metadata_props[:]
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without what the exporter logs about operators of libraries that are not there."""
@@ -272,7 +303,7 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _traceable(model: nn.Module) -> tuple[nn.Module, Products, _Table]:
+def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Table]:
     """A quantized denoiser as one that can be traced: standard operators instead of the simulation; weights are shared.
 
     Raises:
@@ -295,10 +326,12 @@ def _traceable(model: nn.Module) -> tuple[nn.Module, Products, _Table]:
                 floating.append((name, reason))
     for name, module in list(twin.named_modules()):
         if isinstance(module, QuantAttnProcessor):
-            quantizers = [_Rounding(q, places.get(id(q)), table) for q in module.quantizers]
+            quantizers = [_Rounding(q, places.get(id(q)), table, signed) for q in module.quantizers]
             put_layer(twin, name, _Attention(module, *quantizers))
         elif isinstance(module, QuantLayer):
-            put_layer(twin, name, _Product(module, _Rounding(module.input, places.get(id(module.input)), table)))
+            put_layer(
+                twin, name, _Product(module, _Rounding(module.input, places.get(id(module.input)), table, signed))
+            )
     return twin, Products(tuple(integer), tuple(floating), tuple(name for name, _ in changing)), table
 
 
@@ -320,24 +353,35 @@ def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
     return "groups of weights" if module.scale.ndim == 2 else None
 
 
-def symbolic(name: str, inputs: Sequence[Any], like: torch.Tensor, dtype: torch.dtype, **attributes: Any) -> Any:
+def symbolic(
+    name: str, inputs: Sequence[Any], like: torch.Tensor, dtype: torch.dtype, **attributes: Any
+) -> torch.Tensor:
     """An ONNX operator in a traced graph, whose output has a tensor's shape."""
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+    made: Any = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+    return made  # type: ignore[no-any-return]
 
 
 class _Rounding(nn.Module):
-    """An activation quantizer as QuantizeLinear and DequantizeLinear. Codes are unsigned, whatever the grid."""
+    """An activation quantizer as QuantizeLinear and DequantizeLinear. Codes are unsigned if not told else."""
 
-    def __init__(self, quantizer: ActivationQuantizer, place: int | None, table: _Table) -> None:
+    scale: torch.Tensor
+    zero: torch.Tensor
+    most: torch.Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer, place: int | None, table: _Table, signed: bool) -> None:
         super().__init__()
         self.spec, self.axis, self.rowwise, self.place = quantizer.spec, quantizer.axis, quantizer.rowwise, place
         self.grid = quantizer.grids[quantizer.active.index]
         self.table = table
         self.dtype = torch.uint16 if self.grid.bits > MAX_BITS else torch.uint8
+        first = self.grid.qmin
+        if signed and self.grid.symmetric:
+            self.dtype, first = torch.int8, 0
         index = quantizer.active.index
         scale, zero = (t.view(quantizer.ranges, -1)[0, index] for t in (quantizer.scale, quantizer.zero_point))
         self.register_buffer("scale", scale.detach().clone())
-        self.register_buffer("zero", (zero - self.grid.qmin).to(self.dtype))
+        self.register_buffer("zero", (zero - first).to(self.dtype))
+        self.register_buffer("most", torch.tensor(self.grid.qmax - first, dtype=self.dtype))
         self.low, self.high = (float((edge - zero) * scale) for edge in (self.grid.qmin, self.grid.qmax))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -347,38 +391,42 @@ class _Rounding(nn.Module):
             table, i = self.table, self.place
             codes = symbolic("QuantizeLinear", (x, table.scale[i], table.zero[i]), x, self.dtype)
             codes = symbolic("Min", (codes, table.most[i]), x, self.dtype)
-            made: torch.Tensor = symbolic("DequantizeLinear", (codes, table.scale[i], table.zero[i]), x, torch.float32)
-            return made
+            return symbolic("DequantizeLinear", (codes, table.scale[i], table.zero[i]), x, torch.float32)
         if self.grid.bits not in (MAX_BITS, WIDE):
             x = x.clamp(self.low, self.high)
         codes = symbolic("QuantizeLinear", (x, self.scale, self.zero), x, self.dtype)
-        made = symbolic("DequantizeLinear", (codes, self.scale, self.zero), x, torch.float32)
-        return made
+        return symbolic("DequantizeLinear", (codes, self.scale, self.zero), x, torch.float32)
 
     def _as_it_comes(self, x: torch.Tensor) -> torch.Tensor:
         """With the range of each token, or sample, found now."""
         moved = x if self.rowwise else x.movedim(self.axis, -1)
         rows = moved.flatten(1) if self.rowwise else moved.reshape(-1, moved.shape[-1])  # R,K
-        grid = self.grid
         low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)  # R
-        if grid.symmetric:
-            scale, zero = torch.maximum(-low, high) / grid.qmax, torch.zeros_like(low)
-        else:
-            scale = (high - low) / (grid.qmax - grid.qmin)
+        largest = self.most if self.place is None else self.table.most[self.place]
+        most = largest.float()
+        scale = torch.maximum(-low, high) / ((most - 1) / 2) if self.grid.symmetric else (high - low) / most
         scale = torch.where(scale > torch.finfo(torch.float32).smallest_normal, scale, 1.0)
-        if not grid.symmetric:
-            zero = (grid.qmin - low / scale).round().clamp(grid.qmin, grid.qmax)
-        codes_of_zero = (zero - grid.qmin).to(torch.uint8)
-        codes = symbolic("QuantizeLinear", (rows, scale, codes_of_zero), rows, torch.uint8, axis=0)
-        if grid.bits < MAX_BITS:
-            most = torch.tensor(grid.qmax - grid.qmin, dtype=torch.uint8)
-            codes = symbolic("Min", (codes, most), rows, torch.uint8)
-        made: torch.Tensor = symbolic("DequantizeLinear", (codes, scale, codes_of_zero), rows, torch.float32, axis=0)
+        if self.grid.symmetric:
+            zero = ((most + 1) / 2).expand(scale.shape)
+        else:
+            zero = torch.minimum((-low / scale).round(), most)
+        zero = zero.to(torch.uint8)
+        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
+        if self.place is not None or self.grid.bits < MAX_BITS:
+            codes = symbolic("Min", (codes, largest), rows, torch.uint8)
+        made = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
         return made.view(x.shape) if self.rowwise else made.view(moved.shape).movedim(-1, self.axis)
 
 
 class _Product(nn.Module):
     """A quantized layer with its codes as they are."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    bias: torch.Tensor | None
+    down: torch.Tensor
+    up: torch.Tensor
 
     def __init__(self, layer: QuantLayer, rounding: _Rounding) -> None:
         super().__init__()
@@ -425,12 +473,14 @@ class _Product(nn.Module):
         weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1 if self.linear else 0)
         if not self.linear:
             return layer.product(x, weight, self.bias)
-        made = x @ weight
+        made: torch.Tensor = x @ weight
         return made if self.bias is None else made + self.bias
 
 
 class _Attention(QuantAttnProcessor):
     """Attention whose operands are rounded in the graph."""
+
+    OPERANDS = (".query", ".key", ".probabilities", ".value")
 
     def __init__(self, processor: QuantAttnProcessor, *quantizers: _Rounding) -> None:
         nn.Module.__init__(self)
@@ -442,4 +492,5 @@ class _Attention(QuantAttnProcessor):
         scores = (self.query(query) @ turned) * attn.scale
         if mask is not None:
             scores = scores + mask
-        return scores.softmax(-1)
+        probabilities: torch.Tensor = scores.softmax(-1)
+        return probabilities

@@ -6,6 +6,7 @@ attention are too. Activations go with channels last from product to product; a 
 operators that need no other layout. What is not known here stays as it was. Nothing of this needs torch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,11 @@ class _Lowering:
         if facts.get("coordinate_transformation_mode") != b"asymmetric" or facts.get("nearest_mode") != b"floor":
             return False
         (_, c, h, w), (_, _, high, wide) = before, after
-        assert c and h and w and high and wide
+        assert c is not None
+        assert h is not None
+        assert w is not None
+        assert high is not None
+        assert wide is not None
         rows = np.arange(high) * h // high
         columns = np.arange(wide) * w // wide
         places = (rows[:, None] * w + columns).reshape(-1)
@@ -286,7 +291,7 @@ class _Lowering:
             return False
         facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         groups, epsilon, y = facts["num_groups"], facts.get("epsilon", 1e-5), node.output[0]
-        channels, places = int(shape[1] or 0), int(np.prod(shape[2:]))
+        channels, places = int(shape[1] or 0), math.prod(int(d or 0) for d in shape[2:])
         size = channels // groups
 
         def make(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> str:

@@ -21,7 +21,8 @@ from torch import nn
 from ptqd.activations import ActivationQuantizer
 from ptqd.adoption import PtqdConfig, PtqdQuantizer
 from ptqd.clock import NAMES, set_clock
-from ptqd.engines.graph import RANGES, Graph, flat_arguments, timesteps_of
+from ptqd.components import fingerprint
+from ptqd.engines.graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
 from ptqd.engines.sessions import Provider, Session, open_session, required
 from ptqd.errors import InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
@@ -124,6 +125,29 @@ class EngineModule(ModelMixin, ConfigMixin):
         raise InputError("an autoencoder's encoder is not exported; take the one of the pipeline in full precision")
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        inputs, like = self._inputs(method, args, kwargs)
+        tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
+        if like.is_floating_point():
+            tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
+        if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
+            return tuple(tensors)
+        module, _, name = self.facts["returns"].rpartition(".")
+        return getattr(importlib.import_module(module), name)(**dict(zip(self.facts["outputs"], tensors, strict=True)))
+
+    def codes(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
+        names = [name for name in self.facts["codes"] if name not in self.facts["as_they_come"]]
+        shown = [f"{CODES}{name}" for name in names]
+        session = open_session(self.folder / GRAPH, self.engine, threads=torch.get_num_threads(), shown=shown)
+        for hook in self._forward_pre_hooks.values():  # clocks
+            hook(self, args, kwargs)
+        made = session.run(self._inputs("forward", args, kwargs)[0])
+        return dict(zip(names, map(torch.from_numpy, made[len(self.facts["outputs"]) :]), strict=True))
+
+    def _inputs(
+        self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The graph's inputs of a call, and the tensor of it that its outputs are like."""
         kind = self.facts["component"].rpartition(".")[2]
         if method != self.facts["method"]:
             raise InputError(f"of {kind} only {self.facts['method']!r} was exported; export what calls {method!r}")
@@ -136,15 +160,7 @@ class EngineModule(ModelMixin, ConfigMixin):
             given[told] = timesteps_of(given[told], len(like))
         self._check(kind, given, len(like))
         inputs = {name: _array(given[name], spec["dtype"]) for name, spec in self.facts["inputs"].items()}
-        inputs |= self._ranges()
-        made = self._held.session.run(inputs)
-        tensors = [torch.from_numpy(array).to(like.device) for array in made]
-        if like.is_floating_point():
-            tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
-        if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
-            return tuple(tensors)
-        module, _, name = self.facts["returns"].rpartition(".")
-        return getattr(importlib.import_module(module), name)(**dict(zip(self.facts["outputs"], tensors, strict=True)))
+        return inputs | self._ranges(), like
 
     def _check(self, kind: str, given: Mapping[str, Any], batch: int) -> None:
         """Whether the graph was made for a call."""
@@ -171,7 +187,7 @@ class EngineModule(ModelMixin, ConfigMixin):
         """Scale, zero point and largest code of each quantizer whose range follows the steps, of the step at hand."""
         if not self.quantizers:
             return {}
-        found: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]  # type: ignore[misc]
+        found: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]
         steps = [quantizer.step.index for quantizer in found]
         if any(isinstance(step, torch.Tensor) for step in steps):
             raise InputError("the samples of a batch are at several steps; an engine has the ranges of one")
@@ -204,10 +220,17 @@ class EngineModule(ModelMixin, ConfigMixin):
         """Run on a CPU or a GPU from now on; its numbers stay as they are."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and self.engine == "onnxruntime":
-            provider: Provider = "cuda" if device.type == "cuda" else "cpu"
+            other: Provider = "tensorrt" if self.facts["provider"] == "tensorrt" else "cuda"
+            provider: Provider = other if device.type == "cuda" else "cpu"
             if (self.provider == "cpu") != (provider == "cpu"):
                 self.open(provider=provider)
         return self
+
+    @property
+    def simulated_by(self) -> str | None:
+        """The fingerprint of the denoiser that it was exported from: statistics of that one hold."""
+        found: str | None = self.facts.get("simulated_by")
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -238,7 +261,7 @@ def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
     model.add_module(last, leaf)
 
 
-def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, method: str) -> None:
+def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, provider: Provider = "cpu") -> None:
     """Write a traced component to a folder that :class:`EngineModule` reads.
 
     Args:
@@ -246,7 +269,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, m
         graph: of the component.
         model: the component itself.
         engine: that it is for.
-        method: what of it was traced.
+        provider: of ONNX Runtime, on a GPU.
     """
     onnx = required("onnx")
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,8 +285,9 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, m
     facts = {
         "format": FORMAT,
         "engine": engine,
+        "provider": provider,
         "component": f"{type(model).__module__}.{type(model).__qualname__}",
-        "method": method,
+        "method": graph.method,
         "parameters": list(graph.call.parameters),
         "inputs": {
             name: {
@@ -275,6 +299,8 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, m
         "constants": dict(graph.call.constants),
         "outputs": list(graph.outputs),
         "returns": graph.kind,
+        "codes": [o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)],
+        "as_they_come": [name for name, q in modules.items() if isinstance(q, ActivationQuantizer) and q.spec.dynamic],
         "integer": list(graph.products.integer),
         "floating": dict(graph.products.floating),
         "ranges": {
@@ -288,6 +314,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, m
         },
         "quantized": list(coverage.quantized),
         "skipped": [list(skipped) for skipped in coverage.skipped],
+        "simulated_by": fingerprint(model),
         "sha256": digest.hexdigest(),
         "versions": {name: version(name) for name in ("ptqd", "torch", "onnx")},
     }

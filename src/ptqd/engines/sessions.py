@@ -3,7 +3,7 @@
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +15,12 @@ from ptqd.errors import InputError
 
 Engine = Literal["onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-LEAST: dict[str, tuple[int, ...]] = {"onnxruntime": (1, 20), "openvino": (2025, 0), "onnx": (1, 17)}
+LEAST: dict[str, tuple[int, ...]] = {
+    "onnxruntime": (1, 20),
+    "openvino": (2025, 0),
+    "onnx": (1, 17),
+    "onnxscript": (0, 5),
+}
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -59,6 +64,7 @@ class OnnxRuntimeSession(Session):
         threads: of the CPU.
         provider: where it runs.
         processor: of the CPU.
+        shown: tensors inside the graph that are outputs too, after its own.
 
     Raises:
         InputError: ONNX Runtime or the provider is not there, the processor lacks AVX2, or the graph is damaged or has
@@ -66,7 +72,13 @@ class OnnxRuntimeSession(Session):
     """
 
     def __init__(
-        self, path: Path, *, threads: int = 1, provider: Provider = "cpu", processor: Processor | None = None
+        self,
+        path: Path,
+        *,
+        threads: int = 1,
+        provider: Provider = "cpu",
+        processor: Processor | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         runtime = required("onnxruntime")
         options = runtime.SessionOptions()
@@ -78,22 +90,26 @@ class OnnxRuntimeSession(Session):
             there = ", ".join(runtime.get_available_providers())
             raise InputError(f"this onnxruntime has no {wanted} ({there}): pip install onnxruntime-gpu, or use the CPU")
         self._kept: list[Any] = []
+        graph = showing(read_graph(path), shown)
         source: Any = str(path)
-        if provider == "cpu":
-            source = self._prepared(path, options, processor or this_processor())
+        if provider == "cpu" and _has_codes(graph):
+            source = self._prepared(graph, options, processor or this_processor())
+        elif shown:
+            source = graph.SerializeToString()
         try:
             self.session = runtime.InferenceSession(source, options, providers=[wanted])
-        except Exception as error:  # noqa: BLE001  # each of onnxruntime's kinds of errors is an Exception of its own
+        except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"onnxruntime does not load {path}: {reason}; export it again, or simulate") from error
         self._outputs = [output.name for output in self.session.get_outputs()]
 
-    def _prepared(self, path: Path, options: Any, processor: Processor) -> bytes:
+    def _prepared(self, model: Any, options: Any, processor: Processor) -> bytes:
+        """The graph lowered; its large constants are handed over in memory, without a second copy."""
         from ptqd.engines.lowering import lowered
 
         if not processor.avx2:
             raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
-        graph, constants = lowered(read_graph(path), processor)
+        graph, constants = lowered(model, processor)
         from onnx import TensorProto, numpy_helper
 
         runtime = required("onnxruntime")
@@ -127,16 +143,19 @@ class OpenVinoSession(Session):
         path: of the graph.
         threads: of the CPU.
         processor: of the CPU.
+        shown: tensors inside the graph that are outputs too, after its own.
 
     Raises:
         InputError: OpenVINO is not there, an operator that it lacks, or weights that would overflow on this processor.
     """
 
-    def __init__(self, path: Path, *, threads: int = 1, processor: Processor | None = None) -> None:
+    def __init__(
+        self, path: Path, *, threads: int = 1, processor: Processor | None = None, shown: Sequence[str] = ()
+    ) -> None:
         openvino = required("openvino")
         from ptqd.engines.lowering import widened
 
-        model = widened(read_graph(path))
+        model = widened(showing(read_graph(path), shown))
         _check_overflow(model, processor or this_processor())
         core = openvino.Core()
         config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -184,18 +203,38 @@ def read_graph(path: Path) -> Any:
     onnx = required("onnx")
     try:
         return onnx.load(path)
-    except Exception as error:  # noqa: BLE001  # protobuf's errors have no common class
+    except Exception as error:  # protobuf's errors have no common class
         raise InputError(f"{path} is no ONNX graph ({' '.join(str(error).split())[:200]}); export it again") from error
 
 
-def open_session(path: Path, engine: str, *, threads: int, provider: Provider = "cpu") -> Session:
+def showing(model: Any, shown: Sequence[str]) -> Any:
+    """A graph that gives tensors inside it as outputs too, in place."""
+    known = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(known[name] for name in shown)
+    return model
+
+
+def _has_codes(model: Any) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+
+
+def open_session(
+    path: Path, engine: str, *, threads: int, provider: Provider = "cpu", shown: Sequence[str] = ()
+) -> Session:
     """A graph in an engine.
+
+    Args:
+        path: of the graph.
+        engine: ``"onnxruntime"`` or ``"openvino"``.
+        threads: of the CPU.
+        provider: where ONNX Runtime runs it.
+        shown: tensors inside the graph that are outputs too, after its own.
 
     Raises:
         InputError: an engine that is not known, or see the engines themselves.
     """
     if engine == "onnxruntime":
-        return OnnxRuntimeSession(path, threads=threads, provider=provider)
+        return OnnxRuntimeSession(path, threads=threads, provider=provider, shown=shown)
     if engine == "openvino":
-        return OpenVinoSession(path, threads=threads)
+        return OpenVinoSession(path, threads=threads, shown=shown)
     raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")

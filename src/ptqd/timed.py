@@ -1,0 +1,53 @@
+"""A process that samples batches of one pipeline and says how long each took: what :mod:`ptqd.speed` starts.
+
+It is told on its standard input, a line of JSON each: first what to load, then ``"run"`` again and again, then
+``"end"``.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptqd.components import denoiser_name
+from ptqd.errors import PtqdError
+from ptqd.loading import load
+from ptqd.sampling import Sampling, run_batch
+
+
+def main() -> None:
+    """Serve until told to end."""
+    told = json.loads(sys.stdin.readline())
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def answer(**facts: Any) -> None:
+        answers.write(json.dumps(facts) + "\n")
+        answers.flush()
+
+    try:
+        torch.set_num_threads(told["threads"])
+        pipe, run = load(told["folder"]).to(told["device"]), Sampling(**told["run"])
+        if told["compiled"]:
+            getattr(pipe, denoiser_name(pipe)).compile()
+        answer(ready=True)
+        images = np.empty(0)
+        for line in sys.stdin:
+            if json.loads(line) == "end":
+                break
+            start = time.perf_counter()
+            images = run_batch(pipe, run, range(run.batch))
+            answer(seconds=time.perf_counter() - start)
+        np.save(Path(told["images"]), images)
+        scale = 1 if sys.platform == "darwin" else 1024
+        answer(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    except (PtqdError, RuntimeError) as error:
+        answer(error=" ".join(str(error).split())[:300])
+
+
+if __name__ == "__main__":
+    main()
