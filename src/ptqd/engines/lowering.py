@@ -6,7 +6,6 @@ attention are too. Activations go with channels last from product to product; a 
 operators that need no other layout. What is not known here stays as it was. Nothing of this needs torch.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
+from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
 from ptqd.engines.processor import Processor, overflows
 
 CONTRIB = "com.microsoft"
@@ -57,16 +57,6 @@ class Weight:
     axis: int
 
 
-def widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with 4-bit integers in 8-bit containers, in place: what kernels of integers read."""
-    wider = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in wider:
-            values = numpy_helper.to_array(tensor).astype(wider[tensor.data_type])
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return model
-
-
 def lowered(model: onnx.ModelProto, processor: Processor) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """A graph as ONNX Runtime's CPU kernels compute it fastest.
 
@@ -77,7 +67,7 @@ def lowered(model: onnx.ModelProto, processor: Processor) -> tuple[onnx.ModelPro
     Returns:
         The graph, and its initializers.
     """
-    return _Lowering(widened(model), processor).go()
+    return _Lowering(expanded(model), processor).go()
 
 
 class _Lowering:
@@ -87,11 +77,7 @@ class _Lowering:
         self.model, self.processor = model, processor
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         graph = model.graph
-        self.shapes: dict[str, list[int | None]] = {}
-        for value in (*graph.value_info, *graph.input, *graph.output):
-            dims = value.type.tensor_type.shape.dim
-            self.shapes[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
-        self.shapes |= {name: list(value.shape) for name, value in self.constants.items()}
+        self.shapes: dict[str, Shape] = shapes_of(graph)
         self.uses = Counter(name for node in graph.node for name in node.input)
         self.uses.update(value.name for value in graph.output)
         self.users = {name: node for node in graph.node for name in node.input}
@@ -170,16 +156,20 @@ class _Lowering:
     def channels_last(self, name: str) -> str:
         """A tensor (N, C, ...) as (N, ..., C)."""
         if name not in self.last:
-            rank = len(self.shapes[name])
-            turned = self.emit("Transpose", [self.here(name)], f"{name}/last", perm=[0, *range(2, rank), 1])
-            self.last[name] = turned
+            shape, rank = self.shapes[name], len(self.shapes[name])
+            if shape[2:] == [1] * (rank - 2) and shape[1] is not None:
+                thin = self.constant([0, *shape[2:], shape[1]])
+                self.last[name] = self.emit("Reshape", [self.here(name), thin], f"{name}/last")
+            else:
+                turned = [0, *range(2, rank), 1]
+                self.last[name] = self.emit("Transpose", [self.here(name)], f"{name}/last", perm=turned)
         return self.last[name]
 
     # what is known of operators, by their names
 
     def _dequantizelinear(self, node: onnx.NodeProto) -> bool:
         codes, scale, *zero = node.input
-        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        facts = attributes_of(node)
         output = node.output[0]
         self.postponed[output] = node
         if facts.get("block_size"):
@@ -262,7 +252,7 @@ class _Lowering:
 
     def _resize(self, node: onnx.NodeProto) -> bool:
         """To repeat the nearest value is to gather."""
-        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        facts = attributes_of(node)
         source, output = node.input[0], node.output[0]
         before, after = self.shapes.get(source, []), self.shapes.get(output, [])
         if facts.get("mode") != b"nearest" or len(before) != 4 or None in (*before[1:], *after[1:]):
@@ -283,44 +273,21 @@ class _Lowering:
         self.last[output] = self.emit("Reshape", [taken, self.constant([0, high, wide, c])], f"{output}/last")
         return True
 
-    def _groupnormalization(self, node: onnx.NodeProto) -> bool:
-        """Mean and mean square of each group's channels, then one scale and one offset a channel."""
-        x, gamma, beta = node.input
-        shape = self.shapes.get(x, [])
-        if gamma not in self.constants or len(shape) not in (3, 4) or None in shape[1:]:
+    def _reducemean(self, node: onnx.NodeProto) -> bool:
+        """Over all places."""
+        source, rank = node.input[0], len(self.shapes.get(node.input[0], []))
+        axes = self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        if source not in self.last or axes is None or axes.tolist() != list(range(2, rank)):
             return False
-        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        groups, epsilon, y = facts["num_groups"], facts.get("epsilon", 1e-5), node.output[0]
-        channels, places = int(shape[1] or 0), math.prod(int(d or 0) for d in shape[2:])
-        size = channels // groups
-
-        def make(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> str:
-            return self.emit(kind, inputs, f"{y}/{what}", **attributes)
-
-        flat = make("Reshape", [self.channels_last(x), self.constant([0, places, channels])], "flat")
-        by_group = self.constant([0, groups, size])
-        one, two = self.constant([1]), self.constant([2])
-        mean = make("ReduceMean", [flat, one], "means", keepdims=0)
-        square = make("ReduceSumSquare", [flat, one], "squares", keepdims=0)
-        mean = make("ReduceMean", [make("Reshape", [mean, by_group], "m"), two], "mean", keepdims=1)  # N,G,1
-        square = make("ReduceMean", [make("Reshape", [square, by_group], "s"), two], "square", keepdims=1)
-        square = make("Mul", [square, self.constant(1 / places, np.float32)], "meansquare")
-        variance = make("Sub", [square, make("Mul", [mean, mean], "mm")], "var")
-        variance = make("Max", [variance, self.constant(0, np.float32)], "variance")
-        variance = make("Add", [variance, self.constant(epsilon, np.float32)], "eps")
-        inverse = make("Reciprocal", [make("Sqrt", [variance], "std")], "inverse")
-        scale = make("Mul", [inverse, self.constant(self.constants[gamma].reshape(groups, size), np.float32)], "scale")
-        offset = make("Mul", [mean, scale], "shift")  # N,G,C/G
-        offset = make("Sub", [self.constant(self.constants[beta].reshape(groups, size), np.float32), offset], "offset")
-        by_channel = self.constant([0, 1, channels])
-        scaled = make("Mul", [flat, make("Reshape", [scale, by_channel], "a")], "scaled")
-        shifted = make("Add", [scaled, make("Reshape", [offset, by_channel], "b")], "shifted")
-        self.last[y] = make("Reshape", [shifted, self.constant([0, *shape[2:], channels])], "last")
+        if attributes_of(node).get("keepdims", 1):
+            return False
+        self.emit("ReduceMean", [self.last[source], self.constant(range(1, rank - 1))], node.output[0], keepdims=0)
+        self.as_was.add(node.output[0])
         return True
 
     def _conv(self, node: onnx.NodeProto) -> bool:
         x, weight = self.dequantized.get(node.input[0]), self.weights.get(node.input[1])
-        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        facts = attributes_of(node)
         output = node.output[0]
         shape, after = self.shapes.get(node.input[0], []), self.shapes.get(output, [])
         if x is None or x.by_row or weight is None or len(shape) != 4 or facts.get("group", 1) != 1:

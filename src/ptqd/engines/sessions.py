@@ -21,6 +21,7 @@ LEAST: dict[str, tuple[int, ...]] = {
     "onnx": (1, 17),
     "onnxscript": (0, 5),
 }
+COMPILED = 2  # batch sizes that OpenVINO keeps kernels for: all batches, and a smaller last one
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -92,7 +93,7 @@ class OnnxRuntimeSession(Session):
         self._kept: list[Any] = []
         graph = showing(read_graph(path), shown)
         source: Any = str(path)
-        if provider == "cpu" and _has_codes(graph):
+        if provider == "cpu" and has_codes(graph):
             source = self._prepared(graph, options, processor or this_processor())
         elif shown:
             source = graph.SerializeToString()
@@ -153,24 +154,44 @@ class OpenVinoSession(Session):
         self, path: Path, *, threads: int = 1, processor: Processor | None = None, shown: Sequence[str] = ()
     ) -> None:
         openvino = required("openvino")
-        from ptqd.engines.lowering import widened
+        from ptqd.engines.expansion import expanded
 
-        model = widened(showing(read_graph(path), shown))
-        _check_overflow(model, processor or this_processor())
-        core = openvino.Core()
-        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        try:
-            compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", config)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"openvino does not load {path}: {reason}; use onnxruntime, or simulate") from error
+        model = showing(read_graph(path), shown)
+        if has_codes(model):
+            expanded(model)
+            _check_overflow(model, processor or this_processor())
+        self.path, self._core = path, openvino.Core()
+        self._config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         self._names = [value.name for value in model.graph.input]
-        self._request = compiled.create_infer_request()
+        try:
+            self._model = self._core.read_model(model.SerializeToString())
+        except RuntimeError as error:
+            raise self._refused(error) from error
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def _refused(self, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())[:300]
+        return InputError(f"openvino does not load {self.path}: {reason}; use onnxruntime, or simulate")
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
-        found = self._request.infer([inputs[name] for name in self._names])
+        arrays = [inputs[name] for name in self._names]
+        shapes = tuple(array.shape for array in arrays)
+        if shapes not in self._requests:
+            while len(self._requests) >= COMPILED:
+                del self._requests[next(iter(self._requests))]
+            self._requests[shapes] = self._compiled(shapes)
+        found = self._requests[shapes].infer(arrays)
         return [np.array(found[i]) for i in range(len(found))]
+
+    def _compiled(self, shapes: Sequence[tuple[int, ...]]) -> Any:
+        """The graph for one batch: kernels for shapes that vary are two to three times as slow."""
+        model = self._model.clone()
+        try:
+            model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
+            return self._core.compile_model(model, "CPU", self._config).create_infer_request()
+        except RuntimeError as error:
+            raise self._refused(error) from error
 
 
 def _check_overflow(model: Any, processor: Processor) -> None:
@@ -214,7 +235,8 @@ def showing(model: Any, shown: Sequence[str]) -> Any:
     return model
 
 
-def _has_codes(model: Any) -> bool:
+def has_codes(model: Any) -> bool:
+    """Whether a graph is of a quantized network."""
     return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
 
