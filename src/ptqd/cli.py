@@ -266,7 +266,7 @@ def _cmd_export(args: argparse.Namespace) -> None:
 
     _check_replaceable(args.out)
     pipe, run, _ = _kept(args)
-    made = export(pipe, run, args.engine, args.out, others=args.others, provider=args.provider)
+    made = export(pipe, run, args.engine, args.out, others=args.others, provider=args.provider, layout=args.layout)
     products = made.products
     print(f"{args.out}: {', '.join(made.components)} for {args.engine}")
     print(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
@@ -290,8 +290,9 @@ def _cmd_bench(args: argparse.Namespace) -> None:
         raise InputError("give --model, the pipeline in full precision that this one was quantized from")
     full, name = _pipeline(args, model), args.run.name if row is None else row["recipe"]
     run = run.replace(batch=args.batch)
-    with TemporaryDirectory() as folder:
-        found, refused = contestants(full, pipe, name, run, Path(folder), args.engine or None, progress=True)
+    with TemporaryDirectory() as temporary:
+        folder = args.out or Path(temporary)
+        found, refused = contestants(full, pipe, name, run, folder, args.engine or None, progress=True)
         device = args.device or best_device()
         timings, failed = race(found, run, repeats=args.repeats, threads=args.threads, device=device, progress=True)
     rows = speed_rows(timings)
@@ -775,6 +776,9 @@ def parser() -> argparse.ArgumentParser:
         "--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="of onnxruntime (default: %(default)s)"
     )
     sub.add_argument(
+        "--layout", choices=("int8", "int4"), default="int8", help="of torchao's weights (default: %(default)s)"
+    )
+    sub.add_argument(
         "--others",
         choices=("fp32", "int8", "none"),
         default="fp32",
@@ -791,6 +795,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--repeats", type=int, default=5, help="batches timed of each (default: %(default)s)")
     sub.add_argument("--threads", type=int, default=0, help="of the CPU (default: as torch)")
+    sub.add_argument("--out", type=Path, help="folder to keep the exported pipelines in, for the next time")
     sub.add_argument("--json", type=Path, help="file to write all values to")
     _add_sampling(sub, None)
     sub.set_defaults(batch=32)

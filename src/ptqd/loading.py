@@ -1,19 +1,21 @@
 """Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
 from safetensors import SafetensorError
 from torch import nn
 
 from ptqd import zoo
 from ptqd.components import activation_bits, denoiser_name, with_components
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
-from ptqd.engines import module as _engines  # noqa: F401  # pipelines that were exported name it
+from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
@@ -54,6 +56,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
             raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
         pipeline_class = _OURS.get(name, DiffusionPipeline)
     diffusers.utils.logging.disable_progress_bar()
+    logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
         pipe = pipeline_class.from_pretrained(folder if local else str(model), dtype=dtype)
     except PtqdError:
@@ -70,11 +73,17 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     ) as error:
         raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
+        logging.getLogger(pipeline_utils.__name__).removeFilter(_expected)
         diffusers.utils.logging.enable_progress_bar()
     _check_complete(pipe, model)
     _check_plan_file(pipe, folder / "plan.toml")
     _keep_correction(pipe, model)
     return pipe
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    """Not what diffusers says of a network that an engine runs: that it is no network of its own."""
+    return EngineModule.__name__ not in record.getMessage()
 
 
 def _check_complete(pipe: DiffusionPipeline, model: str | Path) -> None:

@@ -95,8 +95,7 @@ class _Expansion:
             return False
         facts = attributes_of(node)
         groups, channels = facts["num_groups"], int(shape[1] or 0)
-        size = channels // groups
-        places = self._constant(f"{y}/places", range(2, len(shape)), np.int64)
+        size, thin = channels // groups, [None, channels, *[1] * (len(shape) - 2)]
         alike = self._constant(f"{y}/alike", np.kron(np.eye(groups), np.full((size, size), 1 / size)))
 
         def make(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> str:
@@ -104,17 +103,22 @@ class _Expansion:
             self._value(name, TensorProto.FLOAT, [None, channels])
             return name
 
+        def mean_of(tensor: str, what: str) -> str:
+            """Over places (N, C): by pooling, which engines share among cores."""
+            pooled = self._emit("AveragePool", [tensor], f"{y}/{what}/pooled", kernel_shape=shape[2:])
+            self._value(pooled, TensorProto.FLOAT, thin)
+            return make("Reshape", [pooled, self._constant(f"{y}/{what}/shape", [0, channels], np.int64)], what)
+
         squared = self._emit("Mul", [x, x], f"{y}/squared")
         self._value(squared, TensorProto.FLOAT, shape)
-        mean = make("MatMul", [make("ReduceMean", [x, places], "means", keepdims=0), alike], "mean")
-        square = make("MatMul", [make("ReduceMean", [squared, places], "squares", keepdims=0), alike], "square")
+        mean = make("MatMul", [mean_of(x, "means"), alike], "mean")
+        square = make("MatMul", [mean_of(squared, "squares"), alike], "square")
         variance = make("Sub", [square, make("Mul", [mean, mean], "mean2")], "difference")
         variance = make("Max", [variance, self._constant(f"{y}/zero", 0.0)], "variance")
         variance = make("Add", [variance, self._constant(f"{y}/epsilon", facts.get("epsilon", 1e-5))], "positive")
         scale = make("Div", [gamma, make("Sqrt", [variance], "deviation")], "scale")
         offset = make("Sub", [beta, make("Mul", [mean, scale], "shift")], "offset")
-        spread = self._constant(f"{y}/spread", [0, channels, *[1] * (len(shape) - 2)], np.int64)
-        thin: Shape = [None, channels, *[1] * (len(shape) - 2)]
+        spread = self._constant(f"{y}/spread", [0, channels, *thin[2:]], np.int64)
         for name in (scale, offset):
             self._value(self._emit("Reshape", [name, spread], f"{name}/spread"), TensorProto.FLOAT, thin)
         scaled = self._emit("Mul", [x, f"{scale}/spread"], f"{y}/scaled")

@@ -13,12 +13,14 @@ from ptqd.components import denoiser_name, with_components
 from ptqd.engines.graph import Graph, Products, captured, trace
 from ptqd.engines.module import EngineModule, write_component
 from ptqd.engines.sessions import ENGINES, Provider, required
+from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
 from ptqd.files import replacing
 from ptqd.insertion import insert_quantizers, quant_modules
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
 
+TORCHAO = "torchao"
 DECODERS, ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "text_encoder_3")
 Others = Literal["fp32", "int8", "none"]
 CALIBRATED = 16  # samples that decoders and text encoders find their ranges on
@@ -47,6 +49,7 @@ def export(
     *,
     others: Others = "fp32",
     provider: Provider = "cpu",
+    layout: Layout = "int8",
 ) -> Exported:
     """Write a pipeline whose networks an engine runs, as a diffusers folder; :func:`ptqd.load` loads it again.
 
@@ -56,23 +59,29 @@ def export(
     Args:
         pipe: quantized by ptqd, or in full precision.
         run: how it samples: its calls show what the networks are given.
-        engine: ``"onnxruntime"`` or ``"openvino"``.
+        engine: ``"onnxruntime"``, ``"openvino"``, or ``"torchao"``, which leaves other networks as they are.
         folder: written over.
         others: decoders and text encoders: in full precision, as int8, or left to torch (``"none"``).
         provider: of ONNX Runtime, that the graph is made for.
+        layout: of torchao's weights.
 
     Raises:
         InputError: a network that cannot be traced, number formats or operators that the engine or provider lacks, or
             an engine that is not installed.
     """
-    if engine not in ENGINES:
-        raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    if engine not in (*ENGINES, TORCHAO):
+        raise InputError(f"unknown engine {engine!r}; known are {', '.join((*ENGINES, TORCHAO))}")
     if provider != "cpu" and engine != "onnxruntime":
         raise InputError(f"{provider} is a provider of onnxruntime; leave --provider out for {engine}")
-    for package in (engine, "onnx", "onnxscript"):
-        required(package)
     name = denoiser_name(pipe)
     pipe = pipe.to("cpu")
+    if engine == TORCHAO:
+        made, products = to_torchao(pipe, run, layout)
+        with replacing(folder) as temporary:
+            made.save_pretrained(temporary)
+        return Exported(made, products, (name,))
+    for package in (engine, "onnx", "onnxscript"):
+        required(package)
     if provider == "tensorrt":
         _check_symmetric(getattr(pipe, name))
     with replacing(folder) as temporary:
@@ -82,17 +91,17 @@ def export(
                 "openvino has kernels of integers only where ranges stay the same; for a plan, or ranges by step, "
                 "export to onnxruntime"
             )
-        made = [name]
+        components = [name]
         for component, method in _others(pipe) if others != "none" else ():
             source = pipe
             if others == "int8":
                 source = with_components(pipe, **{component: _in_8_bits(pipe, run, component, method)})
             _written(source, run, component, method, temporary, engine, provider)
-            made.append(component)
-        loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in made})
+            components.append(component)
+        loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in components})
         loaded.save_pretrained(temporary)
-    engines = {component: EngineModule(folder / component) for component in made}
-    return Exported(with_components(pipe, **engines), graph.products, tuple(made))
+    engines = {component: EngineModule(folder / component) for component in components}
+    return Exported(with_components(pipe, **engines), graph.products, tuple(components))
 
 
 def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:

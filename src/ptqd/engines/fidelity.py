@@ -47,7 +47,7 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
         Shares over all codes of ranges that were found beforehand; ranges that come with the tokens are left out.
     """
     kwargs["return_dict"] = False
-    mine: dict[str, torch.Tensor] = {}
+    mine: dict[str, tuple[torch.Tensor, int]] = {}
     hooks = []
     for name, quantizer in simulated.named_modules():
         if isinstance(quantizer, ActivationQuantizer):
@@ -61,9 +61,10 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
     found = engine(*args, **kwargs)[0]
     differences = {}
     for name, theirs in engine.codes(*args, **kwargs).items():
-        if name in mine and mine[name].numel() == theirs.numel():
-            ours = mine[name].transpose(1, 2) if mine[name].shape != theirs.shape else mine[name]  # a turned key
-            differences[name] = (ours.int() - theirs.int()).abs()
+        if name in mine and mine[name][0].numel() == theirs.numel():
+            ours, first = mine[name]
+            ours = ours.transpose(1, 2) if ours.shape != theirs.shape else ours  # a turned key
+            differences[name] = (ours - theirs.int() - (0 if theirs.dtype == torch.int8 else first)).abs()
     count = sum(d.numel() for d in differences.values())
     shares = {name: (d > 0).float().mean().item() for name, d in differences.items()}
     return Fidelity(
@@ -76,14 +77,14 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
     )
 
 
-def _keeping(kept: dict[str, torch.Tensor], name: str) -> Any:
-    """A hook that keeps what a quantizer made, as codes that start at 0."""
+def _keeping(kept: dict[str, tuple[torch.Tensor, int]], name: str) -> Any:
+    """A hook that keeps what a quantizer made, as codes, and its smallest code."""
 
     def keep(quantizer: ActivationQuantizer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         if quantizer.spec.dynamic or name in kept:
             return
         index = quantizer.active.index
         scale, zero = (quantizer.by_row(t, output, index) for t in (quantizer.scale, quantizer.zero_point))
-        kept[name] = (output.double() / scale.double()).round().int() + zero - quantizer.grids[index].qmin
+        kept[name] = (output.double() / scale.double()).round().int() + zero, quantizer.grids[index].qmin
 
     return keep

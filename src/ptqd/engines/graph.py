@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -53,6 +54,17 @@ class Call:
     tensors: Mapping[str, torch.Tensor]
     constants: Mapping[str, Any]
     batch: int
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The call's arguments, with these tensors for its own, in their order."""
+        given: dict[str, Any] = {}
+        for name, value in [*zip(self.tensors, tensors, strict=True), *self.constants.items()]:
+            outer, dot, inner = name.partition(".")
+            if dot:
+                given.setdefault(outer, {})[inner] = value
+            else:
+                given[name] = value
+        return given
 
     @property
     def by_sample(self) -> tuple[str, ...]:
@@ -240,14 +252,7 @@ class _Called(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.table is not None:
             *tensors, self.table.scale, self.table.zero, self.table.most = tensors  # type: ignore[assignment]
-        given: dict[str, Any] = {}
-        for name, value in [*zip(self.call.tensors, tensors, strict=True), *self.call.constants.items()]:
-            outer, dot, inner = name.partition(".")
-            if dot:
-                given.setdefault(outer, {})[inner] = value
-            else:
-                given[name] = value
-        made = getattr(self.model, self.method)(**given)
+        made = getattr(self.model, self.method)(**self.call.arguments(tensors))
         found = dict(made.items()) if isinstance(made, Mapping) else {str(i): value for i, value in enumerate(made)}
         found = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
         self.outputs = tuple(found)
@@ -265,7 +270,9 @@ def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
             continue
         values = onnx.numpy_helper.to_array(tensor)
         kind = onnx.TensorProto.INT4 if values.dtype == "int8" else onnx.TensorProto.UINT4
-        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, values.flatten()))
+        pairs = np.append(values.flatten(), np.zeros(values.size % 2, values.dtype)).astype(np.uint8).reshape(-1, 2)
+        packed = (pairs[:, 0] & 0xF) | (pairs[:, 1] << FOUR_BITS)  # the first is low
+        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, packed.tobytes(), raw=True))
 
 
 def _name_codes(proto: Any) -> None:

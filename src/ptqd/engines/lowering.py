@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
 from ptqd.engines.processor import Processor, overflows
@@ -39,7 +39,14 @@ ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A float tensor that is codes of activations."""
+    """A float tensor that is codes of activations.
+
+    Attributes:
+        codes: their name; of shape (R, K) where each row has a range.
+        scale: its name.
+        zero: its name.
+        by_row: whether each row has a range: that of a token, or of a sample, as it comes.
+    """
 
     codes: str
     scale: str
@@ -87,7 +94,7 @@ class _Lowering:
         self.dequantized: dict[str, Dequantized] = {}
         self.weights: dict[str, Weight] = {}
         self.postponed: dict[str, onnx.NodeProto] = {}
-        self.renamed: dict[str, str] = {}
+        self.means: dict[str, str] = {}  # over places (N, C) of what is pooled over all of them
         self.done: set[str] = set()  # outputs of nodes that went into another
 
     def go(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -222,8 +229,19 @@ class _Lowering:
         self._put(node, [self.channels_last(name) for name in node.input], axis=rank - 1)
         return True
 
+    def _seen_otherwise(self, node: onnx.NodeProto) -> bool:
+        """Rows with ranges of their own in another shape; the product that they go to takes them as they were."""
+        found = self.dequantized.get(node.input[0])
+        if found is None or not found.by_row:
+            return False
+        self.dequantized[node.output[0]] = found
+        self.postponed[node.output[0]] = node
+        return True
+
     def _transpose(self, node: onnx.NodeProto) -> bool:
         """One that only puts the channels last, or back, is a name."""
+        if self._seen_otherwise(node):
+            return True
         source, output = node.input[0], node.output[0]
         perm = list(helper.get_attribute_value(node.attribute[0]))
         rank = len(perm)
@@ -240,8 +258,14 @@ class _Lowering:
 
     def _reshape(self, node: onnx.NodeProto) -> bool:
         """Places joined or parted, the channels left alone: (N, C, H, W) and (N, C, HW)."""
+        if self._seen_otherwise(node):
+            return True
         source, output = node.input[0], node.output[0]
         before, after = self.shapes.get(source, []), self.shapes.get(output, [])
+        if source in self.means and after[1:] == before[1:2]:
+            self.emit("Identity", [self.means[source]], output)
+            self.as_was.add(output)
+            return True
         if source not in self.last or {len(before), len(after)} != {3, 4} or before[1] != after[1] or not before[1]:
             return False
         if before[0] is not None or after[0] is not None or None in (*before[1:], *after[1:]):
@@ -273,16 +297,15 @@ class _Lowering:
         self.last[output] = self.emit("Reshape", [taken, self.constant([0, high, wide, c])], f"{output}/last")
         return True
 
-    def _reducemean(self, node: onnx.NodeProto) -> bool:
+    def _averagepool(self, node: onnx.NodeProto) -> bool:
         """Over all places."""
-        source, rank = node.input[0], len(self.shapes.get(node.input[0], []))
-        axes = self.constants.get(node.input[1]) if len(node.input) > 1 else None
-        if source not in self.last or axes is None or axes.tolist() != list(range(2, rank)):
+        source, output = node.input[0], node.output[0]
+        shape = self.shapes.get(source, [])
+        if source not in self.last or attributes_of(node)["kernel_shape"] != shape[2:]:
             return False
-        if attributes_of(node).get("keepdims", 1):
-            return False
-        self.emit("ReduceMean", [self.last[source], self.constant(range(1, rank - 1))], node.output[0], keepdims=0)
-        self.as_was.add(node.output[0])
+        axes = self.constant(range(1, len(shape) - 1))
+        self.means[output] = self.emit("ReduceMean", [self.last[source], axes], f"{output}/mean", keepdims=0)
+        self.postponed[output] = node
         return True
 
     def _conv(self, node: onnx.NodeProto) -> bool:
@@ -290,42 +313,126 @@ class _Lowering:
         facts = attributes_of(node)
         output = node.output[0]
         shape, after = self.shapes.get(node.input[0], []), self.shapes.get(output, [])
-        if x is None or x.by_row or weight is None or len(shape) != 4 or facts.get("group", 1) != 1:
+        if x is None or weight is None or len(shape) != 4 or facts.get("group", 1) != 1:
             return False
         if None in (*shape[1:], *after[1:]):
             return False
         codes = self.constants[weight.codes]
         rows = np.ascontiguousarray(codes.transpose(2, 3, 1, 0)).reshape(-1, codes.shape[0])  # kh*kw*I,O
-        left = self._columns(self.channels_last(x.codes), x, shape, after, codes.shape[2:], facts, output)
         bias = node.input[2] if len(node.input) > 2 else ""
+        if x.by_row:
+            return self._conv_by_row(x, weight, rows, bias, output, shape, after, codes.shape[2:], facts)
+        left = self._columns(
+            self.channels_last(x.codes), self.here(x.zero), shape, after, codes.shape[2:], facts, output
+        )
         self.last[output] = self._product(left, x, weight, rows, bias, f"{output}/last")
         return True
+
+    def _conv_by_row(
+        self,
+        x: Dequantized,
+        weight: Weight,
+        rows: np.ndarray,
+        bias: str,
+        output: str,
+        shape: Shape,
+        after: Shape,
+        kernel: Sequence[int],
+        facts: dict[str, Any],
+    ) -> bool:
+        """A convolution of tokens, or of samples, with ranges of their own."""
+        _, c, h, w = (int(d or 0) for d in shape)
+        _, o, high, wide = (int(d or 0) for d in after)
+        size = self.shapes[x.codes][1]
+        alone = self._is_pointwise(kernel, facts)
+        if alone and size == c:
+            made = self._by_row(self.here(x.codes), x, weight, rows, np.ones((1, 1)), bias, output)
+        elif size == c * h * w:
+            cut = self.emit("Reshape", [self.here(x.codes), self.constant([0, c, h, w])], f"{output}/cut")
+            turned = self.emit("Transpose", [cut], f"{output}/turned", perm=[0, 2, 3, 1])
+            left = self._columns(turned, self.constant(0, np.uint8), shape, after, kernel, facts, output)
+            there = np.ones((high * wide, 1)) if alone else self._taps(shape, after, kernel, facts)[1]
+            made = self._by_row(left, x, weight, rows, there, bias, output)
+        else:
+            return False
+        self.last[output] = self.emit("Reshape", [made, self.constant([-1, high, wide, o])], f"{output}/last")
+        return True
+
+    def _by_row(
+        self, left: str, x: Dequantized, weight: Weight, rows: np.ndarray, there: np.ndarray, bias: str, output: str
+    ) -> str:
+        """Codes (..., K) of rows with ranges of their own times codes of a weight (K, O), plus a bias: (R, P O).
+
+        ``sum((q - z) w) s = (sum(q w) - z sum(w)) s``, where what lies beyond the edge is not part of the sums.
+
+        Args:
+            left: of each row (R, K), or of each of its places (R, ..., K).
+            x: scale and zero point of each row.
+            weight: scale and zero point of each column.
+            rows: the weight's codes.
+            there: which of the kernel's taps lie inside, at each place (P, taps).
+            bias: of each column, or nothing.
+            output: a name.
+        """
+        name, zero = self._codes_of(weight, rows)
+        inputs = [left, name, self.constant(1, np.float32), weight.scale, "", zero, ""]
+        product = self.emit("MatMulIntegerToFloat", inputs, f"{output}/unscaled")
+        width = rows.shape[1]
+        values = rows.astype(np.float64) - (self.constants[weight.zero].astype(np.float64) if weight.zero else 0)
+        sums = there @ values.reshape(there.shape[1], -1, width).sum(1) * self.constants[weight.scale]  # P,O
+        added = self.constants[bias] if bias else np.zeros(width)
+        both = self.constant(np.stack([-sums.reshape(-1), np.tile(added, len(there))]), np.float32)  # 2,P*O
+        column = self.constant([-1, 1])
+        scale = self.emit("Reshape", [self.here(x.scale), column], f"{output}/scale")
+        points = self.emit("Cast", [self.here(x.zero)], f"{output}/points", to=TensorProto.FLOAT)
+        points = self.emit("Reshape", [points, column], f"{output}/column")
+        shift = self.emit("Mul", [points, scale], f"{output}/shift")
+        ones = self.emit("Div", [scale, scale], f"{output}/ones")
+        factors = self.emit("Concat", [shift, ones], f"{output}/factors", axis=1)
+        product = self.emit("Reshape", [product, self.constant([-1, len(there) * width])], f"{output}/rows")
+        scaled = self.emit("Mul", [product, scale], f"{output}/scaled")
+        return self.emit("Gemm", [factors, both, scaled], f"{output}/sum")
+
+    @staticmethod
+    def _is_pointwise(kernel: Sequence[int], facts: dict[str, Any]) -> bool:
+        strides, pads = facts.get("strides", [1, 1]), facts.get("pads", [0, 0, 0, 0])
+        return tuple(kernel) == (1, 1) and list(strides) == [1, 1] and not any(pads)
+
+    @staticmethod
+    def _taps(
+        shape: Shape, after: Shape, kernel: Sequence[int], facts: dict[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where, in the padded input, a kernel's taps are at each place, and whether that is inside: (H'*W', kh*kw)."""
+        strides, dilations = facts.get("strides", [1, 1]), facts.get("dilations", [1, 1])
+        top, left, _, right = facts.get("pads", [0, 0, 0, 0])
+        h, w, high, wide = (int(d or 0) for d in (*shape[2:], *after[2:]))
+        rows = np.arange(high)[:, None, None, None] * strides[0] + np.arange(kernel[0])[:, None] * dilations[0]
+        columns = np.arange(wide)[:, None, None] * strides[1] + np.arange(kernel[1]) * dilations[1]
+        places = rows * (w + left + right) + columns
+        inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
+        return places.reshape(high * wide, -1), inside.reshape(high * wide, -1).astype(np.float64)
 
     def _columns(
         self,
         source: str,
-        x: Dequantized,
-        shape: Sequence[int | None],
-        after: Sequence[int | None],
+        beyond: str,
+        shape: Shape,
+        after: Shape,
         kernel: Sequence[int],
         facts: dict[str, Any],
         output: str,
     ) -> str:
-        """The codes under a kernel, side by side: (N, H', W', kh*kw*C)."""
-        strides, dilations = facts.get("strides", [1, 1]), facts.get("dilations", [1, 1])
-        pads = facts.get("pads", [0, 0, 0, 0])
-        if tuple(kernel) == (1, 1) and list(strides) == [1, 1] and not any(pads):
+        """The codes under a kernel, side by side: (N, H', W', kh*kw*C); ``beyond`` the edge is one code."""
+        if self._is_pointwise(kernel, facts):
             return source
+        pads = facts.get("pads", [0, 0, 0, 0])
         _, c, h, w = (int(d or 0) for d in shape)
         high, wide = int(after[2] or 0), int(after[3] or 0)
         if any(pads):
             amounts = self.constant([0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0])
-            source = self.emit("Pad", [source, amounts, self.here(x.zero)], f"{output}/padded")
-        across = w + pads[1] + pads[3]
-        rows = np.arange(high)[:, None, None, None] * strides[0] + np.arange(kernel[0])[:, None] * dilations[0]
-        columns = np.arange(wide)[:, None, None] * strides[1] + np.arange(kernel[1]) * dilations[1]
-        places = (rows * across + columns).reshape(-1)  # H'*W'*kh*kw
-        flat = self.constant([0, (h + pads[0] + pads[2]) * across, c])
+            source = self.emit("Pad", [source, amounts, beyond], f"{output}/padded")
+        places = self._taps(shape, after, kernel, facts)[0].reshape(-1)
+        flat = self.constant([0, (h + pads[0] + pads[2]) * (w + pads[1] + pads[3]), c])
         flat = self.emit("Reshape", [source, flat], f"{output}/flat")
         taken = self.emit("Gather", [flat, self.constant(places)], f"{output}/taken", axis=1)
         side_by_side = self.constant([0, high, wide, kernel[0] * kernel[1] * c])
@@ -333,6 +440,12 @@ class _Lowering:
 
     def _product(self, left: str, x: Dequantized, weight: Weight, rows: np.ndarray, bias: str, output: str) -> str:
         """Codes (..., K) times codes of a weight (K, O), plus a bias: float32."""
+        name, zero = self._codes_of(weight, rows)
+        inputs = [left, name, self.here(x.scale), weight.scale, self.here(x.zero), zero, bias]
+        return self.emit("MatMulIntegerToFloat", inputs, output)
+
+    def _codes_of(self, weight: Weight, rows: np.ndarray) -> tuple[str, str]:
+        """The names of a weight's codes (K, O) and of their zero points, unsigned where signed ones saturate."""
         zero = weight.zero
         if rows.dtype == np.int8 and not self.processor.vnni and overflows(rows):
             rows = (rows.astype(np.int16) + 128).astype(np.uint8)
@@ -340,12 +453,11 @@ class _Lowering:
         name = f"{weight.codes}/rows"
         self.constants[name] = rows
         self.as_was.add(name)
-        inputs = [left, name, self.here(x.scale), weight.scale, self.here(x.zero), zero, bias]
-        return self.emit("MatMulIntegerToFloat", inputs, output)
+        return name, zero
 
     def _matmul(self, node: onnx.NodeProto) -> bool:
         x = self.dequantized.get(node.input[0])
-        if x is None or x.by_row:
+        if x is None:
             return False
         output, weight, other = node.output[0], self.weights.get(node.input[1]), self.dequantized.get(node.input[1])
         if weight is not None and weight.axis == 1:
@@ -355,7 +467,18 @@ class _Lowering:
                 if added in self.constants and self.constants[added].ndim == 1:
                     output, bias = user.output[0], added
                     self.done.add(output)
-            self._product(self.here(x.codes), x, weight, self.constants[weight.codes], bias, output)
+            rows = self.constants[weight.codes]
+            if x.by_row:
+                made = self._by_row(self.here(x.codes), x, weight, rows, np.ones((1, 1)), bias, output)
+                shape = self.shapes[output]
+                if len(shape) == 2:
+                    self.emit("Identity", [made], output)
+                else:
+                    self.emit("Reshape", [made, self.constant([-1, *(int(d or 0) for d in shape[1:])])], output)
+            else:
+                self._product(self.here(x.codes), x, weight, rows, bias, output)
+        elif x.by_row:
+            return False
         elif other is not None and not other.by_row:
             inputs = [self.here(n) for n in (x.codes, other.codes, x.scale, other.scale, x.zero, other.zero)]
             self.emit("MatMulIntegerToFloat", inputs, output)

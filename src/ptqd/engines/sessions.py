@@ -20,6 +20,7 @@ LEAST: dict[str, tuple[int, ...]] = {
     "openvino": (2025, 0),
     "onnx": (1, 17),
     "onnxscript": (0, 5),
+    "torchao": (0, 15),
 }
 COMPILED = 2  # batch sizes that OpenVINO keeps kernels for: all batches, and a smaller last one
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -100,7 +101,7 @@ class OnnxRuntimeSession(Session):
         try:
             self.session = runtime.InferenceSession(source, options, providers=[wanted])
         except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[-300:]
             raise InputError(f"onnxruntime does not load {path}: {reason}; export it again, or simulate") from error
         self._outputs = [output.name for output in self.session.get_outputs()]
 
@@ -170,7 +171,7 @@ class OpenVinoSession(Session):
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def _refused(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[-300:]
         return InputError(f"openvino does not load {self.path}: {reason}; use onnxruntime, or simulate")
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -1,0 +1,188 @@
+"""A quantized denoiser in torchao's layouts, for ``torch.compile`` on a GPU: codes and scales as they are.
+
+torchao multiplies linear layers only: convolutions and attention products are in floating point, of weights that were
+rounded. int8 keeps the ranges of activations too; int4 rounds weights alone, as its kernels do.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.affine import MAX_BITS
+from ptqd.attention import QuantAttnProcessor
+from ptqd.components import denoiser_name, with_components
+from ptqd.engines.graph import Call, Products, captured
+from ptqd.engines.sessions import required
+from ptqd.layers import QuantLayer, SplitConv
+from ptqd.sampling import Sampling
+
+Layout = Literal["int8", "int4"]
+FOUR_BITS = 4
+GROUP = 128  # of inputs that share a scale in int4's kernels; here all groups of a row have the row's
+
+
+def to_torchao(pipe: DiffusionPipeline, run: Sampling, layout: Layout) -> tuple[DiffusionPipeline, Products]:
+    """A pipeline whose denoiser is diffusers' own, with torchao's tensors as the weights of its linear layers.
+
+    Args:
+        pipe: quantized by ptqd.
+        run: how it samples: its calls show of how many dimensions each layer's input is.
+        layout: ``"int8"`` (``Int8Tensor``, float32) or ``"int4"`` (``Int4Tensor``, bfloat16, needs ``mslk`` to run).
+
+    Returns:
+        The pipeline, which saves and loads as diffusers' torchao pipelines do, and what is computed how.
+    """
+    required("torchao")
+    name = denoiser_name(pipe)
+    model = getattr(pipe, name)
+    ranks = _ranks(model, captured(pipe, run, model))
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    plain = type(model).from_config(config).eval().to(torch.bfloat16 if layout == "int4" else torch.float32)
+    integer, floating = [], []
+    own = dict(model.named_modules())
+    for path, module in plain.named_modules():
+        layer = own.get(path)
+        if isinstance(layer, QuantLayer | SplitConv):
+            reason = _why_not(layer, layout)
+            if reason is None:
+                assert isinstance(layer, QuantLayer)
+                weight = (_int8 if layout == "int8" else _int4)(layer, ranks.get(path, 2))
+                integer.append(path)
+            else:
+                weight = _rounded(layer)
+                floating.append((path, reason))
+            _set(module, weight, layer)
+        elif layer is not None and layer is not model:
+            for key, value in module.named_parameters(recurse=False):
+                value.data.copy_(layer.get_parameter(key))
+            for key, buffer in module.named_buffers(recurse=False):
+                buffer.copy_(layer.get_buffer(key))
+    products = [key for key, module in own.items() if isinstance(module, QuantAttnProcessor)]
+    floating += [(key, "attention products") for key in products]
+    _adopt(plain, layout, [key for key, module in plain.named_modules() if _is_plain(module)])
+    return with_components(pipe, **{name: plain}), Products(tuple(integer), tuple(floating), ())
+
+
+def _ranks(model: nn.Module, call: Call) -> dict[str, int]:
+    """Of how many dimensions each linear layer's input is."""
+    ranks: dict[str, int] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            ranks[path] = args[0].ndim
+
+        return hook
+
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLayer) and m.kind == "linear"]
+    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in layers]
+    try:
+        with torch.no_grad():
+            model(**call.arguments(list(call.tensors.values())))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ranks
+
+
+def _why_not(layer: nn.Module, layout: Layout) -> str | None:
+    """Why torchao does not multiply a layer's codes; None where it does."""
+    if not isinstance(layer, QuantLayer) or layer.kind != "linear":
+        return "a convolution"
+    if layer.rank:
+        return "a 16-bit branch"
+    if layer.zero_point is not None or layer.scale.ndim != 1:
+        return "weights with zero points or groups"
+    if layout == "int4":
+        return None if layer.weights.bits <= FOUR_BITS else f"weights of {layer.weights.bits} bits"
+    quantizer = layer.input
+    if len(quantizer.widths) > 1 or quantizer.ranges > 1:
+        return "ranges that change"
+    return None if quantizer.bits == MAX_BITS else f"activations of {quantizer.bits} bits"
+
+
+def _int8(layer: QuantLayer, rank: int) -> torch.Tensor:
+    """8-bit codes, with the range of the layer's input."""
+    from torchao.quantization import Int8Tensor, MappingType, PerRow, PerTensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    quantizer = layer.input
+    symmetric = quantizer.grids[0].symmetric
+    mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+    scale = zero = None
+    if not quantizer.spec.dynamic:
+        scale = quantizer.scale.float().view([1] * rank).clone()
+        signed = quantizer.zero_point - (0 if symmetric else 1 << (MAX_BITS - 1))  # torchao's codes are signed
+        zero = signed.to(torch.int8).view([1] * rank)
+    granularity = PerRow() if quantizer.spec.dynamic else PerTensor()
+    made: torch.Tensor = Int8Tensor(
+        layer.integer_weight().to(torch.int8),
+        layer.scale.float().view(-1, 1).clone(),
+        [1, layer.columns],
+        torch.float32,
+        act_quant_scale=scale,
+        act_quant_zero_point=zero,
+        act_pre_scale=None if layer.smooth_scale is None else 1 / layer.smooth_scale,
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity, mapping),
+    )
+    return made
+
+
+def _int4(layer: QuantLayer, rank: int) -> torch.Tensor:
+    """4-bit codes, two in a byte, the even ones low; a scale for each group of inputs and each output."""
+    from torchao.quantization import Int4Tensor
+
+    codes = layer.integer_weight().to(torch.int8)
+    packed = (codes[:, ::2] & 0xF) | (codes[:, 1::2] << FOUR_BITS)
+    group = GROUP if layer.columns % GROUP == 0 else layer.columns
+    scale = layer.scale.to(torch.bfloat16).expand(layer.columns // group, -1).contiguous()
+    smooth = None if layer.smooth_scale is None else (1 / layer.smooth_scale).to(torch.bfloat16)
+    made: torch.Tensor = Int4Tensor(
+        packed, scale, torch.zeros_like(scale), [1, group], torch.Size(layer.shape), act_pre_scale=smooth
+    )
+    return made
+
+
+def _rounded(layer: nn.Module) -> torch.Tensor:
+    """A layer's weight as one in floating point, its smoothing and its branch included."""
+    if isinstance(layer, SplitConv):
+        return torch.cat([_rounded(layer.hidden), _rounded(layer.skip)], 1)
+    assert isinstance(layer, QuantLayer)
+    weight = layer.grid().values(layer.integer_weight().flatten(1)).view(layer.shape).float()
+    if layer.rank:
+        down, up = layer._low_rank()
+        weight = weight + (up @ down).view(layer.shape)
+    if layer.smooth_scale is not None:
+        weight = weight / layer.smooth_scale.view(1, -1, *[1] * (weight.ndim - 2))
+    return weight
+
+
+def _set(module: nn.Module, weight: torch.Tensor, layer: nn.Module) -> None:
+    parameter: Any = module.weight
+    if type(weight) is torch.Tensor:
+        weight = weight.to(parameter.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    bias = layer.hidden.bias if isinstance(layer, SplitConv) else layer.bias
+    if isinstance(bias, torch.Tensor):
+        module.bias = nn.Parameter(bias.detach().to(parameter.dtype).clone(), requires_grad=False)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module.weight.data) is torch.Tensor
+
+
+def _adopt(model: Any, layout: Layout, plain: list[str]) -> None:
+    """Let diffusers save and load a model as one of torchao's."""
+    from diffusers import TorchAoConfig
+    from diffusers.quantizers.torchao import TorchAoHfQuantizer
+    from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig
+
+    kind = Int8DynamicActivationInt8WeightConfig() if layout == "int8" else Int4WeightOnlyConfig()
+    config = TorchAoConfig(kind, modules_to_not_convert=plain)
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.validate_environment()
+    model.is_quantized = True
+    model.quantization_method = config.quant_method

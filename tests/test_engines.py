@@ -1,0 +1,405 @@
+"""Integers for real: what an engine computes beside the simulation, and what it refuses."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from ptqd import (
+    InputError,
+    LatentClassPipeline,
+    MismatchError,
+    Recipe,
+    Sampling,
+    StepPlan,
+    apply_plan,
+    correct,
+    load,
+    measure,
+    quantize,
+)
+from ptqd.cli import main
+from ptqd.components import pipeline_fingerprint
+from ptqd.engines import sessions
+from ptqd.engines.exporting import Exported, export
+from ptqd.engines.fidelity import fidelity
+from ptqd.engines.lowering import lowered
+from ptqd.engines.module import EngineModule
+from ptqd.engines.processor import Processor, overflows
+from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
+from ptqd.layers import QuantLinear
+from ptqd.sampling import run_batch
+
+MODERN = Processor(vnni=True, avx2=True, x86=True)
+OLDER = Processor(vnni=False, avx2=True, x86=True)
+RUN = Sampling(steps=3, eta=1.0, samples=4, batch=2)
+
+
+def small_pipe() -> DDIMPipeline:
+    """A UNet with all that has to be lowered: strides, nearest upsampling, attention, concatenations."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    return DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False))
+
+
+def recipe(text: str, **changes: Any) -> Recipe:
+    return Recipe.from_dict({**Recipe.parse(text).to_dict(), "calibration_samples": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def full() -> DDIMPipeline:
+    return small_pipe()
+
+
+Exports = Callable[..., tuple[Any, Exported]]
+
+
+@pytest.fixture(scope="module")
+def exports(full: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Quantized pipelines and what they were exported to, each made once."""
+    made: dict[str, tuple[Any, Exported]] = {}
+
+    def get(text: str, engine: str = "onnxruntime", **changes: Any) -> tuple[Any, Exported]:
+        key = f"{text} {engine}"
+        if key not in made:
+            others = [q for name, (q, _) in made.items() if name.startswith(f"{text} ")]
+            qpipe = others[0] if others else quantize(full, recipe(text, **changes), RUN)
+            made[key] = qpipe, export(qpipe, RUN, engine, tmp_path_factory.mktemp("engines") / "made")
+        return made[key]
+
+    return get
+
+
+def images(pipe: Any, run: Sampling = RUN) -> Any:
+    return run_batch(pipe, run, range(run.batch))
+
+
+def assert_near(found: Any, simulated: Any, full: Any) -> None:
+    """Far nearer to the simulation than that is to full precision: random weights make much of one other code."""
+    assert np.square(found - simulated).mean() < 0.4 * np.square(simulated - full).mean()
+
+
+def outputs(*models: Any) -> list[Any]:
+    with torch.no_grad():
+        return [model(*call_of()).sample.numpy() for model in models]
+
+
+def call_of(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(400)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_computes_what_the_simulation_does(engine: str, exports: Exports) -> None:
+    qpipe, made = exports("w4a8", engine)
+    assert not made.products.floating
+    assert any(".processor" in name for name in made.products.integer)
+    unet = made.pipeline.unet
+    assert isinstance(unet, EngineModule)
+    for batch in (1, 3):
+        with torch.no_grad():
+            expected = qpipe.unet(*call_of(batch)).sample
+        torch.testing.assert_close(unet(*call_of(batch)).sample, expected, rtol=0, atol=2e-2 * expected.std().item())
+    found = fidelity(qpipe.unet, unet, *call_of())
+    assert found.codes > 1000
+    assert found.first == 0
+    assert found.differing < 0.02
+    assert found.most <= 3
+    assert_near(images(made.pipeline), images(qpipe), images(small_pipe()))
+
+
+def test_it_is_a_component_like_any_other(exports: Exports, tmp_path: Path) -> None:
+    qpipe, made = exports("w4a8")
+    unet = made.pipeline.unet
+    assert unet.config.sample_size == 8
+    assert (unet.dtype, unet.device) == (torch.float32, torch.device("cpu"))
+    made.pipeline.save_pretrained(tmp_path / "copy")
+    again = load(tmp_path / "copy").to("cpu")
+    np.testing.assert_array_equal(images(again), images(made.pipeline))
+    assert pipeline_fingerprint(again) == pipeline_fingerprint(made.pipeline) != pipeline_fingerprint(qpipe)
+    assert isinstance(unet(*call_of(), return_dict=False), tuple)
+    torch.testing.assert_close(unet(*call_of()).sample, unet(*call_of(), return_dict=False)[0], rtol=0, atol=0)
+
+
+def test_corrections_and_statistics(exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
+    qpipe, made = exports("w4a8")
+    simulated, on_engine = measure(full, qpipe, RUN), measure(full, made.pipeline, RUN)
+    torch.testing.assert_close(on_engine.fit().k.value, simulated.fit().k.value, rtol=0, atol=1e-2)
+    by_either = [correct(made.pipeline, stats, ("cnc", "bc", "vsc")) for stats in (simulated, on_engine)]
+    for corrected in by_either:
+        assert np.abs(images(corrected) - images(made.pipeline)).max() > 0
+    by_either[0].save_pretrained(tmp_path / "corrected")
+    np.testing.assert_array_equal(images(load(tmp_path / "corrected")), images(by_either[0]))
+    with pytest.raises(MismatchError, match="on another unet"):
+        correct(qpipe, on_engine, ("cnc",))
+
+
+def test_a_plan_is_one_graph_with_ranges_as_inputs(exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
+    qpipe, _ = exports("w4a4+8")
+    scheduler = DDIMScheduler.from_config(full.scheduler.config)
+    scheduler.set_timesteps(RUN.steps)
+    timesteps = tuple(map(float, scheduler.timesteps.tolist()))
+    plan = StepPlan(timesteps=timesteps, bits=((8, 4), (4, 8), (8, 8)), groups=(("down", ("down*",)), ("rest", ("*",))))
+    planned = apply_plan(qpipe, plan, full)
+    made = export(planned, RUN, "onnxruntime", tmp_path / "planned")
+    again = load(tmp_path / "planned")
+    expected = images(planned)
+    for pipe in (made.pipeline, again):
+        assert_near(images(pipe), expected, images(full))
+    wide = apply_plan(qpipe, dataclasses.replace(plan, bits=((8, 8),) * 3), full)
+    assert np.square(images(again) - expected).mean() < 0.5 * np.square(images(wide) - expected).mean()
+    with pytest.raises(InputError, match="openvino has kernels of integers only where ranges stay the same"):
+        export(planned, RUN, "openvino", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    sizes = [
+        sum(path.stat().st_size for path in folder.iterdir())
+        for folder in (tmp_path / "planned" / "unet", exports("w4a8")[1].pipeline.unet.folder)
+    ]
+    assert sizes[0] < 1.3 * sizes[1]  # weights once
+
+
+def test_ranges_by_step(exports: Exports) -> None:
+    qpipe, made = exports("w8a8-steps2-time")
+    assert made.pipeline.unet.quantizers
+    assert_near(images(made.pipeline), images(qpipe), images(small_pipe()))
+    unet = made.pipeline.unet
+    unet(*call_of())
+    with pytest.raises(InputError, match="the samples of a batch are at several steps"):
+        unet(call_of()[0], torch.tensor([999, 0]))
+
+
+def test_ranges_as_they_come(exports: Exports) -> None:
+    qpipe, made = exports("w8a8-dynamic")
+    reasons = dict(made.products.floating)
+    assert set(reasons.values()) == {"ranges as they come"}
+    assert all(".processor" in name for name in reasons)
+    assert_near(*outputs(made.pipeline.unet, qpipe.unet, small_pipe().unet))
+    graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)[0]
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == len(made.products.integer)
+    assert "Conv" not in kinds
+
+
+def test_four_bits_are_four_bits_on_disk(exports: Exports) -> None:
+    from onnx import TensorProto
+
+    graph = read_graph(exports("w4a8")[1].pipeline.unet.folder / "model.onnx")
+    kinds = [tensor.data_type for tensor in graph.graph.initializer if tensor.name.endswith(".codes")]
+    assert kinds.count(TensorProto.INT4) == len(kinds) - 2  # the first and the last layer have 8
+
+
+def test_sums_of_two_products() -> None:
+    full_range = np.array([[127], [127]], np.int8)
+    assert overflows(full_range)
+    assert not overflows(np.array([[64], [64]], np.int8))
+    assert overflows(np.array([[65], [64]], np.int8))  # 255 * 129 = 32895
+    assert not overflows(np.array([[127], [1], [127]], np.int8))  # neighbours in pairs, the last alone
+    assert overflows(np.array([[-128], [-1]], np.int8))
+    assert not overflows(full_range, most=15)
+
+
+def test_saturation_is_avoided_where_it_can_happen(exports: Exports) -> None:
+    path = exports("w8a8")[1].pipeline.unet.folder / "model.onnx"
+    kinds = {}
+    for processor in (MODERN, OLDER):
+        constants = lowered(read_graph(path), processor)[1]
+        kinds[processor] = {name: c.dtype for name, c in constants.items() if name.endswith("/rows")}
+    assert set(kinds[MODERN].values()) == {np.dtype("int8")}
+    assert np.dtype("uint8") in kinds[OLDER].values()
+    ours, older = (OnnxRuntimeSession(path, processor=p).run(feed(path)) for p in (MODERN, OLDER))
+    np.testing.assert_allclose(ours[0], older[0], atol=2e-2)
+    with pytest.raises(InputError, match=r"sums of two products would saturate; use onnxruntime"):
+        OpenVinoSession(path, processor=OLDER)
+    four_bits = exports("w4a8")[1].pipeline.unet.folder / "model.onnx"
+    constants = lowered(read_graph(four_bits), OLDER)[1]
+    unsigned = [name for name, c in constants.items() if name.endswith("/rows") and c.dtype == np.uint8]
+    assert len(unsigned) <= 2  # proven from the codes: 4 bits cannot
+    with pytest.raises(InputError, match="no AVX2"):
+        OnnxRuntimeSession(path, processor=Processor(vnni=False, avx2=False, x86=True))
+
+
+def feed(path: Path) -> Mapping[str, Any]:
+    sample, t = call_of()
+    return {"sample": sample.numpy(), "timestep": np.full(2, t.item(), np.float32)}
+
+
+def test_what_is_not_there(
+    exports: Exports, full: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qpipe, made = exports("w4a8")
+    with pytest.raises(InputError, match="unknown engine 'tvm'; known are onnxruntime, openvino, torchao"):
+        export(qpipe, RUN, "tvm", tmp_path / "out")
+    with pytest.raises(InputError, match="cuda is a provider of onnxruntime"):
+        export(qpipe, RUN, "openvino", tmp_path / "out", provider="cuda")
+    path = made.pipeline.unet.folder / "model.onnx"
+    with pytest.raises(InputError, match="has no CUDAExecutionProvider"):
+        OnnxRuntimeSession(path, provider="cuda")
+    monkeypatch.setattr(sessions, "version", lambda package: "1.2.0")
+    with pytest.raises(InputError, match=r"onnxruntime 1.2.0 is older than 1.20: pip install 'ptqd\[engines\]'"):
+        OnnxRuntimeSession(path)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match=r"openvino is not installed: pip install 'ptqd\[engines\]', or sample in sim"):
+        export(qpipe, RUN, "openvino", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    images(qpipe)  # the simulation still runs
+
+
+def test_a_call_it_was_not_made_for(exports: Exports) -> None:
+    unet = exports("w4a8")[1].pipeline.unet
+    with pytest.raises(InputError, match="made for sample of N x 2 x 8 x 8, it is given 2 x 2 x 16 x 16; export the"):
+        unet(torch.zeros(2, 2, 16, 16), 1)
+    with pytest.raises(InputError, match="the graph was made without it: 'class_labels'"):
+        unet(*call_of(), class_labels=torch.zeros(2))
+    with pytest.raises(InputError, match="only 'forward' was exported"):
+        unet.decode(torch.zeros(1))
+
+
+def test_number_formats_that_no_engine_multiplies(full: DDIMPipeline, tmp_path: Path) -> None:
+    floats = quantize(full, recipe("we4m3ae4m3"), RUN)
+    with pytest.raises(InputError, match="no engine multiplies e4m3 weights; quantize to integers, or simulate"):
+        export(floats, RUN, "onnxruntime", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_found(exports: Exports, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exports("w4a8")[1].pipeline.unet.folder, folder)
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[100] ^= 1
+    (folder / "model.onnx").write_bytes(data)
+    with pytest.raises(InputError, match="not the one that was exported; export the pipeline again"):
+        EngineModule(folder)
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(InputError, match="is no ONNX graph"):
+        read_graph(folder / "model.onnx")
+    facts = json.loads((folder / "engine.json").read_text())
+    (folder / "engine.json").write_text(json.dumps(facts | {"format": 0}))
+    with pytest.raises(InputError, match="of another version of ptqd"):
+        EngineModule(folder)
+
+
+def test_an_operator_that_an_engine_lacks(exports: Exports, tmp_path: Path) -> None:
+    import onnx
+
+    graph = read_graph(exports("w4a8")[1].pipeline.unet.folder / "model.onnx")
+    next(node for node in graph.graph.node if node.op_type == "Softmax").op_type = "Hardermax"
+    onnx.save(graph, tmp_path / "model.onnx")
+    for engine in (OnnxRuntimeSession, OpenVinoSession):
+        with pytest.raises(InputError, match=r"does not load .*Hardermax"):
+            engine(tmp_path / "model.onnx")
+
+
+def test_tensorrt_wants_signed_codes(full: DDIMPipeline, exports: Exports, tmp_path: Path) -> None:
+    from onnx import TensorProto, checker
+
+    with pytest.raises(InputError, match="has a zero point, which TensorRT does not multiply"):
+        export(exports("w8a8")[0], RUN, "onnxruntime", tmp_path / "refused", provider="tensorrt")
+    text = recipe("w4a8").to_dict()
+    text |= {"attention": False, "activations": {**text["activations"], "symmetric": True}}
+    qpipe = quantize(full, Recipe.from_dict(text), RUN)
+    made = export(qpipe, RUN, "onnxruntime", tmp_path / "trt", provider="tensorrt")
+    graph = read_graph(tmp_path / "trt" / "unet" / "model.onnx")
+    checker.check_model(graph, full_check=True)
+    kinds = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    points = [node.input[2] for node in graph.graph.node if node.op_type == "QuantizeLinear"]
+    assert {kinds[name] for name in points} == {TensorProto.INT8}
+    assert TensorProto.INT4 not in kinds.values()
+    assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
+    assert fidelity(qpipe.unet, made.pipeline.unet, *call_of()).first == 0
+    assert made.pipeline.unet.facts["provider"] == "tensorrt"
+    with pytest.raises(InputError, match="has no TensorrtExecutionProvider"):
+        made.pipeline.unet.to("cuda")
+
+
+@pytest.mark.parametrize(("text", "layout"), [("w8a8", "int8"), ("w4a8", "int4")])
+def test_torchao(text: str, layout: Any, exports: Exports, tmp_path: Path) -> None:
+    qpipe, _ = exports(text)
+    made = export(qpipe, RUN, "torchao", tmp_path / "ao", layout=layout)
+    unet = made.pipeline.unet
+    assert type(unet) is UNet2DModel
+    linear = [name for name, module in qpipe.unet.named_modules() if isinstance(module, QuantLinear)]
+    assert list(made.products.integer) == linear
+    assert {reason for _, reason in made.products.floating} == {"a convolution", "attention products"}
+    for name in made.products.integer:
+        layer, weight = qpipe.unet.get_submodule(name), unet.get_submodule(name).weight
+        if layout == "int8":
+            torch.testing.assert_close(weight.qdata.int(), layer.integer_weight().int())
+            x = torch.randn(2, *[3] * (weight.act_quant_scale.ndim - 2), layer.in_features)
+            torch.testing.assert_close(unet.get_submodule(name)(x), layer(x), rtol=1e-4, atol=1e-5)
+        else:
+            low, high = (weight.qdata << 4) >> 4, weight.qdata >> 4
+            codes = torch.stack([low, high], -1).flatten(1)
+            torch.testing.assert_close(codes.int(), layer.integer_weight().int())
+    again = load(tmp_path / "ao", dtype=torch.bfloat16 if layout == "int4" else torch.float32)
+    assert pipeline_fingerprint(again) == pipeline_fingerprint(made.pipeline)
+    if layout == "int8":
+        np.testing.assert_array_equal(images(again), images(made.pipeline))
+
+
+def test_decoder_and_text_encoder(pipe: LatentClassPipeline, qpipe: Any, run: Sampling, tmp_path: Path) -> None:
+    small = run.replace(batch=2)
+    made = export(qpipe, small, "onnxruntime", tmp_path / "out", others="int8")
+    assert made.components == ("unet", "vae")
+    loaded = load(tmp_path / "out")
+    expected = images(qpipe, small)
+    assert np.square(images(loaded, small) - expected).mean() < 1e-3
+    other = small.replace(call={**small.call, "guidance_scale": 3.0})
+    assert np.abs(images(loaded, other) - images(loaded, small)).max() > 0
+    with pytest.raises(InputError, match="encoder is not exported"):
+        loaded.vae.encode(torch.zeros(1, 1, 16, 16))
+
+
+def test_from_the_shell(
+    exports: Exports, full: DDIMPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full.save_pretrained(tmp_path / "full")
+    arguments = ["--steps", "3", "--samples", "4", "--batch", "2", "--judge", "none", "--measured", "4"]
+    toml = tmp_path / "small.toml"
+    toml.write_text("calibration_samples = 2\n")
+    ran = [str(tmp_path / "full"), "--recipe", str(toml), "--methods", "cnc,bc", "--out", str(tmp_path / "run")]
+    assert main(["run", *ran, *arguments]) == 0
+    assert main(["export", str(tmp_path / "run"), "--row", "small cnc+bc", "--out", str(tmp_path / "engine")]) == 0
+    assert "products of integers: " in capsys.readouterr().out
+    sampled = ["--steps", "3", "--samples", "4", "--batch", "2"]
+    assert main(["sample", str(tmp_path / "engine"), "--out", str(tmp_path / "images"), *sampled]) == 0
+    kept = tmp_path / "kept"
+    bench = ["bench", str(tmp_path / "run"), "--engine", "onnxruntime", "--repeats", "1", "--batch", "2"]
+    shutil.copytree(tmp_path / "engine", kept / "onnxruntime-quantized")
+    values = tmp_path / "values.json"
+    assert main([*bench, "--threads", "1", "--out", str(kept), "--json", str(values)]) == 0
+    rows = json.loads(values.read_text())["rows"]
+    assert [(row["engine"], row["numbers"]) for row in rows] == [
+        ("torch", "FP32"),
+        ("torch, simulated", "small"),
+        ("onnxruntime", "FP32"),
+        ("onnxruntime", "small"),
+    ]
+    assert rows[0]["of_torch"] == 1
+    assert rows[1]["psnr"] == pytest.approx(rows[3]["psnr"], abs=0.5)
+    assert rows[2]["psnr"] > 80
+    assert all(row["peak"] > 1e8 for row in rows)
+    for arguments, message in (
+        (["export", str(tmp_path / "run"), "--row", "w2a2 none"], "no rows of .* are called 'w2a2 none'; there are"),
+        (["export", str(tmp_path / "full"), "--row", "x"], "is no run folder"),
+        (["bench", str(tmp_path / "full")], "give --model, the pipeline in full precision"),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "none")]) == 2
+        assert re.search(f"^ptqd: .*{message}", capsys.readouterr().err, re.MULTILINE)
