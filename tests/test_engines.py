@@ -30,7 +30,7 @@ from ptqd import (
 from ptqd.cli import main
 from ptqd.components import pipeline_fingerprint
 from ptqd.engines import sessions
-from ptqd.engines.exporting import Exported, export
+from ptqd.engines.exporting import Exported, export, for_engine
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.lowering import lowered
 from ptqd.engines.module import EngineModule
@@ -52,8 +52,8 @@ def small_pipe() -> DDIMPipeline:
         in_channels=2,
         out_channels=2,
         block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
@@ -78,13 +78,11 @@ def exports(full: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Exp
     """Quantized pipelines and what they were exported to, each made once."""
     made: dict[str, tuple[Any, Exported]] = {}
 
-    def get(text: str, engine: str = "onnxruntime", **changes: Any) -> tuple[Any, Exported]:
-        key = f"{text} {engine}"
-        if key not in made:
-            others = [q for name, (q, _) in made.items() if name.startswith(f"{text} ")]
-            qpipe = others[0] if others else quantize(full, recipe(text, **changes), RUN)
-            made[key] = qpipe, export(qpipe, RUN, engine, tmp_path_factory.mktemp("engines") / "made")
-        return made[key]
+    def get(text: str) -> tuple[Any, Exported]:
+        if text not in made:
+            qpipe = quantize(full, recipe(text), RUN)
+            made[text] = qpipe, export(qpipe, RUN, "onnxruntime", tmp_path_factory.mktemp("engines") / "made")
+        return made[text]
 
     return get
 
@@ -108,12 +106,15 @@ def call_of(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_engine_computes_what_the_simulation_does(engine: str, exports: Exports) -> None:
-    qpipe, made = exports("w4a8", engine)
+def test_an_engine_computes_what_the_simulation_does(engine: str, exports: Exports, tmp_path: Path) -> None:
+    qpipe, made = exports("w4a8")
     assert not made.products.floating
     assert any(".processor" in name for name in made.products.integer)
-    unet = made.pipeline.unet
+    for_engine(made.pipeline.unet.folder.parent, engine, tmp_path / "engine")
+    pipe = load(tmp_path / "engine")
+    unet = pipe.unet
     assert isinstance(unet, EngineModule)
+    assert unet.engine == engine
     for batch in (1, 3):
         with torch.no_grad():
             expected = qpipe.unet(*call_of(batch)).sample
@@ -123,7 +124,7 @@ def test_an_engine_computes_what_the_simulation_does(engine: str, exports: Expor
     assert found.first == 0
     assert found.differing < 0.02
     assert found.most <= 3
-    assert_near(images(made.pipeline), images(qpipe), images(small_pipe()))
+    assert_near(images(pipe), images(qpipe), images(small_pipe()))
 
 
 def test_it_is_a_component_like_any_other(exports: Exports, tmp_path: Path) -> None:
@@ -152,8 +153,10 @@ def test_corrections_and_statistics(exports: Exports, full: DDIMPipeline, tmp_pa
         correct(qpipe, on_engine, ("cnc",))
 
 
-def test_a_plan_is_one_graph_with_ranges_as_inputs(exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
-    qpipe, _ = exports("w4a4+8")
+def test_a_plan_and_ranges_by_step_are_inputs_of_one_graph(
+    full: DDIMPipeline, exports: Exports, tmp_path: Path
+) -> None:
+    qpipe = quantize(full, recipe("w4a4+8-steps2-time"), RUN)
     scheduler = DDIMScheduler.from_config(full.scheduler.config)
     scheduler.set_timesteps(RUN.steps)
     timesteps = tuple(map(float, scheduler.timesteps.tolist()))
@@ -174,16 +177,8 @@ def test_a_plan_is_one_graph_with_ranges_as_inputs(exports: Exports, full: DDIMP
         for folder in (tmp_path / "planned" / "unet", exports("w4a8")[1].pipeline.unet.folder)
     ]
     assert sizes[0] < 1.3 * sizes[1]  # weights once
-
-
-def test_ranges_by_step(exports: Exports) -> None:
-    qpipe, made = exports("w8a8-steps2-time")
-    assert made.pipeline.unet.quantizers
-    assert_near(images(made.pipeline), images(qpipe), images(small_pipe()))
-    unet = made.pipeline.unet
-    unet(*call_of())
     with pytest.raises(InputError, match="the samples of a batch are at several steps"):
-        unet(call_of()[0], torch.tensor([999, 0]))
+        again.unet(call_of()[0], torch.tensor([666, 0]))
 
 
 def test_ranges_as_they_come(exports: Exports) -> None:
@@ -192,7 +187,7 @@ def test_ranges_as_they_come(exports: Exports) -> None:
     assert set(reasons.values()) == {"ranges as they come"}
     assert all(".processor" in name for name in reasons)
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, small_pipe().unet))
-    graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)[0]
+    graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("MatMulIntegerToFloat") == len(made.products.integer)
     assert "Conv" not in kinds
@@ -217,23 +212,28 @@ def test_sums_of_two_products() -> None:
 
 
 def test_saturation_is_avoided_where_it_can_happen(exports: Exports) -> None:
+    from onnx import TensorProto
+
     path = exports("w8a8")[1].pipeline.unet.folder / "model.onnx"
     kinds = {}
     for processor in (MODERN, OLDER):
-        constants = lowered(read_graph(path), processor)[1]
-        kinds[processor] = {name: c.dtype for name, c in constants.items() if name.endswith("/rows")}
-    assert set(kinds[MODERN].values()) == {np.dtype("int8")}
-    assert np.dtype("uint8") in kinds[OLDER].values()
+        kinds[processor] = row_kinds(path, processor)
+    assert set(kinds[MODERN]) == {TensorProto.INT8}
+    assert TensorProto.UINT8 in kinds[OLDER]
     ours, older = (OnnxRuntimeSession(path, processor=p).run(feed(path)) for p in (MODERN, OLDER))
     np.testing.assert_allclose(ours[0], older[0], atol=2e-2)
     with pytest.raises(InputError, match=r"sums of two products would saturate; use onnxruntime"):
         OpenVinoSession(path, processor=OLDER)
     four_bits = exports("w4a8")[1].pipeline.unet.folder / "model.onnx"
-    constants = lowered(read_graph(four_bits), OLDER)[1]
-    unsigned = [name for name, c in constants.items() if name.endswith("/rows") and c.dtype == np.uint8]
-    assert len(unsigned) <= 2  # proven from the codes: 4 bits cannot
+    assert row_kinds(four_bits, OLDER).count(TensorProto.UINT8) <= 2  # proven from the codes: 4 bits cannot
     with pytest.raises(InputError, match="no AVX2"):
         OnnxRuntimeSession(path, processor=Processor(vnni=False, avx2=False, x86=True))
+
+
+def row_kinds(path: Path, processor: Processor) -> list[int]:
+    """Of the weights' codes, as products read them."""
+    graph = lowered(read_graph(path), processor).graph
+    return [tensor.data_type for tensor in graph.initializer if tensor.name.endswith("/rows")]
 
 
 def feed(path: Path) -> Mapping[str, Any]:
@@ -354,6 +354,7 @@ def test_torchao(text: str, layout: Any, exports: Exports, tmp_path: Path) -> No
         np.testing.assert_array_equal(images(again), images(made.pipeline))
 
 
+@pytest.mark.slow
 def test_decoder_and_text_encoder(pipe: LatentClassPipeline, qpipe: Any, run: Sampling, tmp_path: Path) -> None:
     small = run.replace(batch=2)
     made = export(qpipe, small, "onnxruntime", tmp_path / "out", others="int8")
@@ -380,12 +381,30 @@ def test_from_the_shell(
     assert "products of integers: " in capsys.readouterr().out
     sampled = ["--steps", "3", "--samples", "4", "--batch", "2"]
     assert main(["sample", str(tmp_path / "engine"), "--out", str(tmp_path / "images"), *sampled]) == 0
-    kept = tmp_path / "kept"
-    bench = ["bench", str(tmp_path / "run"), "--engine", "onnxruntime", "--repeats", "1", "--batch", "2"]
-    shutil.copytree(tmp_path / "engine", kept / "onnxruntime-quantized")
+    for arguments, message in (
+        (["export", str(tmp_path / "run"), "--row", "w2a2 none"], "no rows of .* are called 'w2a2 none'; there are"),
+        (["export", str(tmp_path / "full"), "--row", "x"], "is no run folder"),
+        (["bench", str(tmp_path / "full")], "give --model, the pipeline in full precision"),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "none")]) == 2
+        assert re.search(f"^ptqd: .*{message}", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_engines_are_timed_in_turn(full: DDIMPipeline, tmp_path: Path) -> None:
+    full.save_pretrained(tmp_path / "full")
+    (tmp_path / "small.toml").write_text("calibration_samples = 2\n")
+    ran = [str(tmp_path / "full"), "--recipe", str(tmp_path / "small.toml"), "--methods", "cnc,bc"]
+    sampled = ["--steps", "3", "--samples", "4", "--batch", "2", "--judge", "none", "--measured", "4"]
+    assert main(["run", *ran, *sampled, "--out", str(tmp_path / "run")]) == 0
+    bench = ["bench", str(tmp_path / "run"), "--engine", "torch", "--engine", "onnxruntime", "--repeats", "1"]
     values = tmp_path / "values.json"
-    assert main([*bench, "--threads", "1", "--out", str(kept), "--json", str(values)]) == 0
-    rows = json.loads(values.read_text())["rows"]
+    assert main([*bench, "--batch", "2", "--threads", "1", "--json", str(values)]) == 0
+    facts = json.loads(values.read_text())
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["speed"] == facts
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Real seconds" in (tmp_path / "run" / "report.html").read_text()
+    rows = facts["rows"]
     assert [(row["engine"], row["numbers"]) for row in rows] == [
         ("torch", "FP32"),
         ("torch, simulated", "small"),
@@ -396,10 +415,3 @@ def test_from_the_shell(
     assert rows[1]["psnr"] == pytest.approx(rows[3]["psnr"], abs=0.5)
     assert rows[2]["psnr"] > 80
     assert all(row["peak"] > 1e8 for row in rows)
-    for arguments, message in (
-        (["export", str(tmp_path / "run"), "--row", "w2a2 none"], "no rows of .* are called 'w2a2 none'; there are"),
-        (["export", str(tmp_path / "full"), "--row", "x"], "is no run folder"),
-        (["bench", str(tmp_path / "full")], "give --model, the pipeline in full precision"),
-    ):
-        assert main([*arguments, "--out", str(tmp_path / "none")]) == 2
-        assert re.search(f"^ptqd: .*{message}", capsys.readouterr().err, re.MULTILINE)

@@ -36,6 +36,7 @@ def test_one_process_waits_for_nobody() -> None:
     processes.wait()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Path) -> None:
     model, recipe = tmp_path / "model", tmp_path / "small.toml"
     tiny_pipeline().save_pretrained(model)

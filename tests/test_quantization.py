@@ -62,6 +62,7 @@ def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: A
     assert isinstance(qpipe, LatentClassPipeline)
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_to_full_precision(pipe: Any, run: Sampling) -> None:
     eight, four, two = (
         measure(pipe, quantize(pipe, recipe(text, calibration_samples=10), run), run).fit().snr.value

@@ -240,7 +240,9 @@ def test_distillation_at_eight_bits_does_not_lose_what_rounding_kept(pipe: Any, 
     assert output_error(pipe, made, run) < output_error(pipe, nearest, run)
 
 
-@pytest.mark.parametrize("name", [pytest.param("brecq", marks=pytest.mark.slow), "distill"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("brecq", marks=pytest.mark.slow), pytest.param("distill", marks=pytest.mark.slow)]
+)
 def test_a_kill_between_or_inside_units_changes_nothing(
     name: str, pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

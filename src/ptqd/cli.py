@@ -265,7 +265,8 @@ def _cmd_export(args: argparse.Namespace) -> None:
     from ptqd.engines.exporting import export
 
     _check_replaceable(args.out)
-    pipe, run, _ = _kept(args)
+    pipes, run, _ = _kept(args, [args.row] if args.row else None)
+    *_, pipe = pipes.values()
     made = export(pipe, run, args.engine, args.out, others=args.others, provider=args.provider, layout=args.layout)
     products = made.products
     print(f"{args.out}: {', '.join(made.components)} for {args.engine}")
@@ -275,49 +276,58 @@ def _cmd_export(args: argparse.Namespace) -> None:
 
 def _cmd_bench(args: argparse.Namespace) -> None:
     """Time a quantized pipeline in every engine that is installed, beside full precision, in turn, in one table."""
-    from tempfile import TemporaryDirectory
-
     from rich.console import Console
 
     from ptqd.files import write_json
-    from ptqd.loading import best_device
-    from ptqd.report.speed import speed_rows, speed_table
-    from ptqd.speed import contestants, race
+    from ptqd.report.speed import speed_table
 
-    pipe, run, row = _kept(args)
-    model = args.model or (row or {}).get("model")
+    facts = _timed(args)
+    if args.json is not None:
+        write_json(args.json, facts)
+    Console(width=None if sys.stdout.isatty() else 160).print(speed_table(facts))
+    print("".join(f"  without {what}: {reason}\n" for what, reason in facts["without"].items()), end="")
+
+
+def _timed(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds by engine, which a run folder's report keeps."""
+    from tempfile import TemporaryDirectory
+
+    from ptqd.files import read_json, write_json
+    from ptqd.loading import best_device
+    from ptqd.report.speed import speed_facts
+    from ptqd.speed import contestants, race
+    from ptqd.stages import RunFolder
+
+    pipes, run, model = _kept(args, args.row)
+    run = run.replace(batch=args.batch)
+    model = args.model or model
     if model is None:
         raise InputError("give --model, the pipeline in full precision that this one was quantized from")
-    full, name = _pipeline(args, model), args.run.name if row is None else row["recipe"]
-    run = run.replace(batch=args.batch)
+    full, device, report = _pipeline(args, model), args.device or best_device(), args.run / "report.json"
     with TemporaryDirectory() as temporary:
-        folder = args.out or Path(temporary)
-        found, refused = contestants(full, pipe, name, run, folder, args.engine or None, progress=True)
-        device = args.device or best_device()
+        folder = RunFolder(args.run if report.is_file() else args.out or Path(temporary))
+        found, refused = contestants(full, pipes, run, folder, args.engine, progress=True)
         timings, failed = race(found, run, repeats=args.repeats, threads=args.threads, device=device, progress=True)
-    rows = speed_rows(timings)
-    title = (
-        f"{name}: {run.steps} steps, batch {run.batch}, {args.threads or 'all'} threads, {device}, {args.repeats} times"
-    )
-    Console(width=None if sys.stdout.isatty() else 160).print(speed_table(rows, title))
-    for what, reason in (refused | failed).items():
-        print(f"  without {what}: {reason}")
-    if args.json is not None:
-        write_json(args.json, {"title": title, "rows": rows, "without": refused | failed})
+    facts = speed_facts(timings, refused | failed, run, args.threads, device)
+    if report.is_file():
+        write_json(report, read_json(report) | {"speed": facts})
+    return facts
 
 
-def _kept(args: argparse.Namespace) -> "tuple[DiffusionPipeline, Sampling, dict[str, Any] | None]":
-    """The quantized pipeline of a run folder's row, and how it was sampled; or of a folder of its own."""
+def _kept(
+    args: argparse.Namespace, names: Sequence[str] | None
+) -> "tuple[dict[str, DiffusionPipeline], Sampling, str | None]":
+    """The quantized pipelines of a run folder's rows, how they were sampled, and of which model; or a folder's own."""
     from ptqd.experiment import pipeline_of
-    from ptqd.rows import one_row, sampling_of
+    from ptqd.rows import chosen_rows, sampling_of
 
     if not (args.run / "report.json").is_file():
-        if args.row is not None:
+        if names is not None:
             raise InputError(f"{args.run} is no run folder (it has no report.json), so it has no rows; leave out --row")
         pipe = _pipeline(args, args.run)
-        return pipe, _sampling(args, pipe), None
-    row = one_row(args.run, args.row)
-    return pipeline_of(args.run, row), sampling_of(row), row
+        return {args.run.name: pipe}, _sampling(args, pipe), None
+    rows = chosen_rows(args.run, names)
+    return {row["recipe"]: pipeline_of(args.run, row) for row in rows}, sampling_of(rows[-1]), rows[-1]["model"]
 
 
 def _cmd_report(args: argparse.Namespace) -> None:
@@ -328,17 +338,21 @@ def _cmd_report(args: argparse.Namespace) -> None:
     from ptqd.files import read_json
     from ptqd.progress import busy
     from ptqd.report.page import write_page
+    from ptqd.report.speed import speed_table
     from ptqd.report.table import markdown_table, terminal_table
 
     if not processes.is_main():
         return
     with busy("writing the report"):
         page = write_page(args.run)
-    rows = read_json(args.run / "report.json")["rows"]
+    report = read_json(args.run / "report.json")
     if args.markdown:
-        print(markdown_table(rows))
+        print(markdown_table(report["rows"]))
         return
-    Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(rows))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(terminal_table(report["rows"]))
+    if "speed" in report:
+        console.print(speed_table(report["speed"]))
     print(f"{args.run / 'report.json'}\n{page}")
 
 
@@ -459,6 +473,7 @@ def _run_study(args: argparse.Namespace) -> None:
 
 def _cmd_demo(args: argparse.Namespace) -> None:
     """The main job on the embedded fashion-ldm, in the paper's two settings."""
+    from ptqd import processes
     from ptqd.demo import SIZES, demo
     from ptqd.manifest import run_with_manifest
 
@@ -468,6 +483,10 @@ def _cmd_demo(args: argparse.Namespace) -> None:
     args.judge, args.reference, args.lpips, args.clip = "fashion", None, None, None
     run_with_manifest(_pipeline(args, "fashion-ldm"), demo(**size), args.out, _judge(args))
     args.run, args.markdown = args.out, False
+    if args.size != "quick" and processes.is_main():
+        args.row, args.model, args.engine = None, None, ["onnxruntime", "openvino"]
+        args.batch, args.repeats, args.threads = 32, 3, 0
+        _timed(args)
     _cmd_report(args)
 
 
@@ -673,13 +692,6 @@ def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
-def _add_row(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder, or a quantized pipeline's folder")
-    parser.add_argument(
-        "--row", metavar="'w4a8 auto'", help="of a run folder: recipe and correction (default: the last row)"
-    )
-
-
 def _add_plan(parser: argparse.ArgumentParser, default: str | None) -> None:
     group = parser.add_argument_group("bits by step")
     text = "auto: the least error for a budget; paper: PTQD's rule; or a plan's file (default: %(default)s)"
@@ -770,7 +782,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
     sub = verb("export", _cmd_export)
-    _add_row(sub)
+    sub.add_argument("run", type=Path, help="run folder, or a quantized pipeline's folder")
+    sub.add_argument("--row", help="of a run folder: recipe and correction, 'w4a8 auto' (default: the last row)")
     sub.add_argument("--engine", default="onnxruntime", help="onnxruntime, openvino or torchao (default: %(default)s)")
     sub.add_argument(
         "--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="of onnxruntime (default: %(default)s)"
@@ -788,14 +801,21 @@ def parser() -> argparse.ArgumentParser:
     _add_sampling(sub, 64)
 
     sub = verb("bench", _cmd_bench)
-    _add_row(sub)
+    sub.add_argument("run", type=Path, help="run folder, or a quantized pipeline's folder")
+    sub.add_argument(
+        "--row", action="append", help="of a run folder; may be given again (default: the last row of each recipe)"
+    )
     sub.add_argument("--model", help=f"in full precision (default: the run's): {MODEL_HELP}")
     sub.add_argument(
-        "--engine", action="append", help="torch.compile, onnxruntime or openvino; may be given again (default: all)"
+        "--engine",
+        action="append",
+        help="torch, torch.compile, onnxruntime or openvino; may be given again (default: all)",
     )
     sub.add_argument("--repeats", type=int, default=5, help="batches timed of each (default: %(default)s)")
     sub.add_argument("--threads", type=int, default=0, help="of the CPU (default: as torch)")
-    sub.add_argument("--out", type=Path, help="folder to keep the exported pipelines in, for the next time")
+    sub.add_argument(
+        "--out", type=Path, help="of a pipeline's folder: where to keep what is exported, for the next time"
+    )
     sub.add_argument("--json", type=Path, help="file to write all values to")
     _add_sampling(sub, None)
     sub.set_defaults(batch=32)

@@ -1,5 +1,6 @@
 """Rows of run folders: found, named, and how they were sampled."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,32 @@ def rows_of(folder: Path, several: bool = False) -> list[dict[str, Any]]:
     return [{**row, "run": folder.name if several else "", "folder": folder} for row in report["rows"]]
 
 
-def one_row(folder: Path, name: str | None) -> dict[str, Any]:
-    """One row of a run folder; without a name the last of its last recipe, which its correction is for.
+def chosen_rows(folder: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Rows of a run folder, of one setting.
+
+    Args:
+        folder: that ``ptqd run`` wrote.
+        names: recipe and correction of each, after the setting where several have it; without them the last row of
+            each recipe, which its correction is for, in the first setting.
 
     Raises:
-        InputError: there is no such row, or several are called so.
+        InputError: there is no such row, or several are called so, or there is nothing but full precision.
     """
-    rows = rows_of(folder)
-    if name is None:
-        return rows[-1]
-    found = [row for row in rows if name in (row_name(row), f"{_setting(row)} {row_name(row)}")]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(repr(f"{_setting(row)} {row_name(row)}") for row in found or rows)
-    raise InputError(f"{len(found) or 'no'} rows of {folder} are called {name!r}; there are {names}")
+    rows = [row for row in rows_of(folder) if row["recipe"] != "fp32"]
+    if not rows:
+        raise InputError(f"{folder} has no row of a quantized pipeline")
+    if names is None:
+        return list({row["recipe"]: row for row in rows if _setting(row) == _setting(rows[0])}.values())
+    chosen = []
+    for name in names:
+        found = [row for row in rows if name in (row_name(row), f"{_setting(row)} {row_name(row)}")]
+        if len(found) != 1:
+            known = ", ".join(repr(f"{_setting(row)} {row_name(row)}") for row in found or rows)
+            raise InputError(f"{len(found) or 'no'} rows of {folder} are called {name!r}; there are {known}")
+        chosen += found
+    if len({_setting(row) for row in chosen}) > 1:
+        raise InputError(f"rows of different settings are not compared; choose from one: {_setting(chosen[0])}")
+    return chosen
 
 
 def _setting(row: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.components import denoiser_name, plain_scheduler, with_components
+from ptqd.components import denoiser_name, pipeline_fingerprint, plain_scheduler, with_components
 from ptqd.cost import disk_bytes
-from ptqd.engines.exporting import export
+from ptqd.engines.exporting import export, for_engine
 from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
 from ptqd.progress import busy, track
 from ptqd.sampling import Sampling
+from ptqd.stages import RunFolder
 
 EAGER, COMPILED, SIMULATED = "torch", "torch.compile", "torch, simulated"
 FULL = "FP32"
@@ -78,66 +80,82 @@ class Timing:
 
 def contestants(
     full: DiffusionPipeline,
-    quantized: DiffusionPipeline,
-    name: str,
+    quantized: Mapping[str, DiffusionPipeline],
     run: Sampling,
-    folder: Path,
+    folder: RunFolder,
     engines: Sequence[str] | None = None,
     *,
     progress: bool = False,
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Full precision and integers in every engine, full precision in torch first.
+    """Full precision in torch, then full precision and integers in every engine.
 
     Args:
         full: the pipeline in full precision.
-        quantized: by ptqd, with its correction and plan.
-        name: of its recipe.
-        run: how both sample.
-        folder: to write pipelines to; what was written there before is taken as it is.
-        engines: ``"torch"``, ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; those that are there by default.
+        quantized: pipelines by ptqd, with their corrections and plans, by what their numbers are called.
+        run: how all sample.
+        folder: where pipelines are kept, under ``engines/``; one that is there already is taken as it is.
+        engines: ``"torch"`` (the simulation), ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; by default all.
         progress: show it.
 
     Returns:
         Those that can run, and for the others why not.
 
     Raises:
-        InputError: an engine that was asked for by name cannot run the full-precision pipeline.
+        InputError: an engine that is not known.
     """
-    full = with_components(full, scheduler=plain_scheduler(quantized.scheduler))
-    part = denoiser_name(full)
-    found = [Contestant(EAGER, FULL, folder / "full", disk_bytes(getattr(full, part)))]
-    _saved(full, folder / "full")
-    wanted = [EAGER, *(n for n in (COMPILED, *ENGINES) if engines is None or n in engines)]
-    unknown = set(engines or ()) - {EAGER, COMPILED, *ENGINES}
+    known = (EAGER, COMPILED, *ENGINES)
+    unknown = set(engines or ()) - set(known)
     if unknown:
-        raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join((EAGER, COMPILED, *ENGINES))}")
+        raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join(known)}")
+    full = with_components(full, scheduler=plain_scheduler(next(iter(quantized.values())).scheduler))
+    everything = {FULL: full, **quantized}
+    makers = _Makers(folder, run, progress)
+    size = disk_bytes(getattr(full, denoiser_name(full)))
+    found = [Contestant(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
-    for engine in wanted:
+    for engine in known if engines is None else [name for name in known if name in engines]:
         if engine == EAGER:
-            _saved(quantized, folder / "quantized")
-            size = disk_bytes(getattr(quantized, part))
-            found.append(Contestant(SIMULATED, name, folder / "quantized", size))
+            for name, pipe in quantized.items():
+                size = disk_bytes(getattr(pipe, denoiser_name(pipe)))
+                found.append(Contestant(SIMULATED, name, makers.saved(name, pipe), size))
         elif engine == COMPILED:
-            found.append(Contestant(COMPILED, FULL, folder / "full", found[0].bytes, compiled=True))
+            found.append(Contestant(COMPILED, FULL, found[0].folder, found[0].bytes, compiled=True))
         else:
-            for pipe, numbers, what in ((full, FULL, "full"), (quantized, name, "quantized")):
-                target = folder / f"{engine}-{what}"
+            for name, pipe in everything.items():
                 try:
-                    required(engine)
-                    if not target.exists():
-                        with busy(f"exporting {numbers} for {engine}" if progress else None):
-                            export(pipe, run, engine, target)
+                    target = makers.exported(name, pipe, engine)
                 except PtqdError as error:
-                    refused[f"{engine} {numbers}"] = str(error)
+                    refused[f"{engine} {name}"] = str(error)
                     continue
-                size = sum(path.stat().st_size for path in (target / part).iterdir())
-                found.append(Contestant(engine, numbers, target, size))
+                size = sum(path.stat().st_size for path in (target / denoiser_name(pipe)).iterdir())
+                found.append(Contestant(engine, name, target, size))
     return found, refused
 
 
-def _saved(pipe: DiffusionPipeline, folder: Path) -> None:
-    if not folder.exists():
-        pipe.save_pretrained(folder)
+class _Makers:
+    """Pipelines in folders, each made once."""
+
+    def __init__(self, folder: RunFolder, run: Sampling, progress: bool) -> None:
+        self.folder, self.run, self.progress = folder, run, progress
+
+    def saved(self, name: str, pipe: DiffusionPipeline) -> Path:
+        """A pipeline as it is."""
+        inputs = {"pipeline": pipeline_fingerprint(pipe)}
+        return self.folder.stage(f"engines/torch-{name}", inputs, lambda path, scratch: pipe.save_pretrained(path))
+
+    def exported(self, name: str, pipe: DiffusionPipeline, engine: str) -> Path:
+        """A pipeline for an engine; the graph is traced once for all of them."""
+        required(engine)
+        inputs = {"pipeline": pipeline_fingerprint(pipe), "call": self.run.shared_call, "ptqd": version("ptqd")}
+
+        def trace(path: Path, scratch: Path) -> None:
+            with busy(f"exporting {name}" if self.progress else None):
+                export(pipe, self.run, ENGINES[0], path)
+
+        traced = self.folder.stage(f"engines/{ENGINES[0]}-{name}", inputs, trace)
+        if engine == ENGINES[0]:
+            return traced
+        return self.folder.stage(f"engines/{engine}-{name}", inputs, lambda path, _: for_engine(traced, engine, path))
 
 
 def race(

@@ -96,28 +96,33 @@ class _Expansion:
         facts = attributes_of(node)
         groups, channels = facts["num_groups"], int(shape[1] or 0)
         size, thin = channels // groups, [None, channels, *[1] * (len(shape) - 2)]
-        alike = self._constant(f"{y}/alike", np.kron(np.eye(groups), np.full((size, size), 1 / size)))
+        members = np.kron(np.eye(groups), np.ones((1, size)))  # G,C
+        gather = self._constant(f"{y}/gather", members.T / size)
+        weights = numpy_helper.to_array(self.initializers[gamma])
+        spread_out = self._constant(f"{y}/members", members * weights)
 
-        def make(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> str:
+        def make(kind: str, inputs: Sequence[str], what: str, width: int = groups, **attributes: Any) -> str:
             name = self._emit(kind, inputs, f"{y}/{what}", **attributes)
-            self._value(name, TensorProto.FLOAT, [None, channels])
+            self._value(name, TensorProto.FLOAT, [None, width])
             return name
 
         def mean_of(tensor: str, what: str) -> str:
-            """Over places (N, C): by pooling, which engines share among cores."""
+            """Over the places, by pooling, which engines share among cores, and the channels of a group: (N, G)."""
             pooled = self._emit("AveragePool", [tensor], f"{y}/{what}/pooled", kernel_shape=shape[2:])
             self._value(pooled, TensorProto.FLOAT, thin)
-            return make("Reshape", [pooled, self._constant(f"{y}/{what}/shape", [0, channels], np.int64)], what)
+            flat = self._constant(f"{y}/{what}/shape", [0, channels], np.int64)
+            return make("MatMul", [make("Reshape", [pooled, flat], f"{what}/flat", channels), gather], what)
 
         squared = self._emit("Mul", [x, x], f"{y}/squared")
         self._value(squared, TensorProto.FLOAT, shape)
-        mean = make("MatMul", [mean_of(x, "means"), alike], "mean")
-        square = make("MatMul", [mean_of(squared, "squares"), alike], "square")
-        variance = make("Sub", [square, make("Mul", [mean, mean], "mean2")], "difference")
+        mean = mean_of(x, "mean")
+        variance = make("Sub", [mean_of(squared, "square"), make("Mul", [mean, mean], "mean2")], "difference")
         variance = make("Max", [variance, self._constant(f"{y}/zero", 0.0)], "variance")
         variance = make("Add", [variance, self._constant(f"{y}/epsilon", facts.get("epsilon", 1e-5))], "positive")
-        scale = make("Div", [gamma, make("Sqrt", [variance], "deviation")], "scale")
-        offset = make("Sub", [beta, make("Mul", [mean, scale], "shift")], "offset")
+        inverse = make("Reciprocal", [make("Sqrt", [variance], "deviation")], "inverse")
+        scale = make("MatMul", [inverse, spread_out], "scale", channels)
+        shift = make("MatMul", [make("Mul", [mean, inverse], "scaled_mean"), spread_out], "shift", channels)
+        offset = make("Sub", [beta, shift], "offset", channels)
         spread = self._constant(f"{y}/spread", [0, channels, *thin[2:]], np.int64)
         for name in (scale, offset):
             self._value(self._emit("Reshape", [name, spread], f"{name}/spread"), TensorProto.FLOAT, thin)

@@ -1,6 +1,8 @@
 """A pipeline for an engine: its networks as graphs, in a diffusers folder that loads and runs like any other."""
 
 import copy
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +12,12 @@ from torch import nn
 
 from ptqd.activations import ActivationQuantizer
 from ptqd.components import denoiser_name, with_components
-from ptqd.engines.graph import Graph, Products, captured, trace
-from ptqd.engines.module import EngineModule, write_component
+from ptqd.engines.graph import Graph, Products, captured, changing_quantizers, trace
+from ptqd.engines.module import FACTS, EngineModule, write_component
 from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
-from ptqd.files import replacing
+from ptqd.files import read_json, replacing, write_json
 from ptqd.insertion import insert_quantizers, quant_modules
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
@@ -82,15 +84,11 @@ def export(
         return Exported(made, products, (name,))
     for package in (engine, "onnx", "onnxscript"):
         required(package)
+    _check_ranges(engine, changing_quantizers(getattr(pipe, name)))
     if provider == "tensorrt":
         _check_symmetric(getattr(pipe, name))
     with replacing(folder) as temporary:
         graph = _written(pipe, run, name, "forward", temporary, engine, provider)
-        if engine == "openvino" and graph.products.quantizers:
-            raise InputError(
-                "openvino has kernels of integers only where ranges stay the same; for a plan, or ranges by step, "
-                "export to onnxruntime"
-            )
         components = [name]
         for component, method in _others(pipe) if others != "none" else ():
             source = pipe
@@ -102,6 +100,32 @@ def export(
         loaded.save_pretrained(temporary)
     engines = {component: EngineModule(folder / component) for component in components}
     return Exported(with_components(pipe, **engines), graph.products, tuple(components))
+
+
+def for_engine(exported: Path, engine: str, folder: Path) -> None:
+    """Write an exported pipeline once more, for another engine that reads the same graphs.
+
+    Args:
+        exported: what :func:`export` wrote.
+        engine: ``"onnxruntime"`` or ``"openvino"``.
+        folder: a new one.
+
+    Raises:
+        InputError: the engine lacks what the graphs need.
+    """
+    shutil.copytree(exported, folder)
+    for path in folder.glob(f"*/{FACTS}"):
+        facts = read_json(path)
+        _check_ranges(engine, facts["ranges"])
+        write_json(path, facts | {"engine": engine})
+
+
+def _check_ranges(engine: str, changing: Collection[str]) -> None:
+    if engine == "openvino" and changing:
+        raise InputError(
+            "openvino has kernels of integers only where ranges stay the same; for a plan, or ranges by step, "
+            "export to onnxruntime"
+        )
 
 
 def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:

@@ -320,9 +320,9 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     for hook in list(twin._forward_pre_hooks):  # clocks: the ranges come from outside
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
-    changing = [(name, q) for name, q in twin.named_modules() if isinstance(q, ActivationQuantizer) and _changes(q)]
+    changing = changing_quantizers(twin)
     table = _Table(torch.ones(len(changing)), *(torch.zeros(len(changing), dtype=torch.uint8) for _ in range(2)))
-    places = {id(q): i for i, (_, q) in enumerate(changing)}
+    places = {id(q): i for i, q in enumerate(changing.values())}
     integer, floating = [], []
     for name, module in list(twin.named_modules()):
         if isinstance(module, QuantLayer | QuantAttnProcessor):
@@ -339,12 +339,13 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
             put_layer(
                 twin, name, _Product(module, _Rounding(module.input, places.get(id(module.input)), table, signed))
             )
-    return twin, Products(tuple(integer), tuple(floating), tuple(name for name, _ in changing)), table
+    return twin, Products(tuple(integer), tuple(floating), tuple(changing)), table
 
 
-def _changes(quantizer: ActivationQuantizer) -> bool:
-    """Whether its range depends on the step."""
-    return len(quantizer.widths) > 1 or quantizer.ranges > 1
+def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """By name, the activation quantizers whose range depends on the step."""
+    found = {name: q for name, q in model.named_modules() if isinstance(q, ActivationQuantizer)}
+    return {name: q for name, q in found.items() if len(q.widths) > 1 or q.ranges > 1}
 
 
 def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:

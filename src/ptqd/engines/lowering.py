@@ -64,15 +64,12 @@ class Weight:
     axis: int
 
 
-def lowered(model: onnx.ModelProto, processor: Processor) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def lowered(model: onnx.ModelProto, processor: Processor) -> onnx.ModelProto:
     """A graph as ONNX Runtime's CPU kernels compute it fastest.
 
     Args:
         model: as :func:`ptqd.engines.graph.trace` makes it; its contents are taken over.
         processor: where it will run: weights become unsigned where signed ones could overflow.
-
-    Returns:
-        The graph, and its initializers.
     """
     return _Lowering(expanded(model), processor).go()
 
@@ -97,7 +94,7 @@ class _Lowering:
         self.means: dict[str, str] = {}  # over places (N, C) of what is pooled over all of them
         self.done: set[str] = set()  # outputs of nodes that went into another
 
-    def go(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    def go(self) -> onnx.ModelProto:
         graph = self.model.graph
         for node in graph.node:
             if set(node.output) & self.done:
@@ -111,10 +108,14 @@ class _Lowering:
             self.here(value.name)
         nodes = self._used()
         names = {name for node in nodes for name in node.input}
-        constants = {name: value for name, value in self.constants.items() if name in names}
         made = helper.make_graph(nodes, graph.name, graph.input, graph.output)
+        del graph.initializer[:]
+        for name in list(self.constants):
+            value = self.constants.pop(name)
+            if name in names:
+                made.initializer.append(numpy_helper.from_array(value, name))
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(made, opset_imports=opsets, ir_version=10), constants
+        return helper.make_model(made, opset_imports=opsets, ir_version=10)
 
     def _used(self) -> list[onnx.NodeProto]:
         """The nodes that an output needs."""

@@ -6,6 +6,7 @@ guidance, schedulers, corrections and plans work unchanged.
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
@@ -33,6 +35,7 @@ from ptqd.recipe import Quantizer
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
 FORMAT = 1
+PLACES = 4096  # pixels or tokens that are computed at once: enough for the kernels
 
 
 @dataclass
@@ -126,13 +129,25 @@ class EngineModule(ModelMixin, ConfigMixin):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, like = self._inputs(method, args, kwargs)
-        tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
+        tensors = [torch.from_numpy(array).to(like.device) for array in self._in_turn(inputs, len(like))]
         if like.is_floating_point():
             tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
         if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
             return tuple(tensors)
         module, _, name = self.facts["returns"].rpartition(".")
         return getattr(importlib.import_module(module), name)(**dict(zip(self.facts["outputs"], tensors, strict=True)))
+
+    def _in_turn(self, inputs: Mapping[str, Any], batch: int) -> list[Any]:
+        """A call's outputs; some samples after the others, where many would take memory and gain no speed."""
+        rows = max(1, PLACES // self.facts["places"])
+        if batch <= rows:
+            return self._held.session.run(inputs)
+        by_sample = [name for name, spec in self.facts["inputs"].items() if spec["shape"] and spec["shape"][0] is None]
+        parts = [
+            self._held.session.run({**inputs, **{name: inputs[name][start : start + rows] for name in by_sample}})
+            for start in range(0, batch, rows)
+        ]
+        return [np.concatenate(found) for found in zip(*parts, strict=True)]
 
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
@@ -203,6 +218,15 @@ class EngineModule(ModelMixin, ConfigMixin):
             self._vectors[key] = {name: value.numpy() for name, value in zip(RANGES, values, strict=True)}
         return self._vectors[key]
 
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> "EngineModule":
+        """Not possible: a graph is more than a configuration.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("a network that an engine runs cannot be made anew; use the pipeline it was exported from")
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Copy the graph and what is known of it."""
         folder = Path(save_directory)
@@ -241,6 +265,14 @@ class EngineModule(ModelMixin, ConfigMixin):
     def device(self) -> torch.device:
         """Where it runs."""
         return torch.device("cpu" if self.provider == "cpu" else "cuda")
+
+
+def _places(graph: Graph) -> int:
+    """Of a sample: pixels or tokens of the largest input or output."""
+    values = [*graph.model.graph.input, *graph.model.graph.output]
+    shapes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in values]
+    sizes = [math.prod(shape[2:]) if len(shape) > 3 else int(shape[1]) for shape in shapes if len(shape) > 2]
+    return max([1, *sizes])
 
 
 def _tuple(value: Any) -> Any:
@@ -301,6 +333,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         "returns": graph.kind,
         "codes": [o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)],
         "as_they_come": [name for name, q in modules.items() if isinstance(q, ActivationQuantizer) and q.spec.dynamic],
+        "places": _places(graph),
         "integer": list(graph.products.integer),
         "floating": dict(graph.products.floating),
         "ranges": {

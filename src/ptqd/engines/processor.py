@@ -35,6 +35,14 @@ def this_processor() -> Processor:
     return Processor(vnni=vnni or not x86, avx2="avx2" in flags or not x86, x86=x86)
 
 
+def processor_name() -> str:
+    """What the processor is called, and what it has for products of integers."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} ({'with' if this_processor().vnni else 'without'} VNNI)"
+
+
 def _flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     if path.is_file():

@@ -1,11 +1,14 @@
 """Engines that run an exported graph: arrays in, arrays out. Nothing of this needs torch."""
 
 import importlib
+import shutil
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -91,46 +94,27 @@ class OnnxRuntimeSession(Session):
         if wanted not in runtime.get_available_providers():
             there = ", ".join(runtime.get_available_providers())
             raise InputError(f"this onnxruntime has no {wanted} ({there}): pip install onnxruntime-gpu, or use the CPU")
-        self._kept: list[Any] = []
-        graph = showing(read_graph(path), shown)
-        source: Any = str(path)
-        if provider == "cpu" and has_codes(graph):
-            source = self._prepared(graph, options, processor or this_processor())
-        elif shown:
-            source = graph.SerializeToString()
-        try:
-            self.session = runtime.InferenceSession(source, options, providers=[wanted])
-        except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
-            reason = " ".join(str(error).split())[-300:]
-            raise InputError(f"onnxruntime does not load {path}: {reason}; export it again, or simulate") from error
+        options.enable_mem_pattern = False  # of no use where batches differ, and twice the memory
+        with TemporaryDirectory() as temporary:
+            if provider == "cpu" and has_codes(path):
+                path = self._lowered(path, Path(temporary), processor or this_processor(), shown)
+            try:
+                self.session = runtime.InferenceSession(str(path), options, providers=[wanted])
+            except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
+                reason = " ".join(str(error).split())[-300:]
+                raise InputError(
+                    f"onnxruntime does not load the graph: {reason}; export it again, or simulate"
+                ) from error
         self._outputs = [output.name for output in self.session.get_outputs()]
 
-    def _prepared(self, model: Any, options: Any, processor: Processor) -> bytes:
-        """The graph lowered; its large constants are handed over in memory, without a second copy."""
+    @staticmethod
+    def _lowered(path: Path, folder: Path, processor: Processor, shown: Sequence[str]) -> Path:
+        """The graph as the CPU's kernels compute it fastest, in a file: what ONNX Runtime packs anew it then drops."""
         from ptqd.engines.lowering import lowered
 
         if not processor.avx2:
             raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
-        graph, constants = lowered(model, processor)
-        from onnx import TensorProto, numpy_helper
-
-        runtime = required("onnxruntime")
-        large = {name: value for name, value in constants.items() if value.nbytes > 1024}
-        for name, value in constants.items():
-            if name not in large:
-                graph.graph.initializer.append(numpy_helper.from_array(value, name))
-                continue
-            placeholder = numpy_helper.from_array(np.zeros(0, value.dtype), name)
-            del placeholder.dims[:]
-            placeholder.dims.extend(value.shape)
-            placeholder.ClearField("raw_data")
-            placeholder.data_location = TensorProto.EXTERNAL
-            placeholder.external_data.add(key="location", value="in memory")
-            graph.graph.initializer.append(placeholder)
-        values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in large.values()]
-        self._kept = [*large.values(), *values]  # the session reads them where they are
-        options.add_external_initializers(list(large), values)
-        return bytes(graph.SerializeToString())
+        return _written(lowered(showing(read_graph(path), shown), processor), folder)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
@@ -157,22 +141,28 @@ class OpenVinoSession(Session):
         openvino = required("openvino")
         from ptqd.engines.expansion import expanded
 
-        model = showing(read_graph(path), shown)
-        if has_codes(model):
-            expanded(model)
-            _check_overflow(model, processor or this_processor())
-        self.path, self._core = path, openvino.Core()
+        self._core = openvino.Core()
         self._config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        self._names = [value.name for value in model.graph.input]
+        self._names = [value.name for value in read_graph(path, weights=False).graph.input]
+        self._path = path
+        if has_codes(path):
+            model = expanded(showing(read_graph(path), shown))
+            _check_overflow(model, processor or this_processor())
+            temporary = mkdtemp()
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            self._path = _written(model, Path(temporary))
+        self._read()
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def _read(self) -> Any:
         try:
-            self._model = self._core.read_model(model.SerializeToString())
+            return self._core.read_model(self._path)  # weights are mapped from disk
         except RuntimeError as error:
             raise self._refused(error) from error
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def _refused(self, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[-300:]
-        return InputError(f"openvino does not load {self.path}: {reason}; use onnxruntime, or simulate")
+        return InputError(f"openvino does not load the graph: {reason}; use onnxruntime, or simulate")
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
@@ -187,7 +177,7 @@ class OpenVinoSession(Session):
 
     def _compiled(self, shapes: Sequence[tuple[int, ...]]) -> Any:
         """The graph for one batch: kernels for shapes that vary are two to three times as slow."""
-        model = self._model.clone()
+        model = self._read()
         try:
             model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
             return self._core.compile_model(model, "CPU", self._config).create_infer_request()
@@ -216,15 +206,24 @@ def _check_overflow(model: Any, processor: Processor) -> None:
             )
 
 
-def read_graph(path: Path) -> Any:
-    """An ONNX graph.
+def _written(model: Any, folder: Path) -> Path:
+    """A graph in a file, its weights in another."""
+    import onnx
+
+    path = folder / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="weights", size_threshold=1024)
+    return path
+
+
+def read_graph(path: Path, *, weights: bool = True) -> Any:
+    """An ONNX graph, with its weights or without them.
 
     Raises:
         InputError: there is none, or it is damaged.
     """
     onnx = required("onnx")
     try:
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=weights)
     except Exception as error:  # protobuf's errors have no common class
         raise InputError(f"{path} is no ONNX graph ({' '.join(str(error).split())[:200]}); export it again") from error
 
@@ -236,9 +235,9 @@ def showing(model: Any, shown: Sequence[str]) -> Any:
     return model
 
 
-def has_codes(model: Any) -> bool:
+def has_codes(path: Path) -> bool:
     """Whether a graph is of a quantized network."""
-    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    return any(node.op_type == "DequantizeLinear" for node in read_graph(path, weights=False).graph.node)
 
 
 def open_session(

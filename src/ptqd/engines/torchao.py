@@ -91,16 +91,20 @@ def _why_not(layer: nn.Module, layout: Layout) -> str | None:
     """Why torchao does not multiply a layer's codes; None where it does."""
     if not isinstance(layer, QuantLayer) or layer.kind != "linear":
         return "a convolution"
-    if layer.rank:
-        return "a 16-bit branch"
-    if layer.zero_point is not None or layer.scale.ndim != 1:
-        return "weights with zero points or groups"
+    weights, quantizer = layer.weights, layer.input
+    obstacles = {
+        f"{weights.format} weights": weights.format != "int",
+        "a 16-bit branch": layer.rank > 0,
+        "weights with zero points or groups": layer.zero_point is not None or layer.scale.ndim != 1,
+    }
     if layout == "int4":
-        return None if layer.weights.bits <= FOUR_BITS else f"weights of {layer.weights.bits} bits"
-    quantizer = layer.input
-    if len(quantizer.widths) > 1 or quantizer.ranges > 1:
-        return "ranges that change"
-    return None if quantizer.bits == MAX_BITS else f"activations of {quantizer.bits} bits"
+        obstacles[f"weights of {weights.bits} bits"] = weights.bits > FOUR_BITS
+    else:
+        obstacles["ranges that change"] = len(quantizer.widths) > 1 or quantizer.ranges > 1
+        obstacles[f"{quantizer.spec.format} activations of {quantizer.bits} bits"] = (
+            quantizer.spec.format != "int" or quantizer.bits != MAX_BITS
+        )
+    return next((what for what, there in obstacles.items() if there), None)
 
 
 def _int8(layer: QuantLayer, rank: int) -> torch.Tensor:

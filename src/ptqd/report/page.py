@@ -11,6 +11,8 @@ from ptqd.batchwise import load_images
 from ptqd.errors import InputError
 from ptqd.files import read_json, replacing, write_text
 from ptqd.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
+from ptqd.report.speed import COLUMNS as SPEED_COLUMNS
+from ptqd.report.speed import speed_cells
 from ptqd.report.table import (
     COST_COLUMNS,
     METRICS,
@@ -53,6 +55,9 @@ def write_page(folder: Path) -> Path:
         columns=[(metric_title(rows, name), METRICS[name][1]) for name in metrics],
         published=[{**line, "metric": metric_title([line], line["metric"])} for line in report.get("published", [])],
         notes=report.get("notes", []),
+        speed=report.get("speed"),
+        speed_columns=SPEED_COLUMNS,
+        speed_cells=speed_cells,
         cost_columns=COST_COLUMNS,
         strips=strips,
         plots=step_plots(report["steps"]),

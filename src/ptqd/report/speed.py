@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from ptqd.engines.processor import processor_name
+from ptqd.sampling import Sampling
 from ptqd.speed import FULL, Timing
 
 COLUMNS = (
@@ -22,7 +25,9 @@ COLUMNS = (
 )
 
 
-def speed_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+def speed_facts(
+    timings: Sequence[Timing], without: Mapping[str, str], run: Sampling, threads: int, device: str
+) -> dict[str, Any]:
     """Plain values of what was measured, ratios included: how many times as fast."""
     first = timings[0]
     fastest = min(timing.median for timing in timings if timing.contestant.numbers == FULL)
@@ -43,7 +48,9 @@ def speed_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
                 "psnr": timing.psnr,
             }
         )
-    return rows
+    shown = f"{threads or torch.get_num_threads()} threads" if device == "cpu" else device
+    title = f"the whole pipeline, {run.steps} steps, batch {run.batch}, {shown}, {processor_name()}"
+    return {"title": title, "rows": rows, "without": dict(without)}
 
 
 def speed_cells(row: Mapping[str, Any]) -> list[str]:
@@ -63,11 +70,11 @@ def speed_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def speed_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def speed_table(facts: Mapping[str, Any]) -> Table:
     """A line for each engine and kind of numbers."""
-    table = Table(title=title)
+    table = Table(title=facts["title"])
     for i, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows:
+    for row in facts["rows"]:
         table.add_row(*speed_cells(row))
     return table

@@ -1,0 +1,273 @@
+"""Integers for real: seconds, memory, bytes and fidelity of engines on four pipelines, and quality on one of them.
+
+    python bench/engines.py speed      # whole pipelines, every engine, interleaved
+    python bench/engines.py memory     # a denoiser alone, in processes without torch
+    python bench/engines.py fidelity   # codes that differ from the simulation's
+    python bench/engines.py plans      # a plan that switches at every step, beside one that never does
+    python bench/engines.py quality    # samples of the engine and of the simulation, same seeds
+
+Pipelines: fashion-ldm at batch 32 with guidance; a DDPM UNet of CIFAR-10 (35.7 M parameters, random weights) at batch 1
+and 16; a DiT (39.8 M, 256 tokens, random weights) at batch 4. W8A8 and W4A8 are rounded to nearest and corrected (CNC
+and BC). What is written is kept in the folder that PTQD_ENGINES names, for the next time.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from rich.console import Console
+
+import ptqd
+from ptqd.batchwise import judged, labels_of, observe_images, sample_images
+from ptqd.components import denoiser_name
+from ptqd.engines.exporting import export
+from ptqd.engines.fidelity import fidelity
+from ptqd.engines.graph import captured
+from ptqd.engines.processor import processor_name
+from ptqd.evaluate.images import open_images
+from ptqd.evaluate.judge import Judge
+from ptqd.evaluate.references import load_reference
+from ptqd.report.speed import speed_facts, speed_table
+from ptqd.sampling import run_batch
+from ptqd.speed import contestants, race
+from ptqd.stages import RunFolder
+from ptqd.zoo import CLASSIFIER, REFERENCE
+from ptqd.zoo.classifier import FashionClassifier
+
+RECIPES = ("w8a8", "w4a8")
+CALL = {"class_labels": list(range(10)), "guidance_scale": 3.0}
+ROUNDS = 9
+SAMPLES = 500
+FULL = "FP32"
+
+
+def ddpm() -> DDIMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_eps=1e-6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+    )
+    return DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False))
+
+
+def dit() -> DiTPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, out_channels=8, num_layers=12)
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.02)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = AutoencoderKL(block_out_channels=(32, 64, 64), latent_channels=4, **kinds)
+    return DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
+
+
+CASES: dict[str, tuple[Callable[[], Any], ptqd.Sampling]] = {
+    "fashion-ldm, batch 32": (lambda: ptqd.load("fashion-ldm"), ptqd.Sampling(20, 0.0, 32, 32, call=CALL)),
+    "35.7 M UNet, batch 1": (ddpm, ptqd.Sampling(10, 0.0, 1, 1)),
+    "35.7 M UNet, batch 16": (ddpm, ptqd.Sampling(2, 0.0, 16, 16)),
+    "39.8 M DiT, batch 4": (
+        dit,
+        ptqd.Sampling(5, 0.0, 4, 4, call={"class_labels": [0, 1, 2, 3], "guidance_scale": 1.0}),
+    ),
+}
+
+
+def quantized(full: Any, text: str, run: ptqd.Sampling) -> Any:
+    """Rounded to nearest, and corrected by statistics of a few samples: what is timed does not depend on how many."""
+    few = 32 if isinstance(full, ptqd.LatentClassPipeline) else 4
+    recipe = ptqd.Recipe.from_dict({**ptqd.Recipe.parse(text).to_dict(), "calibration_samples": few})
+    run = run.replace(samples=few, batch=few)
+    qpipe = ptqd.quantize(full, recipe, run)
+    return ptqd.correct(qpipe, ptqd.measure(full, qpipe, run), ["cnc", "bc"])
+
+
+def place_of(folder: Path, case: str) -> Path:
+    """Where a case's pipelines are, whatever its batch."""
+    return folder / case.partition(",")[0]
+
+
+def kept(folder: Path, case: str, text: str) -> Any:
+    """A quantized and corrected pipeline, made once."""
+    make, run = CASES[case]
+    path = place_of(folder, case) / text
+    if not path.exists():
+        full = make()
+        full.save_pretrained(path.parent / "full")
+        quantized(full, text, run).save_pretrained(path)
+    return ptqd.load(path)
+
+
+def speed(folder: Path) -> None:
+    for case, (_, run) in CASES.items():
+        pipes = {text: kept(folder, case, text) for text in RECIPES}
+        place = place_of(folder, case)
+        found, refused = contestants(ptqd.load(place / "full"), pipes, run, RunFolder(place / "run"))
+        timings, failed = race(found, run, repeats=5)
+        facts = speed_facts(timings, refused | failed, run, 0, "cpu")
+        print(f"\n{case}")
+        Console(width=160).print(speed_table(facts))
+        print("".join(f"  without {what}: {reason}\n" for what, reason in facts["without"].items()), end="", flush=True)
+
+
+ALONE = """
+import sys
+import numpy as np
+what, path, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sample, t = np.zeros((batch, 3, 32, 32), np.float32), np.full(batch, 500, np.float32)
+if what == "torch":
+    import torch
+    from diffusers import UNet2DModel
+    torch.set_num_threads(2)
+    model = UNet2DModel.from_pretrained(path)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.from_numpy(sample), torch.from_numpy(t))
+else:
+    from pathlib import Path
+    from ptqd.engines.sessions import open_session
+    session = open_session(Path(path) / "model.onnx", what, threads=2)
+    for _ in range(3):
+        for start in range(0, batch, 4):  # as ptqd.engines.module does for samples of 32 x 32
+            session.run({"sample": sample[start : start + 4], "timestep": t[start : start + 4]})
+    assert "torch" not in sys.modules
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def memory(folder: Path) -> None:
+    place = folder / "35.7 M UNet"
+    unet = {FULL: "engines/onnxruntime-FP32/unet", **{text: f"engines/onnxruntime-{text}/unet" for text in RECIPES}}
+    print(f"peak resident memory of the 35.7 M UNet alone, MB ({processor_name()})")
+    for batch in (1, 16):
+        first = None
+        for what, numbers in [("torch", FULL), *((e, n) for e in ("onnxruntime", "openvino") for n in unet)]:
+            path = place / "full" / "unet" if what == "torch" else place / "run" / unet[numbers]
+            command = [sys.executable, "-W", "ignore", "-c", ALONE, what, str(path), str(batch)]
+            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1000
+            first = first or peak
+            print(f"  batch {batch:2d}  {what:12s} {numbers:5s} {peak:6.0f}  {peak / first:6.1%} of torch", flush=True)
+
+
+def fidelities(folder: Path) -> None:
+    print("codes of activations that differ from the simulation's, over one call of a sampling run; the output's RMS")
+    print("difference, over the output's; and the same between full precision and the simulation")
+    for case, (make, run) in CASES.items():
+        if case.endswith("batch 16"):
+            continue
+        full = make()
+        for text in RECIPES:
+            qpipe = kept(folder, case, text)
+            name = denoiser_name(qpipe)
+            model = getattr(qpipe, name)
+            call = captured(qpipe, run.replace(seed=1), model)
+            arguments = call.arguments(list(call.tensors.values()))
+            with torch.no_grad():
+                simulated, exact = (m(**arguments, return_dict=False)[0] for m in (model, getattr(full, name)))
+            noise = ((simulated - exact).square().mean() / exact.square().mean()).sqrt().item()
+            for engine in ("onnxruntime", "openvino"):
+                exported = ptqd.load(place_of(folder, case) / "run" / "engines" / f"{engine}-{text}")
+                found = fidelity(model, getattr(exported, name), **arguments)
+                print(
+                    f"  {place_of(folder, case).name:12s} {text} {engine:12s} {found.codes:9,d} codes: "
+                    f"{found.differing:.4%} differ (first layer {found.first:.4%}), at most by {found.most}; "
+                    f"output {found.output:.2e}; quantization {noise:.2e}",
+                    flush=True,
+                )
+
+
+def plans(folder: Path) -> None:
+    """One graph with the ranges as inputs: what switching costs."""
+    pipe, run = ptqd.load("fashion-ldm"), CASES["fashion-ldm, batch 32"][1]
+    qpipe = ptqd.quantize(pipe, "w4a4+8", run)
+    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, qpipe, run))
+    half = rule.steps // 2
+    found = {"A8 at every step": ((8,),) * rule.steps, "A4 and A8 in turn": ((4,), (8,)) * half}
+    pipes: dict[str, Any] = {"one width, ranges in the graph": quantized(pipe, "w4a8", run)}
+    pipes |= {name: ptqd.apply_plan(qpipe, rule.replace(bits=bits)) for name, bits in found.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        for i, (name, planned) in enumerate(pipes.items()):
+            pipes[name] = export(planned, run, "onnxruntime", Path(temporary) / str(i)).pipeline
+        sizes = {n: sum(f.stat().st_size for f in p.unet.folder.iterdir()) for n, p in pipes.items()}
+        for planned in pipes.values():
+            run_batch(planned, run, range(32), "latent")
+        rounds = []
+        for _ in range(ROUNDS):
+            calls = {name: partial(run_batch, planned, run, range(32), "latent") for name, planned in pipes.items()}
+            rounds.append({name: seconds(call) for name, call in calls.items()})
+    base = "A8 at every step"
+    print(f"fashion-ldm in ONNX Runtime, batch 32, {run.steps} steps, {ROUNDS} rounds ({processor_name()})")
+    for name in pipes:
+        ratios = sorted(r[name] / r[base] for r in rounds)
+        middle = statistics.median(ratios)
+        print(
+            f"  {name:32s} {middle:.3f} x ({ratios[0]:.3f} to {ratios[-1]:.3f}); {sizes[name] / 1e6:.2f} MB on disk",
+            flush=True,
+        )
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def quality(folder: Path) -> None:
+    """Samples of the same seeds in full precision, by the simulation, and by engines of what it simulates."""
+    run = CASES["fashion-ldm, batch 32"][1].replace(samples=SAMPLES, batch=64)
+    extractor = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
+    judge = Judge(extractor, load_reference(REFERENCE, extractor))
+    labels = labels_of(run, run.samples)
+    place = folder / "fashion-ldm"
+    print(f"fashion-ldm, {run.samples} samples, {run.steps} steps, guidance 3: engine less simulation, paired, 95 %")
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def looked_at(name: str, pipe: Any, full: tuple[Path, Path] | None) -> tuple[Path, Path]:
+            samples, observed = Path(temporary) / f"{name}.safetensors", Path(temporary) / f"{name}-seen.safetensors"
+            sample_images(pipe, run, samples, Path(temporary) / f"{name}-parts", title=None)
+            same_seed = None if full is None else open_images(full[1], grey=False)
+            images, parts = open_images(samples, grey=False), Path(temporary) / f"{name}-seen"
+            observe_images(images, judge, run, observed, parts, title=None, same_seed=same_seed)
+            return observed, samples
+
+        full = looked_at("full", ptqd.load("fashion-ldm"), None)
+        for text in RECIPES:
+            of_simulation = looked_at(text, ptqd.load(place / text), full)
+            simulated = judged(*of_simulation, judge, labels, full)
+            for engine in ("onnxruntime", "openvino"):
+                pipe = ptqd.load(place / "run" / "engines" / f"{engine}-{text}")
+                found = judged(*looked_at(f"{text}-{engine}", pipe, full), judge, labels, full)
+                for name in ("frechet_distance", "spatial_frechet_distance", "psnr", "latent_distance"):
+                    value = found[name].minus(simulated[name]).interval(labels)
+                    inside = value.low <= 0 <= value.high
+                    print(
+                        f"  {text} {engine:12s} {name:26s} {simulated[name].value:9.4f}, difference {value.value:+.4f} "
+                        f"({value.low:+.4f} to {value.high:+.4f}): {'equal' if inside else 'NOT equal'}",
+                        flush=True,
+                    )
+
+
+PARTS: Mapping[str, Callable[[Path], None]] = {
+    "speed": speed,
+    "memory": memory,
+    "fidelity": fidelities,
+    "plans": plans,
+    "quality": quality,
+}
+
+if __name__ == "__main__":
+    place = Path(os.environ.get("PTQD_ENGINES") or tempfile.mkdtemp())
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part](place)
