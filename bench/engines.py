@@ -8,7 +8,8 @@
 
 Pipelines: fashion-ldm at batch 32 with guidance; a DDPM UNet of CIFAR-10 (35.7 M parameters, random weights) at batch 1
 and 16; a DiT (39.8 M, 256 tokens, random weights) at batch 4. W8A8 and W4A8 are rounded to nearest and corrected (CNC
-and BC). What is written is kept in the folder that PTQD_ENGINES names, for the next time.
+and BC); their decoders have 8 bits too. What is written is kept in the folder that PTQD_ENGINES names, for the next
+time.
 """
 
 import os
@@ -114,7 +115,7 @@ def speed(folder: Path) -> None:
     for case, (_, run) in CASES.items():
         pipes = {text: kept(folder, case, text) for text in RECIPES}
         place = place_of(folder, case)
-        found, refused = contestants(ptqd.load(place / "full"), pipes, run, RunFolder(place / "run"))
+        found, refused = contestants(ptqd.load(place / "full"), pipes, run, RunFolder(place / "run"), others="int8")
         timings, failed = race(found, run, repeats=5)
         facts = speed_facts(timings, refused | failed, run, 0, "cpu")
         print(f"\n{case}")
@@ -138,10 +139,9 @@ if what == "torch":
 else:
     from pathlib import Path
     from ptqd.engines.sessions import open_session
-    session = open_session(Path(path) / "model.onnx", what, threads=2)
+    session = open_session(Path(path) / "model.onnx", what, threads=2, rows=5)  # as the pipeline has it
     for _ in range(3):
-        for start in range(0, batch, 4):  # as ptqd.engines.module does for samples of 32 x 32
-            session.run({"sample": sample[start : start + 4], "timestep": t[start : start + 4]})
+        session.run({"sample": sample, "timestep": t})
     assert "torch" not in sys.modules
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """

@@ -38,6 +38,7 @@ from ptqd.engines.processor import Processor, overflows
 from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
 from ptqd.layers import QuantLinear
 from ptqd.sampling import run_batch
+from tiny import CASES
 
 MODERN = Processor(vnni=True, avx2=True, x86=True)
 OLDER = Processor(vnni=False, avx2=True, x86=True)
@@ -415,3 +416,19 @@ def test_engines_are_timed_in_turn(full: DDIMPipeline, tmp_path: Path) -> None:
     assert rows[1]["psnr"] == pytest.approx(rows[3]["psnr"], abs=0.5)
     assert rows[2]["psnr"] > 80
     assert all(row["peak"] > 1e8 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_pipeline_is_exported(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    full = case.build()
+    run = Sampling(case.steps, case.eta, 3, 3, call={**case.call, **(case.guidance or {})})
+    qpipe = quantize(full, Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 3}), run)
+    others: Any = "fp32" if name == "sd1" else "none"
+    export(qpipe, run, "onnxruntime", tmp_path / "engine", others=others)
+    exported = load(tmp_path / "engine")
+    if others == "fp32":
+        assert all(isinstance(getattr(exported, part), EngineModule) for part in ("unet", "vae", "text_encoder"))
+    found, simulated, exact = (np.asarray(run_batch(pipe, run, range(3), "latent")) for pipe in (exported, qpipe, full))
+    assert_near(found, simulated, exact)

@@ -306,7 +306,7 @@ def _timed(args: argparse.Namespace) -> dict[str, Any]:
     full, device, report = _pipeline(args, model), args.device or best_device(), args.run / "report.json"
     with TemporaryDirectory() as temporary:
         folder = RunFolder(args.run if report.is_file() else args.out or Path(temporary))
-        found, refused = contestants(full, pipes, run, folder, args.engine, progress=True)
+        found, refused = contestants(full, pipes, run, folder, args.engine, others=args.others, progress=True)
         timings, failed = race(found, run, repeats=args.repeats, threads=args.threads, device=device, progress=True)
     facts = speed_facts(timings, refused | failed, run, args.threads, device)
     if report.is_file():
@@ -485,7 +485,7 @@ def _cmd_demo(args: argparse.Namespace) -> None:
     args.run, args.markdown = args.out, False
     if args.size != "quick" and processes.is_main():
         args.row, args.model, args.engine = None, None, ["onnxruntime", "openvino"]
-        args.batch, args.repeats, args.threads = 32, 3, 0
+        args.batch, args.repeats, args.threads, args.others = 32, 3, 0, "fp32"
         _timed(args)
     _cmd_report(args)
 
@@ -692,6 +692,15 @@ def _add_sampling(parser: argparse.ArgumentParser, samples: int | None) -> None:
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
+def _add_others(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--others",
+        choices=("fp32", "int8", "none"),
+        default="fp32",
+        help="decoders and text encoders: in full precision, as int8, or left to torch (default: %(default)s)",
+    )
+
+
 def _add_plan(parser: argparse.ArgumentParser, default: str | None) -> None:
     group = parser.add_argument_group("bits by step")
     text = "auto: the least error for a budget; paper: PTQD's rule; or a plan's file (default: %(default)s)"
@@ -791,12 +800,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--layout", choices=("int8", "int4"), default="int8", help="of torchao's weights (default: %(default)s)"
     )
-    sub.add_argument(
-        "--others",
-        choices=("fp32", "int8", "none"),
-        default="fp32",
-        help="decoders and text encoders: in full precision, as int8, or left to torch (default: %(default)s)",
-    )
+    _add_others(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_sampling(sub, 64)
 
@@ -811,6 +815,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="torch, torch.compile, onnxruntime or openvino; may be given again (default: all)",
     )
+    _add_others(sub)
     sub.add_argument("--repeats", type=int, default=5, help="batches timed of each (default: %(default)s)")
     sub.add_argument("--threads", type=int, default=0, help="of the CPU (default: as torch)")
     sub.add_argument(

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 
 from ptqd.components import denoiser_name, pipeline_fingerprint, plain_scheduler, with_components
 from ptqd.cost import disk_bytes
-from ptqd.engines.exporting import export, for_engine
+from ptqd.engines.exporting import Others, export, for_engine
 from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
 from ptqd.progress import busy, track
@@ -85,6 +85,7 @@ def contestants(
     folder: RunFolder,
     engines: Sequence[str] | None = None,
     *,
+    others: Others = "fp32",
     progress: bool = False,
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Full precision in torch, then full precision and integers in every engine.
@@ -95,6 +96,8 @@ def contestants(
         run: how all sample.
         folder: where pipelines are kept, under ``engines/``; one that is there already is taken as it is.
         engines: ``"torch"`` (the simulation), ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; by default all.
+        others: decoders and text encoders of quantized pipelines in engines; see
+            :func:`ptqd.engines.exporting.export`.
         progress: show it.
 
     Returns:
@@ -109,7 +112,7 @@ def contestants(
         raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join(known)}")
     full = with_components(full, scheduler=plain_scheduler(next(iter(quantized.values())).scheduler))
     everything = {FULL: full, **quantized}
-    makers = _Makers(folder, run, progress)
+    makers = _Makers(folder, run, others, progress)
     size = disk_bytes(getattr(full, denoiser_name(full)))
     found = [Contestant(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
@@ -135,8 +138,8 @@ def contestants(
 class _Makers:
     """Pipelines in folders, each made once."""
 
-    def __init__(self, folder: RunFolder, run: Sampling, progress: bool) -> None:
-        self.folder, self.run, self.progress = folder, run, progress
+    def __init__(self, folder: RunFolder, run: Sampling, others: Others, progress: bool) -> None:
+        self.folder, self.run, self.others, self.progress = folder, run, others, progress
 
     def saved(self, name: str, pipe: DiffusionPipeline) -> Path:
         """A pipeline as it is."""
@@ -146,11 +149,13 @@ class _Makers:
     def exported(self, name: str, pipe: DiffusionPipeline, engine: str) -> Path:
         """A pipeline for an engine; the graph is traced once for all of them."""
         required(engine)
+        others: Others = "fp32" if name == FULL else self.others
         inputs = {"pipeline": pipeline_fingerprint(pipe), "call": self.run.shared_call, "ptqd": version("ptqd")}
+        inputs["others"] = others
 
         def trace(path: Path, scratch: Path) -> None:
             with busy(f"exporting {name}" if self.progress else None):
-                export(pipe, self.run, ENGINES[0], path)
+                export(pipe, self.run, ENGINES[0], path, others=others)
 
         traced = self.folder.stage(f"engines/{ENGINES[0]}-{name}", inputs, trace)
         if engine == ENGINES[0]:

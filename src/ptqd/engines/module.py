@@ -4,6 +4,7 @@ It is called, saved and loaded like any other, and shows the configuration of th
 guidance, schedulers, corrections and plans work unchanged.
 """
 
+import functools
 import importlib
 import json
 import math
@@ -15,9 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from torch import nn
 
 from ptqd.activations import ActivationQuantizer
@@ -35,7 +35,8 @@ from ptqd.recipe import Quantizer
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
 FORMAT = 1
-PLACES = 4096  # pixels or tokens that are computed at once: enough for the kernels
+LIBRARIES = ("diffusers", "transformers")
+ELEMENTS = 1 << 21  # of the largest tensor that samples computed at once share: enough for the kernels
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Held:
         return self
 
 
-class EngineModule(ModelMixin, ConfigMixin):
+class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
     """A component that an engine runs; :func:`ptqd.load` makes it of a folder that ``ptqd export`` wrote.
 
     Args:
@@ -72,20 +73,39 @@ class EngineModule(ModelMixin, ConfigMixin):
         self.facts: dict[str, Any] = facts
         self.engine: str = facts["engine"]
         self.call_parameters = tuple(facts["parameters"])
-        digest = sha256((folder / GRAPH).read_bytes() if (folder / GRAPH).is_file() else b"")
-        digest.update((folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).is_file() else b"")
-        if digest.hexdigest() != facts["sha256"]:
+        digest = _digest(folder)
+        if digest != facts["sha256"]:
             raise InputError(f"{folder}: the graph is not the one that was exported; export the pipeline again")
-        self.register_buffer("graph_hash", torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone())
+        self.register_buffer("graph_hash", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
         self.register_to_config(**read_json(folder / "config.json"))
         self.open(threads=threads, provider=provider)
         self._adopt()
         self.eval()
 
+    def __getattr__(self, name: str) -> Any:
+        """What pipelines look up inside a network, such as a layer's sizes: of its architecture, without weights."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_internal_dict" not in vars(self):
+                raise
+            return getattr(self._architecture, name)
+
+    @functools.cached_property
+    def _architecture(self) -> Any:
+        module, _, kind = self.facts["component"].rpartition(".")
+        if not module.startswith("diffusers."):
+            return None
+        config = {name: value for name, value in self.config.items() if name != "quantization_config"}
+        with torch.device("meta"):
+            return getattr(importlib.import_module(module), kind).from_config(config)
+
     def open(self, *, threads: int = 0, provider: Provider = "cpu") -> None:
         """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
         threads = threads or torch.get_num_threads()
-        self._held = _Held(open_session(self.folder / GRAPH, self.engine, threads=threads, provider=provider))
+        rows = max(1, ELEMENTS // self.facts["elements"])
+        session = open_session(self.folder / GRAPH, self.engine, threads=threads, rows=rows, provider=provider)
+        self._held = _Held(session)
         self.provider = provider
 
     def _adopt(self) -> None:
@@ -129,25 +149,12 @@ class EngineModule(ModelMixin, ConfigMixin):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, like = self._inputs(method, args, kwargs)
-        tensors = [torch.from_numpy(array).to(like.device) for array in self._in_turn(inputs, len(like))]
+        tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
         if like.is_floating_point():
             tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
         if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
             return tuple(tensors)
-        module, _, name = self.facts["returns"].rpartition(".")
-        return getattr(importlib.import_module(module), name)(**dict(zip(self.facts["outputs"], tensors, strict=True)))
-
-    def _in_turn(self, inputs: Mapping[str, Any], batch: int) -> list[Any]:
-        """A call's outputs; some samples after the others, where many would take memory and gain no speed."""
-        rows = max(1, PLACES // self.facts["places"])
-        if batch <= rows:
-            return self._held.session.run(inputs)
-        by_sample = [name for name, spec in self.facts["inputs"].items() if spec["shape"] and spec["shape"][0] is None]
-        parts = [
-            self._held.session.run({**inputs, **{name: inputs[name][start : start + rows] for name in by_sample}})
-            for start in range(0, batch, rows)
-        ]
-        return [np.concatenate(found) for found in zip(*parts, strict=True)]
+        return _output_class(self.facts["returns"])(**dict(zip(self.facts["outputs"], tensors, strict=True)))
 
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
@@ -267,12 +274,36 @@ class EngineModule(ModelMixin, ConfigMixin):
         return torch.device("cpu" if self.provider == "cpu" else "cuda")
 
 
-def _places(graph: Graph) -> int:
-    """Of a sample: pixels or tokens of the largest input or output."""
-    values = [*graph.model.graph.input, *graph.model.graph.output]
-    shapes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in values]
-    sizes = [math.prod(shape[2:]) if len(shape) > 3 else int(shape[1]) for shape in shapes if len(shape) > 2]
-    return max([1, *sizes])
+def _digest(folder: Path) -> str:
+    """Of a graph and its weights."""
+    digest = sha256()
+    for name in (GRAPH, WEIGHTS):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _output_class(name: str) -> Any:
+    """What a network returns: a class of diffusers or transformers, whatever the file says.
+
+    Raises:
+        InputError: it is none.
+    """
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(module), kind, None) if module.split(".")[0] in LIBRARIES else None
+    if not isinstance(found, type) or not issubclass(found, Mapping):
+        raise InputError(f"a network cannot return {name!r}; export the pipeline again")
+    return found
+
+
+def _elements(graph: Graph) -> int:
+    """Of a sample: how many numbers its largest tensor has."""
+    proto = graph.model.graph
+    values = [value.type.tensor_type.shape.dim for value in (*proto.value_info, *proto.input, *proto.output)]
+    sizes = [math.prod(max(1, int(d.dim_value)) for d in dims) for dims in values if dims and not dims[0].dim_value]
+    return max(sizes)
 
 
 def _tuple(value: Any) -> Any:
@@ -287,10 +318,8 @@ def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
     """Put a module at a dotted name, with what lies between."""
     *parents, last = name.split(".")
     for parent in parents:
-        if parent not in model._modules:
-            model.add_module(parent, nn.Module())
-        model = model._modules[parent]  # type: ignore[assignment]
-    model.add_module(last, leaf)
+        model = model._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
+    model._modules[last] = leaf
 
 
 def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, provider: Provider = "cpu") -> None:
@@ -306,9 +335,6 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
     onnx = required("onnx")
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save_model(graph.model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
-    digest = sha256((folder / GRAPH).read_bytes())
-    if (folder / WEIGHTS).is_file():
-        digest.update((folder / WEIGHTS).read_bytes())
     by_sample = set(graph.call.by_sample)
     modules = dict(model.named_modules())
     quantizers: dict[str, Any] = {name: modules[name] for name in graph.products.quantizers}
@@ -333,7 +359,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         "returns": graph.kind,
         "codes": [o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)],
         "as_they_come": [name for name, q in modules.items() if isinstance(q, ActivationQuantizer) and q.spec.dynamic],
-        "places": _places(graph),
+        "elements": _elements(graph),
         "integer": list(graph.products.integer),
         "floating": dict(graph.products.floating),
         "ranges": {
@@ -348,7 +374,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         "quantized": list(coverage.quantized),
         "skipped": [list(skipped) for skipped in coverage.skipped],
         "simulated_by": fingerprint(model),
-        "sha256": digest.hexdigest(),
+        "sha256": _digest(folder),
         "versions": {name: version(name) for name in ("ptqd", "torch", "onnx")},
     }
     if quantizers:

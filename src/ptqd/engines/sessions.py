@@ -1,14 +1,18 @@
 """Engines that run an exported graph: arrays in, arrays out. Nothing of this needs torch."""
 
 import importlib
+import itertools
 import shutil
 import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory, mkdtemp
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,7 +29,8 @@ LEAST: dict[str, tuple[int, ...]] = {
     "onnxscript": (0, 5),
     "torchao": (0, 15),
 }
-COMPILED = 2  # batch sizes that OpenVINO keeps kernels for: all batches, and a smaller last one
+COMPILED = 2  # numbers of samples that OpenVINO keeps kernels for: a share of a batch, and one that is smaller by 1
+ROWS = 32
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -54,11 +59,48 @@ def required(package: str) -> Any:
 
 
 class Session(ABC):
-    """A graph that an engine has loaded."""
+    """A graph that an engine has loaded.
 
-    @abstractmethod
+    Every core computes samples of its own, some at a time: it waits for no other, and what it holds stays small. All
+    cores share a sample only where there is but one.
+
+    Args:
+        path: of the graph.
+        threads: of the CPU.
+        rows: samples that a core computes at once, at most; 0: all of them, by all cores.
+    """
+
+    def __init__(self, path: Path, threads: int, rows: int) -> None:
+        graph = read_graph(path, weights=False).graph
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+        self._by_sample = [name for name, dims in shapes.items() if dims and not dims[0].dim_value]
+        self._names = list(shapes)
+        self.threads, self.rows = threads, rows
+        self._pool = ThreadPoolExecutor(threads)
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
+        batch = len(inputs[self._by_sample[0]]) if self._by_sample else 1
+        alone = batch == 1 or self.rows == 0
+        self._prepare(alone=alone)
+        if alone:
+            return self._run(inputs, alone=True)
+        shares = -(-batch // self.rows)
+        shares = min(batch, -(-shares // self.threads) * self.threads)
+        edges = [batch * i // shares for i in range(shares + 1)]
+        parts = [
+            {**inputs, **{name: inputs[name][start:end] for name in self._by_sample}}
+            for start, end in itertools.pairwise(edges)
+        ]
+        found = list(self._pool.map(lambda part: self._run(part, alone=False), parts))
+        return [np.concatenate(outputs) for outputs in zip(*found, strict=True)]
+
+    def _prepare(self, *, alone: bool) -> None:  # noqa: B027  # most have nothing to do
+        """Before samples are run, alone or by a core each."""
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
+        """The outputs of some samples; with all cores if they are alone, else with one."""
 
 
 class OnnxRuntimeSession(Session):
@@ -67,7 +109,8 @@ class OnnxRuntimeSession(Session):
     Args:
         path: of the graph.
         threads: of the CPU.
-        provider: where it runs.
+        rows: samples that a core computes at once; see :class:`Session`.
+        provider: where it runs; a GPU gets all samples at once.
         processor: of the CPU.
         shown: tensors inside the graph that are outputs too, after its own.
 
@@ -81,43 +124,57 @@ class OnnxRuntimeSession(Session):
         path: Path,
         *,
         threads: int = 1,
+        rows: int = ROWS,
         provider: Provider = "cpu",
         processor: Processor | None = None,
         shown: Sequence[str] = (),
     ) -> None:
         runtime = required("onnxruntime")
+        if PROVIDERS[provider] not in runtime.get_available_providers():
+            there = ", ".join(runtime.get_available_providers())
+            raise InputError(
+                f"this onnxruntime has no {PROVIDERS[provider]} ({there}): pip install onnxruntime-gpu, or use the CPU"
+            )
+        super().__init__(path, threads, rows if provider == "cpu" else 0)
+        self._path, self._provider, self._shown = path, provider, shown
+        self._processor = processor or this_processor()
+        self._open(1)
+
+    def _open(self, threads: int) -> None:
+        """Load the graph, for so many cores at one sample."""
+        runtime = required("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other sessions, and torch, wait
-        wanted = PROVIDERS[provider]
-        if wanted not in runtime.get_available_providers():
-            there = ", ".join(runtime.get_available_providers())
-            raise InputError(f"this onnxruntime has no {wanted} ({there}): pip install onnxruntime-gpu, or use the CPU")
         options.enable_mem_pattern = False  # of no use where batches differ, and twice the memory
         with TemporaryDirectory() as temporary:
-            if provider == "cpu" and has_codes(path):
-                path = self._lowered(path, Path(temporary), processor or this_processor(), shown)
+            path = self._path
+            if self._provider == "cpu" and has_codes(path):
+                path = self._lowered(Path(temporary))
             try:
-                self.session = runtime.InferenceSession(str(path), options, providers=[wanted])
+                self.session = runtime.InferenceSession(str(path), options, providers=[PROVIDERS[self._provider]])
             except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
                 reason = " ".join(str(error).split())[-300:]
                 raise InputError(
                     f"onnxruntime does not load the graph: {reason}; export it again, or simulate"
                 ) from error
+        self._opened = threads
         self._outputs = [output.name for output in self.session.get_outputs()]
 
-    @staticmethod
-    def _lowered(path: Path, folder: Path, processor: Processor, shown: Sequence[str]) -> Path:
+    def _lowered(self, folder: Path) -> Path:
         """The graph as the CPU's kernels compute it fastest, in a file: what ONNX Runtime packs anew it then drops."""
         from ptqd.engines.lowering import lowered
 
-        if not processor.avx2:
+        if not self._processor.avx2:
             raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
-        return _written(lowered(showing(read_graph(path), shown), processor), folder)
+        return _written(lowered(showing(read_graph(self._path), self._shown), self._processor), folder)
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The graph's outputs, in order, of inputs by their names."""
+    def _prepare(self, *, alone: bool) -> None:
+        if self._opened != (threads := self.threads if alone else 1):
+            self._open(threads)
+
+    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
         found: list[np.ndarray] = self.session.run(self._outputs, dict(inputs))
         return found
 
@@ -128,6 +185,7 @@ class OpenVinoSession(Session):
     Args:
         path: of the graph.
         threads: of the CPU.
+        rows: samples that a core computes at once; see :class:`Session`.
         processor: of the CPU.
         shown: tensors inside the graph that are outputs too, after its own.
 
@@ -136,14 +194,19 @@ class OpenVinoSession(Session):
     """
 
     def __init__(
-        self, path: Path, *, threads: int = 1, processor: Processor | None = None, shown: Sequence[str] = ()
+        self,
+        path: Path,
+        *,
+        threads: int = 1,
+        rows: int = ROWS,
+        processor: Processor | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         openvino = required("openvino")
         from ptqd.engines.expansion import expanded
 
-        self._core = openvino.Core()
-        self._config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        self._names = [value.name for value in read_graph(path, weights=False).graph.input]
+        super().__init__(path, threads, rows)
+        self._core, self._tensor = openvino.Core(), openvino.Tensor
         self._path = path
         if has_codes(path):
             model = expanded(showing(read_graph(path), shown))
@@ -152,7 +215,8 @@ class OpenVinoSession(Session):
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
             self._path = _written(model, Path(temporary))
         self._read()
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._compiled: dict[Any, SimpleQueue[Any]] = {}
+        self._compiling = Lock()
 
     def _read(self) -> Any:
         try:
@@ -164,25 +228,37 @@ class OpenVinoSession(Session):
         reason = " ".join(str(error).split())[-300:]
         return InputError(f"openvino does not load the graph: {reason}; use onnxruntime, or simulate")
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The graph's outputs, in order, of inputs by their names."""
-        arrays = [inputs[name] for name in self._names]
-        shapes = tuple(array.shape for array in arrays)
-        if shapes not in self._requests:
-            while len(self._requests) >= COMPILED:
-                del self._requests[next(iter(self._requests))]
-            self._requests[shapes] = self._compiled(shapes)
-        found = self._requests[shapes].infer(arrays)
-        return [np.array(found[i]) for i in range(len(found))]
-
-    def _compiled(self, shapes: Sequence[tuple[int, ...]]) -> Any:
-        """The graph for one batch: kernels for shapes that vary are two to three times as slow."""
-        model = self._read()
+    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
+        arrays = [np.ascontiguousarray(inputs[name]) for name in self._names]
+        with self._compiling:
+            requests = self._requests(tuple(array.shape for array in arrays), 1 if alone else self.threads)
+        request = requests.get()
         try:
-            model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
-            return self._core.compile_model(model, "CPU", self._config).create_infer_request()
-        except RuntimeError as error:
-            raise self._refused(error) from error
+            for i, array in enumerate(arrays):
+                request.set_input_tensor(i, self._tensor(array, shared_memory=True))
+            request.start_async()
+            request.wait()
+            return [tensor.data.copy() for tensor in request.output_tensors]
+        finally:
+            requests.put(request)
+
+    def _requests(self, shapes: tuple[tuple[int, ...], ...], streams: int) -> "SimpleQueue[Any]":
+        """As many requests as run at once, for one batch: kernels for shapes that vary are 2 to 3 times as slow."""
+        key = (shapes, streams)
+        if key not in self._compiled:
+            while len(self._compiled) >= COMPILED:
+                del self._compiled[next(iter(self._compiled))]
+            model = self._read()
+            config = {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "f32"}
+            try:
+                model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
+                compiled = self._core.compile_model(model, "CPU", config)
+            except RuntimeError as error:
+                raise self._refused(error) from error
+            self._compiled[key] = SimpleQueue()
+            for _ in range(streams):
+                self._compiled[key].put(compiled.create_infer_request())
+        return self._compiled[key]
 
 
 def _check_overflow(model: Any, processor: Processor) -> None:
@@ -241,7 +317,13 @@ def has_codes(path: Path) -> bool:
 
 
 def open_session(
-    path: Path, engine: str, *, threads: int, provider: Provider = "cpu", shown: Sequence[str] = ()
+    path: Path,
+    engine: str,
+    *,
+    threads: int,
+    rows: int = ROWS,
+    provider: Provider = "cpu",
+    shown: Sequence[str] = (),
 ) -> Session:
     """A graph in an engine.
 
@@ -249,6 +331,7 @@ def open_session(
         path: of the graph.
         engine: ``"onnxruntime"`` or ``"openvino"``.
         threads: of the CPU.
+        rows: samples that a core computes at once, at most.
         provider: where ONNX Runtime runs it.
         shown: tensors inside the graph that are outputs too, after its own.
 
@@ -256,7 +339,7 @@ def open_session(
         InputError: an engine that is not known, or see the engines themselves.
     """
     if engine == "onnxruntime":
-        return OnnxRuntimeSession(path, threads=threads, provider=provider, shown=shown)
+        return OnnxRuntimeSession(path, threads=threads, rows=rows, provider=provider, shown=shown)
     if engine == "openvino":
-        return OpenVinoSession(path, threads=threads, shown=shown)
+        return OpenVinoSession(path, threads=threads, rows=rows, shown=shown)
     raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
