@@ -9,7 +9,7 @@
 Pipelines: fashion-ldm at batch 32 with guidance; a DDPM UNet of CIFAR-10 (35.7 M parameters, random weights) at batch 1
 and 16; a DiT (39.8 M, 256 tokens, random weights) at batch 4. W8A8 and W4A8 are rounded to nearest and corrected (CNC
 and BC); their decoders have 8 bits too. What is written is kept in the folder that PTQD_ENGINES names, for the next
-time.
+time; PTQD_CASE times one case alone.
 """
 
 import os
@@ -46,6 +46,7 @@ from ptqd.zoo.classifier import FashionClassifier
 
 RECIPES = ("w8a8", "w4a8")
 CALL = {"class_labels": list(range(10)), "guidance_scale": 3.0}
+COMPILED_TOO = ("fashion-ldm, batch 32", "35.7 M UNet, batch 1")  # torch.compile takes minutes, and is not the fastest
 ROUNDS = 9
 SAMPLES = 500
 FULL = "FP32"
@@ -96,8 +97,8 @@ def quantized(full: Any, text: str, run: ptqd.Sampling) -> Any:
 
 
 def place_of(folder: Path, case: str) -> Path:
-    """Where a case's pipelines are, whatever its batch."""
-    return folder / case.partition(",")[0]
+    """Where a case's pipelines are."""
+    return folder / case.replace(",", "")
 
 
 def kept(folder: Path, case: str, text: str) -> Any:
@@ -112,10 +113,15 @@ def kept(folder: Path, case: str, text: str) -> Any:
 
 
 def speed(folder: Path) -> None:
+    chosen = os.environ.get("PTQD_CASE")
     for case, (_, run) in CASES.items():
+        if chosen not in (None, case):
+            continue
         pipes = {text: kept(folder, case, text) for text in RECIPES}
         place = place_of(folder, case)
-        found, refused = contestants(ptqd.load(place / "full"), pipes, run, RunFolder(place / "run"), others="int8")
+        engines = None if case in COMPILED_TOO else ("torch", "onnxruntime", "openvino")
+        full, kept_in = ptqd.load(place / "full"), RunFolder(place / "run")
+        found, refused = contestants(full, pipes, run, kept_in, engines, others="int8")
         timings, failed = race(found, run, repeats=5)
         facts = speed_facts(timings, refused | failed, run, 0, "cpu")
         print(f"\n{case}")
@@ -148,7 +154,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 def memory(folder: Path) -> None:
-    place = folder / "35.7 M UNet"
+    place = place_of(folder, "35.7 M UNet, batch 1")
     unet = {FULL: "engines/onnxruntime-FP32/unet", **{text: f"engines/onnxruntime-{text}/unet" for text in RECIPES}}
     print(f"peak resident memory of the 35.7 M UNet alone, MB ({processor_name()})")
     for batch in (1, 16):
@@ -181,7 +187,7 @@ def fidelities(folder: Path) -> None:
                 exported = ptqd.load(place_of(folder, case) / "run" / "engines" / f"{engine}-{text}")
                 found = fidelity(model, getattr(exported, name), **arguments)
                 print(
-                    f"  {place_of(folder, case).name:12s} {text} {engine:12s} {found.codes:9,d} codes: "
+                    f"  {case.partition(',')[0]:12s} {text} {engine:12s} {found.codes:9,d} codes: "
                     f"{found.differing:.4%} differ (first layer {found.first:.4%}), at most by {found.most}; "
                     f"output {found.output:.2e}; quantization {noise:.2e}",
                     flush=True,
@@ -230,7 +236,7 @@ def quality(folder: Path) -> None:
     extractor = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
     judge = Judge(extractor, load_reference(REFERENCE, extractor))
     labels = labels_of(run, run.samples)
-    place = folder / "fashion-ldm"
+    place = place_of(folder, "fashion-ldm, batch 32")
     print(f"fashion-ldm, {run.samples} samples, {run.steps} steps, guidance 3: engine less simulation, paired, 95 %")
     with tempfile.TemporaryDirectory() as temporary:
 
