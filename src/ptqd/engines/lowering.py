@@ -137,7 +137,7 @@ class _Lowering:
 
     def emit(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Add a node."""
-        domain = CONTRIB if kind in ("MatMulIntegerToFloat",) else ""
+        domain = CONTRIB if kind == "MatMulIntegerToFloat" else ""
         self.made.append(helper.make_node(kind, list(inputs), [output], domain=domain, **attributes))
         return output
 
@@ -284,12 +284,7 @@ class _Lowering:
             return False
         if facts.get("coordinate_transformation_mode") != b"asymmetric" or facts.get("nearest_mode") != b"floor":
             return False
-        (_, c, h, w), (_, _, high, wide) = before, after
-        assert c is not None
-        assert h is not None
-        assert w is not None
-        assert high is not None
-        assert wide is not None
+        c, h, w, high, wide = (int(d or 0) for d in (*before[1:], *after[2:]))
         rows = np.arange(high) * h // high
         columns = np.arange(wide) * w // wide
         places = (rows[:, None] * w + columns).reshape(-1)
