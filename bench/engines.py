@@ -183,6 +183,14 @@ def fidelities(folder: Path) -> None:
             with torch.no_grad():
                 simulated, exact = (m(**arguments, return_dict=False)[0] for m in (model, getattr(full, name)))
             noise = ((simulated - exact).square().mean() / exact.square().mean()).sqrt().item()
+            with torch.no_grad():
+                cores = torch.get_num_threads()
+                torch.set_num_threads(1)
+                alone = model(**arguments, return_dict=False)[0]
+                torch.set_num_threads(cores)
+            itself = ((simulated - alone).square().mean() / simulated.square().mean()).sqrt().item()
+            what = f"the simulation on one thread and on {cores}"
+            print(f"  {case.partition(',')[0]:12s} {text} {what}: output {itself:.2e}")
             for engine in ("onnxruntime", "openvino"):
                 exported = ptqd.load(place_of(folder, case) / "run" / "engines" / f"{engine}-{text}")
                 found = fidelity(model, getattr(exported, name), **arguments)

@@ -40,8 +40,8 @@ from ptqd.layers import QuantLinear
 from ptqd.sampling import run_batch
 from tiny import CASES
 
-MODERN = Processor(vnni=True, avx2=True, x86=True)
-OLDER = Processor(vnni=False, avx2=True, x86=True)
+MODERN = Processor(vnni=True, avx2=True)
+OLDER = Processor(vnni=False, avx2=True)
 RUN = Sampling(steps=3, eta=1.0, samples=4, batch=2)
 
 
@@ -228,7 +228,7 @@ def test_saturation_is_avoided_where_it_can_happen(exports: Exports) -> None:
     four_bits = exports("w4a8")[1].pipeline.unet.folder / "model.onnx"
     assert row_kinds(four_bits, OLDER).count(TensorProto.UINT8) <= 2  # proven from the codes: 4 bits cannot
     with pytest.raises(InputError, match="no AVX2"):
-        OnnxRuntimeSession(path, processor=Processor(vnni=False, avx2=False, x86=True))
+        OnnxRuntimeSession(path, processor=Processor(vnni=False, avx2=False))
 
 
 def row_kinds(path: Path, processor: Processor) -> list[int]:
@@ -432,3 +432,11 @@ def test_every_pipeline_is_exported(name: str, tmp_path: Path) -> None:
         assert all(isinstance(getattr(exported, part), EngineModule) for part in ("unet", "vae", "text_encoder"))
     found, simulated, exact = (np.asarray(run_batch(pipe, run, range(3), "latent")) for pipe in (exported, qpipe, full))
     assert_near(found, simulated, exact)
+
+
+@pytest.mark.slow
+def test_probabilities_of_16_bits_are_multiplied_as_floats(full: DDIMPipeline, tmp_path: Path) -> None:
+    qpipe = quantize(full, recipe("w8a8", softmax_bits=16), RUN)
+    made = export(qpipe, RUN, "onnxruntime", tmp_path / "made")
+    assert set(dict(made.products.floating).values()) == {"16-bit probabilities"}
+    assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))

@@ -319,7 +319,7 @@ def _kept(
 ) -> "tuple[dict[str, DiffusionPipeline], Sampling, str | None]":
     """The quantized pipelines of a run folder's rows, how they were sampled, and of which model; or a folder's own."""
     from ptqd.experiment import pipeline_of
-    from ptqd.rows import chosen_rows, sampling_of
+    from ptqd.rows import chosen_rows, row_name, sampling_of
 
     if not (args.run / "report.json").is_file():
         if names is not None:
@@ -327,7 +327,8 @@ def _kept(
         pipe = _pipeline(args, args.run)
         return {args.run.name: pipe}, _sampling(args, pipe), None
     rows = chosen_rows(args.run, names)
-    return {row["recipe"]: pipeline_of(args.run, row) for row in rows}, sampling_of(rows[-1]), rows[-1]["model"]
+    pipes = {row["recipe"] if names is None else row_name(row): pipeline_of(args.run, row) for row in rows}
+    return pipes, sampling_of(rows[-1]), rows[-1]["model"]
 
 
 def _cmd_report(args: argparse.Namespace) -> None:

@@ -140,6 +140,7 @@ class _Makers:
 
     def __init__(self, folder: RunFolder, run: Sampling, others: Others, progress: bool) -> None:
         self.folder, self.run, self.others, self.progress = folder, run, others, progress
+        self.first = ""  # the engine that graphs are traced for; others read the same
 
     def saved(self, name: str, pipe: DiffusionPipeline) -> Path:
         """A pipeline as it is."""
@@ -149,16 +150,18 @@ class _Makers:
     def exported(self, name: str, pipe: DiffusionPipeline, engine: str) -> Path:
         """A pipeline for an engine; the graph is traced once for all of them."""
         required(engine)
+        self.first = self.first or engine
         others: Others = "fp32" if name == FULL else self.others
-        inputs = {"pipeline": pipeline_fingerprint(pipe), "call": self.run.shared_call, "ptqd": version("ptqd")}
+        setting = self.run.replace(samples=1, batch=1).to_dict()
+        inputs = {"pipeline": pipeline_fingerprint(pipe), "setting": setting, "ptqd": version("ptqd")}
         inputs["others"] = others
 
         def trace(path: Path, scratch: Path) -> None:
             with busy(f"exporting {name}" if self.progress else None):
-                export(pipe, self.run, ENGINES[0], path, others=others)
+                export(pipe, self.run, self.first, path, others=others)
 
-        traced = self.folder.stage(f"engines/{ENGINES[0]}-{name}", inputs, trace)
-        if engine == ENGINES[0]:
+        traced = self.folder.stage(f"engines/{self.first}-{name}", inputs, trace)
+        if engine == self.first:
             return traced
         return self.folder.stage(f"engines/{engine}-{name}", inputs, lambda path, _: for_engine(traced, engine, path))
 
@@ -184,7 +187,12 @@ def race(
 
     Returns:
         What was measured, in the contestants' order; and for those that failed why.
+
+    Raises:
+        InputError: full precision cannot be timed, or a number that is not positive.
     """
+    if repeats < 1 or threads < 0:
+        raise InputError(f"repeats and threads must be positive; got {repeats} and {threads}")
     run = run.replace(samples=run.batch)
     threads = threads or torch.get_num_threads()
     refused: dict[str, str] = {}
@@ -203,9 +211,15 @@ def race(
         for repeat in track(list(range(repeats)), "timing" if progress else None):
             order = sorted(workers, key=lambda i: (i + repeat) % len(found))
             for i in order:
-                seconds.setdefault(i, []).append(workers[i].ask("run")["seconds"] / run.batch)
+                try:
+                    seconds.setdefault(i, []).append(workers[i].ask("run")["seconds"] / run.batch)
+                except InputError as error:
+                    refused[f"{found[i].engine} {found[i].numbers}"] = str(error)
+                    del workers[i]
         ends = {i: worker.ask("end") for i, worker in workers.items()}
         images = {i: np.load(Path(temporary) / f"{i}.npy") for i in workers}
+    if 0 not in workers:
+        raise InputError(f"full precision in torch cannot be timed: {next(iter(refused.values()))}")
     timings = []
     for i in workers:
         psnr = None if not i else -10 * math.log10(max(float(np.square(images[i] - images[0]).mean()), TINY))
@@ -262,4 +276,9 @@ def _worker(contestant: Contestant, run: Sampling, threads: int, device: str, im
             )
             yield worker
         finally:
-            process.kill()
+            if process.stdin is not None:
+                process.stdin.close()
+            try:
+                process.wait(timeout=10)  # it removes its temporary files
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ptqd.components import denoiser_name
-from ptqd.errors import PtqdError
 from ptqd.loading import load
 from ptqd.sampling import Sampling, run_batch
 
@@ -53,8 +52,8 @@ def main() -> None:
             answer(seconds=time.perf_counter() - start)
         np.save(Path(told["images"]), images)
         answer(peak=peak_memory())
-    except (PtqdError, RuntimeError) as error:
-        answer(error=" ".join(str(error).split())[:300])
+    except Exception as error:  # engines have errors of their own
+        answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A pipeline for an engine: its networks as graphs, in a diffusers folder that loads and runs like any other."""
 
 import copy
+import inspect
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -19,6 +21,7 @@ from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
 from ptqd.files import read_json, replacing, write_json
 from ptqd.insertion import insert_quantizers, quant_modules
+from ptqd.layers import QuantLayer
 from ptqd.recipe import Recipe
 from ptqd.sampling import Sampling, sample
 
@@ -56,7 +59,7 @@ def export(
     """Write a pipeline whose networks an engine runs, as a diffusers folder; :func:`ptqd.load` loads it again.
 
     The denoiser carries exactly its codes, scales and zero points, and follows its plan; a scheduler that corrects goes
-    on to.
+    on to. The pipeline is moved to the CPU. The autoencoder of one that is given pictures stays in torch, which encodes.
 
     Args:
         pipe: quantized by ptqd, or in full precision.
@@ -76,6 +79,11 @@ def export(
     if provider != "cpu" and engine != "onnxruntime":
         raise InputError(f"{provider} is a provider of onnxruntime; leave --provider out for {engine}")
     name = denoiser_name(pipe)
+    model = getattr(pipe, name)
+    if isinstance(model, EngineModule):
+        raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
+    if model.dtype != torch.float32:
+        raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = pipe.to("cpu")
     if engine == TORCHAO:
         made, products = to_torchao(pipe, run, layout)
@@ -84,9 +92,13 @@ def export(
         return Exported(made, products, (name,))
     for package in (engine, "onnx", "onnxscript"):
         required(package)
-    _check_ranges(engine, changing_quantizers(getattr(pipe, name)))
+    _check_ranges(engine, changing_quantizers(model))
     if provider == "tensorrt":
-        _check_symmetric(getattr(pipe, name))
+        _check_symmetric(model)
+        if others == "int8":
+            raise InputError(
+                "decoders in 8 bits have zero points, which TensorRT does not multiply; leave --others fp32"
+            )
     with replacing(folder) as temporary:
         graph = _written(pipe, run, name, "forward", temporary, engine, provider)
         components = [name]
@@ -113,11 +125,13 @@ def for_engine(exported: Path, engine: str, folder: Path) -> None:
     Raises:
         InputError: the engine lacks what the graphs need.
     """
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    for path in exported.glob(f"*/{FACTS}"):
+        _check_ranges(engine, read_json(path)["ranges"])
     shutil.copytree(exported, folder)
     for path in folder.glob(f"*/{FACTS}"):
-        facts = read_json(path)
-        _check_ranges(engine, facts["ranges"])
-        write_json(path, facts | {"engine": engine})
+        write_json(path, read_json(path) | {"engine": engine})
 
 
 def _check_ranges(engine: str, changing: Collection[str]) -> None:
@@ -130,7 +144,8 @@ def _check_ranges(engine: str, changing: Collection[str]) -> None:
 
 def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     """Decoders and text encoders, with what of them is called."""
-    parts = [(name, "decode") for name in DECODERS] + [(name, "forward") for name in ENCODERS]
+    encodes = "image" in inspect.signature(type(pipe).__call__).parameters
+    parts = [(name, "decode") for name in DECODERS if not encodes] + [(name, "forward") for name in ENCODERS]
     found = [(name, method) for name, method in parts if isinstance(getattr(pipe, name, None), nn.Module)]
     return [(name, method) for name, method in found if not isinstance(getattr(pipe, name), EngineModule)]
 
@@ -166,6 +181,11 @@ def _check_symmetric(model: nn.Module) -> None:
         InputError: it does not.
     """
     for name, quantizer in model.named_modules():
+        if isinstance(quantizer, QuantLayer) and (quantizer.zero_point is not None or quantizer.scale.ndim != 1):
+            raise InputError(
+                f"{name} has weights with zero points or groups, which TensorRT does not multiply; quantize with "
+                "[weights] symmetric = true and group = 0, or export for cuda"
+            )
         if isinstance(quantizer, ActivationQuantizer):
             changing = quantizer.spec.dynamic or len(quantizer.widths) > 1 or quantizer.ranges > 1
             what = "a range that changes" if changing else None if quantizer.spec.symmetric else "a zero point"

@@ -9,6 +9,7 @@ from torch import nn
 
 from ptqd.activations import ActivationQuantizer
 from ptqd.engines.module import EngineModule
+from ptqd.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
 
     Returns:
         Shares over all codes of ranges that were found beforehand; ranges that come with the tokens are left out.
+
+    Raises:
+        InputError: there are no others.
     """
     kwargs["return_dict"] = False
     mine: dict[str, tuple[torch.Tensor, int]] = {}
@@ -63,8 +67,10 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
     for name, theirs in engine.codes(*args, **kwargs).items():
         if name in mine and mine[name][0].numel() == theirs.numel():
             ours, first = mine[name]
-            ours = ours.transpose(1, 2) if ours.shape != theirs.shape else ours  # a turned key
+            ours = ours.transpose(1, 2) if name.endswith(".key") else ours  # which the graph turns before it rounds
             differences[name] = (ours - theirs.int() - (0 if theirs.dtype == torch.int8 else first)).abs()
+    if not differences:
+        raise InputError("all ranges come with the tokens, so there are no codes to compare; compare images")
     count = sum(d.numel() for d in differences.values())
     shares = {name: (d > 0).float().mean().item() for name, d in differences.items()}
     return Fidelity(

@@ -32,7 +32,7 @@ from ptqd.layers import QuantLayer
 from ptqd.sampling import Sampling, run_batch
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
-RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.most")  # inputs: of each quantizer (Q,), float32, uint8 and uint8
+RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
 TRACED = 3  # samples of the traced call; a size that no other dimension is likely to have
 FOUR_BITS = 4
 CODES = "codes."  # before the name of a quantizer: what it makes of an activation
@@ -135,9 +135,9 @@ def timesteps_of(told: Any, batch: int) -> torch.Tensor:
 def flat_arguments(
     parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Names and values of a call's arguments; None and whether to return a dictionary are left out."""
+    """Names and values of a call's arguments; None and what changes no number of a result are left out."""
     for name, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
-        if value is None or name == "return_dict":
+        if value is None or name in ("return_dict", "generator"):
             continue
         if isinstance(value, Mapping):
             yield from ((f"{name}.{key}", item) for key, item in value.items() if item is not None)
@@ -166,7 +166,8 @@ class _Table:
 
     scale: torch.Tensor
     zero: torch.Tensor
-    most: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
     tensors = [value.float() if value.is_floating_point() else value for value in tensors]
     if products.quantizers:
         names += RANGES
-        tensors += [table.scale, table.zero, table.most]
+        tensors += [table.scale, table.zero, table.low, table.high]
     wrapper = _Called(twin, call, method, table if products.quantizers else None)
     with torch.no_grad():
         wrapper(*tensors)
@@ -251,7 +252,7 @@ class _Called(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.table is not None:
-            *tensors, self.table.scale, self.table.zero, self.table.most = tensors  # type: ignore[assignment]
+            *tensors, self.table.scale, self.table.zero, self.table.low, self.table.high = tensors  # type: ignore[assignment]
         made = getattr(self.model, self.method)(**self.call.arguments(tensors))
         found = dict(made.items()) if isinstance(made, Mapping) else {str(i): value for i, value in enumerate(made)}
         found = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -321,7 +322,10 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
     changing = changing_quantizers(twin)
-    table = _Table(torch.ones(len(changing)), *(torch.zeros(len(changing), dtype=torch.uint8) for _ in range(2)))
+    count = len(changing)
+    table = _Table(
+        torch.ones(count), torch.zeros(count, dtype=torch.uint8), torch.zeros(count), torch.full((count,), 255.0)
+    )
     places = {id(q): i for i, q in enumerate(changing.values())}
     integer, floating = [], []
     for name, module in list(twin.named_modules()):
@@ -397,8 +401,8 @@ class _Rounding(nn.Module):
             return self._as_it_comes(x)
         if self.place is not None:
             table, i = self.table, self.place
+            x = symbolic("Clip", (x, table.low[i], table.high[i]), x, x.dtype)
             codes = symbolic("QuantizeLinear", (x, table.scale[i], table.zero[i]), x, self.dtype)
-            codes = symbolic("Min", (codes, table.most[i]), x, self.dtype)
             return symbolic("DequantizeLinear", (codes, table.scale[i], table.zero[i]), x, torch.float32)
         if self.grid.bits not in (MAX_BITS, WIDE):
             x = x.clamp(self.low, self.high)
@@ -410,8 +414,7 @@ class _Rounding(nn.Module):
         moved = x if self.rowwise else x.movedim(self.axis, -1)
         rows = moved.flatten(1) if self.rowwise else moved.reshape(-1, moved.shape[-1])  # R,K
         low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)  # R
-        largest = self.most if self.place is None else self.table.most[self.place]
-        most = largest.float()
+        most = self.most.float() if self.place is None else self.table.high[self.place]
         scale = torch.maximum(-low, high) / ((most - 1) / 2) if self.grid.symmetric else (high - low) / most
         scale = torch.where(scale > torch.finfo(torch.float32).smallest_normal, scale, 1.0)
         if self.grid.symmetric:
@@ -421,7 +424,7 @@ class _Rounding(nn.Module):
         zero = zero.to(torch.uint8)
         codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
         if self.place is not None or self.grid.bits < MAX_BITS:
-            codes = symbolic("Min", (codes, largest), rows, torch.uint8)
+            codes = symbolic("Min", (codes, most.to(torch.uint8)), rows, torch.uint8)
         made = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
         return made.view(x.shape) if self.rowwise else made.view(moved.shape).movedim(-1, self.axis)
 

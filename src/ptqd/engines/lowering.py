@@ -79,9 +79,12 @@ class _Lowering:
 
     def __init__(self, model: onnx.ModelProto, processor: Processor) -> None:
         self.model, self.processor = model, processor
-        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         graph = model.graph
         self.shapes: dict[str, Shape] = shapes_of(graph)
+        self.constants: dict[str, np.ndarray] = {}
+        for tensor in graph.initializer:
+            self.constants[tensor.name] = numpy_helper.to_array(tensor)
+            tensor.ClearField("raw_data")  # not twice in memory
         self.uses = Counter(name for node in graph.node for name in node.input)
         self.uses.update(value.name for value in graph.output)
         self.users = {name: node for node in graph.node for name in node.input}
@@ -180,7 +183,8 @@ class _Lowering:
         facts = attributes_of(node)
         output = node.output[0]
         self.postponed[output] = node
-        if facts.get("block_size"):
+        points = self.constants.get(zero[0]) if zero else None
+        if facts.get("block_size") or (points is not None and points.itemsize > 1):  # kernels multiply bytes
             return True
         if codes in self.constants:
             self.weights[output] = Weight(codes, scale, zero[0] if zero else "", facts.get("axis", 1))

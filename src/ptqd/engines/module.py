@@ -89,6 +89,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         except AttributeError:
             if name.startswith("_") or "_internal_dict" not in vars(self):
                 raise
+            if self._architecture is None:
+                raise
             return getattr(self._architecture, name)
 
     @functools.cached_property
@@ -113,9 +115,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         tables, _ = read_tensors(self.folder / TABLE) if (self.folder / TABLE).is_file() else ({}, {})
         self.quantizers: list[str] = []
         for name, spec in self.facts["ranges"].items():
-            quantizer = ActivationQuantizer(
-                Quantizer(spec["bits"], symmetric=spec["symmetric"]), spec["widths"], ranges=spec["ranges"]
-            )
+            kind = Quantizer(spec["bits"], symmetric=spec["symmetric"], dynamic=spec["dynamic"])
+            quantizer = ActivationQuantizer(kind, spec["widths"], ranges=spec["ranges"])
             quantizer.scale.copy_(tables[f"{name}.scale"])
             quantizer.zero_point.copy_(tables[f"{name}.zero_point"])
             _put(self, name, quantizer)
@@ -206,7 +207,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
                 )
 
     def _ranges(self) -> dict[str, Any]:
-        """Scale, zero point and largest code of each quantizer whose range follows the steps, of the step at hand."""
+        """Scale, zero point, least and largest value of each quantizer whose range follows the steps, at this one."""
         if not self.quantizers:
             return {}
         found: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]
@@ -215,13 +216,17 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
             raise InputError("the samples of a batch are at several steps; an engine has the ranges of one")
         key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, found, strict=True))
         if key not in self._vectors:
-            scale, zero, most = [], [], []
+            rows = []
             for quantizer, (step, width) in zip(found, key, strict=True):
                 row, grid = step if quantizer.ranges > 1 else 0, quantizer.grids[width]
-                scale.append(quantizer.scale.view(quantizer.ranges, -1)[row, width])
-                zero.append(quantizer.zero_point.view(quantizer.ranges, -1)[row, width] - grid.qmin)
-                most.append(torch.tensor(grid.qmax - grid.qmin))
-            values = (torch.stack(scale), *(torch.stack(t).to(torch.uint8) for t in (zero, most)))
+                scale = quantizer.scale.view(quantizer.ranges, -1)[row, width]
+                zero = quantizer.zero_point.view(quantizer.ranges, -1)[row, width]
+                low, high = (grid.qmin - zero) * scale, (grid.qmax - zero) * scale
+                if quantizer.spec.dynamic:  # found in the graph, of so many codes
+                    low, high = torch.tensor(0.0), torch.tensor(float(grid.qmax - grid.qmin))
+                rows.append((scale, zero - grid.qmin, low, high))
+            values = [torch.stack(column) for column in zip(*rows, strict=True)]
+            values[1] = values[1].to(torch.uint8)
             self._vectors[key] = {name: value.numpy() for name, value in zip(RANGES, values, strict=True)}
         return self._vectors[key]
 
@@ -244,7 +249,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "EngineModule":
-        """Load what :func:`export_component` wrote."""
+        """Load what :func:`write_component` wrote."""
         return cls(Path(pretrained_model_name_or_path))
 
     def to(self, *args: Any, **kwargs: Any) -> "EngineModule":
@@ -277,7 +282,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 def _digest(folder: Path) -> str:
     """Of a graph and its weights."""
     digest = sha256()
-    for name in (GRAPH, WEIGHTS):
+    for name in (GRAPH, WEIGHTS, TABLE):
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -339,6 +344,11 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
     modules = dict(model.named_modules())
     quantizers: dict[str, Any] = {name: modules[name] for name in graph.products.quantizers}
     coverage = getattr(getattr(model, "hf_quantizer", None), "coverage", Coverage((), ()))
+    if quantizers:
+        tables = {
+            f"{name}.{what}": getattr(q, what) for name, q in quantizers.items() for what in ("scale", "zero_point")
+        }
+        write_tensors(folder / TABLE, tables, {})
     tensors = graph.call.tensors
     facts = {
         "format": FORMAT,
@@ -366,6 +376,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
             name: {
                 "bits": q.spec.bits,
                 "symmetric": q.spec.symmetric,
+                "dynamic": q.spec.dynamic,
                 "widths": list(q.widths),
                 "ranges": q.ranges,
             }
@@ -377,11 +388,6 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         "sha256": _digest(folder),
         "versions": {name: version(name) for name in ("ptqd", "torch", "onnx")},
     }
-    if quantizers:
-        tables = {
-            f"{name}.{what}": getattr(q, what) for name, q in quantizers.items() for what in ("scale", "zero_point")
-        }
-        write_tensors(folder / TABLE, tables, {})
     config: Any = getattr(model, "config", {})
     values = dict(config.items()) if isinstance(config, Mapping) else config.to_dict()
     if isinstance(values.get("quantization_config"), PtqdConfig):

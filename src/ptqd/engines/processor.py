@@ -18,12 +18,10 @@ class Processor:
     Attributes:
         vnni: pairs of products are summed in 32 bits; else x86 sums them in 16 bits, which saturates.
         avx2: kernels of integers need it on x86.
-        x86: whether it is one.
     """
 
     vnni: bool
     avx2: bool
-    x86: bool
 
 
 @functools.cache
@@ -32,7 +30,7 @@ def this_processor() -> Processor:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = _flags() if x86 else set()
     vnni = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
-    return Processor(vnni=vnni or not x86, avx2="avx2" in flags or not x86, x86=x86)
+    return Processor(vnni=vnni or not x86, avx2="avx2" in flags or not x86)
 
 
 def processor_name() -> str:

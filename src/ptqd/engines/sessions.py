@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, Literal, get_args
 
 import numpy as np
+from packaging.version import Version
 
 from ptqd.engines.processor import Processor, overflows, this_processor
 from ptqd.errors import InputError
@@ -45,7 +46,8 @@ def required(package: str) -> Any:
     Raises:
         InputError: it is not installed, or older than what is needed.
     """
-    remedy = "pip install 'ptqd[engines]', or sample in simulation"
+    extra = "backends" if package == "torchao" else "engines"
+    remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
     try:
         module, found = importlib.import_module(package), version(package)
     except (ImportError, PackageNotFoundError) as error:
@@ -53,7 +55,7 @@ def required(package: str) -> Any:
             return sys.modules["onnxruntime"]
         raise InputError(f"{package} is not installed: {remedy}") from error
     least = LEAST[package]
-    if tuple(int(part) for part in found.split(".")[: len(least)]) < least:
+    if Version(found).release < least:
         raise InputError(f"{package} {found} is older than {'.'.join(map(str, least))}: {remedy}")
     return module
 
@@ -77,10 +79,15 @@ class Session(ABC):
         self._names = list(shapes)
         self.threads, self.rows = threads, rows
         self._pool = ThreadPoolExecutor(threads)
+        self._alone_here = Lock()  # copies of a pipeline share a session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
         batch = len(inputs[self._by_sample[0]]) if self._by_sample else 1
+        with self._alone_here:
+            return self._shared(inputs, batch)
+
+    def _shared(self, inputs: Mapping[str, np.ndarray], batch: int) -> list[np.ndarray]:
         alone = batch == 1 or self.rows == 0
         self._prepare(alone=alone)
         if alone:
@@ -142,6 +149,7 @@ class OnnxRuntimeSession(Session):
 
     def _open(self, threads: int) -> None:
         """Load the graph, for so many cores at one sample."""
+        self.session: Any = None  # what was there before has to go first
         runtime = required("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -166,12 +174,12 @@ class OnnxRuntimeSession(Session):
         """The graph as the CPU's kernels compute it fastest, in a file: what ONNX Runtime packs anew it then drops."""
         from ptqd.engines.lowering import lowered
 
-        if not self._processor.avx2:
-            raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
+        _check_kernels(self._processor)
         return _written(lowered(showing(read_graph(self._path), self._shown), self._processor), folder)
 
     def _prepare(self, *, alone: bool) -> None:
-        if self._opened != (threads := self.threads if alone else 1):
+        threads = self.threads if alone and self._provider == "cpu" else 1
+        if self._opened != threads:
             self._open(threads)
 
     def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
@@ -209,6 +217,7 @@ class OpenVinoSession(Session):
         self._core, self._tensor = openvino.Core(), openvino.Tensor
         self._path = path
         if has_codes(path):
+            _check_kernels(processor or this_processor())
             model = expanded(showing(read_graph(path), shown))
             _check_overflow(model, processor or this_processor())
             temporary = mkdtemp()
@@ -261,6 +270,11 @@ class OpenVinoSession(Session):
         return self._compiled[key]
 
 
+def _check_kernels(processor: Processor) -> None:
+    if not processor.avx2:
+        raise InputError("this processor has no AVX2, which kernels of integers need; sample in simulation")
+
+
 def _check_overflow(model: Any, processor: Processor) -> None:
     """OpenVINO multiplies signed weights, which may overflow where there is no VNNI."""
     from onnx import numpy_helper
@@ -274,7 +288,10 @@ def _check_overflow(model: Any, processor: Processor) -> None:
         codes = numpy_helper.to_array(tensor)
         if codes.dtype != np.int8:
             continue
-        rows = codes.transpose(*range(2, codes.ndim), 1, 0).reshape(-1, len(codes)) if codes.ndim > 2 else codes
+        rows = codes
+        if codes.ndim > 2:  # neighbours are channels of one tap
+            even = np.pad(codes, [(0, 0), (0, codes.shape[1] % 2), *[(0, 0)] * (codes.ndim - 2)])
+            rows = even.transpose(*range(2, codes.ndim), 1, 0).reshape(-1, len(codes))
         if overflows(rows):
             raise InputError(
                 f"{tensor.name}: on this processor (without VNNI) openvino's sums of two products would saturate; "

@@ -55,7 +55,7 @@ def to_torchao(pipe: DiffusionPipeline, run: Sampling, layout: Layout) -> tuple[
                 weight = _rounded(layer)
                 floating.append((path, reason))
             _set(module, weight, layer)
-        elif layer is not None and layer is not model:
+        elif layer is not None:
             for key, value in module.named_parameters(recurse=False):
                 value.data.copy_(layer.get_parameter(key))
             for key, buffer in module.named_buffers(recurse=False):
