@@ -59,7 +59,7 @@ def export(
     """Write a pipeline whose networks an engine runs, as a diffusers folder; :func:`ptqd.load` loads it again.
 
     The denoiser carries exactly its codes, scales and zero points, and follows its plan; a scheduler that corrects goes
-    on to. The pipeline is moved to the CPU. The autoencoder of one that is given pictures stays in torch, which encodes.
+    on to. The pipeline is moved to the CPU. One that is given pictures keeps its autoencoder in torch, to encode them.
 
     Args:
         pipe: quantized by ptqd, or in full precision.
