@@ -418,6 +418,9 @@ def test_engines_are_timed_in_turn(full: DDIMPipeline, tmp_path: Path) -> None:
     assert all(row["peak"] > 1e8 for row in rows)
 
 
+UNTRACEABLE = ("sana",)  # torch.export does not divide its sizes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_pipeline_is_exported(name: str, tmp_path: Path) -> None:
@@ -426,6 +429,10 @@ def test_every_pipeline_is_exported(name: str, tmp_path: Path) -> None:
     run = Sampling(case.steps, case.eta, 3, 3, call={**case.call, **(case.guidance or {})})
     qpipe = quantize(full, Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 3}), run)
     others: Any = "fp32" if name == "sd1" else "none"
+    if name in UNTRACEABLE:
+        with pytest.raises(InputError, match="cannot be traced to an ONNX graph"):
+            export(qpipe, run, "onnxruntime", tmp_path / "engine", others=others)
+        return
     export(qpipe, run, "onnxruntime", tmp_path / "engine", others=others)
     exported = load(tmp_path / "engine")
     if others == "fp32":

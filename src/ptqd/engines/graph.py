@@ -237,6 +237,7 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
             proto, {name: layer.bits for name, layer in wrapper.named_modules() if isinstance(layer, _Product)}
         )
     _name_codes(proto)
+    _drop_squeezes(proto)
     return Graph(proto, call, method, wrapper.outputs, wrapper.kind, products)
 
 
@@ -297,6 +298,20 @@ def _name_codes(proto: Any) -> None:
         del value.metadata_props[:]
     for tensor in proto.graph.initializer:
         del tensor.metadata_props[:]
+
+
+def _drop_squeezes(proto: Any) -> None:
+    """Squeezing a size that is not 1 does nothing in torch, and is an error in ONNX."""
+    import onnx
+
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.value_info}
+    axes = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT64}
+    for node in proto.graph.node:
+        if node.op_type == "Squeeze" and len(node.input) == 2 and node.input[1] in axes and node.input[0] in sizes:
+            squeezed = onnx.numpy_helper.to_array(axes[node.input[1]]).reshape(-1)
+            if any(sizes[node.input[0]][axis] not in (0, 1) for axis in squeezed):
+                node.op_type = "Identity"
+                del node.input[1]
 
 
 @contextlib.contextmanager
