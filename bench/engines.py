@@ -29,7 +29,7 @@ from rich.console import Console
 
 import ptqd
 from ptqd.batchwise import judged, labels_of, observe_images, sample_images
-from ptqd.components import denoiser_name
+from ptqd.components import denoiser_name, with_components
 from ptqd.engines.exporting import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.graph import captured
@@ -260,14 +260,17 @@ def quality(folder: Path) -> None:
         for text in RECIPES:
             of_simulation = looked_at(text, ptqd.load(place / text), full)
             simulated = judged(*of_simulation, judge, labels, full)
-            for engine in ("onnxruntime", "openvino"):
-                pipe = ptqd.load(place / "run" / "engines" / f"{engine}-{text}")
+            simulation = ptqd.load(place / text)
+            engines = {e: ptqd.load(place / "run" / "engines" / f"{e}-{text}") for e in ("onnxruntime", "openvino")}
+            compared = {e: with_components(pipe, vae=simulation.vae) for e, pipe in engines.items()}
+            compared["both in 8 bits"] = engines["openvino"]  # the decoder too
+            for engine, pipe in compared.items():
                 found = judged(*looked_at(f"{text}-{engine}", pipe, full), judge, labels, full)
                 for name in ("frechet_distance", "spatial_frechet_distance", "psnr", "latent_distance"):
                     value = found[name].minus(simulated[name]).interval(labels)
                     inside = value.low <= 0 <= value.high
                     print(
-                        f"  {text} {engine:12s} {name:26s} {simulated[name].value:9.4f}, difference {value.value:+.4f} "
+                        f"  {text} {engine:14s} {name:26s} {simulated[name].value:9.4f}, difference {value.value:+.4f} "
                         f"({value.low:+.4f} to {value.high:+.4f}): {'equal' if inside else 'NOT equal'}",
                         flush=True,
                     )

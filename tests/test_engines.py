@@ -28,10 +28,11 @@ from ptqd import (
     quantize,
 )
 from ptqd.cli import main
-from ptqd.components import pipeline_fingerprint
+from ptqd.components import denoiser_name, pipeline_fingerprint
 from ptqd.engines import sessions
 from ptqd.engines.exporting import Exported, export, for_engine
 from ptqd.engines.fidelity import fidelity
+from ptqd.engines.graph import captured
 from ptqd.engines.lowering import lowered
 from ptqd.engines.module import EngineModule
 from ptqd.engines.processor import Processor, overflows
@@ -437,8 +438,12 @@ def test_every_pipeline_is_exported(name: str, tmp_path: Path) -> None:
     exported = load(tmp_path / "engine")
     if others == "fp32":
         assert all(isinstance(getattr(exported, part), EngineModule) for part in ("unet", "vae", "text_encoder"))
-    found, simulated, exact = (np.asarray(run_batch(pipe, run, range(3), "latent")) for pipe in (exported, qpipe, full))
-    assert_near(found, simulated, exact)
+    assert np.isfinite(np.asarray(run_batch(exported, run, range(3), "latent"))).all()
+    simulated, engine = (getattr(pipe, denoiser_name(pipe)) for pipe in (qpipe, exported))
+    call = captured(qpipe, run, simulated)
+    found = fidelity(simulated, engine, **call.arguments(list(call.tensors.values())))
+    assert found.first == 0
+    assert found.output < 0.1  # random weights make much of one other code
 
 
 @pytest.mark.slow
