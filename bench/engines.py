@@ -9,7 +9,8 @@
 Pipelines: fashion-ldm at batch 32 with guidance; a DDPM UNet of CIFAR-10 (35.7 M parameters, random weights) at batch 1
 and 16; a DiT (39.8 M, 256 tokens, random weights) at batch 4. W8A8 and W4A8 are rounded to nearest and corrected (CNC
 and BC); their decoders have 8 bits too. What is written is kept in the folder that PTQD_ENGINES names, for the next
-time; PTQD_CASE times one case alone.
+time; PTQD_CASE times one case alone, PTQD_OTHERS=fp32 with decoders in full precision. Speed comes first:
+memory, fidelity and quality read what it exported.
 """
 
 import os
@@ -114,6 +115,7 @@ def kept(folder: Path, case: str, text: str) -> Any:
 
 def speed(folder: Path) -> None:
     chosen = os.environ.get("PTQD_CASE")
+    others: Any = os.environ.get("PTQD_OTHERS", "int8")
     for case, (_, run) in CASES.items():
         if chosen not in (None, case):
             continue
@@ -121,7 +123,7 @@ def speed(folder: Path) -> None:
         place = place_of(folder, case)
         engines = None if case in COMPILED_TOO else ("torch", "onnxruntime", "openvino")
         full, kept_in = ptqd.load(place / "full"), RunFolder(place / "run")
-        found, refused = contestants(full, pipes, run, kept_in, engines, others="int8")
+        found, refused = contestants(full, pipes, run, kept_in, engines, others=others)
         timings, failed = race(found, run, repeats=5)
         facts = speed_facts(timings, refused | failed, run, 0, "cpu")
         print(f"\n{case}")

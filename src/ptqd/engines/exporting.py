@@ -97,7 +97,7 @@ def export(
         _check_symmetric(model)
         if others == "int8":
             raise InputError(
-                "decoders in 8 bits have zero points, which TensorRT does not multiply; leave --others fp32"
+                "decoders in 8 bits have zero points, which TensorRT does not multiply; take --others fp32"
             )
     with replacing(folder) as temporary:
         graph = _written(pipe, run, name, "forward", temporary, engine, provider)

@@ -2,8 +2,8 @@
 
 Of a denoiser that ptqd quantized it carries exactly its codes, scales and zero points: a product reads
 ``DequantizeLinear(QuantizeLinear(x))`` and ``DequantizeLinear(codes)``, which engines turn into integer arithmetic.
-Weights of 4 bits and less are stored as INT4. Where activation ranges follow the steps, scales, zero points and the
-largest codes are inputs of the graph, one vector each; else they are constants.
+Weights of 4 bits and less are stored as INT4. Where activation ranges follow the steps, scales, zero points,
+least and largest values are inputs of the graph, one vector each; else they are constants.
 """
 
 import ast
@@ -26,7 +26,6 @@ from ptqd.attention import QuantAttnProcessor
 from ptqd.clock import timestep_argument
 from ptqd.components import copy_module
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS
 from ptqd.insertion import put_layer
 from ptqd.layers import QuantLayer
 from ptqd.sampling import Sampling, run_batch
@@ -376,7 +375,6 @@ def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
     for what, spec in (("weights", module.weights), ("activations", module.input.spec)):
         if spec.format != "int":
             raise InputError(f"{name}: no engine multiplies {spec.format} {what}; quantize to integers, or simulate")
-    assert module.input.spec.format not in BLOCKS
     return "groups of weights" if module.scale.ndim == 2 else None
 
 
