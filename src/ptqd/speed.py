@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -277,7 +277,8 @@ def _worker(contestant: Contestant, run: Sampling, threads: int, device: str, im
             yield worker
         finally:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # it may have ended already
+                    process.stdin.close()
             try:
                 process.wait(timeout=10)  # it removes its temporary files
             except subprocess.TimeoutExpired:

@@ -79,12 +79,12 @@ class Session(ABC):
         self._names = list(shapes)
         self.threads, self.rows = threads, rows
         self._pool = ThreadPoolExecutor(threads)
-        self._alone_here = Lock()  # copies of a pipeline share a session
+        self._lock = Lock()  # copies of a pipeline share a session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The graph's outputs, in order, of inputs by their names."""
         batch = len(inputs[self._by_sample[0]]) if self._by_sample else 1
-        with self._alone_here:
+        with self._lock:
             return self._shared(inputs, batch)
 
     def _shared(self, inputs: Mapping[str, np.ndarray], batch: int) -> list[np.ndarray]:
