@@ -1,4 +1,4 @@
-"""Small trained models that ship with the package and the scripts that trained them; architectures of large ones."""
+"""Small trained models that ship with the package and the architectures of large ones."""
 
 from pathlib import Path
 

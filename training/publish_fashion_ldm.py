@@ -1,6 +1,6 @@
 """Publish what ``train_fashion_ldm`` trained: weights in half precision, the reference, and the model card.
 
-    python -m ptqd.zoo.publish_fashion_ldm --data DIR --trained DIR --card DIR
+    python -m training.publish_fashion_ldm --data DIR --trained DIR --card DIR
 
 Writes into the package's ``zoo/weights``; into the card's folder go ``README.md``, ``samples.png``, ``loss.png``,
 ``metrics.json`` and the training logs.
@@ -162,7 +162,7 @@ scaled-linear schedule (0.0015 to 0.0195), 10 % label dropout for classifier-fre
 precision: {sizes["fashion-ldm"] / 1e6:.1f} MB, and {sizes["fashion-classifier"] / 1e6:.1f} MB for the classifier.
 
 Trained from scratch on the 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747, MIT
-licence), padded to 32 x 32, by `ptqd.zoo.train_fashion_ldm`; published and judged by `ptqd.zoo.publish_fashion_ldm`.
+licence), padded to 32 x 32, by `training.train_fashion_ldm`; published and judged by `training.publish_fashion_ldm`.
 The training logs stand beside this card (`*.csv`).
 
 ![samples, one class a column, guidance 1.5, 50 steps](samples.png)

@@ -1,6 +1,6 @@
 """Publish what ``train_fashion_variants`` trained: weights in half precision, and a model card each.
 
-    python -m ptqd.zoo.publish_fashion_variants ddpm --data DIR --trained DIR --card DIR
+    python -m training.publish_fashion_variants ddpm --data DIR --trained DIR --card DIR
 
 Writes into the package's ``zoo/weights``; into the card's folder go ``README.md``, ``samples.png``, ``loss.png``,
 ``metrics.json`` and the training log.
@@ -25,7 +25,7 @@ from ptqd.report.pictures import grid
 from ptqd.sampling import Sampling
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
 from ptqd.zoo.classifier import FashionClassifier
-from ptqd.zoo.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes
+from training.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def card_text(name: str, kind: Kind, facts: dict[str, Any], judged: dict[str, di
 Parameters: {counts}. Weights are stored in half precision: {facts["bytes"] / 1e6:.1f} MB.
 
 Trained from scratch on the 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747, MIT
-licence), padded to 32 x 32, by `ptqd.zoo.train_fashion_variants`; published and judged by
-`ptqd.zoo.publish_fashion_variants`. The training log stands beside this card.
+licence), padded to 32 x 32, by `training.train_fashion_variants`; published and judged by
+`training.publish_fashion_variants`. The training log stands beside this card.
 
 ![samples](samples.png)
 

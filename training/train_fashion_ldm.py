@@ -1,8 +1,8 @@
 """Train fashion-ldm from scratch: the classifier, the autoencoder, then the UNet on its latents.
 
-    python -m ptqd.zoo.train_fashion_ldm classifier  --data DIR --out DIR
-    python -m ptqd.zoo.train_fashion_ldm autoencoder --data DIR --out DIR
-    python -m ptqd.zoo.train_fashion_ldm unet        --data DIR --out DIR
+    python -m training.train_fashion_ldm classifier  --data DIR --out DIR
+    python -m training.train_fashion_ldm autoencoder --data DIR --out DIR
+    python -m training.train_fashion_ldm unet        --data DIR --out DIR
 
 Each stage writes a checkpoint as it goes and resumes from it; the log (``STAGE.csv``) holds the loss curve.
 Two processor cores need about 10, 20 and 70 minutes.

@@ -1,8 +1,8 @@
 """Train the three variants of fashion-ldm from scratch: pixels, a transformer, and flow matching.
 
-    python -m ptqd.zoo.train_fashion_variants ddpm --data DIR --out DIR
-    python -m ptqd.zoo.train_fashion_variants dit  --data DIR --out DIR
-    python -m ptqd.zoo.train_fashion_variants flow --data DIR --out DIR
+    python -m training.train_fashion_variants ddpm --data DIR --out DIR
+    python -m training.train_fashion_variants dit  --data DIR --out DIR
+    python -m training.train_fashion_variants flow --data DIR --out DIR
 
 ``dit`` and ``flow`` work on the latents of the published fashion-ldm's autoencoder. A killed stage resumes from its
 checkpoint; the log (``STAGE.csv``) holds the loss curve. One processor core needs about 60, 30 and 30 minutes.
@@ -33,7 +33,7 @@ from torch import nn
 from ptqd.loading import load
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
 from ptqd.zoo import fashion_mnist
-from ptqd.zoo.train_fashion_ldm import SCHEDULE, Run, trapezoid
+from training.train_fashion_ldm import SCHEDULE, Run, trapezoid
 
 NULL = 1000  # DiTPipeline's null class, whatever the number of classes
 COSINE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}

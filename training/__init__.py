@@ -1,0 +1,1 @@
+"""How the embedded models were trained, judged and published into the package; no part of it."""
