@@ -23,10 +23,10 @@ from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators
 from ptqd.correction.gate import gated
 from ptqd.correction.joint import joint
+from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
 from ptqd.joint import Layout, OutputEstimate, mean_table
 from ptqd.noise import NoiseStats
-from ptqd.sampling import Sampling
 from ptqd.zoo import CLASSIFIER
 from ptqd.zoo.classifier import FashionClassifier
 

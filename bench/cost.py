@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from ptqd.cost import PRODUCTS, Macs, call_macs, cost_of, on_meta
+from ptqd.bops import cost_of
+from ptqd.diffusion.macs import PRODUCTS, Macs, call_macs, on_meta
 from ptqd.insertion import insert_quantizers
 from ptqd.recipe import Recipe
 from ptqd.skeleton import bare_denoiser, denoiser_config, one_call

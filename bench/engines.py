@@ -30,7 +30,8 @@ from rich.console import Console
 
 import ptqd
 from ptqd.batchwise import judged, labels_of, observe_images, sample_images
-from ptqd.components import denoiser_name, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion.sampling import run_batch
 from ptqd.engines.exporting import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.graph import captured
@@ -39,7 +40,6 @@ from ptqd.evaluate.images import open_images
 from ptqd.evaluate.judge import Judge
 from ptqd.evaluate.references import load_reference
 from ptqd.report.speed import speed_facts, speed_table
-from ptqd.sampling import run_batch
 from ptqd.speed import contestants, race
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE

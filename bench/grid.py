@@ -22,10 +22,10 @@ import diffusers
 import torch
 
 import ptqd
-from ptqd.components import with_components
+from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.evaluate.metrics import frechet_distance
 from ptqd.experiment import MEASURED
-from ptqd.sampling import Sampling, run_batch
 from ptqd.zoo import CLASSIFIER
 from ptqd.zoo.classifier import FashionClassifier
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import ptqd
-from ptqd.clock import clock_of
-from ptqd.sampling import run_batch
+from ptqd.diffusion.sampling import run_batch
+from ptqd.step_clock import clock_of
 
 ROUNDS = 9
 RUN = ptqd.Sampling(10, 1.0, 32, 32, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})

@@ -20,7 +20,8 @@ import torch
 
 import ptqd
 from ptqd.batchwise import load_images, sample_images
-from ptqd.cost import run_cost
+from ptqd.bops import run_cost
+from ptqd.diffusion.sampling import Sampling
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
@@ -30,7 +31,6 @@ from ptqd.noise import NoiseStats
 from ptqd.planned import plan_of
 from ptqd.planning.paper import paper_rule
 from ptqd.planning.solver import plan_steps
-from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 from ptqd.zoo.classifier import FashionClassifier

@@ -27,13 +27,13 @@ from torch.utils._pytree import tree_flatten
 
 import ptqd
 from ptqd.calibration import Pool
-from ptqd.cost import call_macs, from_configuration
+from ptqd.diffusion.macs import call_macs, from_configuration
+from ptqd.diffusion.sampling import Sampling
 from ptqd.insertion import insert_quantizers, quant_modules
 from ptqd.methods import Brecq
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.recipe import Recipe
 from ptqd.rounding.learned import learn
-from ptqd.sampling import Sampling
 from ptqd.structure import find_units
 from ptqd.zoo import ARCHITECTURES
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import ptqd
+from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.trajectory import final_samples
 from ptqd.noise import NoiseStats
-from ptqd.replay import final_samples
-from ptqd.sampling import Sampling
 
 SAMPLES = 200
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -8,8 +8,8 @@ To first order, mean over the steps (ptqd.sensitivity), beside the layer's share
 import torch
 
 import ptqd
-from ptqd.cost import run_macs
-from ptqd.sampling import Sampling
+from ptqd.diffusion.macs import run_macs
+from ptqd.diffusion.sampling import Sampling
 from ptqd.sensitivity import measure_sensitivity
 
 RUN = Sampling(50, 1.0, 64, 64, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})

@@ -13,9 +13,9 @@ import matplotlib as mpl
 import torch
 
 import ptqd
+from ptqd.diffusion.sampling import Sampling
 from ptqd.joint import Layout, covariance, inverse, mean_table
 from ptqd.noise import NoiseStats
-from ptqd.sampling import Sampling
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

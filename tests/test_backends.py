@@ -27,9 +27,10 @@ from torch import nn
 
 from conftest import SCHEDULE
 from ptqd import LatentClassPipeline, MismatchError, NoiseStats, Sampling, correct, load, measure
-from ptqd.components import fingerprint, with_components
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.sampling import run_batch
 from ptqd.pipelines.latent_class import ClassEmbedder
-from ptqd.sampling import run_batch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`Quanto:FutureWarning"),  # diffusers will drop it, one day

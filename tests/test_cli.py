@@ -106,12 +106,12 @@ def test_run_writes_a_report_and_skips_what_is_done(
 def test_a_killed_run_resumes_with_the_same_images(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ptqd.sampling
+    import ptqd.diffusion.sampling
     from ptqd.batchwise import load_images
 
     command = ["run", str(model), "--recipe", str(recipe), "--measured", "16", *SMALL, "--ablation", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    plain, left = ptqd.sampling.run_batch, [0]
+    plain, left = ptqd.diffusion.sampling.run_batch, [0]
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
@@ -311,13 +311,13 @@ def test_auto_from_the_shell(model: Path, recipe: Path, tmp_path: Path, capsys: 
 def test_measuring_resumes_after_a_kill(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ptqd.sampling
+    import ptqd.diffusion.sampling
 
     quantized = tmp_path / "q"
     assert main(["quantize", str(model), "--recipe", str(recipe), "--out", str(quantized), *QUANTIZE]) == 0
     measure = ["measure", str(model), str(quantized), *QUANTIZE, "--samples", "12", "--batch", "4", "--out"]
     assert main([*measure, str(tmp_path / "whole.safetensors")]) == 0
-    plain, calls = ptqd.sampling.run_batch, [0]
+    plain, calls = ptqd.diffusion.sampling.run_batch, [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -346,14 +346,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 def test_a_plan_from_the_shell(
     model: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ptqd.sampling
+    import ptqd.diffusion.sampling
     from ptqd import StepPlan, load
     from ptqd.planned import plan_of
 
     quantized, planned = tmp_path / "q", tmp_path / "planned"
     assert main(["quantize", str(model), "--recipe", str(wide), "--out", str(quantized), *QUANTIZE]) == 0
     plan = ["plan", str(model), str(quantized), *SMALL, "--out", str(planned)]
-    plain, calls = ptqd.sampling.run_batch, [0]
+    plain, calls = ptqd.diffusion.sampling.run_batch, [0]
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1

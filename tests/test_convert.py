@@ -15,7 +15,7 @@ from torch import nn
 import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
 from ptqd.cli import main
-from ptqd.convert.pipeline import convert, save_converted
+from ptqd.diffusion.compvis.pipeline import convert, save_converted
 from ptqd.zoo import CONFIGS
 
 DATA = Path(__file__).parent / "data" / "ldm"
@@ -124,7 +124,7 @@ def test_every_parameter_of_a_published_checkpoint_has_its_place(
     state |= {"betas": torch.linspace(*ends, 1000) ** 2}
     if "scale_factor" in state:
         state["scale_factor"] = torch.tensor(0.2)
-    monkeypatch.setattr("ptqd.convert.pipeline.read_checkpoint", lambda path: dict(state))
+    monkeypatch.setattr("ptqd.diffusion.compvis.pipeline.read_checkpoint", lambda path: dict(state))
     pipe: Any = convert(tmp_path / "model.ckpt", CONFIGS[name])
     raw = [shape for key, shape in shapes.items() if key.startswith("model.diffusion_model.")]
     assert sum(p.numel() for p in pipe.unet.parameters()) == sum(math.prod(shape) for shape in raw)

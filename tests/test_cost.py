@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptqd import InputError, Quantizer, Recipe, Sampling, StepPlan, apply_plan
 from ptqd.attention import QuantAttnProcessor
-from ptqd.components import with_components
-from ptqd.cost import Bits, Cost, Macs, call_macs, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost, run_macs
+from ptqd.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
+from ptqd.diffusion.macs import Macs, call_macs, run_macs
+from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.sampling import run_batch
 from ptqd.insertion import insert_quantizers
 from ptqd.layers import QuantConv, QuantLinear
 from ptqd.report.cost import counted
-from ptqd.sampling import run_batch
 from ptqd.skeleton import bare_denoiser, denoiser_config, one_call, skeleton
 from tiny import CASES
 

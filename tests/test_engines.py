@@ -28,7 +28,9 @@ from ptqd import (
     quantize,
 )
 from ptqd.cli import main
-from ptqd.components import denoiser_name, pipeline_fingerprint
+from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import run_batch
 from ptqd.engines import sessions
 from ptqd.engines.exporting import Exported, export, for_engine
 from ptqd.engines.fidelity import fidelity
@@ -38,7 +40,6 @@ from ptqd.engines.module import EngineModule
 from ptqd.engines.processor import Processor, overflows
 from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
 from ptqd.layers import QuantLinear
-from ptqd.sampling import run_batch
 from tiny import CASES
 
 MODERN = Processor(vnni=True, avx2=True)

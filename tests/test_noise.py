@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measure
-from ptqd.components import fingerprint, with_components
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.scheduler_response import Response
 from ptqd.joint import fold_sums, joint_moments
 from ptqd.noise import POWERS, cross_moments, normality_p_value, paired_moments, per_sample
-from ptqd.response import Response
-from ptqd.sampling import run_batch
 
 
 def stats_of(

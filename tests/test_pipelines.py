@@ -11,10 +11,10 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, fit_auto, load, measure, quantize
-from ptqd.components import denoiser_name, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.trajectory import record, replay
 from ptqd.noise import POWERS
-from ptqd.replay import record, replay
-from ptqd.sampling import run_batch
 from tiny import CASES, PROMPTS, Case
 
 SETTINGS = [

@@ -23,10 +23,10 @@ from ptqd import (
     quantize,
 )
 from ptqd.activations import ActiveWidth
-from ptqd.clock import StepClock, clock_of
-from ptqd.components import with_components
+from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.sampling import run_batch
 from ptqd.planned import at_width, plan_of
-from ptqd.sampling import run_batch
+from ptqd.step_clock import StepClock, clock_of
 
 
 @pytest.fixture(scope="module")

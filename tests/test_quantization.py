@@ -13,11 +13,11 @@ from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.adoption import coverage_of
 from ptqd.attention import QuantAttnProcessor
-from ptqd.components import fingerprint
-from ptqd.cost import disk_bytes, run_cost
+from ptqd.bops import disk_bytes, run_cost
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.sampling import run_batch
 from ptqd.insertion import quant_modules
 from ptqd.layers import QuantConv, QuantLinear
-from ptqd.sampling import run_batch
 
 
 def recipe(text: str = "w4a8", **changes: Any) -> Recipe:

@@ -8,11 +8,11 @@ import torch
 from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
 from ptqd.activations import ActivationQuantizer, Active
 from ptqd.calibration import draw_pool, step_weights
-from ptqd.components import fingerprint
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.trajectory import record
 from ptqd.observers import Observer
 from ptqd.ranges import RangeClock, StepRanges, group_steps, range_clock_of
-from ptqd.replay import record
-from ptqd.sampling import run_batch
 
 
 def squared(logs: torch.Tensor, cuts: tuple[int, ...]) -> float:

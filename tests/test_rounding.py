@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
-from ptqd.components import fingerprint
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.trajectory import record, replay
 from ptqd.insertion import insert_quantizers
 from ptqd.layers import Extras, QuantConv, QuantLayer, QuantLinear
-from ptqd.replay import record, replay
 from ptqd.rounding import learned
 from ptqd.rounding.columns import fit_exactly
 from ptqd.rounding.gptq import gptq, hessian_inputs
 from ptqd.rounding.parameters import LearnedScale, Soft, Straight, annealed
 from ptqd.rounding.smooth import search_smoothing, smoothing, split_low_rank
-from ptqd.sampling import run_batch
 from ptqd.weights import WeightGrid
 
 W4, A8 = Quantizer(4), Quantizer(8, symmetric=False)

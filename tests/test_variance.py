@@ -13,8 +13,8 @@ from ptqd import InputError, NoiseStats, Sampling, correct, fit_correction, meas
 from ptqd.correction.dns import overshoot
 from ptqd.correction.stepbaq import x0_coefficients
 from ptqd.correction.variance import Residuals
-from ptqd.levels import Levels, noise_levels, timesteps_at
-from ptqd.response import linear_response
+from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at
+from ptqd.diffusion.scheduler_response import linear_response
 
 V = 0.02
 

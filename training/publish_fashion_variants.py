@@ -22,7 +22,7 @@ from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.report.pictures import grid
-from ptqd.sampling import Sampling
+from ptqd.diffusion.sampling import Sampling
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
 from ptqd.zoo.classifier import FashionClassifier
 from training.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptqd.correction.correction import Correction
     from ptqd.correction.fit import fit_correction
     from ptqd.correction.scheduler import correct
+    from ptqd.diffusion.sampling import Sampling, sample
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
     from ptqd.measuring import measure, measure_widths
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ptqd.planning.solver import plan_steps
     from ptqd.quantization import quantize
     from ptqd.recipe import Quantizer, Recipe, Rule
-    from ptqd.sampling import Sampling, sample
 
 _HOMES = {
     "Choice": "ptqd.correction.auto",
@@ -38,7 +38,7 @@ _HOMES = {
     "Quantizer": "ptqd.recipe",
     "Recipe": "ptqd.recipe",
     "Rule": "ptqd.recipe",
-    "Sampling": "ptqd.sampling",
+    "Sampling": "ptqd.diffusion.sampling",
     "StepPlan": "ptqd.plan",
     "apply_plan": "ptqd.planned",
     "correct": "ptqd.correction.scheduler",
@@ -50,7 +50,7 @@ _HOMES = {
     "paper_rule": "ptqd.planning.paper",
     "plan_steps": "ptqd.planning.solver",
     "quantize": "ptqd.quantization",
-    "sample": "ptqd.sampling",
+    "sample": "ptqd.diffusion.sampling",
 }
 
 __all__ = [

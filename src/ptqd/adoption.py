@@ -11,14 +11,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ptqd.activations import ActivationQuantizer
-from ptqd.clock import set_clock
-from ptqd.components import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.errors import InputError
 from ptqd.insertion import Coverage, insert_quantizers, layer_types, names_of
 from ptqd.layers import QuantLayer
 from ptqd.plan import StepPlan
 from ptqd.ranges import StepRanges, set_ranges
 from ptqd.recipe import LayerType, Recipe, Rule
+from ptqd.step_clock import set_clock
 
 
 def with_weights(recipe: Recipe, plan: StepPlan, layers: Mapping[str, LayerType]) -> Recipe:

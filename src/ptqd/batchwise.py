@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd import processes
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.trajectory import last_samples
 from ptqd.errors import InputError
 from ptqd.evaluate.images import ImageSet, open_images
 from ptqd.evaluate.intervals import Metric, Statistic
@@ -19,8 +21,6 @@ from ptqd.evaluate.references import cache_folder
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
 from ptqd.measuring import measure, measure_widths
 from ptqd.noise import NoiseStats
-from ptqd.replay import last_samples
-from ptqd.sampling import Sampling, run_batch
 from ptqd.stages import RunFolder, make_shards
 
 SHOWN = 100  # images that are kept for people where the others are not

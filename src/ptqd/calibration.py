@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ptqd.clock import timestep_argument
-from ptqd.components import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
 from ptqd.recipe import CalibrationSteps
-from ptqd.replay import Trajectory, record, replay
-from ptqd.sampling import Sampling, run_batch
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
 ERROR_SAMPLES = 8

@@ -13,8 +13,8 @@ from ptqd.errors import InputError, PtqdError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ptqd.diffusion.sampling import Sampling
     from ptqd.evaluate.judge import Judge
-    from ptqd.sampling import Sampling
 
 RECIPE = "w4a8-best"
 PLANNED, PLANNED_WEIGHTS = "w8a4+5+6+7+8", "4,5,6,7,8"  # what a plan chooses among where no recipe says
@@ -27,7 +27,7 @@ METHODS_HELP = (
 
 def _cmd_convert(args: argparse.Namespace) -> None:
     """Make a diffusers pipeline of a checkpoint in CompVis' latent-diffusion format and its YAML."""
-    from ptqd.convert.pipeline import convert, save_converted
+    from ptqd.diffusion.compvis.pipeline import convert, save_converted
     from ptqd.files import replacing
 
     _check_replaceable(args.out)
@@ -184,7 +184,7 @@ def _cmd_sample(args: argparse.Namespace) -> None:
 
     from ptqd import processes
     from ptqd.batchwise import labels_of, load_images, sample_images
-    from ptqd.components import pipeline_fingerprint
+    from ptqd.diffusion.fingerprints import pipeline_fingerprint
     from ptqd.evaluate.images import write_npz
     from ptqd.files import replacing
     from ptqd.report.pictures import grid
@@ -229,9 +229,9 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
 
     from ptqd import processes
     from ptqd.batchwise import few_samples, observed_samples
+    from ptqd.diffusion.sampling import Sampling
     from ptqd.evaluate.judge import Judge
     from ptqd.files import write_json
-    from ptqd.sampling import Sampling
 
     judge = _judge(args) or Judge()
     if judge.extractor is None and args.against is None and (judge.clip is None or args.prompts is None):
@@ -533,7 +533,7 @@ def _sampling(args: argparse.Namespace, pipe: "DiffusionPipeline | None") -> "Sa
     """How a pipeline is run; or, of None, a denoiser on its own."""
     import inspect
 
-    from ptqd.sampling import Sampling
+    from ptqd.diffusion.sampling import Sampling
 
     accepted = inspect.signature(type(pipe).__call__).parameters
     call: dict[str, Any] = {}
@@ -560,7 +560,7 @@ def _key(pipe: "DiffusionPipeline", other: Any, run: "Sampling") -> str:
     """What unfinished work on a pipeline, and another or plain values, is kept under."""
     from hashlib import sha256
 
-    from ptqd.components import pipeline_fingerprint
+    from ptqd.diffusion.fingerprints import pipeline_fingerprint
 
     with_what = other if isinstance(other, dict) else pipeline_fingerprint(other)
     inputs = [pipeline_fingerprint(pipe), with_what, run.to_dict()]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import ABLATION, Experiment, named_recipes
-from ptqd.sampling import Sampling
 
 _LABELS = list(range(10))
 

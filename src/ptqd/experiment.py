@@ -20,11 +20,14 @@ from ptqd.batchwise import (
     observe_images,
     sample_images,
 )
-from ptqd.components import denoiser_name, pipeline_fingerprint
+from ptqd.bops import cost_of, disk_bytes
 from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import correct
-from ptqd.cost import FULL_BITS, Macs, cost_of, disk_bytes, run_macs
+from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.errors import InputError
 from ptqd.evaluate.images import open_images
 from ptqd.evaluate.judge import Judge, with_intervals
@@ -43,7 +46,6 @@ from ptqd.planning.problem import planning_problem
 from ptqd.progress import busy
 from ptqd.quantization import quantize
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling, guidance_of
 from ptqd.stages import RunFolder
 
 AUTO = ("auto",)

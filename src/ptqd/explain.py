@@ -11,14 +11,15 @@ from torch import nn
 
 from ptqd.adoption import ptqd_quantizer
 from ptqd.attention import QuantAttnProcessor
+from ptqd.bops import by_halves
 from ptqd.calibration import draw_pool, step_weights
-from ptqd.components import denoiser_name
-from ptqd.cost import PRODUCTS, by_halves, run_macs
+from ptqd.diffusion.macs import PRODUCTS, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
 from ptqd.insertion import HALVES, names_of
 from ptqd.layers import QuantLayer, full_weight
 from ptqd.ranges import range_clock_of, range_of
 from ptqd.recipe import Quantizer, Recipe
-from ptqd.sampling import Sampling
 
 ROWS = 64
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ptqd import zoo
-from ptqd.components import activation_bits, denoiser_name, with_components
 from ptqd.correction.scheduler import CorrectedStep, corrected_class
+from ptqd.diffusion.fingerprints import activation_bits
+from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent import LatentPipeline

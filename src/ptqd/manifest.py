@@ -13,14 +13,15 @@ from diffusers import DiffusionPipeline
 
 import ptqd
 from ptqd import processes
-from ptqd.components import pipeline_fingerprint, scheduler_of
+from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion.pipeline_parts import scheduler_of
+from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.evaluate.judge import Judge
 from ptqd.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.files import read_json, write_json
 from ptqd.plan_stages import PlanRequest
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling
 
 FORMAT = 1
 

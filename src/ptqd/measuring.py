@@ -1,6 +1,6 @@
 """Measuring: pairs of outputs at the same samples, batch by batch, into NoiseStats.
 
-The full-precision pipeline is recorded; the quantized one is replayed along the recorded samples (:mod:`ptqd.replay`).
+The full-precision pipeline is recorded; the quantized one is replayed along the recorded samples (:mod:`ptqd.diffusion.trajectory`).
 Several quantized pipelines, one for each activation width, are replayed along one recording: statistics of all
 widths cost one full-precision run and one quantized run each.
 """
@@ -13,17 +13,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.adoption import ptqd_quantizer
-from ptqd.components import activation_bits, denoiser_name, fingerprint, schedule_of, scheduler_of
+from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
+from ptqd.diffusion.noise_schedule import noise_levels
+from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
+from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
+from ptqd.diffusion.scheduler_response import Response, linear_response
+from ptqd.diffusion.trajectory import Answer, Trajectory, record, replay, whole_samples
 from ptqd.errors import InputError
 from ptqd.joint import fold_of, fold_sums, joint_moments
-from ptqd.levels import noise_levels
 from ptqd.noise import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
 from ptqd.planned import at_width
 from ptqd.progress import track
 from ptqd.recipe import Recipe
-from ptqd.replay import Answer, Trajectory, record, replay, whole_samples
-from ptqd.response import Response, linear_response
-from ptqd.sampling import Sampling, guidance_of, run_batch
 
 
 def measure(

@@ -24,13 +24,14 @@ import torch
 from diffusers import SchedulerMixin
 from scipy import stats as scipy_stats
 
-from ptqd.components import channel_axis, scheduler_facts
+from ptqd.diffusion.fingerprints import scheduler_facts
+from ptqd.diffusion.noise_schedule import Levels, noise_levels
+from ptqd.diffusion.pipeline_parts import channel_axis
+from ptqd.diffusion.scheduler_response import Response, linear_response
+from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.joint import FOLDS, Layout, between_tables, fold_of
-from ptqd.levels import Levels, noise_levels
-from ptqd.replay import rows_of_samples
-from ptqd.response import Response, linear_response
 
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
 CHECKED = 64  # final samples that are kept, to check whole trajectories against
@@ -347,7 +348,7 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = No
 
 
 def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Moments (samples, ...) of a step's rows (m samples, ...); see :func:`ptqd.replay.rows_of_samples`."""
+    """Moments (samples, ...) of a step's rows (m samples, ...); see :func:`ptqd.diffusion.trajectory.rows_of_samples`."""
     return rows_of_samples(moments, samples).mean(1)
 
 

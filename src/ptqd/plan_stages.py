@@ -12,8 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.affine import Grid
-from ptqd.components import denoiser_name
-from ptqd.cost import Macs, cost_of
+from ptqd.bops import cost_of
+from ptqd.diffusion.macs import Macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
 from ptqd.noise import NoiseStats
 from ptqd.plan import StepPlan
@@ -22,8 +25,6 @@ from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
 from ptqd.planning.problem import GROUPS, Problem, planning_problem
 from ptqd.planning.solver import Solution, pareto, rated, solve, uniform
 from ptqd.recipe import Recipe
-from ptqd.replay import record
-from ptqd.sampling import Sampling, run_batch
 
 PICTURED = 20  # steps whose sample is shown
 

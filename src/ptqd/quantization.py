@@ -12,7 +12,9 @@ from torch import nn
 
 from ptqd.adoption import PtqdConfig, PtqdQuantizer
 from ptqd.calibration import ERROR_SAMPLES, Pool, draw_pool, measured_errors, step_weights
-from ptqd.components import denoiser_name, scheduler_of, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of, with_components
+from ptqd.diffusion.sampling import Sampling, run_batch, sample
+from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
 from ptqd.insertion import Coverage, check_weights, insert_quantizers, names_of, quant_modules
 from ptqd.layers import QuantLayer
@@ -20,9 +22,7 @@ from ptqd.methods import Gptq, Learned, LowRank, Smooth
 from ptqd.progress import track
 from ptqd.ranges import StepRanges, set_ranges
 from ptqd.recipe import Recipe
-from ptqd.replay import record
 from ptqd.rounding import columns, learned, smooth
-from ptqd.sampling import Sampling, run_batch, sample
 from ptqd.survey import Survey, survey
 
 OBSERVED = 1024  # rows that ranges are found on, where steps are drawn

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ptqd.activations import ActivationQuantizer, Active
-from ptqd.clock import layer_quantizers, told_timesteps
+from ptqd.diffusion.timesteps import told_timesteps
 from ptqd.errors import InputError
+from ptqd.step_clock import layer_quantizers
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.files import read_json
-from ptqd.sampling import Sampling
 
 
 def row_name(row: dict[str, Any]) -> str:

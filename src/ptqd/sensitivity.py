@@ -24,15 +24,15 @@ from torch.utils._pytree import tree_map_only
 
 from ptqd.activations import ActivationQuantizer
 from ptqd.adoption import ptqd_quantizer
-from ptqd.clock import layer_quantizers
-from ptqd.components import copy_module, denoiser_name
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name
+from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
+from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.errors import InputError
 from ptqd.insertion import insert_quantizers
 from ptqd.layers import QuantLayer
 from ptqd.progress import track
 from ptqd.recipe import Recipe
-from ptqd.replay import Trajectory, record
-from ptqd.sampling import Sampling, run_batch, sample_generator
+from ptqd.step_clock import layer_quantizers
 from ptqd.weights import rounded_weight
 
 PROBED_STEPS = 10

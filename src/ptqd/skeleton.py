@@ -1,7 +1,7 @@
 """Pipelines and denoisers without weights: what they cost can be counted before anything large is loaded.
 
 A skeleton is a real pipeline of the real class. Its networks are on the meta device, made from their configurations,
-and answer with zeros (:func:`ptqd.cost.stand_in`); tokenizers and scheduler are the real ones.
+and answer with zeros (:func:`ptqd.diffusion.macs.stand_in`); tokenizers and scheduler are the real ones.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from ptqd import zoo
-from ptqd.cost import Macs, call_macs, from_configuration, stand_in
+from ptqd.diffusion.macs import Macs, call_macs, from_configuration, stand_in
 from ptqd.errors import InputError
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.components import denoiser_name, pipeline_fingerprint, plain_scheduler, with_components
-from ptqd.cost import disk_bytes
+from ptqd.bops import disk_bytes
+from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
+from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.exporting import Others, export, for_engine
 from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
 from ptqd.progress import busy, track
-from ptqd.sampling import Sampling
 from ptqd.stages import RunFolder
 
 EAGER, COMPILED, SIMULATED = "torch", "torch.compile", "torch, simulated"

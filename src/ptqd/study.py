@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from ptqd import zoo
-from ptqd.components import denoiser_name
-from ptqd.convert.pipeline import blank
-from ptqd.cost import cost_of, disk_bytes, memory_bytes, on_meta, run_macs
+from ptqd.bops import cost_of, disk_bytes, memory_bytes
+from ptqd.diffusion.compvis.pipeline import blank
+from ptqd.diffusion.macs import on_meta, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.experiment import Experiment, check_methods, named_recipes
 from ptqd.insertion import insert_quantizers
 from ptqd.plan_stages import PlanRequest
-from ptqd.sampling import Sampling
 from ptqd.skeleton import skeleton, stood_in
 from ptqd.strict import build
 

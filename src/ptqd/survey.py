@@ -10,12 +10,13 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_map_only
 
 from ptqd.activations import ActivationQuantizer
-from ptqd.clock import layer_quantizers, timestep_argument
-from ptqd.components import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.layers import QuantLayer
 from ptqd.ranges import StepRanges, group_steps
-from ptqd.replay import Trajectory, record
-from ptqd.sampling import Sampling, run_batch
+from ptqd.step_clock import layer_quantizers
 
 SAMPLES = 8
 

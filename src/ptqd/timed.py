@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqd.components import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.loading import load
-from ptqd.sampling import Sampling, run_batch
 
 
 def peak_memory() -> int:

@@ -27,17 +27,17 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy import stats as scipy_stats
 
-from ptqd.components import channel_axis
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
 from ptqd.correction.scheduler import check_source, correct
+from ptqd.diffusion.pipeline_parts import channel_axis
+from ptqd.diffusion.sampling import Sampling, guidance_of
+from ptqd.diffusion.trajectory import final_samples
 from ptqd.errors import InputError, MismatchError, PtqdError
 from ptqd.joint import Estimator
 from ptqd.noise import NoiseStats
 from ptqd.progress import track
-from ptqd.replay import final_samples
-from ptqd.sampling import Sampling, guidance_of
 
 logger = logging.getLogger(__name__)
 

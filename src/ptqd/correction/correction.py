@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptqd.components import channel_axis
+from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.errors import InputError
 from ptqd.joint import CROSS
 

@@ -30,10 +30,10 @@ from ptqd.correction.stepbaq import stepbaq
 from ptqd.correction.tac import tac
 from ptqd.correction.variance import Reshaped, Residuals
 from ptqd.correction.vsc import vsc
+from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
 from ptqd.joint import Estimator, Layout, OutputEstimate, excess_variance, mean_table
 from ptqd.noise import NoiseStats
-from ptqd.response import added_variance
 
 logger = logging.getLogger(__name__)
 

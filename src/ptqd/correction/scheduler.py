@@ -18,21 +18,14 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ptqd.clock import clock_of
-from ptqd.components import (
-    activation_bits,
-    copy_module,
-    denoiser_name,
-    fingerprint,
-    plain_scheduler,
-    schedule_of,
-    with_components,
-)
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import DEFAULT, fit_correction
+from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
+from ptqd.diffusion.intercept import step_with_noise
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
 from ptqd.errors import InputError, MismatchError
 from ptqd.noise import NoiseStats
-from ptqd.response import step_with_noise
+from ptqd.step_clock import clock_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import diffusers
 import torch
 
 from ptqd.correction.variance import Reshaped, Residuals, from_coefficients
+from ptqd.diffusion.noise_schedule import Levels, timesteps_at
 from ptqd.errors import InputError
-from ptqd.levels import Levels, timesteps_at
 
 
 def stepbaq(residuals: Residuals) -> Reshaped:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from ptqd.diffusion.noise_schedule import Levels
+from ptqd.diffusion.scheduler_response import Response
 from ptqd.errors import InputError
-from ptqd.levels import Levels
-from ptqd.response import Response
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
     sigma_c^2 = max(0, sigma^2 - B^2 V / (1 + k)^2)
 
 The residual's variance takes the place of drawn variance. For any scheduler, multistep history included, the share to
-draw is :func:`ptqd.response.noise_scales`. After an estimate that withholds signal the variance is negative: then
+draw is :func:`ptqd.diffusion.scheduler_response.noise_scales`. After an estimate that withholds signal the variance is negative: then
 more is drawn.
 """
 
 import torch
 
 from ptqd.correction.variance import Reshaped, Residuals
+from ptqd.diffusion.scheduler_response import noise_scales
 from ptqd.errors import InputError
-from ptqd.response import noise_scales
 
 
 def vsc(residuals: Residuals) -> Reshaped:

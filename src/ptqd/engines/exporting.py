@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.activations import ActivationQuantizer
-from ptqd.components import denoiser_name, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.graph import Graph, Products, captured, changing_quantizers, trace
 from ptqd.engines.module import FACTS, EngineModule, write_component
 from ptqd.engines.sessions import ENGINES, Provider, required
@@ -23,7 +24,6 @@ from ptqd.files import read_json, replacing, write_json
 from ptqd.insertion import insert_quantizers, quant_modules
 from ptqd.layers import QuantLayer
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling, sample
 
 TORCHAO = "torchao"
 DECODERS, ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "text_encoder_3")

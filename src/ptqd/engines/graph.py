@@ -23,12 +23,12 @@ from torch import nn
 from ptqd.activations import ActivationQuantizer
 from ptqd.affine import MAX_BITS, WIDE
 from ptqd.attention import QuantAttnProcessor
-from ptqd.clock import timestep_argument
-from ptqd.components import copy_module
+from ptqd.diffusion.pipeline_parts import copy_module
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError
 from ptqd.insertion import put_layer
 from ptqd.layers import QuantLayer
-from ptqd.sampling import Sampling, run_batch
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8

@@ -22,8 +22,8 @@ from torch import nn
 
 from ptqd.activations import ActivationQuantizer
 from ptqd.adoption import PtqdConfig, PtqdQuantizer
-from ptqd.clock import NAMES, set_clock
-from ptqd.components import fingerprint
+from ptqd.diffusion.fingerprints import fingerprint
+from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
 from ptqd.engines.sessions import Provider, Session, open_session, required
 from ptqd.errors import InputError
@@ -32,6 +32,7 @@ from ptqd.insertion import Coverage
 from ptqd.plan import StepPlan
 from ptqd.ranges import StepRanges, set_ranges
 from ptqd.recipe import Quantizer
+from ptqd.step_clock import set_clock
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
 FORMAT = 1

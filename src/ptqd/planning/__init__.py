@@ -7,7 +7,7 @@ The paper's rule (He et al., arXiv 2305.10657, section 4.3): at each step the fe
 the most bits where none does.
 
 The budgeted plan minimises what the noise does to the final sample. With O_ij = d x_{i+1} / d out_j the sampler's
-response (:mod:`ptqd.response`), n_j the noise in the output of step j, and the network's answer to a changed sample
+response (:mod:`ptqd.diffusion.scheduler_response`), n_j the noise in the output of step j, and the network's answer to a changed sample
 taken as its regression on the sample, ``d out_j = g_j d x_j`` with ``g_j = Cov(eps, x) / Var(x)``,
 
     d x_{i+1} = sum_j O_ij (g_j d x_j + n_j)   =>   d x_T = c . n,   c = last row of (1 - O diag(g) shift)^-1 O.

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from ptqd.adoption import ptqd_quantizer
 from ptqd.attention import QuantAttnProcessor
-from ptqd.components import denoiser_name
-from ptqd.cost import FULL_BITS, PRODUCTS, Macs, by_halves, run_macs
+from ptqd.bops import by_halves
+from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.insertion import names_of
 from ptqd.layers import QuantLayer
@@ -22,7 +24,6 @@ from ptqd.planned import apply_plan
 from ptqd.planning.contributions import contributions
 from ptqd.planning.paper import told_timesteps
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling
 from ptqd.sensitivity import Sensitivity, measure_sensitivity
 
 Floats = NDArray[np.float64]

@@ -10,15 +10,15 @@ from diffusers import DiffusionPipeline
 from rich.table import Table
 
 from ptqd.adoption import with_weights
-from ptqd.clock import set_clock
-from ptqd.components import denoiser_name
-from ptqd.cost import FULL_BITS, PRODUCTS, Cost, Macs, cost_of, on_meta, run_macs
+from ptqd.bops import Cost, cost_of
+from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.insertion import insert_quantizers, layer_types
 from ptqd.loading import load
 from ptqd.plan import StepPlan
 from ptqd.recipe import Recipe
-from ptqd.sampling import Sampling
 from ptqd.skeleton import (
     bare_denoiser,
     denoiser_config,
@@ -27,6 +27,7 @@ from ptqd.skeleton import (
     saved_configuration,
     skeleton,
 )
+from ptqd.step_clock import set_clock
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.processor import processor_name
-from ptqd.sampling import Sampling
 from ptqd.speed import FULL, Timing
 
 COLUMNS = (

@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.calibration import Pool
-from ptqd.components import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
 from ptqd.layers import QuantLayer, full_weight
 from ptqd.methods import Gptq
 from ptqd.progress import track
 from ptqd.rounding.capture import BATCH, units_in_order
 from ptqd.rounding.gptq import gptq, hessian_inputs
-from ptqd.sampling import Sampling
 from ptqd.structure import find_units
 from ptqd.survey import survey
 from ptqd.weights import WeightGrid

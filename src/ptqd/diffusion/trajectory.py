@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.clock import told_timestep
-from ptqd.components import denoiser_name, find_channel_axis, scheduler_of
+from ptqd.diffusion.intercept import _stepping_as, stepping
+from ptqd.diffusion.pipeline_parts import denoiser_name, find_channel_axis, scheduler_of
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.timesteps import told_timestep
 from ptqd.errors import InputError, MismatchError
-from ptqd.sampling import Sampling, run_batch
 
 _CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
 
@@ -73,38 +74,6 @@ def next_sample(result: Any) -> torch.Tensor:
     """The sample in what ``step`` returned, a tuple or an output object."""
     sample: torch.Tensor = result[0]
     return sample
-
-
-@contextmanager
-def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
-    """Let ``pipe``'s scheduler call ``step(plain_step, model_output, timestep, sample, ...)`` for the block's time.
-
-    Its class is what changes: copies that the pipeline makes of it, to step something else, are seen and refused.
-    """
-    scheduler = scheduler_of(pipe)
-    kind: Any = type(scheduler)
-
-    @functools.wraps(kind.step)  # pipelines look at the signature
-    def wrapped(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = functools.partial(kind.step, self)
-        if self is not scheduler:
-            raise InputError(f"{type(pipe).__name__} steps copies of its scheduler; ptqd follows a single one")
-        if not sample.is_floating_point():
-            raise InputError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
-        return step(plain, model_output, timestep, sample, *args, **kwargs)
-
-    with _stepping_as(scheduler, wrapped):
-        yield
-
-
-@contextmanager
-def _stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
-    kind: Any = type(scheduler)
-    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
-    try:
-        yield
-    finally:
-        scheduler.__class__ = kind
 
 
 @contextmanager

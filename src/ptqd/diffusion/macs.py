@@ -9,7 +9,7 @@ torch's own count (``torch.utils.flop_counter``).
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.attention import QuantAttnProcessor
-from ptqd.clock import clock_of
-from ptqd.components import copy_module, denoiser_name, with_components
+from ptqd.diffusion.intercept import stepping
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, with_components
+from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.errors import InputError, PtqdError
-from ptqd.layers import LOW_RANK_BITS, QuantLayer, SplitConv
-from ptqd.replay import stepping
-from ptqd.sampling import Sampling, run_batch
 
 FULL_BITS = 32
 PRODUCTS = (".qk", ".pv")
@@ -57,140 +53,6 @@ class Macs:
         layers = tuple(dict.fromkeys(name for step in steps for name in step))
         rows = [[float(step.get(name, 0)) for name in layers] for step in steps]
         return cls(layers, torch.tensor(rows, dtype=torch.float64))
-
-
-@dataclass(frozen=True)
-class Bits:
-    """The bits that each layer's two operands have at each step.
-
-    Attributes:
-        left: of the weight, or of a product's first operand (T, L).
-        right: of the activation (T, L).
-        beside: bit operations of a 16-bit low-rank branch, for each multiply-accumulate of the layer itself (L,).
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    beside: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run costs.
-
-    Attributes:
-        macs: of one sample.
-        bits: of the layers.
-        parameters: of the denoiser.
-        disk: bytes of its saved tensors: packed codes, scales and what stays in full precision.
-        memory: bytes of all its tensors while it samples; a simulation holds the weights as floats beside their codes.
-    """
-
-    macs: Macs
-    bits: Bits
-    parameters: int
-    disk: int
-    memory: int
-
-    @property
-    def bops(self) -> torch.Tensor:
-        """Bit operations of each layer at each step (T, L), float64."""
-        return self.macs.counts * (self.bits.left * self.bits.right + self.bits.beside)
-
-    @property
-    def total(self) -> int:
-        """Bit operations of the whole run."""
-        return int(self.bops.sum())
-
-    @property
-    def ratio(self) -> float:
-        """How many times fewer bit operations than FP32."""
-        return self.macs.total * FULL_BITS**2 / self.total
-
-
-def run_cost(pipe: DiffusionPipeline, run: Sampling) -> Cost:
-    """The cost of one sample of a pipeline, as it is quantized and planned; see the module's docstring.
-
-    Raises:
-        InputError: the pipeline cannot run on stand-ins, because it looks at its denoiser's numbers.
-    """
-    model = getattr(pipe, denoiser_name(pipe))
-    macs = run_macs(pipe, run)
-    return cost_of(model, macs)
-
-
-def cost_of(model: nn.Module, macs: Macs) -> Cost:
-    """The cost of a denoiser's run of which the multiply-accumulates are known."""
-    architecture = on_meta(model)
-    parameters = sum(p.numel() for p in architecture.parameters())
-    macs = by_halves(macs, model)
-    return Cost(macs, layer_bits(model, macs), parameters, disk_bytes(model), memory_bytes(model))
-
-
-def by_halves(macs: Macs, model: nn.Module) -> Macs:
-    """The same multiply-accumulates, those of split convolutions given to their halves."""
-    modules = dict(model.named_modules())
-    layers: list[str] = []
-    columns: list[torch.Tensor] = []
-    for name, counts in zip(macs.layers, macs.counts.T, strict=True):
-        found = modules.get(name)
-        parts = {"": 1}
-        if isinstance(found, SplitConv):
-            parts = {".hidden": found.hidden.in_channels, ".skip": found.skip.in_channels}
-        for half, channels in parts.items():
-            layers.append(name + half)
-            columns.append(counts * channels / sum(parts.values()))
-    return Macs(tuple(layers), torch.stack(columns, 1))
-
-
-def layer_bits(model: nn.Module, macs: Macs) -> Bits:
-    """The bits of a denoiser's layers at each step; 32 for all that is not quantized.
-
-    Raises:
-        InputError: its plan is for another number of steps.
-    """
-    clock, steps = clock_of(model), len(macs.counts)
-    if clock is not None and clock.plan.steps != steps:
-        raise InputError(f"the plan is for {clock.plan.steps} steps, the run takes {steps}; make a plan for these")
-    left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)
-    beside = torch.zeros(len(macs.layers), dtype=torch.float64)
-    modules = dict(model.named_modules())
-    for n, name in enumerate(macs.layers):
-        layer, _, product = name.rpartition(".")
-        found, attention = modules.get(name), modules.get(layer)
-        processor = getattr(attention, "processor", None)
-        if isinstance(found, QuantLayer):
-            left[:, n] = found.weights.bits
-            right[:, n] = _by_step(found.input, clock, steps)
-            share = found.rank * (1 / found.shape[0] + 1 / found.columns)  # r (I + O) of I O multiply-accumulates
-            beside[n] = share * LOW_RANK_BITS**2
-        elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
-            first, second = (0, 1) if product == "qk" else (2, 3)
-            left[:, n] = _by_step(processor.quantizers[first], clock, steps)
-            right[:, n] = _by_step(processor.quantizers[second], clock, steps)
-    return Bits(left, right, beside)
-
-
-def _by_step(quantizer: ActivationQuantizer, clock: Any, steps: int) -> torch.Tensor:
-    """A quantizer's bits at each step (T,)."""
-    if clock is None or quantizer.active not in clock.groups:
-        return torch.full((steps,), float(quantizer.bits), dtype=torch.float64)
-    group = clock.groups.index(quantizer.active)
-    return torch.tensor([float(row[group]) for row in clock.plan.bits], dtype=torch.float64)
-
-
-def disk_bytes(model: nn.Module) -> int:
-    """Bytes of a model's saved tensors: packed codes, scales and whatever stays in full precision."""
-    return _bytes(model.state_dict().values())
-
-
-def memory_bytes(model: nn.Module) -> int:
-    """Bytes of all of a model's tensors."""
-    return _bytes({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def on_meta(model: nn.Module) -> Any:

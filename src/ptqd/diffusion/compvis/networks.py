@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 
-from ptqd.convert.config import Model, Unet
+from ptqd.diffusion.compvis.config import Model, Unet
 from ptqd.pipelines.latent import MultiHeadUNet2DModel
 from ptqd.pipelines.latent_class import ClassEmbedder
 

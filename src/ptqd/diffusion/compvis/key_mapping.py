@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ptqd.convert.checkpoint import State
-from ptqd.convert.config import Model, Stage, Unet
+from ptqd.diffusion.compvis.checkpoint import State
+from ptqd.diffusion.compvis.config import Model, Stage, Unet
 from ptqd.errors import InputError
 
 _RESNET = {

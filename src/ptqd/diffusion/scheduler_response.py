@@ -31,15 +31,14 @@ a) / a)``; for v_prediction ``-sqrt(1 - a)``, for sample 1, for flow ``-sigma``)
 """
 
 import copy
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 
-Draw = Callable[..., torch.Tensor]
+from ptqd.diffusion.intercept import step_with_noise
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,6 @@ class Response:
         reach = self.state.tril() * self.outputs.diagonal()
         size = self.outputs.abs().max().clamp(min=1e-12)
         return self.exact and bool(((reach - self.outputs).abs() <= 1e-6 * size).all())
-
-
-def step_with_noise(step: Any, draw: Draw) -> Any:
-    """A scheduler's ``step`` that draws its noise from ``draw`` instead of diffusers' ``randn_tensor``.
-
-    It is the same code with its own globals: nothing shared with other schedulers or threads is touched.
-    """
-    if not isinstance(step, types.FunctionType):
-        return step
-    changed = types.FunctionType(
-        step.__code__, {**step.__globals__, "randn_tensor": draw}, step.__name__, step.__defaults__, step.__closure__
-    )
-    changed.__kwdefaults__ = step.__kwdefaults__
-    return changed
 
 
 def linear_response(

@@ -5,22 +5,22 @@ the plan's row and sets them, so that a layer's own cost is to read an index. Ra
 read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 """
 
-import functools
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptqd.activations import ActivationQuantizer, ActiveWidth
+from ptqd.diffusion.timesteps import timestep_argument, told_timestep
 from ptqd.errors import InputError, MismatchError
 from ptqd.plan import StepPlan
 
-NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what denoisers call it
 EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
+
+
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -80,45 +80,6 @@ class StepClock:
             f"{what}: it was made for {self.plan.steps} steps ({first:g} to {last:g}); "
             "sample with the same scheduler and steps, or make a plan for these"
         )
-
-
-def timestep_argument(model: nn.Module) -> tuple[str, int] | None:
-    """The name and the place of the timestep among the arguments of a denoiser's call; None where it takes none."""
-    parameters = call_parameters(model)
-    return next(((name, parameters.index(name)) for name in NAMES if name in parameters), None)
-
-
-def call_parameters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that a denoiser is called with, in order."""
-    own: tuple[str, ...] | None = getattr(model, "call_parameters", None)  # of one that an engine runs
-    return own or _parameters(type(model).forward)
-
-
-@functools.cache
-def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(call).parameters)[1:]
-
-
-def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
-    """The timesteps among the arguments of a denoiser's call; None where it takes none.
-
-    It may be a number, one a sample, or one a token, of which the largest counts.
-    """
-    argument = timestep_argument(model)
-    if argument is None:
-        return None
-    name, position = argument
-    told = kwargs[name] if name in kwargs else args[position]
-    if not isinstance(told, torch.Tensor):
-        return [float(told)]
-    rows: list[float] = told.reshape(len(told) if told.ndim else 1, -1).amax(1).tolist()
-    return rows
-
-
-def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
-    """The largest of the timesteps among the arguments of a denoiser's call; None where it takes none."""
-    told = told_timesteps(model, args, kwargs)
-    return None if told is None else max(told)
 
 
 def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.convert.checkpoint import State, read_checkpoint
-from ptqd.convert.config import read_config
-from ptqd.convert.networks import build_denoiser, build_embedder, build_first_stage, build_scheduler
-from ptqd.convert.places import ema_names, first_stage_tensors, unet_tensors
+from ptqd.diffusion.compvis.checkpoint import State, read_checkpoint
+from ptqd.diffusion.compvis.config import read_config
+from ptqd.diffusion.compvis.key_mapping import ema_names, first_stage_tensors, unet_tensors
+from ptqd.diffusion.compvis.networks import build_denoiser, build_embedder, build_first_stage, build_scheduler
 from ptqd.errors import InputError
 from ptqd.files import write_large_tensors
 from ptqd.pipelines.latent import LatentPipeline

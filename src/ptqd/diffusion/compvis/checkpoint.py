@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ptqd.convert.config import Model
+from ptqd.diffusion.compvis.config import Model
 from ptqd.errors import InputError
 from ptqd.files import read_pickle
 

@@ -1,1 +1,0 @@
-"""Checkpoints of CompVis' latent diffusion as pipelines of diffusers."""
