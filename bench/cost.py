@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from ptqd.bops import cost_of
 from ptqd.diffusion.macs import PRODUCTS, Macs, call_macs, on_meta
-from ptqd.insertion import insert_quantizers
-from ptqd.recipe import Recipe
+from ptqd.quantization.bops import cost_of
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.swap import insert_quantizers
 from ptqd.skeleton import bare_denoiser, denoiser_config, one_call
 
 PUBLISHED = {"ldm4-imagenet": (400.9, 102.20), "ldm4-bedrooms": (274.1, None), "ldm8-churches": (295.0, None)}

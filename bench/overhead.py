@@ -15,7 +15,7 @@ import torch
 
 import ptqd
 from ptqd.diffusion.sampling import run_batch
-from ptqd.step_clock import clock_of
+from ptqd.quantization.step_clock import clock_of
 
 ROUNDS = 9
 RUN = ptqd.Sampling(10, 1.0, 32, 32, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})

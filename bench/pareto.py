@@ -21,14 +21,14 @@ import torch
 from grid import drawn
 
 import ptqd
-from ptqd.bops import cost_of
 from ptqd.diffusion.macs import run_macs
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
-from ptqd.planned import at_width
 from ptqd.planning.contributions import contributions
 from ptqd.planning.problem import planning_problem
 from ptqd.planning.solver import solve
+from ptqd.quantization.apply_plan import at_width
+from ptqd.quantization.bops import cost_of
 
 SAMPLES = 250
 CALL = {"class_labels": list(range(10))}

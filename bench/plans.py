@@ -20,7 +20,6 @@ import torch
 
 import ptqd
 from ptqd.batchwise import load_images, sample_images
-from ptqd.bops import run_cost
 from ptqd.diffusion.sampling import Sampling
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.intervals import Metric, Statistic
@@ -28,9 +27,10 @@ from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet
 from ptqd.experiment import MEASURED
 from ptqd.files import read_json, write_json
 from ptqd.noise import NoiseStats
-from ptqd.planned import plan_of
 from ptqd.planning.paper import paper_rule
 from ptqd.planning.solver import plan_steps
+from ptqd.quantization.apply_plan import plan_of
+from ptqd.quantization.bops import run_cost
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 from ptqd.zoo.classifier import FashionClassifier

@@ -27,14 +27,14 @@ from plans import above, plus_minus
 
 import ptqd
 from ptqd.batchwise import load_images, sample_images
-from ptqd.bops import run_cost
 from ptqd.diffusion.sampling import Sampling
 from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
 from ptqd.noise import NoiseStats
-from ptqd.recipe import Recipe, Rule
+from ptqd.quantization.bops import run_cost
+from ptqd.quantization.recipe import Recipe, Rule
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 from ptqd.zoo.classifier import FashionClassifier

@@ -26,15 +26,15 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import ptqd
-from ptqd.calibration import Pool
 from ptqd.diffusion.macs import call_macs, from_configuration
 from ptqd.diffusion.sampling import Sampling
-from ptqd.insertion import insert_quantizers, quant_modules
-from ptqd.methods import Brecq
 from ptqd.pipelines.latent_class import LatentClassPipeline
-from ptqd.recipe import Recipe
-from ptqd.rounding.learned import learn
-from ptqd.structure import find_units
+from ptqd.quantization.blocks import find_units
+from ptqd.quantization.calibration import Pool
+from ptqd.quantization.methods import Brecq
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.rounding.adaround_brecq import learn
+from ptqd.quantization.swap import insert_quantizers, quant_modules
 from ptqd.zoo import ARCHITECTURES
 
 RUN = Sampling(20, 0.0, 64, 32, call={"class_labels": list(range(10)), "guidance_scale": 1.5})

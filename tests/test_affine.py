@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ptqd import InputError
-from ptqd.affine import Grid, affine_parameters, dequantize_affine, fake_quantize, pack, quantize_affine, unpack
+from ptqd.quantization.numerics.affine import (
+    Grid,
+    affine_parameters,
+    dequantize_affine,
+    fake_quantize,
+    pack,
+    quantize_affine,
+    unpack,
+)
 
 bits = st.integers(2, 8)
 grids = st.builds(Grid, bits, st.booleans())

@@ -348,7 +348,7 @@ def test_a_plan_from_the_shell(
 ) -> None:
     import ptqd.diffusion.sampling
     from ptqd import StepPlan, load
-    from ptqd.planned import plan_of
+    from ptqd.quantization.apply_plan import plan_of
 
     quantized, planned = tmp_path / "q", tmp_path / "planned"
     assert main(["quantize", str(model), "--recipe", str(wide), "--out", str(quantized), *QUANTIZE]) == 0

@@ -39,7 +39,7 @@ from ptqd.engines.lowering import lowered
 from ptqd.engines.module import EngineModule
 from ptqd.engines.processor import Processor, overflows
 from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
-from ptqd.layers import QuantLinear
+from ptqd.quantization.modules.linear_conv import QuantLinear
 from tiny import CASES
 
 MODERN = Processor(vnni=True, avx2=True)

@@ -4,8 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqd import InputError, Quantizer
-from ptqd.formats import BLOCKS, Format, block_codes, block_scales, fake_blocks, float_codes, float_values, round_float
-from ptqd.weights import WeightGrid, groups_of, rounded_weight
+from ptqd.quantization.numerics.formats import (
+    BLOCKS,
+    Format,
+    block_codes,
+    block_scales,
+    fake_blocks,
+    float_codes,
+    float_values,
+    round_float,
+)
+from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of, rounded_weight
 
 FORMATS: tuple[Format, ...] = ("e4m3", "e5m2", "mxfp4", "nvfp4")
 

@@ -5,9 +5,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd import InputError, Quantizer
-from ptqd.activations import ActivationQuantizer
-from ptqd.attention import QuantAttnProcessor
-from ptqd.layers import QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer, QuantLinear
 
 W4 = Quantizer(4, symmetric=True, range="minmax")
 W4_AFFINE = Quantizer(4, symmetric=False, range="minmax")

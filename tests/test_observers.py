@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ptqd import InputError
-from ptqd.affine import Grid, affine_parameters, fake_quantize
-from ptqd.observers import Observer, RangeMethod, find_range
+from ptqd.quantization.numerics.affine import Grid, affine_parameters, fake_quantize
+from ptqd.quantization.numerics.observer import Observer
+from ptqd.quantization.numerics.range_search import RangeMethod, find_range
 
 AFFINE = Grid(4, symmetric=False)
 

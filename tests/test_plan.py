@@ -22,11 +22,11 @@ from ptqd import (
     measure_widths,
     quantize,
 )
-from ptqd.activations import ActiveWidth
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
-from ptqd.planned import at_width, plan_of
-from ptqd.step_clock import StepClock, clock_of
+from ptqd.quantization.apply_plan import at_width, plan_of
+from ptqd.quantization.modules.activation import ActiveWidth
+from ptqd.quantization.step_clock import StepClock, clock_of
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
-from ptqd.adoption import coverage_of
-from ptqd.attention import QuantAttnProcessor
-from ptqd.bops import disk_bytes, run_cost
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
-from ptqd.insertion import quant_modules
-from ptqd.layers import QuantConv, QuantLinear
+from ptqd.quantization.bops import disk_bytes, run_cost
+from ptqd.quantization.hf_quantizer import coverage_of
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
+from ptqd.quantization.swap import quant_modules
 
 
 def recipe(text: str = "w4a8", **changes: Any) -> Recipe:
@@ -133,7 +133,7 @@ def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:
 
 
 def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> None:
-    from ptqd.explain import explain
+    from ptqd.quantization.explain import explain
 
     rules = [{"match": "mid_block.resnets.0.conv1", "weight_bits": 2}]
     values = {**Recipe.parse("w8a8-split-time-gptq").to_dict(), "calibration_samples": 4, "rules": rules}

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
-from ptqd.activations import ActivationQuantizer, Active
-from ptqd.calibration import draw_pool, step_weights
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.trajectory import record
-from ptqd.observers import Observer
-from ptqd.ranges import RangeClock, StepRanges, group_steps, range_clock_of
+from ptqd.quantization.calibration import draw_pool, step_weights
+from ptqd.quantization.modules.activation import ActivationQuantizer, Active
+from ptqd.quantization.numerics.observer import Observer
+from ptqd.quantization.step_ranges import RangeClock, StepRanges, group_steps, range_clock_of
 
 
 def squared(logs: torch.Tensor, cuts: tuple[int, ...]) -> float:

@@ -11,14 +11,15 @@ from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.trajectory import record, replay
-from ptqd.insertion import insert_quantizers
-from ptqd.layers import Extras, QuantConv, QuantLayer, QuantLinear
-from ptqd.rounding import learned
-from ptqd.rounding.columns import fit_exactly
-from ptqd.rounding.gptq import gptq, hessian_inputs
-from ptqd.rounding.parameters import LearnedScale, Soft, Straight, annealed
-from ptqd.rounding.smooth import search_smoothing, smoothing, split_low_rank
-from ptqd.weights import WeightGrid
+from ptqd.quantization.modules.linear_conv import Extras, QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.numerics.weight_grid import WeightGrid
+from ptqd.quantization.rounding import adaround_brecq as learned
+from ptqd.quantization.rounding.gptq import gptq, hessian_inputs
+from ptqd.quantization.rounding.learned_parameters import LearnedScale, Soft, Straight, annealed
+from ptqd.quantization.rounding.smoothquant import search_smoothing, smoothing
+from ptqd.quantization.rounding.svdquant import split_low_rank
+from ptqd.quantization.rounding.time_embedding import fit_exactly
+from ptqd.quantization.swap import insert_quantizers
 
 W4, A8 = Quantizer(4), Quantizer(8, symmetric=False)
 
@@ -336,7 +337,7 @@ def test_formats_quantize_save_and_load(recipe: str, pipe: Any, run: Sampling, t
 def test_smoothing_is_fitted_on_full_precision_inputs(
     pipe: Any, run: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptqd.rounding import smooth
+    from ptqd.quantization.rounding import smoothquant as smooth
 
     seen: dict[int, torch.Tensor] = {}
     want: list[torch.Tensor] = []

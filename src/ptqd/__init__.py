@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from ptqd.noise import NoiseStats
     from ptqd.pipelines.latent import LatentPipeline
     from ptqd.pipelines.latent_class import LatentClassPipeline
-    from ptqd.plan import StepPlan
-    from ptqd.planned import apply_plan
     from ptqd.planning.paper import paper_rule
     from ptqd.planning.solver import plan_steps
-    from ptqd.quantization import quantize
-    from ptqd.recipe import Quantizer, Recipe, Rule
+    from ptqd.quantization.apply_plan import apply_plan
+    from ptqd.quantization.plan import StepPlan
+    from ptqd.quantization.quantize import quantize
+    from ptqd.quantization.recipe import Quantizer, Recipe, Rule
 
 _HOMES = {
     "Choice": "ptqd.correction.auto",
@@ -35,12 +35,12 @@ _HOMES = {
     "MismatchError": "ptqd.errors",
     "NoiseStats": "ptqd.noise",
     "PtqdError": "ptqd.errors",
-    "Quantizer": "ptqd.recipe",
-    "Recipe": "ptqd.recipe",
-    "Rule": "ptqd.recipe",
+    "Quantizer": "ptqd.quantization.recipe",
+    "Recipe": "ptqd.quantization.recipe",
+    "Rule": "ptqd.quantization.recipe",
     "Sampling": "ptqd.diffusion.sampling",
-    "StepPlan": "ptqd.plan",
-    "apply_plan": "ptqd.planned",
+    "StepPlan": "ptqd.quantization.plan",
+    "apply_plan": "ptqd.quantization.apply_plan",
     "correct": "ptqd.correction.scheduler",
     "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",
@@ -49,7 +49,7 @@ _HOMES = {
     "measure_widths": "ptqd.measuring",
     "paper_rule": "ptqd.planning.paper",
     "plan_steps": "ptqd.planning.solver",
-    "quantize": "ptqd.quantization",
+    "quantize": "ptqd.quantization.quantize",
     "sample": "ptqd.diffusion.sampling",
 }
 

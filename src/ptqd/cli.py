@@ -44,11 +44,11 @@ def _cmd_quantize(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from ptqd.adoption import coverage_of
-    from ptqd.explain import explain
     from ptqd.files import replacing
-    from ptqd.quantization import quantize
-    from ptqd.recipe import Recipe
+    from ptqd.quantization.explain import explain
+    from ptqd.quantization.hf_quantizer import coverage_of
+    from ptqd.quantization.quantize import quantize
+    from ptqd.quantization.recipe import Recipe
     from ptqd.report.layers import layer_table
 
     if args.out is None and not args.explain:
@@ -130,7 +130,7 @@ def _cmd_plan(args: argparse.Namespace) -> None:
     from ptqd.batchwise import measure_width_shards
     from ptqd.files import replacing
     from ptqd.plan_stages import PlanRequest, load_widths, make_plan
-    from ptqd.planned import apply_plan
+    from ptqd.quantization.apply_plan import apply_plan
 
     _check_replaceable(args.out)
     request = PlanRequest.parse(args.plan, args.budget, args.floor, args.weights, args.groups)

@@ -20,7 +20,6 @@ from ptqd.batchwise import (
     observe_images,
     sample_images,
 )
-from ptqd.bops import cost_of, disk_bytes
 from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import correct
@@ -41,11 +40,12 @@ from ptqd.plan_stages import (
     plan_facts,
     trajectory_images,
 )
-from ptqd.planned import apply_plan
 from ptqd.planning.problem import planning_problem
 from ptqd.progress import busy
-from ptqd.quantization import quantize
-from ptqd.recipe import Recipe
+from ptqd.quantization.apply_plan import apply_plan
+from ptqd.quantization.bops import cost_of, disk_bytes
+from ptqd.quantization.quantize import quantize
+from ptqd.quantization.recipe import Recipe
 from ptqd.stages import RunFolder
 
 AUTO = ("auto",)

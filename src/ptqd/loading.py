@@ -20,8 +20,8 @@ from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError, PtqdError
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
-from ptqd.plan import StepPlan
-from ptqd.planned import plan_of
+from ptqd.quantization.apply_plan import plan_of
+from ptqd.quantization.plan import StepPlan
 
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
 

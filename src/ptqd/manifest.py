@@ -21,7 +21,7 @@ from ptqd.evaluate.judge import Judge
 from ptqd.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.files import read_json, write_json
 from ptqd.plan_stages import PlanRequest
-from ptqd.recipe import Recipe
+from ptqd.quantization.recipe import Recipe
 
 FORMAT = 1
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.adoption import ptqd_quantizer
 from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
 from ptqd.diffusion.noise_schedule import noise_levels
 from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
@@ -22,9 +21,10 @@ from ptqd.diffusion.trajectory import Answer, Trajectory, record, replay, whole_
 from ptqd.errors import InputError
 from ptqd.joint import fold_of, fold_sums, joint_moments
 from ptqd.noise import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
-from ptqd.planned import at_width
 from ptqd.progress import track
-from ptqd.recipe import Recipe
+from ptqd.quantization.apply_plan import at_width
+from ptqd.quantization.hf_quantizer import ptqd_quantizer
+from ptqd.quantization.recipe import Recipe
 
 
 def measure(

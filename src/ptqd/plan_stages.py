@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.affine import Grid
-from ptqd.bops import cost_of
 from ptqd.diffusion.macs import Macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
 from ptqd.noise import NoiseStats
-from ptqd.plan import StepPlan
-from ptqd.planned import plan_of
 from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
 from ptqd.planning.problem import GROUPS, Problem, planning_problem
 from ptqd.planning.solver import Solution, pareto, rated, solve, uniform
-from ptqd.recipe import Recipe
+from ptqd.quantization.apply_plan import plan_of
+from ptqd.quantization.bops import cost_of
+from ptqd.quantization.numerics.affine import Grid
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Recipe
 
 PICTURED = 20  # steps whose sample is shown
 

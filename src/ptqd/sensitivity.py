@@ -22,18 +22,18 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.adoption import ptqd_quantizer
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
 from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.errors import InputError
-from ptqd.insertion import insert_quantizers
-from ptqd.layers import QuantLayer
 from ptqd.progress import track
-from ptqd.recipe import Recipe
-from ptqd.step_clock import layer_quantizers
-from ptqd.weights import rounded_weight
+from ptqd.quantization.hf_quantizer import ptqd_quantizer
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.numerics.weight_grid import rounded_weight
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.step_clock import layer_quantizers
+from ptqd.quantization.swap import insert_quantizers
 
 PROBED_STEPS = 10
 PROBED_SAMPLES = 16

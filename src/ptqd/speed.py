@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.bops import disk_bytes
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
 from ptqd.diffusion.sampling import Sampling
@@ -30,6 +29,7 @@ from ptqd.engines.exporting import Others, export, for_engine
 from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
 from ptqd.progress import busy, track
+from ptqd.quantization.bops import disk_bytes
 from ptqd.stages import RunFolder
 
 EAGER, COMPILED, SIMULATED = "torch", "torch.compile", "torch, simulated"

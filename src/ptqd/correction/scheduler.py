@@ -25,7 +25,7 @@ from ptqd.diffusion.intercept import step_with_noise
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
 from ptqd.errors import InputError, MismatchError
 from ptqd.noise import NoiseStats
-from ptqd.step_clock import clock_of
+from ptqd.quantization.step_clock import clock_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.graph import Graph, Products, captured, changing_quantizers, trace
@@ -21,9 +20,10 @@ from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
 from ptqd.files import read_json, replacing, write_json
-from ptqd.insertion import insert_quantizers, quant_modules
-from ptqd.layers import QuantLayer
-from ptqd.recipe import Recipe
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.swap import insert_quantizers, quant_modules
 
 TORCHAO = "torchao"
 DECODERS, ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "text_encoder_3")

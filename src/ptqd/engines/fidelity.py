@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
 from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError
+from ptqd.quantization.modules.activation import ActivationQuantizer
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.affine import MAX_BITS, WIDE
-from ptqd.attention import QuantAttnProcessor
 from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError
-from ptqd.insertion import put_layer
-from ptqd.layers import QuantLayer
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.numerics.affine import MAX_BITS, WIDE
+from ptqd.quantization.swap import put_layer
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8

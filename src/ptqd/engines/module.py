@@ -20,19 +20,19 @@ import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.adoption import PtqdConfig, PtqdQuantizer
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
 from ptqd.engines.sessions import Provider, Session, open_session, required
 from ptqd.errors import InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
-from ptqd.insertion import Coverage
-from ptqd.plan import StepPlan
-from ptqd.ranges import StepRanges, set_ranges
-from ptqd.recipe import Quantizer
-from ptqd.step_clock import set_clock
+from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Quantizer
+from ptqd.quantization.step_clock import set_clock
+from ptqd.quantization.step_ranges import StepRanges, set_ranges
+from ptqd.quantization.swap import Coverage
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
 FORMAT = 1

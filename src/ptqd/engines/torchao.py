@@ -11,13 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.affine import MAX_BITS
-from ptqd.attention import QuantAttnProcessor
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.graph import FOUR_BITS, Call, Products, captured
 from ptqd.engines.sessions import required
-from ptqd.layers import QuantLayer, SplitConv
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
+from ptqd.quantization.numerics.affine import MAX_BITS
 
 Layout = Literal["int8", "int4"]
 GROUP = 128  # of inputs that share a scale in int4's kernels; here all groups of a row have the row's

@@ -6,7 +6,7 @@ import torch
 
 from ptqd.errors import InputError
 from ptqd.noise import NoiseStats, regression
-from ptqd.plan import StepPlan
+from ptqd.quantization.plan import StepPlan
 
 
 def paper_rule(stats: Mapping[int, NoiseStats]) -> StepPlan:

@@ -8,22 +8,22 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
-from ptqd.adoption import ptqd_quantizer
-from ptqd.attention import QuantAttnProcessor
-from ptqd.bops import by_halves
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.insertion import names_of
-from ptqd.layers import QuantLayer
 from ptqd.measuring import measure
 from ptqd.noise import NoiseStats
-from ptqd.plan import StepPlan
-from ptqd.planned import apply_plan
 from ptqd.planning.contributions import contributions
 from ptqd.planning.paper import told_timesteps
-from ptqd.recipe import Recipe
+from ptqd.quantization.apply_plan import apply_plan
+from ptqd.quantization.bops import by_halves
+from ptqd.quantization.hf_quantizer import ptqd_quantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.swap import names_of
 from ptqd.sensitivity import Sensitivity, measure_sensitivity
 
 Floats = NDArray[np.float64]

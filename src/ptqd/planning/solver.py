@@ -12,9 +12,9 @@ from scipy import optimize, sparse
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.noise import NoiseStats
-from ptqd.plan import StepPlan
 from ptqd.planning.paper import tied
 from ptqd.planning.problem import GROUPS, Ints, Problem, planning_problem
+from ptqd.quantization.plan import StepPlan
 
 TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
 

@@ -9,16 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from rich.table import Table
 
-from ptqd.adoption import with_weights
-from ptqd.bops import Cost, cost_of
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.insertion import insert_quantizers, layer_types
 from ptqd.loading import load
-from ptqd.plan import StepPlan
-from ptqd.recipe import Recipe
+from ptqd.quantization.bops import Cost, cost_of
+from ptqd.quantization.hf_quantizer import with_weights
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.step_clock import set_clock
+from ptqd.quantization.swap import insert_quantizers, layer_types
 from ptqd.skeleton import (
     bare_denoiser,
     denoiser_config,
@@ -27,7 +28,6 @@ from ptqd.skeleton import (
     saved_configuration,
     skeleton,
 )
-from ptqd.step_clock import set_clock
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ptqd.explain import LayerReport
+from ptqd.quantization.explain import LayerReport
 
 
 def layer_table(reports: Sequence[LayerReport]) -> Table:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqd.affine import MAX_BITS, Grid, affine_parameters, fake_quantize
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS, LARGEST, fake_blocks, round_float
-from ptqd.observers import Observer, find_range
-from ptqd.recipe import Quantizer
+from ptqd.quantization.numerics.affine import MAX_BITS, Grid, affine_parameters, fake_quantize
+from ptqd.quantization.numerics.formats import BLOCKS, LARGEST, fake_blocks, round_float
+from ptqd.quantization.numerics.observer import Observer
+from ptqd.quantization.numerics.range_search import find_range
+from ptqd.quantization.recipe import Quantizer
 
 
 class Active:

@@ -9,16 +9,16 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.activations import ActiveWidth
-from ptqd.adoption import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
 from ptqd.errors import InputError
-from ptqd.insertion import names_of, put_layer
-from ptqd.layers import QuantLayer, full_weight
-from ptqd.plan import StepPlan
-from ptqd.ranges import range_clock_of
-from ptqd.recipe import Recipe
-from ptqd.step_clock import layer_quantizers, remove_clock, set_clock
+from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
+from ptqd.quantization.modules.activation import ActiveWidth
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.step_clock import layer_quantizers, remove_clock, set_clock
+from ptqd.quantization.step_ranges import range_clock_of
+from ptqd.quantization.swap import names_of, put_layer
 
 
 def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline | None = None) -> DiffusionPipeline:
@@ -33,7 +33,7 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
             and those that an earlier plan named and this one leaves to the recipe.
 
     Raises:
-        InputError: the plan does not fit the model; see :func:`ptqd.step_clock.set_clock`. Or it asks for other weights than
+        InputError: the plan does not fit the model; see :func:`ptqd.quantization.step_clock.set_clock`. Or it asks for other weights than
             the model has, and there is no full-precision layer to take them from.
     """
     source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)

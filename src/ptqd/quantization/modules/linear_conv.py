@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.affine import WIDE, pack, packed_size, unpack
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS, block_scales
-from ptqd.recipe import LayerType, Quantizer
-from ptqd.weights import WeightGrid, groups_of
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
+from ptqd.quantization.numerics.formats import BLOCKS, block_scales
+from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
+from ptqd.quantization.recipe import LayerType, Quantizer
 
 LOW_RANK_BITS = WIDE  # of both operands of a low-rank branch
 

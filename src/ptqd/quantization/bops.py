@@ -11,14 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.attention import QuantAttnProcessor
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.layers import LOW_RANK_BITS, QuantLayer, SplitConv
-from ptqd.step_clock import clock_of
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv
+from ptqd.quantization.step_clock import clock_of
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer, Active
 from ptqd.diffusion.timesteps import told_timesteps
 from ptqd.errors import InputError
-from ptqd.step_clock import layer_quantizers
+from ptqd.quantization.modules.activation import ActivationQuantizer, Active
+from ptqd.quantization.step_clock import layer_quantizers
 
 
 @dataclass(frozen=True)

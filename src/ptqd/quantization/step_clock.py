@@ -1,6 +1,6 @@
 """Bits by step at run time: a clock that is set where the denoiser is told its timestep.
 
-Every layer of a group shares one :class:`ptqd.layers.ActiveWidth`; before each call of the denoiser its clock looks up
+Every layer of a group shares one :class:`ptqd.quantization.modules.linear_conv.ActiveWidth`; before each call of the denoiser its clock looks up
 the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
 read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer, ActiveWidth
 from ptqd.diffusion.timesteps import timestep_argument, told_timestep
 from ptqd.errors import InputError, MismatchError
-from ptqd.plan import StepPlan
+from ptqd.quantization.modules.activation import ActivationQuantizer, ActiveWidth
+from ptqd.quantization.plan import StepPlan
 
 EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
 

@@ -10,20 +10,22 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.adoption import PtqdConfig, PtqdQuantizer
-from ptqd.calibration import ERROR_SAMPLES, Pool, draw_pool, measured_errors, step_weights
 from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of, with_components
 from ptqd.diffusion.sampling import Sampling, run_batch, sample
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
-from ptqd.insertion import Coverage, check_weights, insert_quantizers, names_of, quant_modules
-from ptqd.layers import QuantLayer
-from ptqd.methods import Gptq, Learned, LowRank, Smooth
 from ptqd.progress import track
-from ptqd.ranges import StepRanges, set_ranges
-from ptqd.recipe import Recipe
-from ptqd.rounding import columns, learned, smooth
-from ptqd.survey import Survey, survey
+from ptqd.quantization.activation_profile import Survey, survey
+from ptqd.quantization.calibration import ERROR_SAMPLES, Pool, draw_pool, measured_errors, step_weights
+from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
+from ptqd.quantization.methods import Gptq, Learned, LowRank, Smooth
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.rounding import adaround_brecq as learned
+from ptqd.quantization.rounding import smoothquant as smooth
+from ptqd.quantization.rounding import time_embedding as columns
+from ptqd.quantization.step_ranges import StepRanges, set_ranges
+from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of, quant_modules
 
 OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
 BATCH = 64  # rows at once

@@ -6,8 +6,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.recipe import Quantizer
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.recipe import Quantizer
 
 
 class QuantAttnProcessor(nn.Module):

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.calibration import Pool
-from ptqd.layers import QuantLayer, full_weight
-from ptqd.methods import Smooth
 from ptqd.progress import track
-from ptqd.rounding.capture import units_in_order
-from ptqd.structure import find_units
-from ptqd.weights import WeightGrid
+from ptqd.quantization.blocks import find_units
+from ptqd.quantization.calibration import Pool
+from ptqd.quantization.methods import Smooth
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.numerics.weight_grid import WeightGrid
+from ptqd.quantization.rounding.capture import units_in_order
 
 ALPHAS = tuple(i / 10 for i in range(11))
 _TINY = 1e-5
@@ -77,20 +77,6 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
     return float((layer.product(quantizer(smoothed), rounded) - want).float().square().sum())
 
 
-def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
-    """Give a layer the branch that takes most of its smoothed weight, by randomised SVD (arXiv 0909.4061)."""
-    if layer.rank == 0:
-        return
-    down, up = (torch.zeros(size) for size in ((layer.rank, layer.columns), (layer.shape[0], layer.rank)))
-    layer.set_low_rank(down, up)
-    rows = layer.target(weight)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(rows, min(layer.rank + 8, *rows.shape), niter=4)
-    root = s[: layer.rank].sqrt()
-    layer.set_low_rank(root[:, None] * v[:, : layer.rank].T, u[:, : layer.rank] * root)
-
-
 def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth, progress: str | None) -> None:
     """Smooth every layer that has room for it, unit by unit, on inputs of the full-precision model."""
     for unit in track(units_in_order(model, find_units(model), pool), progress):
@@ -106,14 +92,6 @@ def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth,
         for name, x in seen.items():
             search_smoothing(layers[name], full_weight(full, name, layers[name]), x, method.alpha)
             layers[name].prepare(full_weight(full, name, layers[name]))
-
-
-def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
-    """Give every layer that has room for it its branch."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLayer) and layer.rank:
-            split_low_rank(layer, full_weight(full, name, layer), seed)
-            layer.prepare(full_weight(full, name, layer))
 
 
 @contextmanager

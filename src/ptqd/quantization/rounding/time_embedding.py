@@ -9,17 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.calibration import Pool
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
-from ptqd.layers import QuantLayer, full_weight
-from ptqd.methods import Gptq
 from ptqd.progress import track
-from ptqd.rounding.capture import BATCH, units_in_order
-from ptqd.rounding.gptq import gptq, hessian_inputs
-from ptqd.structure import find_units
-from ptqd.survey import survey
-from ptqd.weights import WeightGrid
+from ptqd.quantization.activation_profile import survey
+from ptqd.quantization.blocks import find_units
+from ptqd.quantization.calibration import Pool
+from ptqd.quantization.methods import Gptq
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.numerics.weight_grid import WeightGrid
+from ptqd.quantization.rounding.capture import BATCH, units_in_order
+from ptqd.quantization.rounding.gptq import gptq, hessian_inputs
 
 DAMPING = 0.01
 

@@ -9,17 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.adoption import ptqd_quantizer
-from ptqd.attention import QuantAttnProcessor
-from ptqd.bops import by_halves
-from ptqd.calibration import draw_pool, step_weights
 from ptqd.diffusion.macs import PRODUCTS, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
-from ptqd.insertion import HALVES, names_of
-from ptqd.layers import QuantLayer, full_weight
-from ptqd.ranges import range_clock_of, range_of
-from ptqd.recipe import Quantizer, Recipe
+from ptqd.quantization.bops import by_halves
+from ptqd.quantization.calibration import draw_pool, step_weights
+from ptqd.quantization.hf_quantizer import ptqd_quantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.recipe import Quantizer, Recipe
+from ptqd.quantization.step_ranges import range_clock_of, range_of
+from ptqd.quantization.swap import HALVES, names_of
 
 ROWS = 64
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ptqd.calibration import Pool
 from ptqd.errors import InputError
-from ptqd.structure import inner_units
+from ptqd.quantization.blocks import inner_units
+from ptqd.quantization.calibration import Pool
 
 BATCH = 64  # rows that a model runs at once
 

@@ -35,9 +35,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ptqd.affine import Grid
 from ptqd.errors import InputError
 from ptqd.files import write_text
+from ptqd.quantization.numerics.affine import Grid
 
 _ROW = re.compile(r"\s*(\d+)\s*:\s*t\s+(\S+)\s*,\s*bits\s+(\d+(?:\s+\d+)*)\s*")
 _KEYS = ("steps", "bits", "groups", "weights", "made")

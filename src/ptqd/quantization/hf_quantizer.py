@@ -10,15 +10,15 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from ptqd.activations import ActivationQuantizer
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.errors import InputError
-from ptqd.insertion import Coverage, insert_quantizers, layer_types, names_of
-from ptqd.layers import QuantLayer
-from ptqd.plan import StepPlan
-from ptqd.ranges import StepRanges, set_ranges
-from ptqd.recipe import LayerType, Recipe, Rule
-from ptqd.step_clock import set_clock
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import LayerType, Recipe, Rule
+from ptqd.quantization.step_clock import set_clock
+from ptqd.quantization.step_ranges import StepRanges, set_ranges
+from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
 
 
 def with_weights(recipe: Recipe, plan: StepPlan, layers: Mapping[str, LayerType]) -> Recipe:

@@ -5,11 +5,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ptqd.affine import affine_parameters, dequantize_affine, fake_quantize, quantize_affine
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS, LARGEST, block_codes, block_scales, float_codes, float_values, round_float
-from ptqd.observers import find_range
-from ptqd.recipe import Quantizer
+from ptqd.quantization.numerics.affine import affine_parameters, dequantize_affine, fake_quantize, quantize_affine
+from ptqd.quantization.numerics.formats import (
+    BLOCKS,
+    LARGEST,
+    block_codes,
+    block_scales,
+    float_codes,
+    float_values,
+    round_float,
+)
+from ptqd.quantization.numerics.range_search import find_range
+from ptqd.quantization.recipe import Quantizer
 
 
 def groups_of(columns: int, spec: Quantizer) -> tuple[int, int]:

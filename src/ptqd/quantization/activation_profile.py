@@ -9,14 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_map_only
 
-from ptqd.activations import ActivationQuantizer
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.diffusion.trajectory import Trajectory, record
-from ptqd.layers import QuantLayer
-from ptqd.ranges import StepRanges, group_steps
-from ptqd.step_clock import layer_quantizers
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.step_clock import layer_quantizers
+from ptqd.quantization.step_ranges import StepRanges, group_steps
 
 SAMPLES = 8
 

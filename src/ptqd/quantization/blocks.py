@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ptqd.layers import QuantLayer, SplitConv
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 
 SKIPS = "res_hidden_states_tuple"
 LISTS = nn.ModuleList | nn.ModuleDict

@@ -21,7 +21,7 @@ from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
-from ptqd.recipe import CalibrationSteps
+from ptqd.quantization.recipe import CalibrationSteps
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
 ERROR_SAMPLES = 8

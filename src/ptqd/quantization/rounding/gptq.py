@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptqd.layers import QuantLayer
-from ptqd.weights import WeightGrid, round_to
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
 
 _BLOCK = 128  # columns whose updates of the rest are made at once
 

@@ -19,17 +19,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.calibration import Pool
 from ptqd.errors import InputError
 from ptqd.files import read_tensors, replacing, write_tensors
-from ptqd.layers import QuantLayer, SplitConv, full_weight
-from ptqd.methods import Learned
 from ptqd.progress import track
-from ptqd.ranges import range_clock_of
-from ptqd.rounding.capture import capture, units_in_order
-from ptqd.rounding.parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
-from ptqd.structure import find_units
+from ptqd.quantization.blocks import find_units
+from ptqd.quantization.calibration import Pool
+from ptqd.quantization.methods import Learned
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, full_weight
+from ptqd.quantization.rounding.capture import capture, units_in_order
+from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
+from ptqd.quantization.step_ranges import range_clock_of
 
 CHECKPOINT = 50  # iterations between two checkpoints
 LEVELS = 16  # of the grid that a method's scale_rate is for

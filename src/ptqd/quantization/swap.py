@@ -9,14 +9,14 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from ptqd.attention import QuantAttnProcessor
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS
-from ptqd.layers import Convolution, Extras, QuantConv, QuantLayer, QuantLinear, SplitConv
-from ptqd.methods import LowRank, Smooth
-from ptqd.ranges import StepRanges
-from ptqd.recipe import LayerType, Quantizer, Recipe, Rule
-from ptqd.structure import concatenations
+from ptqd.quantization.blocks import concatenations
+from ptqd.quantization.methods import LowRank, Smooth
+from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.linear_conv import Convolution, Extras, QuantConv, QuantLayer, QuantLinear, SplitConv
+from ptqd.quantization.numerics.formats import BLOCKS
+from ptqd.quantization.recipe import LayerType, Quantizer, Recipe, Rule
+from ptqd.quantization.step_ranges import StepRanges
 
 HALVES = ("hidden", "skip")
 

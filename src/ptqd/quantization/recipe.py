@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from ptqd.affine import MAX_BITS, WIDE, Grid
 from ptqd.errors import InputError
-from ptqd.formats import BLOCKS, FORMAT_BITS, Format
-from ptqd.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, check_order
-from ptqd.observers import RangeMethod
-from ptqd.strict import build
+from ptqd.quantization.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, check_order
+from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid
+from ptqd.quantization.numerics.formats import BLOCKS, FORMAT_BITS, Format
+from ptqd.quantization.numerics.range_search import RangeMethod
+from ptqd.quantization.schema import build
 
 CalibrationSteps = Literal["uniform", "ptq4dm", "error"]
 LayerType = Literal["conv", "linear", "attention"]
@@ -31,7 +31,7 @@ class Quantizer:
         range: how the range of integers is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
         percentile: share of values inside the range, for ``"percentile"``.
         p: the norm, for ``"pnorm"``.
-        format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"`` (:mod:`ptqd.formats`).
+        format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"`` (:mod:`ptqd.quantization.numerics.formats`).
         group: of weights: inputs that share a scale; all of a row where it is 0.
         dynamic: of activations: the range of each token of a linear layer or attention, of each sample of a
             convolution, found as it comes (ViDiT-Q, Zhao et al., arXiv 2406.02540). Blocks of ``mxfp4`` and ``nvfp4``
@@ -152,7 +152,7 @@ class Recipe:
             (Q-Diffusion); ``"ptq4dm"``, normally distributed around two fifths of the way to the data's end (PTQ4DM,
             Shang et al., arXiv 2211.15736, section 3.3); ``"error"``, half of them in proportion to the error measured
             with weights and activations rounded to nearest.
-        methods: in order; see :mod:`ptqd.methods`.
+        methods: in order; see :mod:`ptqd.quantization.methods`.
 
     >>> Recipe.parse("w4a8").weights.bits
     4

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ptqd.activations import ActivationQuantizer
-from ptqd.layers import QuantLayer
-from ptqd.weights import WeightGrid
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.numerics.weight_grid import WeightGrid
 
 _STRETCH = (-0.1, 1.1)
 MOVED = 0.2  # of a step, from the code's centre

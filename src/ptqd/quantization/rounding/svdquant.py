@@ -1,0 +1,28 @@
+"""SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize."""
+
+import torch
+from torch import nn
+
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+
+
+def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
+    """Give a layer the branch that takes most of its smoothed weight, by randomised SVD (arXiv 0909.4061)."""
+    if layer.rank == 0:
+        return
+    down, up = (torch.zeros(size) for size in ((layer.rank, layer.columns), (layer.shape[0], layer.rank)))
+    layer.set_low_rank(down, up)
+    rows = layer.target(weight)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(rows, min(layer.rank + 8, *rows.shape), niter=4)
+    root = s[: layer.rank].sqrt()
+    layer.set_low_rank(root[:, None] * v[:, : layer.rank].T, u[:, : layer.rank] * root)
+
+
+def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
+    """Give every layer that has room for it its branch."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer) and layer.rank:
+            split_low_rank(layer, full_weight(full, name, layer), seed)
+            layer.prepare(full_weight(full, name, layer))

@@ -1,1 +1,0 @@
-"""How codes are chosen, one method a file."""
