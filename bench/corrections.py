@@ -25,8 +25,8 @@ from ptqd.correction.gate import gated
 from ptqd.correction.joint import joint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
-from ptqd.joint import Layout, OutputEstimate, mean_table
-from ptqd.noise import NoiseStats
+from ptqd.noise.second_moments import Layout, OutputEstimate, mean_table
+from ptqd.noise.stats import NoiseStats
 from ptqd.zoo import CLASSIFIER
 from ptqd.zoo.classifier import FashionClassifier
 

@@ -26,7 +26,7 @@ from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.experiment import MEASURED
 from ptqd.files import read_json, write_json
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 from ptqd.planning.paper import paper_rule
 from ptqd.planning.solver import plan_steps
 from ptqd.quantization.apply_plan import plan_of

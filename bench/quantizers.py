@@ -32,7 +32,7 @@ from ptqd.evaluate.features import Reference, extract
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.bops import run_cost
 from ptqd.quantization.recipe import Recipe, Rule
 from ptqd.stages import RunFolder

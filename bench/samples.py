@@ -15,7 +15,7 @@ import torch
 import ptqd
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.trajectory import final_samples
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 
 SAMPLES = 200
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)

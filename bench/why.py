@@ -14,8 +14,8 @@ import torch
 
 import ptqd
 from ptqd.diffusion.sampling import Sampling
-from ptqd.joint import Layout, covariance, inverse, mean_table
-from ptqd.noise import NoiseStats
+from ptqd.noise.second_moments import Layout, covariance, inverse, mean_table
+from ptqd.noise.stats import NoiseStats
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

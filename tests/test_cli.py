@@ -120,7 +120,7 @@ def test_a_killed_run_resumes_with_the_same_images(
         return plain(*args, **kwargs)
 
     monkeypatch.setattr("ptqd.batchwise.run_batch", killed)
-    monkeypatch.setattr("ptqd.measuring.run_batch", killed)
+    monkeypatch.setattr("ptqd.noise.measure.run_batch", killed)
     for kill_at in (2, 4, 6, 3):
         left[0] = kill_at
         assert main([*command, str(tmp_path / "killed")]) == 130
@@ -325,7 +325,7 @@ def test_measuring_resumes_after_a_kill(
             raise KeyboardInterrupt
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr("ptqd.measuring.run_batch", counted)
+    monkeypatch.setattr("ptqd.noise.measure.run_batch", counted)
     assert main([*measure, str(tmp_path / "cut.safetensors")]) == 130
     assert not (tmp_path / "cut.safetensors").exists()
     assert main([*measure, str(tmp_path / "cut.safetensors")]) == 0
@@ -362,7 +362,7 @@ def test_a_plan_from_the_shell(
         return plain(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr("ptqd.measuring.run_batch", killed)
+        patched.setattr("ptqd.noise.measure.run_batch", killed)
         assert main([*plan, "--budget", "40x"]) == 130
         assert not planned.exists()
         assert main([*plan, "--budget", "40x"]) == 0

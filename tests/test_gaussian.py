@@ -5,7 +5,7 @@ import torch
 
 from gaussian import SCHEDULERS, gaussian_pipeline
 from ptqd import NoiseStats, Sampling, correct, measure, sample
-from ptqd.noise import regression
+from ptqd.noise.regression import regression
 
 K, BIAS, V = 0.1, (0.05, -0.03), 0.02
 SAMPLES = 3000

@@ -8,7 +8,7 @@ from ptqd.correction.d2 import d2
 from ptqd.correction.joint import joint
 from ptqd.correction.ptqd import ptqd
 from ptqd.correction.tac import tac
-from ptqd.joint import (
+from ptqd.noise.second_moments import (
     FOLDS,
     MAX_CHANNELS,
     MAX_NEIGHBOUR_CHANNELS,

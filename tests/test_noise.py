@@ -16,8 +16,9 @@ from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.scheduler_response import Response
-from ptqd.joint import fold_sums, joint_moments
-from ptqd.noise import POWERS, cross_moments, normality_p_value, paired_moments, per_sample
+from ptqd.noise.regression import POWERS, normality_p_value
+from ptqd.noise.second_moments import fold_sums, joint_moments
+from ptqd.noise.stats import cross_moments, paired_moments, per_sample
 
 
 def stats_of(

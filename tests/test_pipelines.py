@@ -14,7 +14,7 @@ from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, fit_auto,
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.trajectory import record, replay
-from ptqd.noise import POWERS
+from ptqd.noise.regression import POWERS
 from tiny import CASES, PROMPTS, Case
 
 SETTINGS = [

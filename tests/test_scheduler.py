@@ -24,7 +24,7 @@ from ptqd.correction.scheduler import corrected_class
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.scheduler_response import added_variance, linear_response, noise_scales
-from ptqd.joint import fold_of, fold_sums, joint_moments
+from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ptqd.diffusion.sampling import Sampling, sample
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
-    from ptqd.measuring import measure, measure_widths
-    from ptqd.noise import NoiseStats
+    from ptqd.measure_widths import measure_widths
+    from ptqd.noise.measure import measure
+    from ptqd.noise.stats import NoiseStats
     from ptqd.pipelines.latent import LatentPipeline
     from ptqd.pipelines.latent_class import LatentClassPipeline
     from ptqd.planning.paper import paper_rule
@@ -33,7 +34,7 @@ _HOMES = {
     "LatentClassPipeline": "ptqd.pipelines.latent_class",
     "LatentPipeline": "ptqd.pipelines.latent",
     "MismatchError": "ptqd.errors",
-    "NoiseStats": "ptqd.noise",
+    "NoiseStats": "ptqd.noise.stats",
     "PtqdError": "ptqd.errors",
     "Quantizer": "ptqd.quantization.recipe",
     "Recipe": "ptqd.quantization.recipe",
@@ -45,8 +46,8 @@ _HOMES = {
     "fit_auto": "ptqd.correction.auto",
     "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
-    "measure": "ptqd.measuring",
-    "measure_widths": "ptqd.measuring",
+    "measure": "ptqd.noise.measure",
+    "measure_widths": "ptqd.noise.measure",
     "paper_rule": "ptqd.planning.paper",
     "plan_steps": "ptqd.planning.solver",
     "quantize": "ptqd.quantization.quantize",

@@ -19,8 +19,9 @@ from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.judge import Judge, Observed, latent_statistic, observe, statistics, with_intervals
 from ptqd.evaluate.references import cache_folder
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
-from ptqd.measuring import measure, measure_widths
-from ptqd.noise import NoiseStats
+from ptqd.measure_widths import measure_widths
+from ptqd.noise.measure import measure
+from ptqd.noise.stats import NoiseStats
 from ptqd.stages import RunFolder, make_shards
 
 SHOWN = 100  # images that are kept for people where the others are not

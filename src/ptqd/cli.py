@@ -77,7 +77,7 @@ def _cmd_measure(args: argparse.Namespace) -> None:
 
     from ptqd import processes
     from ptqd.batchwise import measure_shards
-    from ptqd.noise import NoiseStats
+    from ptqd.noise.stats import NoiseStats
 
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
     run = _sampling(args, pipe)
@@ -103,7 +103,7 @@ def _cmd_correct(args: argparse.Namespace) -> None:
     from ptqd.correction.auto import describe, fit_auto
     from ptqd.correction.scheduler import correct
     from ptqd.files import replacing
-    from ptqd.noise import NoiseStats
+    from ptqd.noise.stats import NoiseStats
 
     _check_replaceable(args.out)
     methods, stats, quantized = _methods(args.methods), NoiseStats.load(args.noise), _pipeline(args, args.quantized)

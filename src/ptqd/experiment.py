@@ -32,7 +32,8 @@ from ptqd.evaluate.images import open_images
 from ptqd.evaluate.judge import Judge, with_intervals
 from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
-from ptqd.noise import Estimate, NoiseStats
+from ptqd.noise.regression import Estimate
+from ptqd.noise.stats import NoiseStats
 from ptqd.plan_stages import (
     PlanRequest,
     load_widths,

@@ -16,7 +16,7 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
 from ptqd.planning.problem import GROUPS, Problem, planning_problem
 from ptqd.planning.solver import Solution, pareto, rated, solve, uniform

@@ -35,8 +35,8 @@ from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.diffusion.trajectory import final_samples
 from ptqd.errors import InputError, MismatchError, PtqdError
-from ptqd.joint import Estimator
-from ptqd.noise import NoiseStats
+from ptqd.noise.second_moments import Estimator
+from ptqd.noise.stats import NoiseStats
 from ptqd.progress import track
 
 logger = logging.getLogger(__name__)

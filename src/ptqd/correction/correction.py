@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.errors import InputError
-from ptqd.joint import CROSS
+from ptqd.noise.second_moments import CROSS
 
 Rows = tuple[tuple[float, ...], ...]
 Matrix = tuple[Rows, ...]
@@ -26,7 +26,7 @@ class Correction:
         timesteps: the schedule it was measured on (T,).
         output: ``D_q``, one number a channel (T, C), a map across channels (T, C, C), one across channels and the four
             neighbours of a pixel (T, C, 5 C), or of each channel and its neighbours (T, C, 5); empty where there is
-            none. The order of neighbours is that of :data:`ptqd.joint.CROSS`.
+            none. The order of neighbours is that of :data:`ptqd.noise.second_moments.CROSS`.
         sample: ``D_x``, likewise.
         bias: ``b`` (T, C); empty where there is none.
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.

@@ -8,7 +8,7 @@ The best linear estimate of the noise from eps_q alone; it is taken away. The re
 
 import torch
 
-from ptqd.joint import Layout, OutputEstimate, covariance
+from ptqd.noise.second_moments import Layout, OutputEstimate, covariance
 
 
 def d2(table: torch.Tensor, layout: Layout) -> OutputEstimate:

@@ -32,8 +32,8 @@ from ptqd.correction.variance import Reshaped, Residuals
 from ptqd.correction.vsc import vsc
 from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
-from ptqd.joint import Estimator, Layout, OutputEstimate, excess_variance, mean_table
-from ptqd.noise import NoiseStats
+from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, excess_variance, mean_table
+from ptqd.noise.stats import NoiseStats
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The gate: a step keeps a correction only where it lowers the error of samples it was not fitted on.
 
-Fitted on one half of the samples and judged on the other (:func:`ptqd.joint.held_out_gain`), beyond the 95 % interval
+Fitted on one half of the samples and judged on the other (:func:`ptqd.noise.second_moments.held_out_gain`), beyond the 95 % interval
 of the mean over folds; an output channel that it makes worse is left alone.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ptqd.errors import InputError
-from ptqd.joint import Estimator, OutputEstimate, held_out_gain, mean_table, smoothed
-from ptqd.noise import NoiseStats
+from ptqd.noise.second_moments import Estimator, OutputEstimate, held_out_gain, mean_table, smoothed
+from ptqd.noise.stats import NoiseStats
 
 MIN_SAMPLES = 4
 SMOOTHED = (

@@ -9,7 +9,7 @@ cases of its form.
 import torch
 
 from ptqd.errors import InputError
-from ptqd.joint import Estimator, Layout, OutputEstimate, covariance, inverse
+from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, covariance, inverse
 
 
 def joint(coherence: float) -> Estimator:

@@ -13,7 +13,7 @@ is then the noise's mean and the residual all the rest. What VSC does with the r
 import torch
 
 from ptqd.errors import InputError
-from ptqd.joint import Estimator, Layout, OutputEstimate, covariance
+from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, covariance
 
 
 def ptqd(cnc: bool, bc: bool) -> Estimator:

@@ -24,7 +24,7 @@ from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_o
 from ptqd.diffusion.intercept import step_with_noise
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
 from ptqd.errors import InputError, MismatchError
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.step_clock import clock_of
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ The pull towards 1 keeps the gain of a step whose noise says little about the ou
 import torch
 
 from ptqd.errors import InputError
-from ptqd.joint import Estimator, Layout, OutputEstimate
+from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate
 
 PULL = 0.1
 

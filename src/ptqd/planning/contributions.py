@@ -4,8 +4,9 @@ import logging
 
 import torch
 
-from ptqd.joint import covariance, mean_table
-from ptqd.noise import NoiseStats, regression
+from ptqd.noise.regression import regression
+from ptqd.noise.second_moments import covariance, mean_table
+from ptqd.noise.stats import NoiseStats
 
 logger = logging.getLogger(__name__)
 

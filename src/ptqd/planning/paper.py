@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ptqd.errors import InputError
-from ptqd.noise import NoiseStats, regression
+from ptqd.noise.regression import regression
+from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.plan import StepPlan
 
 

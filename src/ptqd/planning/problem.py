@@ -12,8 +12,8 @@ from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.measuring import measure
-from ptqd.noise import NoiseStats
+from ptqd.noise.measure import measure
+from ptqd.noise.stats import NoiseStats
 from ptqd.planning.contributions import contributions
 from ptqd.planning.paper import told_timesteps
 from ptqd.quantization.apply_plan import apply_plan

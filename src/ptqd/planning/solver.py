@@ -11,7 +11,7 @@ from scipy import optimize, sparse
 
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.noise import NoiseStats
+from ptqd.noise.stats import NoiseStats
 from ptqd.planning.paper import tied
 from ptqd.planning.problem import GROUPS, Ints, Problem, planning_problem
 from ptqd.quantization.plan import StepPlan

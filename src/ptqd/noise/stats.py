@@ -14,7 +14,6 @@ and the residual's skewness and kurtosis are known for any k.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,22 +30,12 @@ from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
-from ptqd.joint import FOLDS, Layout, between_tables, fold_of
+from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, regression
+from ptqd.noise.second_moments import FOLDS, Layout, between_tables, fold_of
 
-POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
 CHECKED = 64  # final samples that are kept, to check whole trajectories against
 RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
 SUMS = ("joint", "cross", "moved")
-_COLUMN = {power: n for n, power in enumerate(POWERS)}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % confidence interval; tensors of one shape."""
-
-    value: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class NoiseStats:
         response: how the run's samples answer to its outputs and its noise.
         levels: where its samples stand on the noise schedule; None where that is not known.
         joint: second moments of (1, eps_q, x_t, eps), summed over each fold's samples (16, T, G, K, K), float64; see
-            :mod:`ptqd.joint`.
+            :mod:`ptqd.noise.second_moments`.
         cross: second moments of (eps, delta) over all pairs of steps, mean over elements, summed over the samples
             (2 T, 2 T), float64.
         moved: ``E|x'_q - x'|^2`` of the next samples that the scheduler's own step makes of eps_q and of eps, summed
@@ -296,7 +285,7 @@ class NoiseStats:
         if self.levels is not None:
             tensors |= {"alpha": self.levels.alpha, "sigma": self.levels.sigma}
             facts["family"] = self.levels.family
-        write_tensors(path, tensors, {"ptqd.noise": json.dumps(facts, sort_keys=True)})
+        write_tensors(path, tensors, {"ptqd.noise.stats": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "NoiseStats":
@@ -306,9 +295,9 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
+        if "ptqd.noise.stats" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise InputError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
-        facts = json.loads(metadata["ptqd.noise"])
+        facts = json.loads(metadata["ptqd.noise.stats"])
         return cls(
             **{name: tensors[name] for name in _TENSORS},
             elements=facts["elements"],
@@ -350,68 +339,6 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = No
 def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
     """Moments (samples, ...) of a step's rows (m samples, ...); see :func:`ptqd.diffusion.trajectory.rows_of_samples`."""
     return rows_of_samples(moments, samples).mean(1)
-
-
-def regression(m: torch.Tensor, *, slope: bool) -> dict[str, torch.Tensor]:
-    """Slope, intercept and residual from moments (..., T, C, 14); see the module's docstring."""
-
-    def moment(i: int, j: int) -> torch.Tensor:
-        return m[..., _COLUMN[i, j]]  # ...,T,C
-
-    var_eps = (moment(2, 0) - moment(1, 0) ** 2).clamp(min=0)
-    var_delta = (moment(0, 2) - moment(0, 1) ** 2).clamp(min=0)
-    cov = moment(1, 1) - moment(1, 0) * moment(0, 1)
-    total = var_eps.sum(-1)  # ...,T
-    k = _ratio(cov.sum(-1), total) if slope else torch.zeros_like(total)
-    kc = k[..., None]
-    bias = moment(0, 1) - kc * moment(1, 0)
-    # raw moments of delta - k eps, then central ones, of which the mean over channels is taken
-    raw2 = moment(0, 2) - 2 * kc * moment(1, 1) + kc**2 * moment(2, 0)
-    raw3 = moment(0, 3) - 3 * kc * moment(1, 2) + 3 * kc**2 * moment(2, 1) - kc**3 * moment(3, 0)
-    raw4 = moment(0, 4) - 4 * kc * moment(1, 3) + 6 * kc**2 * moment(2, 2) - 4 * kc**3 * moment(3, 1)
-    raw4 = raw4 + kc**4 * moment(4, 0)
-    central2 = (raw2 - bias**2).clamp(min=0).mean(-1)
-    central3 = (raw3 - 3 * bias * raw2 + 2 * bias**3).mean(-1)
-    central4 = (raw4 - 4 * bias * raw3 + 6 * bias**2 * raw2 - 3 * bias**4).mean(-1)
-    return {
-        "k": k,
-        "bias": bias,
-        "variance": central2,
-        "r2": 1 - _ratio(central2, var_delta.mean(-1), empty=1.0),
-        "snr": _ratio(moment(2, 0).mean(-1), moment(0, 2).mean(-1), empty=math.inf),
-        "skewness": _ratio(central3, central2**1.5),
-        "kurtosis": _ratio(central4, central2**2, empty=3.0) - 3.0,
-    }
-
-
-def _ratio(a: torch.Tensor, b: torch.Tensor, empty: float = 0.0) -> torch.Tensor:
-    return torch.where(b == 0, empty, a / torch.where(b == 0, 1.0, b))
-
-
-def normality_p_value(skewness: float, kurtosis: float, n: int) -> float:
-    """D'Agostino and Pearson's omnibus test from the sample's moments (Biometrika 60, 1973; Anscombe and Glynn 1983).
-
-    Args:
-        skewness: of the sample.
-        kurtosis: excess, of the sample.
-        n: values, at least 8.
-
-    Returns:
-        The p-value of normality.
-    """
-    y = skewness * math.sqrt((n + 1) * (n + 3) / (6 * (n - 2)))
-    beta2 = 3 * (n * n + 27 * n - 70) * (n + 1) * (n + 3) / ((n - 2) * (n + 5) * (n + 7) * (n + 9))
-    w2 = -1 + math.sqrt(2 * (beta2 - 1))
-    z1 = math.asinh(y / math.sqrt(2 / (w2 - 1))) / math.sqrt(0.5 * math.log(w2))
-
-    mean = 3 * (n - 1) / (n + 1)
-    variance = 24 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5))
-    x = (kurtosis + 3 - mean) / math.sqrt(variance)
-    root = 6 * (n * n - 5 * n + 2) / ((n + 7) * (n + 9)) * math.sqrt(6 * (n + 3) * (n + 5) / (n * (n - 2) * (n - 3)))
-    a = 6 + 8 / root * (2 / root + math.sqrt(1 + 4 / root**2))
-    inner = (1 - 2 / a) / (1 + x * math.sqrt(2 / (a - 4)))
-    z2 = (1 - 2 / (9 * a) - math.copysign(abs(inner) ** (1 / 3), inner)) / math.sqrt(2 / (9 * a))
-    return float(scipy_stats.chi2.sf(z1 * z1 + z2 * z2, 2))
 
 
 def cross_moments(eps: Sequence[torch.Tensor], eps_q: Sequence[torch.Tensor]) -> torch.Tensor:

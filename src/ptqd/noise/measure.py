@@ -19,12 +19,9 @@ from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import Answer, Trajectory, record, replay, whole_samples
 from ptqd.errors import InputError
-from ptqd.joint import fold_of, fold_sums, joint_moments
-from ptqd.noise import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
+from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
+from ptqd.noise.stats import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
 from ptqd.progress import track
-from ptqd.quantization.apply_plan import at_width
-from ptqd.quantization.hf_quantizer import ptqd_quantizer
-from ptqd.quantization.recipe import Recipe
 
 
 def measure(
@@ -59,42 +56,6 @@ def measure(
     measured = _Measuring(pipe, {0: qpipe}, run.apart("measuring"), closed_loop)
     before = {} if resume is None else {0: resume}
     return measured.go(start, before, None if keep is None else lambda stats: keep(stats[0]), progress)[0]
-
-
-def measure_widths(
-    pipe: DiffusionPipeline,
-    qpipe: DiffusionPipeline,
-    run: Sampling,
-    *,
-    start: int = 0,
-    resume: Mapping[int, NoiseStats] | None = None,
-    keep: Callable[[Mapping[int, NoiseStats]], None] | None = None,
-    progress: str | bool = False,
-) -> dict[int, NoiseStats]:
-    """Measure every activation width that a pipeline has ranges for: what a :class:`ptqd.StepPlan` is made from.
-
-    It costs one full-precision run, and one quantized run for each width.
-
-    Args:
-        pipe: full precision.
-        qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
-        run: as for :func:`measure`.
-        start: as for :func:`measure`.
-        resume: as for :func:`measure`, by width.
-        keep: as for :func:`measure`, by width.
-        progress: show a bar, with that title.
-
-    Returns:
-        Statistics by width, ascending; the same as :func:`measure` gives of each.
-
-    Raises:
-        InputError: the pipeline has one width only, or was not quantized by ptqd.
-    """
-    widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
-    if len(widths) < 2:
-        raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
-    measured = _Measuring(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run.apart("measuring"))
-    return measured.go(start, resume or {}, keep, progress)
 
 
 class _Measuring:
