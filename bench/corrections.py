@@ -22,7 +22,7 @@ import ptqd
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators
 from ptqd.correction.gate import gated
-from ptqd.correction.joint import joint
+from ptqd.correction.methods.joint import joint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
 from ptqd.noise.second_moments import Layout, OutputEstimate, mean_table

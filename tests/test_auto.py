@@ -23,7 +23,7 @@ from ptqd import (
     measure,
     sample,
 )
-from ptqd.correction.auto import describe, distribution_distance, features
+from ptqd.correction.search import describe, distribution_distance, features
 from ptqd.diffusion.sampling import run_batch
 
 RUN = Sampling(steps=8, eta=0.0, samples=64, batch=64, seed=3)
@@ -195,10 +195,10 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
             ends[0] = float("nan")
         return ends
 
-    monkeypatch.setattr("ptqd.correction.auto.final_samples", overflow)
+    monkeypatch.setattr("ptqd.correction.search.final_samples", overflow)
     choice = fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
     assert all("joint" not in trial.name for trial in choice.trials)
-    monkeypatch.setattr("ptqd.correction.auto.final_samples", lambda *args: plain(*args) * float("nan"))
+    monkeypatch.setattr("ptqd.correction.search.final_samples", lambda *args: plain(*args) * float("nan"))
     with pytest.raises(InputError, match="the quantized pipeline's samples hold NaN"):
         fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
     with pytest.raises(InputError, match="the full-precision samples hold NaN"):

@@ -4,10 +4,10 @@ import torch
 
 from ptqd import InputError
 from ptqd.correction.correction import Correction, rows
-from ptqd.correction.d2 import d2
-from ptqd.correction.joint import joint
-from ptqd.correction.ptqd import ptqd
-from ptqd.correction.tac import tac
+from ptqd.correction.methods.cnc_bc import ptqd
+from ptqd.correction.methods.d2 import d2
+from ptqd.correction.methods.joint import joint
+from ptqd.correction.methods.tac import tac
 from ptqd.noise.second_moments import (
     FOLDS,
     MAX_CHANNELS,

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gaussian import SCHEDULE, SHAPE, GaussianPipeline, gaussian_pipeline
 from ptqd import InputError, NoiseStats, Sampling, correct, fit_correction, measure, sample
-from ptqd.correction.dns import overshoot
-from ptqd.correction.stepbaq import x0_coefficients
+from ptqd.correction.methods.dns import overshoot
+from ptqd.correction.methods.stepbaq import x0_coefficients
 from ptqd.correction.variance import Residuals
 from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at
 from ptqd.diffusion.scheduler_response import linear_response
@@ -123,7 +123,7 @@ def test_stepbaqs_shift_is_the_papers(family: str) -> None:
     """``a_bar_tau = a_bar / (1 + s^2)``, the sample scaled by ``1 / sqrt(1 + s^2)``."""
     name, prediction = ("DDIMScheduler", "epsilon") if family == "vp" else ("FlowMatchEulerDiscreteScheduler", "flow")
     scheduler, residuals = deterministic(name, prediction)
-    from ptqd.correction.stepbaq import stepbaq
+    from ptqd.correction.methods.stepbaq import stepbaq
 
     told = torch.tensor(stepbaq(residuals).network, dtype=torch.float64)
     levels, s2 = residuals.levels, residuals.added[:-1]
@@ -156,8 +156,8 @@ def test_an_overshoot_solves_its_equation() -> None:
 
 
 def test_to_first_order_dns_is_qdrift() -> None:
-    from ptqd.correction.dns import dns
-    from ptqd.correction.qdrift import qdrift
+    from ptqd.correction.methods.dns import dns
+    from ptqd.correction.methods.qdrift import qdrift
 
     _, residuals = deterministic("EulerDiscreteScheduler", "epsilon", steps=200, v=1e-4)
     a, b = dns(residuals).gain[20:150] - 1, qdrift(residuals).gain[20:150] - 1
@@ -169,7 +169,7 @@ def test_to_first_order_dns_is_qdrift() -> None:
 
 def test_qdrift_in_flow_scales_the_velocity() -> None:
     """As published; the signal goes further with it, so that on flow the variance does not come back, as with DNS."""
-    from ptqd.correction.qdrift import qdrift
+    from ptqd.correction.methods.qdrift import qdrift
 
     _, residuals = deterministic("FlowMatchEulerDiscreteScheduler", "flow")
     reshaped, levels = qdrift(residuals), residuals.levels
@@ -240,8 +240,8 @@ def test_without_drawn_noise_the_variance_comes_back(
 
 def test_methods_that_rewrite_a_step_say_where_they_cannot() -> None:
     _, residuals = deterministic("LMSDiscreteScheduler", "epsilon")
-    from ptqd.correction.dns import dns
-    from ptqd.correction.stepbaq import stepbaq
+    from ptqd.correction.methods.dns import dns
+    from ptqd.correction.methods.stepbaq import stepbaq
 
     with pytest.raises(InputError, match="LMSDiscreteScheduler remembers others"):
         dns(residuals)

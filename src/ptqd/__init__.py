@@ -8,10 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqd.correction.auto import Choice, fit_auto
     from ptqd.correction.correction import Correction
     from ptqd.correction.fit import fit_correction
     from ptqd.correction.scheduler import correct
+    from ptqd.correction.search import Choice, fit_auto
     from ptqd.diffusion.sampling import Sampling, sample
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptqd.quantization.recipe import Quantizer, Recipe, Rule
 
 _HOMES = {
-    "Choice": "ptqd.correction.auto",
+    "Choice": "ptqd.correction.search",
     "Correction": "ptqd.correction.correction",
     "InputError": "ptqd.errors",
     "LatentClassPipeline": "ptqd.pipelines.latent_class",
@@ -43,7 +43,7 @@ _HOMES = {
     "StepPlan": "ptqd.quantization.plan",
     "apply_plan": "ptqd.quantization.apply_plan",
     "correct": "ptqd.correction.scheduler",
-    "fit_auto": "ptqd.correction.auto",
+    "fit_auto": "ptqd.correction.search",
     "fit_correction": "ptqd.correction.fit",
     "load": "ptqd.loading",
     "measure": "ptqd.noise.measure",

@@ -100,8 +100,8 @@ def _cmd_measure(args: argparse.Namespace) -> None:
 
 def _cmd_correct(args: argparse.Namespace) -> None:
     """Give a quantized pipeline a scheduler that corrects, and save it."""
-    from ptqd.correction.auto import describe, fit_auto
     from ptqd.correction.scheduler import correct
+    from ptqd.correction.search import describe, fit_auto
     from ptqd.files import replacing
     from ptqd.noise.stats import NoiseStats
 

@@ -20,9 +20,9 @@ from ptqd.batchwise import (
     observe_images,
     sample_images,
 )
-from ptqd.correction.auto import Choice, fit_auto
 from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import correct
+from ptqd.correction.search import Choice, fit_auto
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name

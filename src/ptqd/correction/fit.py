@@ -10,7 +10,7 @@ and a method for the variance, at most one, deals with what the estimate leaves:
     vsc         PTQD's: draw less noise       dns, qdrift, stepbaq     for steps that draw none
 
 Named methods are taken as published, at every step; ``joint`` is gated step by step. What is best for a pipeline is
-found by :func:`ptqd.correction.auto.fit_auto`.
+found by :func:`ptqd.correction.search.fit_auto`.
 """
 
 import logging
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from ptqd.correction.correction import Correction, rows
-from ptqd.correction.d2 import d2
-from ptqd.correction.dns import dns
 from ptqd.correction.gate import gated
-from ptqd.correction.joint import joint
-from ptqd.correction.ptqd import ptqd
-from ptqd.correction.qdrift import qdrift
-from ptqd.correction.stepbaq import stepbaq
-from ptqd.correction.tac import tac
+from ptqd.correction.methods.cnc_bc import ptqd
+from ptqd.correction.methods.d2 import d2
+from ptqd.correction.methods.dns import dns
+from ptqd.correction.methods.joint import joint
+from ptqd.correction.methods.qdrift import qdrift
+from ptqd.correction.methods.stepbaq import stepbaq
+from ptqd.correction.methods.tac import tac
+from ptqd.correction.methods.vsc import vsc
 from ptqd.correction.variance import Reshaped, Residuals
-from ptqd.correction.vsc import vsc
 from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
 from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, excess_variance, mean_table

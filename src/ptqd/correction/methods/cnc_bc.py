@@ -7,7 +7,7 @@
 
 Together ``eps_c = (eps_q - b) / (1 + k) = eps + r / (1 + k)``. Without CNC the slope is not part of the fit: the bias
 is then the noise's mean and the residual all the rest. What VSC does with the residual is in
-:mod:`ptqd.correction.vsc`.
+:mod:`ptqd.correction.methods.vsc`.
 """
 
 import torch
