@@ -24,9 +24,9 @@ import ptqd
 from ptqd.diffusion.macs import run_macs
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
-from ptqd.planning.contributions import contributions
-from ptqd.planning.problem import planning_problem
-from ptqd.planning.solver import solve
+from ptqd.mixed_precision.contributions import contributions
+from ptqd.mixed_precision.problem import planning_problem
+from ptqd.mixed_precision.solver import solve
 from ptqd.quantization.apply_plan import at_width
 from ptqd.quantization.bops import cost_of
 
@@ -46,7 +46,7 @@ def candidates(title: str, recipe: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     """Named pipelines, uniform widths first."""
     run = SETTINGS[title].replace(samples=MEASURED, batch=64)
     quantized = ptqd.quantize(pipe, recipe, run)
-    stats = ptqd.measure_widths(pipe, quantized, run)
+    stats = ptqd.mixed_precision.measure_widths(pipe, quantized, run)
     for bits in WIDTHS:
         yield f"uniform {bits}", at_width(quantized, bits)
     fixed, macs = planning_problem(pipe, quantized, run, stats), run_macs(pipe, run)

@@ -26,9 +26,9 @@ from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.experiment import MEASURED
 from ptqd.files import read_json, write_json
+from ptqd.mixed_precision.paper_rule import paper_rule
+from ptqd.mixed_precision.solver import plan_steps
 from ptqd.noise.stats import NoiseStats
-from ptqd.planning.paper import paper_rule
-from ptqd.planning.solver import plan_steps
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import run_cost
 from ptqd.stages import RunFolder
@@ -66,7 +66,7 @@ class Setting:
 
         def build(path: Path, scratch: Path) -> None:
             quantized = ptqd.quantize(self.pipe, recipe, run)
-            stats = ptqd.measure_widths(self.pipe, quantized, run)
+            stats = ptqd.mixed_precision.measure_widths(self.pipe, quantized, run)
             if budget is None:
                 plan = paper_rule(stats)
             else:

@@ -2,7 +2,7 @@
 
     python bench/sensitivity.py
 
-To first order, mean over the steps (ptqd.sensitivity), beside the layer's share of the multiply-accumulates.
+To first order, mean over the steps (ptqd.mixed_precision.sensitivity), beside the layer's share of the multiply-accumulates.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 import ptqd
 from ptqd.diffusion.macs import run_macs
 from ptqd.diffusion.sampling import Sampling
-from ptqd.sensitivity import measure_sensitivity
+from ptqd.mixed_precision.sensitivity import measure_sensitivity
 
 RUN = Sampling(50, 1.0, 64, 64, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
 SHOWN = 8

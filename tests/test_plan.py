@@ -340,5 +340,5 @@ def test_half_precision_takes_other_weights(
 
 
 def test_planning_imports_nothing_of_the_report() -> None:
-    code = "import sys, ptqd.planning.solver; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, ptqd.mixed_precision.solver; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

@@ -28,17 +28,17 @@ from ptqd import (
 )
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
-from ptqd.planning.contributions import contributions, final_coefficients
-from ptqd.planning.paper import forward_snr
-from ptqd.planning.problem import Problem, planning_problem
-from ptqd.planning.solver import pareto, priced, rated, solve, uniform
+from ptqd.mixed_precision.contributions import contributions, final_coefficients
+from ptqd.mixed_precision.paper_rule import forward_snr
+from ptqd.mixed_precision.problem import Problem, planning_problem
+from ptqd.mixed_precision.sensitivity import _Probe, measure_sensitivity
+from ptqd.mixed_precision.solver import pareto, priced, rated, solve, uniform
 from ptqd.quantization.apply_plan import at_width
 from ptqd.quantization.bops import run_cost
 from ptqd.quantization.numerics.affine import fake_quantize
 from ptqd.quantization.numerics.weight_grid import rounded_weight
 from ptqd.quantization.step_clock import layer_quantizers
 from ptqd.quantization.swap import insert_quantizers
-from ptqd.sensitivity import _Probe, measure_sensitivity
 from tiny import CASES
 
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ptqd.diffusion.sampling import Sampling, sample
     from ptqd.errors import InputError, MismatchError, PtqdError
     from ptqd.loading import load
-    from ptqd.measure_widths import measure_widths
+    from ptqd.mixed_precision.measure_widths import measure_widths
+    from ptqd.mixed_precision.paper_rule import paper_rule
+    from ptqd.mixed_precision.solver import plan_steps
     from ptqd.noise.measure import measure
     from ptqd.noise.stats import NoiseStats
     from ptqd.pipelines.latent import LatentPipeline
     from ptqd.pipelines.latent_class import LatentClassPipeline
-    from ptqd.planning.paper import paper_rule
-    from ptqd.planning.solver import plan_steps
     from ptqd.quantization.apply_plan import apply_plan
     from ptqd.quantization.plan import StepPlan
     from ptqd.quantization.quantize import quantize
@@ -48,8 +48,8 @@ _HOMES = {
     "load": "ptqd.loading",
     "measure": "ptqd.noise.measure",
     "measure_widths": "ptqd.noise.measure",
-    "paper_rule": "ptqd.planning.paper",
-    "plan_steps": "ptqd.planning.solver",
+    "paper_rule": "ptqd.mixed_precision.paper_rule",
+    "plan_steps": "ptqd.mixed_precision.solver",
     "quantize": "ptqd.quantization.quantize",
     "sample": "ptqd.diffusion.sampling",
 }

@@ -19,7 +19,7 @@ from ptqd.evaluate.intervals import Metric, Statistic
 from ptqd.evaluate.judge import Judge, Observed, latent_statistic, observe, statistics, with_intervals
 from ptqd.evaluate.references import cache_folder
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
-from ptqd.measure_widths import measure_widths
+from ptqd.mixed_precision.measure_widths import measure_widths
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
 from ptqd.stages import RunFolder, make_shards

@@ -32,6 +32,7 @@ from ptqd.evaluate.images import open_images
 from ptqd.evaluate.judge import Judge, with_intervals
 from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
+from ptqd.mixed_precision.problem import planning_problem
 from ptqd.noise.regression import Estimate
 from ptqd.noise.stats import NoiseStats
 from ptqd.plan_stages import (
@@ -41,7 +42,6 @@ from ptqd.plan_stages import (
     plan_facts,
     trajectory_images,
 )
-from ptqd.planning.problem import planning_problem
 from ptqd.progress import busy
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.bops import cost_of, disk_bytes

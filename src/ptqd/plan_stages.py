@@ -16,10 +16,10 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import InputError
+from ptqd.mixed_precision.paper_rule import forward_snr, paper_rule, quantized_snr
+from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
+from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
 from ptqd.noise.stats import NoiseStats
-from ptqd.planning.paper import forward_snr, paper_rule, quantized_snr
-from ptqd.planning.problem import GROUPS, Problem, planning_problem
-from ptqd.planning.solver import Solution, pareto, rated, solve, uniform
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import cost_of
 from ptqd.quantization.numerics.affine import Grid

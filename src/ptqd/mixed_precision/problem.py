@@ -12,10 +12,11 @@ from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
+from ptqd.mixed_precision.contributions import contributions
+from ptqd.mixed_precision.paper_rule import told_timesteps
+from ptqd.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
-from ptqd.planning.contributions import contributions
-from ptqd.planning.paper import told_timesteps
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
@@ -24,7 +25,6 @@ from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import StepPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.swap import names_of
-from ptqd.sensitivity import Sensitivity, measure_sensitivity
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

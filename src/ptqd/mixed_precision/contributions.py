@@ -1,4 +1,4 @@
-"""What noise in each step's output does to the final sample; the derivation is in :mod:`ptqd.planning`."""
+"""What noise in each step's output does to the final sample; the derivation is in :mod:`ptqd.mixed_precision`."""
 
 import logging
 
