@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from ptqd.batchwise import judged
-from ptqd.evaluate.intervals import Statistic, intervals
-from ptqd.evaluate.judge import Judge
-from ptqd.evaluate.references import load_reference
 from ptqd.files import read_json
+from ptqd.metrics.bootstrap import Statistic, intervals
+from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
+from ptqd.metrics.references import load_reference
 from ptqd.report.pictures import step_plots
 from ptqd.zoo import CLASSIFIER, REFERENCE
-from ptqd.zoo.classifier import FashionClassifier
 
 METRICS = {
     "psnr": ("PSNR", "+.2f"),

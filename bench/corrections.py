@@ -25,10 +25,10 @@ from ptqd.correction.gate import gated
 from ptqd.correction.methods.joint import joint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiment import MEASURED
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.noise.second_moments import Layout, OutputEstimate, mean_table
 from ptqd.noise.stats import NoiseStats
 from ptqd.zoo import CLASSIFIER
-from ptqd.zoo.classifier import FashionClassifier
 
 SAMPLES = 250
 RECIPES = ("w8a8", "w6a6", "w4a8", "w4a4")

@@ -36,14 +36,14 @@ from ptqd.engines.exporting import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.graph import captured
 from ptqd.engines.processor import processor_name
-from ptqd.evaluate.images import open_images
-from ptqd.evaluate.judge import Judge
-from ptqd.evaluate.references import load_reference
+from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
+from ptqd.metrics.images import open_images
+from ptqd.metrics.references import load_reference
 from ptqd.report.speed import speed_facts, speed_table
 from ptqd.speed import contestants, race
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
-from ptqd.zoo.classifier import FashionClassifier
 
 RECIPES = ("w8a8", "w4a8")
 CALL = {"class_labels": list(range(10)), "guidance_scale": 3.0}

@@ -24,10 +24,10 @@ import torch
 import ptqd
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.evaluate.metrics import frechet_distance
 from ptqd.experiment import MEASURED
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
+from ptqd.metrics.frechet import frechet_distance
 from ptqd.zoo import CLASSIFIER
-from ptqd.zoo.classifier import FashionClassifier
 
 SAMPLES = 250
 RECIPES = ("w8a8", "w6a6", "w4a8", "w4a4")

@@ -24,10 +24,10 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors import safe_open
 
-from ptqd.evaluate.intervals import Metric
-from ptqd.evaluate.metrics import extrapolated_frechet, frechet_distance, frechet_statistic
-from ptqd.evaluate.moments import ROWS, Moments
 from ptqd.files import write_tensors
+from ptqd.metrics.bootstrap import Metric
+from ptqd.metrics.frechet import extrapolated_frechet, frechet_distance, frechet_statistic
+from ptqd.metrics.moments import ROWS, Moments
 
 REPETITIONS, WIDTH, CLASSES = 200, 16, 10
 

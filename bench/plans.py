@@ -21,11 +21,13 @@ import torch
 import ptqd
 from ptqd.batchwise import load_images, sample_images
 from ptqd.diffusion.sampling import Sampling
-from ptqd.evaluate.features import Reference, extract
-from ptqd.evaluate.intervals import Metric, Statistic
-from ptqd.evaluate.metrics import frechet_statistic, mean_metric, paired_frechet_statistic, psnr
 from ptqd.experiment import MEASURED
 from ptqd.files import read_json, write_json
+from ptqd.metrics.bootstrap import Metric, Statistic
+from ptqd.metrics.features.extractor import Reference, extract
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
+from ptqd.metrics.frechet import frechet_statistic, paired_frechet_statistic
+from ptqd.metrics.image_quality import mean_metric, psnr
 from ptqd.mixed_precision.paper_rule import paper_rule
 from ptqd.mixed_precision.solver import plan_steps
 from ptqd.noise.stats import NoiseStats
@@ -33,7 +35,6 @@ from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import run_cost
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
-from ptqd.zoo.classifier import FashionClassifier
 
 CALL = {"class_labels": list(range(10))}
 SETTINGS = {

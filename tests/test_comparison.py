@@ -13,9 +13,9 @@ from ptqd import InputError, Sampling
 from ptqd.batchwise import load_images
 from ptqd.cli import main
 from ptqd.comparison import compare_runs
-from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.evaluate.judge import Judge
 from ptqd.experiment import Experiment, named_recipes, run_experiment
+from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.report import comparison
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}

@@ -10,26 +10,14 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from ptqd import InputError
-from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.evaluate.judge import Judge, evaluate
-from ptqd.evaluate.metrics import (
-    clip_scores,
-    density_coverage,
-    extrapolated_frechet,
-    frechet_distance,
-    frechet_statistic,
-    inception_score,
-    kernel_distance,
-    kernel_statistic,
-    mean_metric,
-    mean_statistic,
-    paired_frechet_statistic,
-    precision_recall,
-    psnr,
-    share_metric,
-    ssim,
-)
-from ptqd.evaluate.moments import Moments
+from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.features.extractor import Features, Reference, extract
+from ptqd.metrics.frechet import extrapolated_frechet, frechet_distance, frechet_statistic, paired_frechet_statistic
+from ptqd.metrics.image_quality import mean_metric, mean_statistic, psnr, share_metric, ssim
+from ptqd.metrics.kernel import kernel_distance, kernel_statistic
+from ptqd.metrics.moments import Moments
+from ptqd.metrics.precision_recall import density_coverage, precision_recall
+from ptqd.metrics.scores import clip_scores, inception_score
 
 
 def features(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

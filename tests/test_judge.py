@@ -15,16 +15,16 @@ from ptqd import InputError, Sampling
 from ptqd.batchwise import load_images
 from ptqd.cli import main
 from ptqd.comparison import compare_runs
-from ptqd.evaluate import inception, lpips
-from ptqd.evaluate.extractors import ImageEncoder
-from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.evaluate.images import Pixels, open_images
-from ptqd.evaluate.inception import Inception, resized
-from ptqd.evaluate.judge import Judge, Observed, evaluate, latent_statistic, observe, statistics
-from ptqd.evaluate.lpips import Lpips
-from ptqd.evaluate.references import load_reference
 from ptqd.experiment import Experiment, named_recipes, run_experiment
 from ptqd.files import join_tensors, read_tensors, write_tensors
+from ptqd.metrics.evaluator import Judge, Observed, evaluate, latent_statistic, observe, statistics
+from ptqd.metrics.features import inception, lpips
+from ptqd.metrics.features.extractor import Features, Reference, extract
+from ptqd.metrics.features.image_encoder import ImageEncoder
+from ptqd.metrics.features.inception import Inception, resized
+from ptqd.metrics.features.lpips import Lpips
+from ptqd.metrics.images import Pixels, open_images
+from ptqd.metrics.references import load_reference
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -283,7 +283,7 @@ def test_what_is_kept_says_all_that_the_images_would(tmp_path: Path) -> None:
 
 
 def test_influence_on_an_inception_score() -> None:
-    from ptqd.evaluate.metrics import inception_score, inception_statistic
+    from ptqd.metrics.scores import inception_score, inception_statistic
 
     logits = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = inception_statistic(logits)

@@ -9,12 +9,12 @@ from PIL import Image
 
 from ptqd import InputError
 from ptqd.cli import main
-from ptqd.evaluate.extractors import ImageEncoder
-from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.evaluate.judge import Judge, evaluate
-from ptqd.evaluate.moments import Moments
-from ptqd.evaluate.references import load_reference
 from ptqd.files import write_tensors
+from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.features.extractor import Features, Reference, extract
+from ptqd.metrics.features.image_encoder import ImageEncoder
+from ptqd.metrics.moments import Moments
+from ptqd.metrics.references import load_reference
 
 
 class Colours:
@@ -65,7 +65,7 @@ def test_a_folder_of_images_is_a_reference_and_is_kept_by_content(
         raise AssertionError("extracted again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ptqd.evaluate.references.extract", unexpected)
+        patched.setattr("ptqd.metrics.references.extract", unexpected)
         again = load_reference(folder, Colours(), cache)
         assert same(again, want)
         assert torch.equal(again.sample, first.sample)

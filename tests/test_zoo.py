@@ -8,11 +8,11 @@ import torch
 
 from conftest import SCHEDULE
 from ptqd import InputError, LatentClassPipeline, Sampling, load, sample
-from ptqd.evaluate.features import Reference
-from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.loading import with_scheduler
+from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.features.extractor import Reference
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
-from ptqd.zoo.classifier import FashionClassifier
 
 
 @pytest.fixture(scope="module")

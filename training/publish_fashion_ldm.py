@@ -20,15 +20,15 @@ from torch import nn
 from ptqd.batchwise import load_images, sample_images
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
-from ptqd.evaluate.features import Features, Reference, extract
-from ptqd.evaluate.intervals import Metric
-from ptqd.evaluate.judge import Judge, evaluate
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler
+from ptqd.metrics.bootstrap import Metric
+from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.features.extractor import Features, Reference, extract
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.report.pictures import grid
 from ptqd.stages import RunFolder
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
-from ptqd.zoo.classifier import FashionClassifier
 
 STAGES = ("classifier", "autoencoder", "unet")
 

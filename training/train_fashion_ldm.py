@@ -21,9 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
 from ptqd.zoo import fashion_mnist
-from ptqd.zoo.classifier import FashionClassifier
 
 SCHEDULE: dict[str, Any] = {  # LDM-4 on ImageNet
     "num_train_timesteps": 1000,

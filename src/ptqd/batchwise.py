@@ -14,11 +14,11 @@ from ptqd import processes
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import last_samples
 from ptqd.errors import InputError
-from ptqd.evaluate.images import ImageSet, open_images
-from ptqd.evaluate.intervals import Metric, Statistic
-from ptqd.evaluate.judge import Judge, Observed, latent_statistic, observe, statistics, with_intervals
-from ptqd.evaluate.references import cache_folder
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
+from ptqd.metrics.bootstrap import Metric, Statistic
+from ptqd.metrics.evaluator import Judge, Observed, latent_statistic, observe, statistics, with_intervals
+from ptqd.metrics.images import ImageSet, open_images
+from ptqd.metrics.references import cache_folder
 from ptqd.mixed_precision.measure_widths import measure_widths
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
@@ -174,7 +174,7 @@ def observed_samples(
     """Metrics of any images, by what a judge sees of them, or saw as they were sampled.
 
     Args:
-        path: images, as :func:`ptqd.evaluate.images.open_images` takes them, or what
+        path: images, as :func:`ptqd.metrics.images.open_images` takes them, or what
             :func:`sample_images` kept of them.
         against: the same of full-precision images of the same seeds.
         judge: of all.

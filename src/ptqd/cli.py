@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ptqd.diffusion.sampling import Sampling
-    from ptqd.evaluate.judge import Judge
+    from ptqd.metrics.evaluator import Judge
 
 RECIPE = "w4a8-best"
 PLANNED, PLANNED_WEIGHTS = "w8a4+5+6+7+8", "4,5,6,7,8"  # what a plan chooses among where no recipe says
@@ -185,8 +185,8 @@ def _cmd_sample(args: argparse.Namespace) -> None:
     from ptqd import processes
     from ptqd.batchwise import labels_of, load_images, sample_images
     from ptqd.diffusion.fingerprints import pipeline_fingerprint
-    from ptqd.evaluate.images import write_npz
     from ptqd.files import replacing
+    from ptqd.metrics.images import write_npz
     from ptqd.report.pictures import grid
     from ptqd.stages import RunFolder
 
@@ -230,8 +230,8 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     from ptqd import processes
     from ptqd.batchwise import few_samples, observed_samples
     from ptqd.diffusion.sampling import Sampling
-    from ptqd.evaluate.judge import Judge
     from ptqd.files import write_json
+    from ptqd.metrics.evaluator import Judge
 
     judge = _judge(args) or Judge()
     if judge.extractor is None and args.against is None and (judge.clip is None or args.prompts is None):
@@ -587,15 +587,15 @@ def _methods(text: str) -> tuple[Any, ...]:
 def _judge(args: argparse.Namespace, *, default: str = "none", needs_reference: bool = True) -> "Judge | None":
     """What ``--judge``, ``--reference``, ``--lpips`` and ``--clip`` name; None without any of them."""
     from ptqd import processes
-    from ptqd.evaluate.extractors import ImageEncoder
-    from ptqd.evaluate.features import Extractor, Reference
-    from ptqd.evaluate.inception import Inception
-    from ptqd.evaluate.judge import Judge
-    from ptqd.evaluate.lpips import Lpips
-    from ptqd.evaluate.references import load_reference
     from ptqd.loading import best_device
+    from ptqd.metrics.evaluator import Judge
+    from ptqd.metrics.features.extractor import Extractor, Reference
+    from ptqd.metrics.features.fashion_classifier import FashionClassifier
+    from ptqd.metrics.features.image_encoder import ImageEncoder
+    from ptqd.metrics.features.inception import Inception
+    from ptqd.metrics.features.lpips import Lpips
+    from ptqd.metrics.references import load_reference
     from ptqd.zoo import CLASSIFIER, REFERENCE
-    from ptqd.zoo.classifier import FashionClassifier
 
     name, reference = args.judge or default, args.reference
     options = {"judge": name, "reference": None if reference is None else str(reference)}

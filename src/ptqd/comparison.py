@@ -9,9 +9,9 @@ from typing import Any
 
 from ptqd.batchwise import is_observed, judged, labels_of, observe_images
 from ptqd.errors import InputError
-from ptqd.evaluate.images import open_images
-from ptqd.evaluate.intervals import Statistic, intervals
-from ptqd.evaluate.judge import Judge, with_intervals
+from ptqd.metrics.bootstrap import Statistic, intervals
+from ptqd.metrics.evaluator import Judge, with_intervals
+from ptqd.metrics.images import open_images
 from ptqd.rows import row_name, rows_of, sampling_of
 
 SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired

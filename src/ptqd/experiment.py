@@ -28,10 +28,10 @@ from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.errors import InputError
-from ptqd.evaluate.images import open_images
-from ptqd.evaluate.judge import Judge, with_intervals
 from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
+from ptqd.metrics.evaluator import Judge, with_intervals
+from ptqd.metrics.images import open_images
 from ptqd.mixed_precision.problem import planning_problem
 from ptqd.noise.regression import Estimate
 from ptqd.noise.stats import NoiseStats

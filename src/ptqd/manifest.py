@@ -17,9 +17,9 @@ from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.evaluate.judge import Judge
 from ptqd.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.files import read_json, write_json
+from ptqd.metrics.evaluator import Judge
 from ptqd.plan_stages import PlanRequest
 from ptqd.quantization.recipe import Recipe
 

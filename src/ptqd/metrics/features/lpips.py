@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ptqd.errors import InputError
-from ptqd.evaluate.weights import hub_file, load_weights, weights_key
+from ptqd.metrics.features.weights import hub_file, load_weights, weights_key
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth"
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.moments import Moments
 from ptqd.files import read_tensors, write_tensors
+from ptqd.metrics.moments import Moments
 
 SAMPLE = 10_000  # pooled features that a reference keeps, as many as ADM's precision and recall have
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.features import Features
-from ptqd.evaluate.weights import weights_key
+from ptqd.metrics.features.extractor import Features
+from ptqd.metrics.features.weights import weights_key
 
 
 class ImageEncoder:

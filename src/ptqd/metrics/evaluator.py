@@ -9,27 +9,17 @@ from pathlib import Path
 import torch
 
 from ptqd.errors import InputError
-from ptqd.evaluate.extractors import ImageEncoder
-from ptqd.evaluate.features import Extractor, Features, Reference, extract
-from ptqd.evaluate.intervals import Metric, Statistic, intervals
-from ptqd.evaluate.lpips import SMALLEST, Lpips
-from ptqd.evaluate.metrics import (
-    WINDOW,
-    clip_scores,
-    density_coverage,
-    extrapolated_frechet,
-    frechet_statistic,
-    inception_statistic,
-    kernel_statistic,
-    mean_statistic,
-    paired_frechet_statistic,
-    precision_recall,
-    psnr,
-    share_metric,
-    ssim,
-)
-from ptqd.evaluate.moments import ROWS
 from ptqd.files import opened_tensors
+from ptqd.metrics.bootstrap import Metric, Statistic, intervals
+from ptqd.metrics.features.extractor import Extractor, Features, Reference, extract
+from ptqd.metrics.features.image_encoder import ImageEncoder
+from ptqd.metrics.features.lpips import SMALLEST, Lpips
+from ptqd.metrics.frechet import extrapolated_frechet, frechet_statistic, paired_frechet_statistic
+from ptqd.metrics.image_quality import WINDOW, mean_statistic, psnr, share_metric, ssim
+from ptqd.metrics.kernel import kernel_statistic
+from ptqd.metrics.moments import ROWS
+from ptqd.metrics.precision_recall import density_coverage, precision_recall
+from ptqd.metrics.scores import clip_scores, inception_statistic
 
 NEAREST = 6  # samples on either side, from which on neighbours can be counted
 _FEATURES, _VALUE = "features.", "value."

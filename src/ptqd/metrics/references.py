@@ -10,9 +10,9 @@ import torch
 
 from ptqd import processes
 from ptqd.errors import InputError
-from ptqd.evaluate.features import Extractor, Features, Reference, Summing, extract
-from ptqd.evaluate.images import ImageSet, batches, open_images, read_npz
 from ptqd.files import read_tensors, write_tensors
+from ptqd.metrics.features.extractor import Extractor, Features, Reference, Summing, extract
+from ptqd.metrics.images import ImageSet, batches, open_images, read_npz
 from ptqd.stages import RunFolder, make_shards
 
 
@@ -22,7 +22,7 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
     Processes share images, batch by batch; a kill costs a batch of each.
 
     Args:
-        path: images, as :func:`ptqd.evaluate.images.open_images` takes them; an .npz with ``mu`` and ``sigma`` (and
+        path: images, as :func:`ptqd.metrics.images.open_images` takes them; an .npz with ``mu`` and ``sigma`` (and
             ``mu_s``, ``sigma_s``), as ADM's evaluations publish, whose images, if it holds some too, are the sample;
             or what :meth:`Reference.save` wrote.
         extractor: of the features; moments that are read were made by it too, which cannot be checked.

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptqd.evaluate.features import Features
-from ptqd.evaluate.weights import load_weights, weights_key
+from ptqd.metrics.features.extractor import Features
+from ptqd.metrics.features.weights import load_weights, weights_key
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SIZE = 299

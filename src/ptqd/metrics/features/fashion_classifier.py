@@ -6,8 +6,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ptqd.evaluate.features import Features
-from ptqd.evaluate.weights import weights_key
+from ptqd.metrics.features.extractor import Features
+from ptqd.metrics.features.weights import weights_key
 
 
 class _Residual(nn.Module):
