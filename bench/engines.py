@@ -32,10 +32,10 @@ import ptqd
 from ptqd.batchwise import judged, labels_of, observe_images, sample_images
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import run_batch
-from ptqd.engines.exporting import export
-from ptqd.engines.fidelity import fidelity
-from ptqd.engines.graph import captured
-from ptqd.engines.processor import processor_name
+from ptqd.export.cpu import processor_name
+from ptqd.export.export import export
+from ptqd.export.fidelity import fidelity
+from ptqd.export.onnx_graph import captured
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.images import open_images
@@ -146,7 +146,7 @@ if what == "torch":
             model(torch.from_numpy(sample), torch.from_numpy(t))
 else:
     from pathlib import Path
-    from ptqd.engines.sessions import open_session
+    from ptqd.export.sessions import open_session
     session = open_session(Path(path) / "model.onnx", what, threads=2, rows=5)  # as the pipeline has it
     for _ in range(3):
         session.run({"sample": sample, "timestep": t})

@@ -262,7 +262,7 @@ def _lines(path: Path) -> list[str]:
 
 def _cmd_export(args: argparse.Namespace) -> None:
     """Write a quantized pipeline for an engine that multiplies integers; 'ptqd sample' and ptqd.load run it."""
-    from ptqd.engines.exporting import export
+    from ptqd.export.export import export
 
     _check_replaceable(args.out)
     pipes, run, _ = _kept(args, [args.row] if args.row else None)

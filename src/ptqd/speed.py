@@ -25,9 +25,9 @@ from diffusers import DiffusionPipeline
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
 from ptqd.diffusion.sampling import Sampling
-from ptqd.engines.exporting import Others, export, for_engine
-from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
+from ptqd.export.export import Others, export, for_engine
+from ptqd.export.sessions import ENGINES, required
 from ptqd.progress import busy, track
 from ptqd.quantization.bops import disk_bytes
 from ptqd.stages import RunFolder
@@ -98,7 +98,7 @@ def contestants(
         folder: where pipelines are kept, under ``engines/``; one that is there already is taken as it is.
         engines: ``"torch"`` (the simulation), ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; by default all.
         others: decoders and text encoders of quantized pipelines in engines; see
-            :func:`ptqd.engines.exporting.export`.
+            :func:`ptqd.export.export.export`.
         progress: show it.
 
     Returns:

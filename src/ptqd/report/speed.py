@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from ptqd.diffusion.sampling import Sampling
-from ptqd.engines.processor import processor_name
+from ptqd.export.cpu import processor_name
 from ptqd.speed import FULL, Timing
 
 COLUMNS = (
