@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqd.batchwise import judged
+from ptqd.experiments.report.pictures import step_plots
+from ptqd.experiments.sharding import judged
 from ptqd.files import read_json
 from ptqd.metrics.bootstrap import Statistic, intervals
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.references import load_reference
-from ptqd.report.pictures import step_plots
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
 METRICS = {

@@ -24,7 +24,7 @@ from ptqd.correction.fit import compose, joint_estimators
 from ptqd.correction.gate import gated
 from ptqd.correction.methods.joint import joint
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiment import MEASURED
+from ptqd.experiments.experiment import MEASURED
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.noise.second_moments import Layout, OutputEstimate, mean_table
 from ptqd.noise.stats import NoiseStats

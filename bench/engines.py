@@ -29,9 +29,11 @@ from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, D
 from rich.console import Console
 
 import ptqd
-from ptqd.batchwise import judged, labels_of, observe_images, sample_images
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import run_batch
+from ptqd.experiments.benchmark import contestants, race
+from ptqd.experiments.report.speed import speed_facts, speed_table
+from ptqd.experiments.sharding import judged, labels_of, observe_images, sample_images
 from ptqd.export.cpu import processor_name
 from ptqd.export.export import export
 from ptqd.export.fidelity import fidelity
@@ -40,9 +42,7 @@ from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.images import open_images
 from ptqd.metrics.references import load_reference
-from ptqd.report.speed import speed_facts, speed_table
-from ptqd.speed import contestants, race
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
 RECIPES = ("w8a8", "w4a8")

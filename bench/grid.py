@@ -24,7 +24,7 @@ import torch
 import ptqd
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.experiment import MEASURED
+from ptqd.experiments.experiment import MEASURED
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.frechet import frechet_distance
 from ptqd.zoo import CLASSIFIER

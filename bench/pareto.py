@@ -23,7 +23,7 @@ from grid import drawn
 import ptqd
 from ptqd.diffusion.macs import run_macs
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiment import MEASURED
+from ptqd.experiments.experiment import MEASURED
 from ptqd.mixed_precision.contributions import contributions
 from ptqd.mixed_precision.problem import planning_problem
 from ptqd.mixed_precision.solver import solve

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import ptqd
-from ptqd.batchwise import load_images, sample_images
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiment import MEASURED
+from ptqd.experiments.experiment import MEASURED
+from ptqd.experiments.sharding import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.metrics.bootstrap import Metric, Statistic
 from ptqd.metrics.features.extractor import Reference, extract
@@ -33,7 +33,7 @@ from ptqd.mixed_precision.solver import plan_steps
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import run_cost
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
 CALL = {"class_labels": list(range(10))}

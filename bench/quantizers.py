@@ -26,8 +26,8 @@ import torch
 from plans import above, plus_minus
 
 import ptqd
-from ptqd.batchwise import load_images, sample_images
 from ptqd.diffusion.sampling import Sampling
+from ptqd.experiments.sharding import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
 from ptqd.metrics.features.extractor import Reference, extract
@@ -37,7 +37,7 @@ from ptqd.metrics.image_quality import mean_metric, psnr
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.bops import run_cost
 from ptqd.quantization.recipe import Recipe, Rule
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
 CALIBRATION = 64  # samples, whole trajectories, for every row

@@ -97,7 +97,7 @@ def test_run_writes_a_report_and_skips_what_is_done(
         raise AssertionError("a finished stage ran again")
 
     for name in ("quantize", "measure_shards", "fit_auto", "sample_images", "observe_images", "judged"):
-        monkeypatch.setattr(f"ptqd.experiment.{name}", never)
+        monkeypatch.setattr(f"ptqd.experiments.experiment.{name}", never)
     assert main([*command, "--eta", "1"]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
     assert again == report
@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_with_the_same_images(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ptqd.diffusion.sampling
-    from ptqd.batchwise import load_images
+    from ptqd.experiments.sharding import load_images
 
     command = ["run", str(model), "--recipe", str(recipe), "--measured", "16", *SMALL, "--ablation", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
@@ -119,7 +119,7 @@ def test_a_killed_run_resumes_with_the_same_images(
             raise KeyboardInterrupt
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr("ptqd.batchwise.run_batch", killed)
+    monkeypatch.setattr("ptqd.experiments.sharding.run_batch", killed)
     monkeypatch.setattr("ptqd.noise.measure.run_batch", killed)
     for kill_at in (2, 4, 6, 3):
         left[0] = kill_at
@@ -459,7 +459,7 @@ def test_a_run_with_plans(
         raise AssertionError("a finished stage ran again")
 
     for name in ("quantize", "measure_width_shards", "make_plan", "measure_shards", "fit_auto", "sample_images"):
-        monkeypatch.setattr(f"ptqd.experiment.{name}", never)
+        monkeypatch.setattr(f"ptqd.experiments.experiment.{name}", never)
     assert main([*run, "--plan", "auto", "--budget", "40x", "--eta", "1"]) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
     monkeypatch.undo()

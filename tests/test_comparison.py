@@ -10,13 +10,13 @@ from rich.console import Console
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.batchwise import load_images
 from ptqd.cli import main
-from ptqd.comparison import compare_runs
-from ptqd.experiment import Experiment, named_recipes, run_experiment
+from ptqd.experiments.compare import compare_runs
+from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
+from ptqd.experiments.report import comparison
+from ptqd.experiments.sharding import load_images
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.extractor import Features, Reference, extract
-from ptqd.report import comparison
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}
 

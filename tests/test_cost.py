@@ -13,12 +13,12 @@ from ptqd import InputError, Quantizer, Recipe, Sampling, StepPlan, apply_plan
 from ptqd.diffusion.macs import Macs, call_macs, run_macs
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
+from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, one_call, skeleton
+from ptqd.experiments.report.cost import counted
 from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
 from ptqd.quantization.swap import insert_quantizers
-from ptqd.report.cost import counted
-from ptqd.skeleton import bare_denoiser, denoiser_config, one_call, skeleton
 from tiny import CASES
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.batchwise import load_images
 from ptqd.cli import main
-from ptqd.comparison import compare_runs
-from ptqd.experiment import Experiment, named_recipes, run_experiment
+from ptqd.experiments.compare import compare_runs
+from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
+from ptqd.experiments.sharding import load_images
 from ptqd.files import join_tensors, read_tensors, write_tensors
 from ptqd.metrics.evaluator import Judge, Observed, evaluate, latent_statistic, observe, statistics
 from ptqd.metrics.features import inception, lpips

@@ -10,10 +10,10 @@ import torch
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
 from ptqd.cli import main
-from ptqd.experiment import Experiment, named_recipes
+from ptqd.experiments.experiment import Experiment, named_recipes
+from ptqd.experiments.manifest import load_manifest, reproduce, run_with_manifest
+from ptqd.experiments.plan_request import PlanRequest
 from ptqd.loading import with_scheduler
-from ptqd.manifest import load_manifest, reproduce, run_with_manifest
-from ptqd.plan_stages import PlanRequest
 
 RUN = Sampling(steps=2, samples=6, batch=3, call={"class_labels": [0, 1], "guidance_scale": 2.0})
 
@@ -82,7 +82,7 @@ def test_another_pipeline_is_refused(written: Path, tmp_path: Path) -> None:
 
 
 def test_arguments_for_all_samples_stay_so_and_pictures_are_refused(written: Path, tmp_path: Path) -> None:
-    from ptqd import manifest as module
+    from ptqd.experiments import manifest as module
 
     shared = Sampling(call={"sigmas": (1.0, 0.5), "class_labels": [0, 1]})
     facts = json.loads(json.dumps(module._setting_facts(shared)))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conftest import tiny_pipeline
 from ptqd import processes
 from ptqd.cli import main
-from ptqd.manifest import load_manifest
+from ptqd.experiments.manifest import load_manifest
 
 SAMPLE = ["--steps", "3", "--samples", "24", "--batch", "2", "--guidance", "2"]
 
@@ -88,7 +88,7 @@ def test_a_shard_of_another_configuration_is_named(tmp_path: Path, capsys: pytes
     tiny_pipeline().save_pretrained(model)
     command = ["sample", str(model), *SAMPLE[2:], "--out", str(tmp_path / "out"), "--steps"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ptqd.batchwise.join_tensors", lambda *_: sys.exit(1))
+        patched.setattr("ptqd.experiments.sharding.join_tensors", lambda *_: sys.exit(1))
         for steps in ("1", "2"):
             with pytest.raises(SystemExit):
                 main([*command, steps])

@@ -7,10 +7,10 @@ from PIL import Image
 from rich.console import Console
 
 from ptqd import InputError
+from ptqd.experiments.report.page import write_page
+from ptqd.experiments.report.pictures import choice_plots, grid, png, step_plots
+from ptqd.experiments.report.table import terminal_table
 from ptqd.files import write_json
-from ptqd.report.page import write_page
-from ptqd.report.pictures import choice_plots, grid, png, step_plots
-from ptqd.report.table import terminal_table
 
 SETTING = {"steps": 20, "eta": 0.0, "guidance": 3.0, "scheduler": "DDIMScheduler"}
 

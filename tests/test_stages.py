@@ -12,7 +12,7 @@ import torch
 
 from ptqd import InputError
 from ptqd.files import read_json, replacing, write_json, write_tensors, write_text
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 
 
 def count_builds(folder: RunFolder, inputs: dict[str, Any], calls: list[str], text: str = "x") -> Path:

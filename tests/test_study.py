@@ -8,7 +8,7 @@ import pytest
 
 from ptqd import InputError
 from ptqd.cli import main
-from ptqd.study import Study, held_against, outlook
+from ptqd.experiments.study import Study, held_against, outlook
 
 FOLDER = Path(__file__).parent.parent / "reproduce"
 STUDIES = sorted(FOLDER.glob("*.toml"))

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.sampling import Sampling
+from ptqd.experiments.report.pictures import grid
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.metrics.bootstrap import Metric
 from ptqd.metrics.evaluator import Judge, evaluate
 from ptqd.metrics.features.extractor import Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.report.pictures import grid
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
 from training.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes
 

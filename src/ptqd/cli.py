@@ -44,12 +44,12 @@ def _cmd_quantize(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from ptqd.experiments.report.layers import layer_table
     from ptqd.files import replacing
     from ptqd.quantization.explain import explain
     from ptqd.quantization.hf_quantizer import coverage_of
     from ptqd.quantization.quantize import quantize
     from ptqd.quantization.recipe import Recipe
-    from ptqd.report.layers import layer_table
 
     if args.out is None and not args.explain:
         raise InputError("give --out, a folder to write the pipeline to, or --explain")
@@ -76,7 +76,7 @@ def _cmd_measure(args: argparse.Namespace) -> None:
     import shutil
 
     from ptqd import processes
-    from ptqd.batchwise import measure_shards
+    from ptqd.experiments.sharding import measure_shards
     from ptqd.noise.stats import NoiseStats
 
     pipe, quantized = _pipeline(args, args.model), _pipeline(args, args.quantized)
@@ -127,9 +127,9 @@ def _cmd_plan(args: argparse.Namespace) -> None:
     import shutil
 
     from ptqd import processes
-    from ptqd.batchwise import measure_width_shards
+    from ptqd.experiments.plan_request import PlanRequest, load_widths, make_plan
+    from ptqd.experiments.sharding import measure_width_shards
     from ptqd.files import replacing
-    from ptqd.plan_stages import PlanRequest, load_widths, make_plan
     from ptqd.quantization.apply_plan import apply_plan
 
     _check_replaceable(args.out)
@@ -160,8 +160,8 @@ def _cmd_cost(args: argparse.Namespace) -> None:
     """Count multiply-accumulates, bit operations, parameters and bytes, without the weights where that suffices."""
     from rich.console import Console
 
+    from ptqd.experiments.report.cost import cost_json, cost_table, counted
     from ptqd.loading import with_scheduler
-    from ptqd.report.cost import cost_json, cost_table, counted
 
     cost = counted(
         args.model,
@@ -183,12 +183,12 @@ def _cmd_sample(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from ptqd import processes
-    from ptqd.batchwise import labels_of, load_images, sample_images
     from ptqd.diffusion.fingerprints import pipeline_fingerprint
+    from ptqd.experiments.report.pictures import grid
+    from ptqd.experiments.sharding import labels_of, load_images, sample_images
     from ptqd.files import replacing
     from ptqd.metrics.images import write_npz
-    from ptqd.report.pictures import grid
-    from ptqd.stages import RunFolder
+    from ptqd.run_folder import RunFolder
 
     if args.no_images and (args.png or args.npz):
         raise InputError("--no-images keeps none to write; leave it out, or --png and --npz")
@@ -228,8 +228,8 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from ptqd import processes
-    from ptqd.batchwise import few_samples, observed_samples
     from ptqd.diffusion.sampling import Sampling
+    from ptqd.experiments.sharding import few_samples, observed_samples
     from ptqd.files import write_json
     from ptqd.metrics.evaluator import Judge
 
@@ -278,8 +278,8 @@ def _cmd_bench(args: argparse.Namespace) -> None:
     """Time a quantized pipeline in every engine that is installed, beside full precision, in turn, in one table."""
     from rich.console import Console
 
+    from ptqd.experiments.report.speed import speed_table
     from ptqd.files import write_json
-    from ptqd.report.speed import speed_table
 
     facts = _timed(args)
     if args.json is not None:
@@ -292,11 +292,11 @@ def _timed(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds by engine, which a run folder's report keeps."""
     from tempfile import TemporaryDirectory
 
+    from ptqd.experiments.benchmark import contestants, race
+    from ptqd.experiments.report.speed import speed_facts
     from ptqd.files import read_json, write_json
     from ptqd.loading import best_device
-    from ptqd.report.speed import speed_facts
-    from ptqd.speed import contestants, race
-    from ptqd.stages import RunFolder
+    from ptqd.run_folder import RunFolder
 
     pipes, run, model = _kept(args, args.row)
     run = run.replace(batch=args.batch)
@@ -318,8 +318,8 @@ def _kept(
     args: argparse.Namespace, names: Sequence[str] | None
 ) -> "tuple[dict[str, DiffusionPipeline], Sampling, str | None]":
     """The quantized pipelines of a run folder's rows, how they were sampled, and of which model; or a folder's own."""
-    from ptqd.experiment import pipeline_of
-    from ptqd.rows import chosen_rows, row_name, sampling_of
+    from ptqd.experiments.experiment import pipeline_of
+    from ptqd.experiments.results import chosen_rows, row_name, sampling_of
 
     if not (args.run / "report.json").is_file():
         if names is not None:
@@ -336,11 +336,11 @@ def _cmd_report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ptqd import processes
+    from ptqd.experiments.report.page import write_page
+    from ptqd.experiments.report.speed import speed_table
+    from ptqd.experiments.report.table import markdown_table, terminal_table
     from ptqd.files import read_json
     from ptqd.progress import busy
-    from ptqd.report.page import write_page
-    from ptqd.report.speed import speed_table
-    from ptqd.report.table import markdown_table, terminal_table
 
     if not processes.is_main():
         return
@@ -361,10 +361,10 @@ def _cmd_compare(args: argparse.Namespace) -> None:
     """Compare the rows of run folders, on the same seeds: one table with paired differences and cost."""
     from rich.console import Console
 
-    from ptqd.comparison import compare_runs
+    from ptqd.experiments.compare import compare_runs
+    from ptqd.experiments.report import comparison
     from ptqd.files import write_json, write_text
     from ptqd.progress import busy
-    from ptqd.report import comparison
 
     if args.out is not None and args.format == "terminal":
         raise InputError("--out goes with --format markdown, html or latex")
@@ -384,9 +384,9 @@ def _cmd_compare(args: argparse.Namespace) -> None:
 
 def _cmd_run(args: argparse.Namespace) -> None:
     """Quantize, measure, correct, sample, evaluate and report, into one run folder; finished stages are skipped."""
-    from ptqd.experiment import ABLATION, Experiment, named_recipes
-    from ptqd.manifest import run_with_manifest
-    from ptqd.plan_stages import PlanRequest
+    from ptqd.experiments.experiment import ABLATION, Experiment, named_recipes
+    from ptqd.experiments.manifest import run_with_manifest
+    from ptqd.experiments.plan_request import PlanRequest
     from ptqd.zoo import MODELS
 
     if Path(args.model).suffix == ".toml":
@@ -430,10 +430,10 @@ def _run_study(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ptqd import processes
+    from ptqd.experiments.manifest import run_with_manifest
+    from ptqd.experiments.report.study import outlook_table, published_table
+    from ptqd.experiments.study import Study, held_against, outlook
     from ptqd.files import read_json, write_json
-    from ptqd.manifest import run_with_manifest
-    from ptqd.report.study import outlook_table, published_table
-    from ptqd.study import Study, held_against, outlook
 
     said = ("recipe", "plan", "ablation", "budget", "floor", "weights", "groups", "call", "guidance", "scheduler")
     given = [name for name in said if getattr(args, name)]
@@ -475,8 +475,8 @@ def _run_study(args: argparse.Namespace) -> None:
 def _cmd_demo(args: argparse.Namespace) -> None:
     """The main job on the embedded fashion-ldm, in the paper's two settings."""
     from ptqd import processes
-    from ptqd.demo import SIZES, demo
-    from ptqd.manifest import run_with_manifest
+    from ptqd.experiments.demo import SIZES, demo
+    from ptqd.experiments.manifest import run_with_manifest
 
     recipes = tuple(args.recipe) if args.recipe else None
     changes = {"samples": args.samples, "stochastic_steps": args.stochastic_steps, "recipes": recipes}
@@ -496,8 +496,8 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ptqd import processes
-    from ptqd.manifest import load_manifest, reproduce
-    from ptqd.report.reproduction import reproduction_table
+    from ptqd.experiments.manifest import load_manifest, reproduce
+    from ptqd.experiments.report.reproduction import reproduction_table
 
     manifest = load_manifest(args.manifest)
     if args.out.resolve() in (args.manifest.resolve(), args.manifest.resolve().parent):
@@ -575,7 +575,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _methods(text: str) -> tuple[Any, ...]:
     from ptqd.correction.fit import METHODS
-    from ptqd.experiment import check_methods
+    from ptqd.experiments.experiment import check_methods
 
     given = [part.strip() for part in text.split(",") if part.strip()]
     if given == ["auto"]:

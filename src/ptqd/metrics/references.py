@@ -13,7 +13,7 @@ from ptqd.errors import InputError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.metrics.features.extractor import Extractor, Features, Reference, Summing, extract
 from ptqd.metrics.images import ImageSet, batches, open_images, read_npz
-from ptqd.stages import RunFolder, make_shards
+from ptqd.run_folder import RunFolder, make_shards
 
 
 def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) -> Reference:

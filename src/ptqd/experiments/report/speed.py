@@ -8,8 +8,8 @@ import torch
 from rich.table import Table
 
 from ptqd.diffusion.sampling import Sampling
+from ptqd.experiments.benchmark import FULL, Timing
 from ptqd.export.cpu import processor_name
-from ptqd.speed import FULL, Timing
 
 COLUMNS = (
     "engine",

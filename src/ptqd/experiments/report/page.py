@@ -7,13 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ptqd.batchwise import load_images
 from ptqd.errors import InputError
-from ptqd.files import read_json, replacing, write_text
-from ptqd.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
-from ptqd.report.speed import COLUMNS as SPEED_COLUMNS
-from ptqd.report.speed import speed_cells
-from ptqd.report.table import (
+from ptqd.experiments.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
+from ptqd.experiments.report.speed import COLUMNS as SPEED_COLUMNS
+from ptqd.experiments.report.speed import speed_cells
+from ptqd.experiments.report.table import (
     COST_COLUMNS,
     METRICS,
     by_setting,
@@ -24,6 +22,8 @@ from ptqd.report.table import (
     metric_columns,
     metric_title,
 )
+from ptqd.experiments.sharding import load_images
+from ptqd.files import read_json, replacing, write_text
 
 
 def write_page(folder: Path) -> Path:
@@ -42,7 +42,7 @@ def write_page(folder: Path) -> Path:
     rows = report["rows"]
     metrics = metric_columns(rows, details=True)
     environment = Environment(
-        loader=PackageLoader("ptqd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("ptqd.experiments.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     strips, plans = setting_strips(rows, load_images, folder), plan_plots(report["plans"], folder)

@@ -17,10 +17,10 @@ from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.experiment import PACKAGES, Experiment, run_experiment
+from ptqd.experiments.experiment import PACKAGES, Experiment, run_experiment
+from ptqd.experiments.plan_request import PlanRequest
 from ptqd.files import read_json, write_json
 from ptqd.metrics.evaluator import Judge
-from ptqd.plan_stages import PlanRequest
 from ptqd.quantization.recipe import Recipe
 
 FORMAT = 1
@@ -29,7 +29,7 @@ FORMAT = 1
 def run_with_manifest(
     pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Judge | None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """:func:`ptqd.experiment.run_experiment`, and beside its report ``manifest.json``: all that figures follow from.
+    """:func:`ptqd.experiments.experiment.run_experiment`, and beside its report ``manifest.json``: all that figures follow from.
 
     Returns:
         The manifest: hashes of the weights, the code and the measured statistics; recipes, settings with their seeds,
@@ -202,7 +202,7 @@ def _setting(facts: Mapping[str, Any]) -> Sampling:
     if facts["opaque"]:
         raise InputError(
             f"the manifest cannot hold {', '.join(facts['opaque'])}, which is no number or text; run "
-            "ptqd.experiment.run_experiment with the same arguments instead"
+            "ptqd.experiments.experiment.run_experiment with the same arguments instead"
         )
     call = {name: tuple(v) if name in facts["shared"] else v for name, v in facts["run"]["call"].items()}
     return Sampling(**{**facts["run"], "call": call})

@@ -130,7 +130,7 @@ def _number(text: str, name: str, example: str) -> float:
 
 
 def load_widths(folder: Path) -> dict[int, NoiseStats]:
-    """What :func:`ptqd.batchwise.measure_width_shards` wrote."""
+    """What :func:`ptqd.experiments.sharding.measure_width_shards` wrote."""
     return {int(path.stem): NoiseStats.load(path) for path in sorted(folder.glob("*.safetensors"))}
 
 

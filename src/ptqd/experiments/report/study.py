@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from ptqd.report.table import metric_title
-from ptqd.study import REACHED, Outlook, Study
+from ptqd.experiments.report.table import metric_title
+from ptqd.experiments.study import REACHED, Outlook, Study
 
 
 def outlook_table(study: Study, found: Outlook, gpu: str) -> Group:

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from ptqd.manifest import Reproduction
+from ptqd.experiments.manifest import Reproduction
 
 
 def reproduction_table(found: Reproduction) -> Table:

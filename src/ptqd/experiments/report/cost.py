@@ -13,14 +13,7 @@ from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.loading import load
-from ptqd.quantization.bops import Cost, cost_of
-from ptqd.quantization.hf_quantizer import with_weights
-from ptqd.quantization.plan import StepPlan
-from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.step_clock import set_clock
-from ptqd.quantization.swap import insert_quantizers, layer_types
-from ptqd.skeleton import (
+from ptqd.experiments.meta_pipeline import (
     bare_denoiser,
     denoiser_config,
     one_call,
@@ -28,6 +21,13 @@ from ptqd.skeleton import (
     saved_configuration,
     skeleton,
 )
+from ptqd.loading import load
+from ptqd.quantization.bops import Cost, cost_of
+from ptqd.quantization.hf_quantizer import with_weights
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.step_clock import set_clock
+from ptqd.quantization.swap import insert_quantizers, layer_types
 
 logger = logging.getLogger(__name__)
 

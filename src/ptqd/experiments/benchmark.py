@@ -30,7 +30,7 @@ from ptqd.export.export import Others, export, for_engine
 from ptqd.export.sessions import ENGINES, required
 from ptqd.progress import busy, track
 from ptqd.quantization.bops import disk_bytes
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 
 EAGER, COMPILED, SIMULATED = "torch", "torch.compile", "torch, simulated"
 FULL = "FP32"
@@ -259,7 +259,7 @@ class _Worker:
 def _worker(contestant: Contestant, run: Sampling, threads: int, device: str, images: Path) -> Iterator[_Worker]:
     """A process with a contestant's pipeline."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "ptqd.timed"]
+    command = [sys.executable, "-W", "ignore", "-m", "ptqd.experiments.benchmark_worker"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiment import ABLATION, Experiment, named_recipes
+from ptqd.experiments.experiment import ABLATION, Experiment, named_recipes
 
 _LABELS = list(range(10))
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ptqd.batchwise import is_observed, judged, labels_of, observe_images
 from ptqd.errors import InputError
+from ptqd.experiments.results import row_name, rows_of, sampling_of
+from ptqd.experiments.sharding import is_observed, judged, labels_of, observe_images
 from ptqd.metrics.bootstrap import Statistic, intervals
 from ptqd.metrics.evaluator import Judge, with_intervals
 from ptqd.metrics.images import open_images
-from ptqd.rows import row_name, rows_of, sampling_of
 
 SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired
 

@@ -16,12 +16,12 @@ from ptqd.diffusion.macs import on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.experiment import Experiment, check_methods, named_recipes
-from ptqd.plan_stages import PlanRequest
+from ptqd.experiments.experiment import Experiment, check_methods, named_recipes
+from ptqd.experiments.meta_pipeline import skeleton, stood_in
+from ptqd.experiments.plan_request import PlanRequest
 from ptqd.quantization.bops import cost_of, disk_bytes, memory_bytes
 from ptqd.quantization.schema import build
 from ptqd.quantization.swap import insert_quantizers
-from ptqd.skeleton import skeleton, stood_in
 
 TRIED = 7 * 32  # quantized samples that auto runs, about (bench/samples.txt)
 GPUS = {  # dense float32, TFLOP/s, of the makers' data sheets: quantization is simulated in float32

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ptqd.report.table import (
+from ptqd.experiments.report.table import (
     COST_COLUMNS,
     METRICS,
     by_setting,
@@ -44,7 +44,7 @@ class Section:
 
 
 def sections(rows: Sequence[Mapping[str, Any]], *, details: bool = False) -> tuple[list[str], list[Section]]:
-    """Head and sections of what :func:`ptqd.comparison.compare_runs` found."""
+    """Head and sections of what :func:`ptqd.experiments.compare.compare_runs` found."""
     metrics = metric_columns(rows, details=details)
     several = any(row["run"] for row in rows)
     head = ["run"] * several + [

@@ -11,15 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd import processes
-from ptqd.batchwise import (
-    few_samples,
-    judged,
-    labels_of,
-    measure_shards,
-    measure_width_shards,
-    observe_images,
-    sample_images,
-)
 from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import correct
 from ptqd.correction.search import Choice, fit_auto
@@ -28,6 +19,22 @@ from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.errors import InputError
+from ptqd.experiments.plan_request import (
+    PlanRequest,
+    load_widths,
+    make_plan,
+    plan_facts,
+    trajectory_images,
+)
+from ptqd.experiments.sharding import (
+    few_samples,
+    judged,
+    labels_of,
+    measure_shards,
+    measure_width_shards,
+    observe_images,
+    sample_images,
+)
 from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
 from ptqd.metrics.evaluator import Judge, with_intervals
@@ -35,19 +42,12 @@ from ptqd.metrics.images import open_images
 from ptqd.mixed_precision.problem import planning_problem
 from ptqd.noise.regression import Estimate
 from ptqd.noise.stats import NoiseStats
-from ptqd.plan_stages import (
-    PlanRequest,
-    load_widths,
-    make_plan,
-    plan_facts,
-    trajectory_images,
-)
 from ptqd.progress import busy
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.bops import cost_of, disk_bytes
 from ptqd.quantization.quantize import quantize
 from ptqd.quantization.recipe import Recipe
-from ptqd.stages import RunFolder
+from ptqd.run_folder import RunFolder
 
 AUTO = ("auto",)
 DEFAULT: tuple[tuple[str, ...], ...] = ((), AUTO)

@@ -22,7 +22,7 @@ from ptqd.metrics.references import cache_folder
 from ptqd.mixed_precision.measure_widths import measure_widths
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
-from ptqd.stages import RunFolder, make_shards
+from ptqd.run_folder import RunFolder, make_shards
 
 SHOWN = 100  # images that are kept for people where the others are not
 

@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from ptqd.experiments.report.table import by_setting, correction_label, heading
 from ptqd.files import read_tensors
-from ptqd.report.table import by_setting, correction_label, heading
 
 QUANTITIES = {
     "k": ("k (correlated part)", "linear"),
