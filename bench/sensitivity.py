@@ -2,7 +2,8 @@
 
     python bench/sensitivity.py
 
-To first order, mean over the steps (ptqd.mixed_precision.sensitivity), beside the layer's share of the multiply-accumulates.
+To first order, mean over the steps (ptqd.mixed_precision.sensitivity), beside the
+layer's share of the multiply-accumulates.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The gate: a step keeps a correction only where it lowers the error of samples it was not fitted on.
 
-Fitted on one half of the samples and judged on the other (:func:`ptqd.noise.second_moments.held_out_gain`), beyond the 95 % interval
-of the mean over folds; an output channel that it makes worse is left alone.
+Fitted on one half of the samples and judged on the other (:func:`ptqd.noise.second_moments.held_out_gain`), beyond the
+95 % interval of the mean over folds; an output channel that it makes worse is left alone.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,4 @@
-"""Cost: multiply-accumulates, bit operations, parameters and bytes of a denoiser, layer by layer and step by step.
-
-    BOPs = sum over layers of MACs x b_w x b_a;  FP32 counts as 32 x 32 = 1024 for each MAC.
+"""Multiply-accumulates of a denoiser, layer by layer and step by step.
 
 Convolutions, linear layers and the products of attention are counted, on the meta device: the pipeline really runs, for
 one sample, but its networks have shapes and no numbers (:func:`stand_in`). So guidance is counted as the two calls it

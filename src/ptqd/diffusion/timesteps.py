@@ -1,8 +1,6 @@
-"""Bits by step at run time: a clock that is set where the denoiser is told its timestep.
+"""The timestep among the arguments of a denoiser's call.
 
-Every layer of a group shares one :class:`ptqd.quantization.modules.linear_conv.ActiveWidth`; before each call of the denoiser its clock looks up
-the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
-read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
+To read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 """
 
 import functools

@@ -29,7 +29,7 @@ FORMAT = 1
 def run_with_manifest(
     pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Judge | None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """:func:`ptqd.experiments.experiment.run_experiment`, and beside its report ``manifest.json``: all that figures follow from.
+    """Run an experiment, and write ``manifest.json`` beside its report: all that its figures follow from.
 
     Returns:
         The manifest: hashes of the weights, the code and the measured statistics; recipes, settings with their seeds,

@@ -7,8 +7,8 @@ The paper's rule (He et al., arXiv 2305.10657, section 4.3): at each step the fe
 the most bits where none does.
 
 The budgeted plan minimises what the noise does to the final sample. With O_ij = d x_{i+1} / d out_j the sampler's
-response (:mod:`ptqd.diffusion.scheduler_response`), n_j the noise in the output of step j, and the network's answer to a changed sample
-taken as its regression on the sample, ``d out_j = g_j d x_j`` with ``g_j = Cov(eps, x) / Var(x)``,
+response (:mod:`ptqd.diffusion.scheduler_response`), n_j the noise in the output of step j, and the network's answer to
+a changed sample taken as its regression on the sample, ``d out_j = g_j d x_j`` with ``g_j = Cov(eps, x) / Var(x)``,
 
     d x_{i+1} = sum_j O_ij (g_j d x_j + n_j)   =>   d x_T = c . n,   c = last row of (1 - O diag(g) shift)^-1 O.
 
@@ -19,8 +19,8 @@ to step (R_ij = rho_ij s_i s_j). Step j's contribution at b bits is its row of t
     E_j(b) = c_j s_j(b) sum_i rho_ij(b) c_i s_i(b),
 
 so that contributions add up to the whole error of each uniform width, and to ``sum c_j^2 V_j`` where residuals are
-independent. Each layer's part of E_j(b) is its first-order share (:mod:`ptqd.mixed_precision.sensitivity`). Then error and cost are
-sums over steps and groups of layers, and the choice is a multiple-choice knapsack, solved exactly (scipy's milp). With
+independent. Each layer's part of E_j(b) is its first-order share (:mod:`ptqd.mixed_precision.sensitivity`). Then error
+and cost are sums over steps and groups of layers, and the choice is a multiple-choice knapsack, solved exactly (scipy's milp). With
 the weights' bits to choose as well, cost is bilinear: bits of a layer's weight times the sum of its activations' bits.
 For any price of a bit operation the best pair is found exactly, group by group; the price that meets the budget gives
 the weights, the knapsack then the activations, and the dual bound says how far from the optimum that can be.

@@ -1,0 +1,1 @@
+"""What quantization did to each step of a sampler, measured."""

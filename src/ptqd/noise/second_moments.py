@@ -201,8 +201,8 @@ class Gain:
 def held_out_gain(folds: torch.Tensor, samples: torch.Tensor, layout: Layout, estimator: Estimator) -> Gain:
     """Each step's gain, fitted on the even folds and judged on the odd ones, and the other way round.
 
-    In the next sample the error is ``O_ii^2`` times that of the output (:mod:`ptqd.diffusion.scheduler_response`), with and without
-    correction: the sign is the same, and so is the share.
+    In the next sample the error is ``O_ii^2`` times that of the output (:mod:`ptqd.diffusion.scheduler_response`),
+    with and without correction: the sign is the same, and so is the share.
 
     Args:
         folds: sums of tables (F, T, G, K, K).

@@ -337,7 +337,7 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = No
 
 
 def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Moments (samples, ...) of a step's rows (m samples, ...); see :func:`ptqd.diffusion.trajectory.rows_of_samples`."""
+    """Moments (samples, ...) of a step's rows (m samples, ...); see ``rows_of_samples``."""
     return rows_of_samples(moments, samples).mean(1)
 
 

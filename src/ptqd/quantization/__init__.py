@@ -1,0 +1,1 @@
+"""Recipe and plan in, quantized denoiser out."""

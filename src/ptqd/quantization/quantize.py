@@ -23,6 +23,7 @@ from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding import adaround_brecq as learned
 from ptqd.quantization.rounding import smoothquant as smooth
+from ptqd.quantization.rounding import svdquant
 from ptqd.quantization.rounding import time_embedding as columns
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of, quant_modules
@@ -173,7 +174,7 @@ class _Quantizing:
                 assert pool is not None
                 smooth.fit_smoothing(model, self.full, pool.first(BATCH), method, self._title("smoothing"))
             elif isinstance(method, LowRank):
-                smooth.fit_low_rank(model, self.full, self.run.seed)
+                svdquant.fit_low_rank(model, self.full, self.run.seed)
 
     def _find_ranges(
         self, quantized: DiffusionPipeline, pool: Pool | None, found: Survey | None, ranges: StepRanges | None

@@ -31,7 +31,7 @@ class Quantizer:
         range: how the range of integers is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
         percentile: share of values inside the range, for ``"percentile"``.
         p: the norm, for ``"pnorm"``.
-        format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"`` (:mod:`ptqd.quantization.numerics.formats`).
+        format: ``"int"``, ``"e4m3"``, ``"e5m2"``, ``"mxfp4"`` or ``"nvfp4"``.
         group: of weights: inputs that share a scale; all of a row where it is 0.
         dynamic: of activations: the range of each token of a linear layer or attention, of each sample of a
             convolution, found as it comes (ViDiT-Q, Zhao et al., arXiv 2406.02540). Blocks of ``mxfp4`` and ``nvfp4``

@@ -3,8 +3,8 @@
     sigma_c^2 = max(0, sigma^2 - B^2 V / (1 + k)^2)
 
 The residual's variance takes the place of drawn variance. For any scheduler, multistep history included, the share to
-draw is :func:`ptqd.diffusion.scheduler_response.noise_scales`. After an estimate that withholds signal the variance is negative: then
-more is drawn.
+draw is :func:`ptqd.diffusion.scheduler_response.noise_scales`. After an estimate that withholds signal the variance is
+negative: then more is drawn.
 """
 
 import torch

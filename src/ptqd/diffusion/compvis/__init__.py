@@ -1,0 +1,1 @@
+"""Checkpoints of CompVis' latent diffusion as diffusers pipelines."""

@@ -1,1 +1,1 @@
-"""One self-contained HTML page, its plots and grids, and the table for the terminal."""
+"""Reports of runs, for terminals and browsers."""

@@ -1,0 +1,1 @@
+"""The modules that take the place of a denoiser's layers."""

@@ -1,0 +1,1 @@
+"""The arithmetic of quantizers: plain functions of tensors."""

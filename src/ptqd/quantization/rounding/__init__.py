@@ -1,0 +1,1 @@
+"""How the codes of weights are chosen, beyond rounding to nearest."""
