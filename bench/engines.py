@@ -208,7 +208,7 @@ def plans(folder: Path) -> None:
     """One graph with the ranges as inputs: what switching costs."""
     pipe, run = ptqd.load("fashion-ldm"), CASES["fashion-ldm, batch 32"][1]
     qpipe = ptqd.quantize(pipe, "w4a4+8", run)
-    rule = ptqd.paper_rule(ptqd.mixed_precision.measure_widths(pipe, qpipe, run))
+    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, qpipe, run))
     half = rule.steps // 2
     found = {"A8 at every step": ((8,),) * rule.steps, "A4 and A8 in turn": ((4,), (8,)) * half}
     pipes: dict[str, Any] = {"one width, ranges in the graph": quantized(pipe, "w4a8", run)}

@@ -33,7 +33,7 @@ def main() -> None:
     stats = ptqd.measure(pipe, qpipe, RUN)
     corrected, joint = ptqd.correct(qpipe, stats), ptqd.correct(qpipe, stats, ["joint"])
     wide = ptqd.quantize(pipe, "w4a4+8", RUN)
-    rule = ptqd.paper_rule(ptqd.mixed_precision.measure_widths(pipe, wide, RUN))
+    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, wide, RUN))
     planned = ptqd.apply_plan(wide, rule.replace(bits=((4,), (8,)) * (rule.steps // 2)))  # a switch at every step
     variants: dict[str, Callable[[], object]] = {
         "sampling, full precision": lambda: run_batch(pipe, RUN, range(32), "latent"),
@@ -41,7 +41,7 @@ def main() -> None:
         "sampling, w4a8 corrected": lambda: run_batch(corrected, RUN, range(32), "latent"),
         "sampling, w4 a4/a8 by a plan": lambda: run_batch(planned, RUN, range(32), "latent"),
         "measuring": lambda: ptqd.measure(pipe, qpipe, RUN),
-        "measuring 2 widths": lambda: ptqd.mixed_precision.measure_widths(pipe, wide, RUN),
+        "measuring 2 widths": lambda: ptqd.measure_widths(pipe, wide, RUN),
     }
     for function in variants.values():
         function()

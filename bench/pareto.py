@@ -46,7 +46,7 @@ def candidates(title: str, recipe: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     """Named pipelines, uniform widths first."""
     run = SETTINGS[title].replace(samples=MEASURED, batch=64)
     quantized = ptqd.quantize(pipe, recipe, run)
-    stats = ptqd.mixed_precision.measure_widths(pipe, quantized, run)
+    stats = ptqd.measure_widths(pipe, quantized, run)
     for bits in WIDTHS:
         yield f"uniform {bits}", at_width(quantized, bits)
     fixed, macs = planning_problem(pipe, quantized, run, stats), run_macs(pipe, run)

@@ -67,7 +67,7 @@ class Setting:
 
         def build(path: Path, scratch: Path) -> None:
             quantized = ptqd.quantize(self.pipe, recipe, run)
-            stats = ptqd.mixed_precision.measure_widths(self.pipe, quantized, run)
+            stats = ptqd.measure_widths(self.pipe, quantized, run)
             if budget is None:
                 plan = paper_rule(stats)
             else:

@@ -7,7 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-from ptqd import LatentClassPipeline, Sampling
+from ptqd import LatentClassPipeline, NoiseStats, Sampling
+from ptqd.diffusion.scheduler_response import Response
+from ptqd.noise.second_moments import fold_sums, joint_moments
+from ptqd.noise.stats import cross_moments, paired_moments
 from ptqd.pipelines.latent_class import ClassEmbedder
 
 SCHEDULE: dict[str, Any] = {
@@ -27,6 +30,30 @@ def _caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         for name in ("XDG_CACHE_HOME", "TORCH_HOME"):
             patched.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         yield
+
+
+def stats_of(
+    eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, source: dict[str, Any] | None = None
+) -> NoiseStats:
+    """Statistics of one step."""
+    moments = paired_moments(eps, eps_q)[:, None]
+    indices = torch.arange(first, first + len(eps))
+    timesteps = torch.tensor([1.0], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return NoiseStats(
+        timesteps=timesteps,
+        indices=indices,
+        moments=moments,
+        elements=eps[0, 0].numel(),
+        source={"scheduler": "DDIMScheduler", "config": {}, "repeatable": True} if source is None else source,
+        response=Response(one, one.clone(), one.clone(), one[0].clone(), exact=True),
+        levels=None,
+        joint=fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None],
+        cross=cross_moments([eps], [eps_q]),
+        moved=((eps_q - eps) ** 2).flatten(1).mean(1).sum().double()[None],
+        finals=eps[:0].float(),
+        final_indices=indices[:0],
+    )
 
 
 def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:

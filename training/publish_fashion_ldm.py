@@ -28,7 +28,8 @@ from ptqd.metrics.evaluator import Judge, evaluate
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.run_folder import RunFolder
-from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
+from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
+from training import fashion_mnist
 
 STAGES = ("classifier", "autoencoder", "unet")
 

@@ -24,7 +24,8 @@ from ptqd.metrics.bootstrap import Metric
 from ptqd.metrics.evaluator import Judge, evaluate
 from ptqd.metrics.features.extractor import Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
+from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
+from training import fashion_mnist
 from training.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes
 
 

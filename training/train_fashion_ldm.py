@@ -23,7 +23,7 @@ from torch import nn
 
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
-from ptqd.zoo import fashion_mnist
+from training import fashion_mnist
 
 SCHEDULE: dict[str, Any] = {  # LDM-4 on ImageNet
     "num_train_timesteps": 1000,

@@ -32,7 +32,7 @@ from torch import nn
 
 from ptqd.loading import load
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
-from ptqd.zoo import fashion_mnist
+from training import fashion_mnist
 from training.train_fashion_ldm import SCHEDULE, Run, trapezoid
 
 NULL = 1000  # DiTPipeline's null class, whatever the number of classes

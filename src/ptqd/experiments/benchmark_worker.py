@@ -1,4 +1,4 @@
-"""A process that samples batches of one pipeline and says how long each took: what :mod:`ptqd.experiments.benchmark` starts.
+"""A process that samples batches of one pipeline and says how long each took; ``benchmark`` starts it.
 
 It is told on its standard input, a line of JSON each: first what to load, then ``"run"`` again and again, then
 ``"end"``.

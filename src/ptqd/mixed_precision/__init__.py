@@ -20,7 +20,8 @@ to step (R_ij = rho_ij s_i s_j). Step j's contribution at b bits is its row of t
 
 so that contributions add up to the whole error of each uniform width, and to ``sum c_j^2 V_j`` where residuals are
 independent. Each layer's part of E_j(b) is its first-order share (:mod:`ptqd.mixed_precision.sensitivity`). Then error
-and cost are sums over steps and groups of layers, and the choice is a multiple-choice knapsack, solved exactly (scipy's milp). With
+and cost are sums over steps and groups of layers, and the choice is a multiple-choice knapsack, solved exactly
+(scipy's milp). With
 the weights' bits to choose as well, cost is bilinear: bits of a layer's weight times the sum of its activations' bits.
 For any price of a bit operation the best pair is found exactly, group by group; the price that meets the budget gives
 the weights, the knapsack then the activations, and the dual bound says how far from the optimum that can be.

@@ -14,7 +14,7 @@ def paper_rule(stats: Mapping[int, NoiseStats]) -> StepPlan:
     """The paper's rule; see the module's docstring.
 
     Args:
-        stats: by width, as :func:`ptqd.mixed_precision.measure_widths` gives them.
+        stats: by width, as :func:`ptqd.measure_widths` gives them.
 
     Raises:
         InputError: the scheduler's noise schedule is not known.

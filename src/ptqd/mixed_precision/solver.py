@@ -37,7 +37,7 @@ def plan_steps(
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
         run: how it samples.
-        stats: of every width, as :func:`ptqd.mixed_precision.measure_widths` gives them.
+        stats: of every width, as :func:`ptqd.measure_widths` gives them.
         budget: how many times fewer bit operations than FP32, at least: 19.9.
         floor: signal-to-noise ratio of the final sample against full precision in dB, at least.
         weight_bits: that the plan may give each layer's weights; none leaves them as they are. Layers whose weights a

@@ -1,7 +1,8 @@
 """Measuring: pairs of outputs at the same samples, batch by batch, into NoiseStats.
 
 The full-precision pipeline is recorded; the quantized one is replayed along the recorded samples
-(:mod:`ptqd.diffusion.trajectory`). Several quantized pipelines, one for each activation width, are replayed along one recording: statistics of all
+(:mod:`ptqd.diffusion.trajectory`). Several quantized pipelines, one for each activation width, are replayed along one
+recording: statistics of all
 widths cost one full-precision run and one quantized run each.
 """
 

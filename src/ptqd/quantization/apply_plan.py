@@ -33,7 +33,8 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
             and those that an earlier plan named and this one leaves to the recipe.
 
     Raises:
-        InputError: the plan does not fit the model; see ``set_clock``. Or it asks for other weights than the model has, and there is no full-precision layer to take them from.
+        InputError: the plan does not fit the model; see ``set_clock``. Or it asks for other weights than the model
+        has, and there is no full-precision layer to take them from.
     """
     source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)

@@ -1,6 +1,7 @@
 """Bits by step at run time: a clock that is set where the denoiser is told its timestep.
 
-Every layer of a group shares one ``ActiveWidth``; before each call of the denoiser its clock looks up the plan's row and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
+Every layer of a group shares one ``ActiveWidth``; before each call of the denoiser its clock looks up the plan's row
+and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
 read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
 """
 

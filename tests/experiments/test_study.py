@@ -10,7 +10,7 @@ from ptqd import InputError
 from ptqd.cli import main
 from ptqd.experiments.study import Study, held_against, outlook
 
-FOLDER = Path(__file__).parent.parent / "reproduce"
+FOLDER = Path(__file__).parent.parent.parent / "reproduce"
 STUDIES = sorted(FOLDER.glob("*.toml"))
 
 SMALL = """

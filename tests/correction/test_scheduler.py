@@ -16,7 +16,7 @@ from diffusers import (
     TCDScheduler,
 )
 
-from conftest import tiny_pipeline
+from conftest import stats_of, tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
 from ptqd.correction.fit import compose, joint_estimators
 from ptqd.correction.gate import gated
@@ -181,8 +181,6 @@ def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> Non
     with pytest.raises(InputError, match="statistics of 1 sample give no correction"):
         fit_correction(dataclasses.replace(stats, indices=stats.indices[:1]))
     eps = torch.randn(4, 1, 8, 8)
-    from test_noise import stats_of
-
     with pytest.raises(InputError, match="1 \\+ k <= 0"):
         fit_correction(stats_of(eps, -0.5 * eps))
 
@@ -229,8 +227,6 @@ def test_many_channels_are_estimated_one_by_one() -> None:
 
 def step_stats(eps: torch.Tensor, eps_q: torch.Tensor, x: torch.Tensor) -> NoiseStats:
     """Statistics of one step with that sample."""
-    from test_noise import stats_of
-
     plain = stats_of(eps, eps_q)
     joint = fold_sums(joint_moments(x, eps, eps_q, 1), plain.indices)[:, None]
     return dataclasses.replace(plain, joint=joint)

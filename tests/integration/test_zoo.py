@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from training import fashion_mnist
 
 from conftest import SCHEDULE
 from ptqd import InputError, LatentClassPipeline, Sampling, load, sample
@@ -12,7 +13,7 @@ from ptqd.loading import with_scheduler
 from ptqd.metrics.evaluator import Judge, evaluate
 from ptqd.metrics.features.extractor import Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE, fashion_mnist
+from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
 
 
 @pytest.fixture(scope="module")

@@ -11,38 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from conftest import stats_of
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measure
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.scheduler_response import Response
 from ptqd.noise.regression import POWERS, normality_p_value
-from ptqd.noise.second_moments import fold_sums, joint_moments
-from ptqd.noise.stats import cross_moments, paired_moments, per_sample
-
-
-def stats_of(
-    eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, source: dict[str, Any] | None = None
-) -> NoiseStats:
-    """Statistics of one step."""
-    moments = paired_moments(eps, eps_q)[:, None]
-    indices = torch.arange(first, first + len(eps))
-    timesteps = torch.tensor([1.0], dtype=torch.float64)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    return NoiseStats(
-        timesteps=timesteps,
-        indices=indices,
-        moments=moments,
-        elements=eps[0, 0].numel(),
-        source={"scheduler": "DDIMScheduler", "config": {}, "repeatable": True} if source is None else source,
-        response=Response(one, one.clone(), one.clone(), one[0].clone(), exact=True),
-        levels=None,
-        joint=fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None],
-        cross=cross_moments([eps], [eps_q]),
-        moved=((eps_q - eps) ** 2).flatten(1).mean(1).sum().double()[None],
-        finals=eps[:0].float(),
-        final_indices=indices[:0],
-    )
+from ptqd.noise.stats import paired_moments, per_sample
 
 
 def pair(n: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

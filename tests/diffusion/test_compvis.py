@@ -18,7 +18,7 @@ from ptqd.cli import main
 from ptqd.diffusion.compvis.pipeline import convert, save_converted
 from ptqd.zoo import CONFIGS
 
-DATA = Path(__file__).parent / "data" / "ldm"
+DATA = Path(__file__).parent.parent / "data" / "ldm"
 BASES = {"ldm4-imagenet": 192, "ldm4-bedrooms": 224, "ldm8-churches": 192}
 SHAPES = {name: json.loads((DATA / f"{name}.json").read_text()) for name in BASES}
 
