@@ -15,6 +15,7 @@ from ptqd.quantization.numerics.affine import Grid, affine_parameters, fake_quan
 RangeMethod = Literal["minmax", "percentile", "pnorm"]
 
 _SHRINKS = 40  # candidate clippings a search tries for each end
+_AT_ONCE = 1 << 17  # numbers that a search rounds at once: small tensors all candidates, large ones one by one
 
 
 def find_range(
@@ -63,22 +64,29 @@ def find_range(
 def _search(
     values: torch.Tensor, weights: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip both ends together; on an affine grid then the upper and the lower one alone; keep what lowers the error."""
+    """Clip both ends together; on an affine grid then the upper and the lower one alone; keep what lowers the error.
+
+    Candidates are tried as many at a time as fit into :data:`_AT_ONCE`; of equal errors the first counts.
+    """
 
     def error(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Errors (K, R) of K candidates for each row's ends (K, R)."""
         scale, zero = affine_parameters(low, high, grid)
-        difference = (fake_quantize(values, scale[:, None], zero[:, None], grid) - values).abs_()  # R,n
-        return difference.pow_(p) @ weights  # R
+        difference = (fake_quantize(values, scale[..., None], zero[..., None], grid) - values).abs_()  # K,R,n
+        return difference.pow_(p) @ weights
 
-    best = error(low, high)
+    shrinks = torch.linspace(1.0, 0.1, _SHRINKS, device=values.device)[1:, None]  # K,1
+    best = error(low[None], high[None])[0]  # R
     ends = [(True, True)] if grid.symmetric else [(True, True), (False, True), (True, False)]
     for clip_low, clip_high in ends:
         start_low, start_high = low, high
-        for shrink in torch.linspace(1.0, 0.1, _SHRINKS)[1:].tolist():
-            try_low = start_low * shrink if clip_low else start_low
-            try_high = start_high * shrink if clip_high else start_high
-            tried = error(try_low, try_high)
-            better = tried < best
-            best = torch.where(better, tried, best)
-            low, high = torch.where(better, try_low, low), torch.where(better, try_high, high)
+        for some in shrinks.split(max(1, _AT_ONCE // values.numel())):
+            try_low = start_low * some if clip_low else start_low.expand(len(some), -1)
+            try_high = start_high * some if clip_high else start_high.expand(len(some), -1)
+            errors = error(try_low, try_high)
+            first = errors.argmin(0, keepdim=True)  # 1,R
+            least, at_low, at_high = (t.gather(0, first)[0] for t in (errors, try_low, try_high))
+            better = least < best
+            best = torch.where(better, least, best)
+            low, high = torch.where(better, at_low, low), torch.where(better, at_high, high)
     return low, high
