@@ -316,5 +316,5 @@ def quantize_with(
     trajectories, of other seeds than ``run``'s. ``pipe`` is left untouched. What floats simulate (all but ONNX
     Runtime) rounds the same in every batch size only up to ties: a sample may differ by a few quantization steps.
     """
-    calibration = run.apart("calibration").replace(samples=calibration_samples)
+    calibration = run.with_seed_for("calibration").replace(samples=calibration_samples)
     return with_components(pipe, **{denoiser_name(pipe): PACKAGES[package](pipe, calibration)})

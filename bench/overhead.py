@@ -15,7 +15,7 @@ import torch
 
 import ptqd
 from ptqd.diffusion.sampling import run_batch
-from ptqd.quantization.step_clock import clock_of
+from ptqd.diffusion.step_state import StepState
 
 ROUNDS = 9
 RUN = ptqd.Sampling(10, 1.0, 32, 32, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
@@ -68,7 +68,7 @@ def main() -> None:
         for name, p in (("plain", qpipe), ("cnc+bc+vsc", corrected), ("joint", joint))
     }
     call = statistics.median(r["sampling, w4a8 simulated"] for r in rounds)
-    clock = clock_of(planned.unet)
+    clock = StepState.of(planned.unet)
     assert clock is not None
 
     def tick() -> None:

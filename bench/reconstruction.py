@@ -30,7 +30,7 @@ from ptqd.diffusion.macs import call_macs, from_configuration
 from ptqd.diffusion.sampling import Sampling
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import Pool
+from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Brecq
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding.adaround_brecq import learn
@@ -90,11 +90,11 @@ def block(name: str) -> dict[str, Any]:
     minmax = dataclasses.replace(recipe.weights, range="minmax")  # a search would take longer than what is measured
     insert_quantizers(quantized, dataclasses.replace(recipe, weights=minmax))
     leaves = [torch.randn(2 * ROWS, channels, size, size), torch.randn(2 * ROWS, width)]
-    pool = Pool(leaves, [True, True], None, torch.zeros(2 * ROWS).long())
+    pool = CalibrationInputs(leaves, [True, True], None, torch.zeros(2 * ROWS).long())
     return {"macs": macs, "parameters": sum(p.numel() for p in full.parameters()), **learned(full, quantized, pool)}
 
 
-def learned(full: nn.Module, quantized: nn.Module, pool: Pool) -> dict[str, Any]:
+def learned(full: nn.Module, quantized: nn.Module, pool: CalibrationInputs) -> dict[str, Any]:
     _, pool.structure = tree_flatten(((pool.leaves[0], pool.leaves[1]), {}))
     for module in quant_modules(quantized):
         module.observe()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ptqd import zoo
-from ptqd.correction.scheduler import CorrectedStep, corrected_class
+from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.errors import InputError, PtqdError
@@ -78,8 +78,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         diffusers.utils.logging.enable_progress_bar()
     _check_complete(pipe, model)
     _check_plan_file(pipe, folder / "plan.toml")
-    _keep_correction(pipe, model)
-    return pipe
+    return _keep_correction(pipe, model)
 
 
 def _expected(record: logging.LogRecord) -> bool:
@@ -96,15 +95,15 @@ def _check_complete(pipe: DiffusionPipeline, model: str | Path) -> None:
                 raise InputError(f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model")
 
 
-def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
+def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> DiffusionPipeline:
     """Some pipelines, DDIM's for one, make a plain scheduler from the one they are given; here it corrects again."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None or "correction" not in scheduler.config:
-        return
+        return pipe
     if not isinstance(scheduler, CorrectedStep):
         corrected = corrected_class(type(scheduler))  # type: ignore[arg-type]  # classes are hashable
         if DiffusionPipeline.load_config(model)["scheduler"][1] != corrected.__name__:
-            return
+            return pipe
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
     source, bits = pipe.scheduler.correction.source, activation_bits(getattr(pipe, denoiser_name(pipe)))
     if source.get("activation_bits", bits) != bits:  # a plan can have been edited since
@@ -112,7 +111,7 @@ def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> None:
             f"{model}: the plan was changed after the correction was measured; apply it to the uncorrected pipeline "
             "(ptqd plan --plan FILE), measure that, and correct it"
         )
-    pipe.scheduler.belongs_to(pipe)
+    return connect(pipe)
 
 
 def _check_plan_file(pipe: DiffusionPipeline, path: Path) -> None:

@@ -52,7 +52,7 @@ def test_each_method_changes_what_it_should(qpipe: Any, run: Sampling, stats: No
     eps_q = torch.randn(2, 4, 8, 8)
     bias = fit.bias.value[1].float().view(1, 4, 1, 1)
     want = (eps_q - bias) / (1 + fit.k.value[1].item())
-    assert torch.allclose(fit_correction(stats).correct(eps_q, eps_q, 1), want, atol=1e-6)
+    assert torch.allclose(fit_correction(stats).corrector()(eps_q, eps_q, 1), want, atol=1e-6)
     alone = fit_correction(stats, ("bc",))
     assert torch.allclose(torch.tensor(alone.bias), stats.fit(slope=False).bias.value.float(), atol=1e-6)
     assert alone.output == ()
@@ -222,7 +222,7 @@ def test_many_channels_are_estimated_one_by_one() -> None:
     eps_q = 1.2 * eps + 0.3 * x - 0.1
     correction = fit_correction(step_stats(eps, eps_q, x), ("joint",))
     assert np.shape(correction.output) == (1, 20, 5)
-    assert torch.allclose(correction.correct(eps_q, x, 0), eps, atol=1e-6)
+    assert torch.allclose(correction.corrector()(eps_q, x, 0), eps, atol=1e-6)
 
 
 def step_stats(eps: torch.Tensor, eps_q: torch.Tensor, x: torch.Tensor) -> NoiseStats:
@@ -238,9 +238,9 @@ def test_a_step_that_the_joint_estimate_does_not_help_is_left_alone() -> None:
     x, eps = (torch.randn(32, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
     sign = (1.0 - 2 * (fold_of(torch.arange(32)) % 2)).view(-1, 1, 1, 1)
     refuted = fit_correction(step_stats(eps, eps + sign, x), ("joint",))
-    assert torch.equal(refuted.correct(eps, x, 0), eps)
+    assert torch.equal(refuted.corrector()(eps, x, 0), eps)
     held = fit_correction(step_stats(eps, eps + 1, x), ("joint",))
-    assert torch.allclose(held.correct(eps + 1, x, 0), eps, atol=1e-4)
+    assert torch.allclose(held.corrector()(eps + 1, x, 0), eps, atol=1e-4)
 
 
 def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
@@ -269,7 +269,7 @@ def test_a_channel_that_is_made_worse_is_left_alone() -> None:
     shift = torch.ones(32, 2, 1, 1, dtype=torch.float64)
     shift[:, 1] = 0.3 * (1.0 - 2 * (fold_of(torch.arange(32)) % 2)).view(-1, 1, 1)
     correction = fit_correction(step_stats(eps, eps + shift, x), ("joint",))
-    corrected = correction.correct(eps, x, 0)
+    corrected = correction.corrector()(eps, x, 0)
     assert torch.allclose(corrected[:, 0], eps[:, 0] - 1, atol=1e-4)
     assert torch.equal(corrected[:, 1], eps[:, 1])
 

@@ -61,7 +61,9 @@ def test_without_a_residual_nothing_changes(name: str, prediction: str, method: 
     assert torch.allclose(reshaped.gain, torch.ones_like(reshaped.gain), atol=1e-4)
     assert reshaped.sample.abs().max() < 1e-4
     if method == "stepbaq":
-        assert torch.allclose(torch.tensor(reshaped.network, dtype=torch.float64), residuals.timesteps, atol=0.05)
+        assert torch.allclose(
+            torch.tensor(reshaped.model_timesteps, dtype=torch.float64), residuals.timesteps, atol=0.05
+        )
 
 
 def noise_to_signal(residuals: Residuals, method: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +77,7 @@ def noise_to_signal(residuals: Residuals, method: str) -> tuple[torch.Tensor, to
     reshaped = VARIANCE[method](residuals)
     levels = residuals.levels
     assert levels is not None
-    told = torch.tensor(reshaped.network, dtype=torch.float64) if reshaped.network else None
+    told = torch.tensor(reshaped.model_timesteps, dtype=torch.float64) if reshaped.model_timesteps else None
     state, own = residuals.response.own_state, residuals.response.outputs.diagonal()
     prediction = residuals.config.get("prediction_type", "flow")
     alpha, variance = levels.alpha[0].clone(), levels.sigma[0] ** 2
@@ -125,7 +127,7 @@ def test_stepbaqs_shift_is_the_papers(family: str) -> None:
     scheduler, residuals = deterministic(name, prediction)
     from ptqd.correction.methods.stepbaq import stepbaq
 
-    told = torch.tensor(stepbaq(residuals).network, dtype=torch.float64)
+    told = torch.tensor(stepbaq(residuals).model_timesteps, dtype=torch.float64)
     levels, s2 = residuals.levels, residuals.added[:-1]
     assert levels is not None
     if family == "vp":

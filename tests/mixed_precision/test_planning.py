@@ -37,7 +37,7 @@ from ptqd.quantization.apply_plan import at_width
 from ptqd.quantization.bops import run_cost
 from ptqd.quantization.numerics.affine import fake_quantize
 from ptqd.quantization.numerics.weight_grid import rounded_weight
-from ptqd.quantization.step_clock import layer_quantizers
+from ptqd.quantization.sites import layer_quantizers
 from ptqd.quantization.swap import insert_quantizers
 from tiny import CASES
 

@@ -68,7 +68,7 @@ def apply(table: torch.Tensor, method: float | Estimator, x: torch.Tensor, eps_q
     estimator = joint(method) if isinstance(method, float) else method
     e = estimator(table, layout_of(table))
     correction = Correction(("joint",), (1.0,), rows(e.output), rows(e.sample), rows(e.bias), (), (), 0.0, {})
-    return correction.correct(eps_q, x, 0)
+    return correction.corrector()(eps_q, x, 0)
 
 
 def test_the_table_is_the_second_moments() -> None:
@@ -212,7 +212,7 @@ def test_a_map_across_channels_acts_on_images_tokens_and_video(shape: tuple[int,
     eps_q, x = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
     d_q, d_x = torch.randn(1, C, C, generator=g), torch.randn(1, C, C, generator=g)
     nested = tuple(tuple(map(tuple, d[0].tolist())) for d in (d_q, d_x))
-    got = Correction(("joint",), (1.0,), nested[:1], nested[1:], (), (), (), 0.0, {}).correct(eps_q, x, 0)
+    got = Correction(("joint",), (1.0,), nested[:1], nested[1:], (), (), (), 0.0, {}).corrector()(eps_q, x, 0)
     letters = "nlc,oc->nlo" if len(shape) == 3 else "nc...,oc->no..."
     want = eps_q - torch.einsum(letters, eps_q, d_q[0]) - torch.einsum(letters, x, d_x[0])
     assert torch.allclose(got, want, atol=1e-5)
@@ -224,7 +224,7 @@ def test_a_map_with_neighbours_is_what_the_table_says(shape: tuple[int, ...], ac
     g = torch.Generator().manual_seed(0)
     eps_q = torch.randn(shape, generator=g, dtype=torch.float64)
     weights = torch.randn(1, C, 5 * C if across else 5, generator=g, dtype=torch.float64)
-    got = Correction(("joint",), (1.0,), rows(weights), (), (), (), (), 0.0, {}).correct(eps_q, eps_q, 0)
+    got = Correction(("joint",), (1.0,), rows(weights), (), (), (), (), 0.0, {}).corrector()(eps_q, eps_q, 0)
     around = near(eps_q).reshape(-1, 5, C)  # pixels, taps, channels
     if across:
         noise = around.reshape(-1, 5 * C) @ weights[0].numpy().T

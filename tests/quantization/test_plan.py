@@ -24,9 +24,10 @@ from ptqd import (
 )
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.step_state import StepState
 from ptqd.quantization.apply_plan import at_width, plan_of
-from ptqd.quantization.modules.activation import ActiveWidth
-from ptqd.quantization.step_clock import StepClock, clock_of
+from ptqd.quantization.modules.activation import BitWidth
+from ptqd.quantization.plan_steps import PlanSteps
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
         StepPlan((1.0,), ())
 
 
-def clock(timesteps: tuple[float, ...]) -> StepClock:
+def clock(timesteps: tuple[float, ...]) -> PlanSteps:
     plan = StepPlan(timesteps, tuple((4 + timesteps.index(t) % 4,) for t in timesteps))
-    return StepClock(plan, [ActiveWidth(0)], [[0]] * len(timesteps))
+    return PlanSteps(plan, [BitWidth(0)], [[0]] * len(timesteps))
 
 
 def test_the_clock_follows_the_timesteps() -> None:
@@ -176,7 +177,7 @@ def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: StepPlan) -
     def turn(*_: Any) -> None:
         for name, quantizer in names:
             bits = mixed.bits[calls[0]][0 if name.startswith(("down_blocks", "time_embedding")) else 1]
-            quantizer.active = ActiveWidth((4, 6, 8).index(bits))
+            quantizer.active = BitWidth((4, 6, 8).index(bits))
         calls[0] += 1
 
     by_hand.unet.register_forward_pre_hook(turn)
@@ -310,18 +311,18 @@ def test_a_correction_that_tells_other_timesteps_keeps_the_bits(
     planned = apply_plan(wide, mixed)
     stats = measure(pipe, planned, still)
     corrected = correct(planned, fit_correction(stats, ("cnc", "stepbaq")))
-    assert corrected.scheduler.correction.network
+    assert corrected.scheduler.correction.model_timesteps
     seen: list[int] = []
     corrected.unet.up_blocks[0].resnets[0].conv1.register_forward_pre_hook(
         lambda layer, _: seen.append(layer.input.bits)
     )
     sampled(corrected, still)
     assert seen == [8, 6, 8, 8]
-    clocked, own = clock_of(planned.unet), clock_of(corrected.unet)
+    clocked, own = StepState.of(planned.unet), StepState.of(corrected.unet)
     assert clocked is not None
     assert own is not None
-    assert own.told
-    assert clocked.told == {}  # of the pipeline that is not corrected
+    assert own.aliases
+    assert clocked.aliases == {}  # of the pipeline that is not corrected
     assert corrected.unet.conv_in.codes.data_ptr() == planned.unet.conv_in.codes.data_ptr()
     with pytest.raises(MismatchError, match="made for 4 steps"):
         sampled(planned, still.replace(steps=5))

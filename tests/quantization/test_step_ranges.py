@@ -8,11 +8,12 @@ import torch
 from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.trajectory import record
-from ptqd.quantization.calibration import draw_pool, step_weights
-from ptqd.quantization.modules.activation import ActivationQuantizer, Active
+from ptqd.quantization.calibration import draw_inputs, step_weights
+from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.numerics.observer import Observer
-from ptqd.quantization.step_ranges import RangeClock, StepRanges, group_steps, range_clock_of
+from ptqd.quantization.step_ranges import RangeSteps, StepRanges, group_steps, range_steps_of
 
 
 def squared(logs: torch.Tensor, cuts: tuple[int, ...]) -> float:
@@ -39,13 +40,13 @@ def test_no_more_groups_than_steps() -> None:
 
 def test_the_clock_takes_the_nearest_step() -> None:
     ranges = StepRanges((900.0, 500.0, 100.0), (0, 0, 1), ("a",))
-    clock = RangeClock(ranges, Active(), Active())
+    clock = RangeSteps(ranges, StepIndex(), StepIndex())
     assert [clock.index_at(t) for t in (999.0, 701.0, 699.0, 100.0, 0.0)] == [0, 0, 1, 2, 2]
     clock.set([2])
     assert (clock.step.index, clock.group.index) == (2, 1)
     clock.set([0, 2])
-    assert clock.step.index.tolist() == [0, 2]
-    assert clock.group.index.tolist() == [0, 1]
+    assert torch.as_tensor(clock.step.index).tolist() == [0, 2]
+    assert torch.as_tensor(clock.group.index).tolist() == [0, 1]
     assert StepRanges.from_dict(ranges.to_dict()) == ranges
     assert (ranges.of_layer("a"), ranges.of_layer("b")) == (3, 2)
     with pytest.raises(InputError, match="2 timesteps with 1 groups"):
@@ -112,7 +113,7 @@ def few(recipe: str, **changes: Any) -> Recipe:
 @pytest.mark.slow
 def test_ranges_by_step_lower_the_error_and_are_saved(pipe: Any, run: Sampling, tmp_path: Path) -> None:
     plain, stepped = quantize(pipe, few("w8a4"), run), quantize(pipe, few("w8a4-steps4-time"), run)
-    clock = range_clock_of(stepped.unet)
+    clock = range_steps_of(stepped.unet)
     assert clock is not None
     assert clock.ranges.count == 4
     assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= set(clock.ranges.temporal)
@@ -134,7 +135,7 @@ def test_ranges_by_step_lower_the_error_and_are_saved(pipe: Any, run: Sampling, 
 
 
 def test_calibration_draws_the_same_whatever_the_batch(pipe: Any, run: Sampling) -> None:
-    pools = [draw_pool(pipe, run.replace(batch=batch), 12, step_weights("uniform", 4)) for batch in (8, 3)]
+    pools = [draw_inputs(pipe, run.replace(batch=batch), 12, step_weights("uniform", 4)) for batch in (8, 3)]
     assert torch.equal(pools[0].steps, pools[1].steps)
     for a, b in zip(pools[0].leaves, pools[1].leaves, strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():
@@ -143,7 +144,9 @@ def test_calibration_draws_the_same_whatever_the_batch(pipe: Any, run: Sampling)
     args, kwargs = pools[0].call(slice(0, 5))
     with torch.no_grad():
         assert pipe.unet(*args, **kwargs).sample.shape == (5, 4, 8, 8)
-    assert len(draw_pool(pipe, run.replace(samples=2), 1000, step_weights("uniform", 4))) == 2 * 4 * 2  # all there are
+    assert (
+        len(draw_inputs(pipe, run.replace(samples=2), 1000, step_weights("uniform", 4))) == 2 * 4 * 2
+    )  # all there are
 
 
 def test_step_weights() -> None:
@@ -164,7 +167,7 @@ def test_ranges_are_found_on_drawn_steps(kind: str, pipe: Any, run: Sampling) ->
 
 def test_drawn_steps_follow_the_weights(pipe: Any, run: Sampling) -> None:
     weights = step_weights("ptq4dm", 4)
-    pool = draw_pool(pipe, run.replace(samples=32, batch=16), 400, weights)
+    pool = draw_inputs(pipe, run.replace(samples=32, batch=16), 400, weights)
     share = torch.bincount(pool.steps, minlength=4) / len(pool)
     assert torch.allclose(share, torch.from_numpy(weights).float(), atol=0.08)
 
@@ -172,7 +175,7 @@ def test_drawn_steps_follow_the_weights(pipe: Any, run: Sampling) -> None:
 @pytest.mark.parametrize(("batch", "guidance", "labels"), [(3, 2.0, [0, 1, 2]), (1, 1.0, [3]), (4, 1.0, [3])])
 def test_layers_that_see_the_step_alone_whatever_the_run(batch: int, guidance: float, labels: Any, pipe: Any) -> None:
     run = Sampling(steps=3, samples=4, batch=batch, call={"class_labels": labels, "guidance_scale": guidance})
-    clock = range_clock_of(quantize(pipe, few("w8a8-time"), run).unet)
+    clock = range_steps_of(quantize(pipe, few("w8a8-time"), run).unet)
     assert clock is not None
     assert len(clock.ranges.temporal) == 10
     assert not any("attn" in name for name in clock.ranges.temporal)

@@ -14,6 +14,8 @@ from ptqd.noise.second_moments import CROSS
 Rows = tuple[tuple[float, ...], ...]
 Matrix = tuple[Rows, ...]
 
+_STORED = {"model_timesteps": "network"}  # names in scheduler_config.json that are other than the fields'
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -30,7 +32,7 @@ class Correction:
         sample: ``D_x``, likewise.
         bias: ``b`` (T, C); empty where there is none.
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
-        network: timesteps that the network is told (T,); empty for the schedule's own.
+        model_timesteps: timesteps that the denoiser gets (T,); empty for the schedule's own.
         eta: DDIM's noise it was measured at.
         source: what the statistics were measured on.
     """
@@ -41,13 +43,13 @@ class Correction:
     sample: Rows | Matrix
     bias: Rows
     noise: tuple[float, ...]
-    network: tuple[float, ...]
+    model_timesteps: tuple[float, ...]
     eta: float
     source: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a scheduler's configuration."""
-        return asdict(self)
+        """Plain values, for a scheduler's configuration; ``network`` is the stored name of ``model_timesteps``."""
+        return {_STORED.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
@@ -56,52 +58,96 @@ class Correction:
         Raises:
             InputError: it was written by another version.
         """
-        if set(values) != {f.name for f in fields(cls)}:
+        names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
+        if set(values) != set(names):
             raise InputError("the correction was written by another version of ptqd; fit it again with 'ptqd correct'")
-        plain = {name: _tuples(value) for name, value in values.items() if name != "source"}
+        plain = {names[key]: _tuples(value) for key, value in values.items() if key != "source"}
         return cls(**plain, source=dict(values["source"]))
 
     def axis(self, sample: torch.Tensor) -> int:
         """Where a step's channels are: as measured, else where they usually are."""
         return int(self.source.get("channel_axis", channel_axis(sample)))
 
-    def correct(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
+    def corrector(self) -> "StepCorrector":
+        """What applies it; made once for a scheduler."""
+        return StepCorrector(self)
+
+
+class StepCorrector:
+    """Applies a correction, its numbers as tensors that are made once, for the device and the precision of the samples.
+
+    Args:
+        correction: what to do at each step.
+    """
+
+    def __init__(self, correction: Correction) -> None:
+        self.correction = correction
+        self._maps: tuple[_StepMap, ...] = ()
+        self._bias: torch.Tensor | None = None
+        self._made_for: tuple[torch.device, torch.dtype] | None = None
+
+    def __call__(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
         """One step's output (N, C, ...) or (N, L, C), corrected.
 
         Args:
             eps_q: the quantized denoiser's output.
             x: the sample it was asked about, of the same shape.
-            step: index into ``timesteps``.
+            step: index into the correction's timesteps.
         """
-        axis = self.axis(eps_q)
+        axis = self.correction.axis(eps_q)
         dtype = torch.promote_types(eps_q.dtype, torch.float32)  # half precision is too coarse for small corrections
+        if self._made_for != (eps_q.device, dtype):
+            self._make(eps_q.device, dtype, eps_q.shape[axis])
         noise: torch.Tensor | None = None  # what is taken for quantization noise
-        for table, known in ((self.output, eps_q), (self.sample, x)):
-            if table:
-                part = _apply(eps_q.new_tensor(table[step], dtype=dtype), known.to(dtype), axis)
-                noise = part if noise is None else noise + part
-        if self.bias:
-            bias = _along(eps_q.new_tensor(self.bias[step], dtype=dtype), eps_q.ndim, axis)
+        for step_map in self._maps:
+            part = step_map(eps_q.to(dtype) if step_map.of_output else x.to(dtype), step, axis)
+            noise = part if noise is None else noise + part
+        if self._bias is not None:
+            bias = _along(self._bias[step], eps_q.ndim, axis)
             noise = bias if noise is None else noise + bias
         return eps_q if noise is None else (eps_q.to(dtype) - noise).to(eps_q.dtype)
 
+    def _make(self, device: torch.device, dtype: torch.dtype, channels: int) -> None:
+        """Tensors of the correction's numbers."""
+        tables = ((self.correction.output, True), (self.correction.sample, False))
+        self._maps = tuple(
+            _StepMap(torch.tensor(table, dtype=dtype, device=device), channels, of_output)
+            for table, of_output in tables
+            if table
+        )
+        bias = self.correction.bias
+        self._bias = torch.tensor(bias, dtype=dtype, device=device) if bias else None
+        self._made_for = (device, dtype)
 
-def _apply(weights: torch.Tensor, known: torch.Tensor, axis: int) -> torch.Tensor:
-    """One number a channel (C,), a 1 x 1 convolution (C, C), or one with neighbours (C, 5 C) or (C, 5)."""
-    channels = known.shape[axis]
-    if weights.ndim == 1:
-        return _along(weights, known.ndim, axis) * known
-    if weights.shape[1] == channels:
-        mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
-        return mixed.movedim(-1, axis)
-    groups = 1 if weights.shape[1] == len(CROSS) * channels else channels
-    taps = weights.view(channels, len(CROSS), channels // groups)
-    kernel = weights.new_zeros(channels, channels // groups, 3, 3)
-    for n, (i, j) in enumerate(CROSS):
-        kernel[:, :, i, j] = taps[:, n]
-    pictures = known.movedim(axis, -3)  # of a video, one a frame
-    flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), kernel, padding=1, groups=groups)
-    return flat.view(pictures.shape).movedim(-3, axis)
+
+class _StepMap:
+    """A linear map for each step: one number a channel (T, C), a 1 x 1 convolution (T, C, C), or one with neighbours
+    (T, C, 5 C) or (T, C, 5).
+    """
+
+    def __init__(self, weights: torch.Tensor, channels: int, of_output: bool) -> None:
+        self.weights, self.of_output = weights, of_output
+        self.groups = 0  # of a convolution with neighbours
+        if weights.ndim == 3 and weights.shape[2] != channels:
+            self.groups = 1 if weights.shape[2] == len(CROSS) * channels else channels
+            inputs = channels // self.groups
+            taps = weights.view(-1, channels, len(CROSS), inputs)
+            kernels = weights.new_zeros(len(weights), channels, inputs, 3, 3)
+            for n, (i, j) in enumerate(CROSS):
+                kernels[..., i, j] = taps[:, :, n]
+            self.weights = kernels
+
+    def __call__(self, known: torch.Tensor, step: int, axis: int) -> torch.Tensor:
+        """The map of a step, applied to what is known there."""
+        weights = self.weights[step]
+        if weights.ndim == 1:
+            return _along(weights, known.ndim, axis) * known
+        if not self.groups:
+            mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
+            return mixed.movedim(-1, axis)
+        pictures = known.movedim(axis, -3)  # of a video, one a frame
+        flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), weights, padding=1, groups=self.groups)
+        return flat.view(pictures.shape).movedim(-3, axis)
 
 
 def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:

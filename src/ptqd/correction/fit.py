@@ -150,7 +150,7 @@ def compose(
         sample=_plain(sample, layout),
         bias=rows(bias.flatten(1)) if bool(bias.any()) else (),
         noise=() if reshaped is None else reshaped.noise,
-        network=() if reshaped is None else reshaped.network,
+        model_timesteps=() if reshaped is None else reshaped.model_timesteps,
         eta=float(stats.source.get("eta", 0.0)),
         source=dict(stats.source),
     )

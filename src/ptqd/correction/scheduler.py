@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import diffusers
@@ -18,18 +19,26 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ptqd.correction.correction import Correction
+from ptqd.correction.correction import Correction, StepCorrector
 from ptqd.correction.fit import DEFAULT, fit_correction
 from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
 from ptqd.diffusion.intercept import step_with_noise
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
+from ptqd.diffusion.step_state import StepState
 from ptqd.errors import InputError, MismatchError
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.step_clock import clock_of
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "Corrected"
+
+
+_noise_share: ContextVar[float] = ContextVar("noise_share", default=1.0)  # of the step that is being taken
+
+
+def _draw_share(*shape: Any, **how: Any) -> Any:
+    """As much of the noise as the step being taken is to draw."""
+    return _noise_share.get() * randn_tensor(*shape, **how)
 
 
 class CorrectedStep:
@@ -38,9 +47,10 @@ class CorrectedStep:
     correction: Correction
     plain_class: ClassVar[type[SchedulerMixin]]
     timesteps: torch.Tensor  # the plain class's
+    _corrector: StepCorrector
     _position: int = 0
     _pipeline: "weakref.ref[DiffusionPipeline] | None" = None
-    _own: torch.Tensor | None = None  # the schedule's timesteps, where the network is told others
+    _own: torch.Tensor | None = None  # the schedule's timesteps, where the denoiser gets others
 
     def _start(self) -> None:
         self._position, self._own = 0, None
@@ -56,33 +66,18 @@ class CorrectedStep:
                 "sample with the same steps, measure again with these, or carry the statistics over: ptqd.correct(..., "
                 f"steps={len(wanted)})"
             )
-        if self.correction.network:
+        if self.correction.model_timesteps:
             if len(wanted) != len(known):
                 raise MismatchError(
-                    "stepbaq tells the network other timesteps, of a whole schedule; use another method"
+                    "stepbaq gives the denoiser other timesteps, of a whole schedule; use another method"
                 )
             self._own = self.timesteps
-            told = self.correction.network[-len(wanted) :]
-            self.timesteps = torch.tensor(told, dtype=torch.float32, device=self._own.device)
+            shifted = self.correction.model_timesteps[-len(wanted) :]
+            self.timesteps = torch.tensor(shifted, dtype=torch.float32, device=self._own.device)
 
-    def belongs_to(self, pipe: DiffusionPipeline) -> None:
-        """Know the pipeline, to see the guidance scale of its calls; its plan, if any, learns what the network is told.
-
-        Raises:
-            MismatchError: the plan is for another number of steps.
-        """
+    def watch_guidance(self, pipe: DiffusionPipeline) -> None:
+        """Know the pipeline, to see the guidance scale of its calls."""
         self._pipeline = weakref.ref(pipe)
-        name = denoiser_name(pipe)
-        clock, network = clock_of(getattr(pipe, name)), self.correction.network
-        if clock is None or not network:
-            return
-        if len(network) != clock.plan.steps:
-            raise MismatchError(f"the plan is for {clock.plan.steps} steps, the correction for {len(network)}")
-        model = copy_module(getattr(pipe, name), lambda tensor: tensor)  # other pipelines may share the denoiser
-        triples = zip(network, self.correction.timesteps, clock.plan.timesteps, strict=True)
-        own: Any = clock_of(model)
-        own.told = {told * planned / t if t else told: planned for told, t, planned in triples}
-        pipe.register_modules(**{name: model})
 
     def check_guidance(self, given: object) -> None:
         """Refuse a guidance scale that was not measured; None is not known.
@@ -103,15 +98,15 @@ class CorrectedStep:
         if self._own is None:
             yield t
             return
-        told = self.timesteps
-        found = (told[self._position :] == float(t)).nonzero()
-        if len(found) == 0:
-            raise MismatchError(f"the network was not told of a step at timestep {float(t):g}; use another method")
+        shifted = self.timesteps
+        places = (shifted[self._position :] == float(t)).nonzero()
+        if len(places) == 0:
+            raise MismatchError(f"the denoiser never got a step at timestep {float(t):g}; use another method")
         self.timesteps = self._own
         try:
-            yield self._own[self._position + int(found[0])]
+            yield self._own[self._position + int(places[0])]
         finally:
-            self.timesteps = told
+            self.timesteps = shifted
 
     def _next_index(self, t: float) -> int:
         """Which step of the correction this is; a schedule may repeat a timestep."""
@@ -129,7 +124,7 @@ class CorrectedStep:
         index = self._next_index(float(t))
         axis = self.correction.axis(sample)
         channels = sample.shape[axis]  # a learned variance may follow them
-        mean = self.correction.correct(output.narrow(axis, 0, channels), sample, index)
+        mean = self._corrector(output.narrow(axis, 0, channels), sample, index)
         if output.shape[axis] != channels:
             mean = torch.cat([mean, output.narrow(axis, channels, output.shape[axis] - channels)], dim=axis)
         arguments["model_output"] = mean
@@ -145,11 +140,13 @@ class CorrectedStep:
 def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
     """The correcting subclass of a scheduler class, ``CorrectedX`` of ``X``."""
     step_signature = inspect.signature(base.step)
+    step_with_share = step_with_noise(base.step, _draw_share)
 
     def __init__(self: Any, *args: Any, correction: dict[str, Any], **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(correction=correction)
         self.correction = Correction.from_dict(correction)
+        self._corrector = self.correction.corrector()
 
     parameters = list(inspect.signature(base.__init__).parameters.values())
     extra = inspect.Parameter("correction", inspect.Parameter.KEYWORD_ONLY)
@@ -172,13 +169,13 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
             arguments, share = self._corrected(arguments)
             if share == 1:
                 return base.step(self, **arguments, **keywords)
-
-            def draw(*shape: Any, **how: Any) -> Any:
-                return share * randn_tensor(*shape, **how)
-
             if arguments.get("variance_noise") is not None:
                 arguments["variance_noise"] = share * arguments["variance_noise"]
-            return step_with_noise(base.step, draw)(self, **arguments, **keywords)
+            before = _noise_share.set(share)
+            try:
+                return step_with_share(self, **arguments, **keywords)
+            finally:
+                _noise_share.reset(before)
 
     def scale_model_input(self: Any, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         with self._own_timesteps(timestep) as own:
@@ -233,8 +230,34 @@ def correct(
     check_source(qpipe, correction.source)
     corrected = corrected_class(plain_class_of(qpipe.scheduler))  # type: ignore[arg-type]  # classes are hashable
     scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
-    pipe = with_components(qpipe, scheduler=scheduler)
-    scheduler.belongs_to(pipe)
+    return connect(with_components(qpipe, scheduler=scheduler))
+
+
+def connect(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline that corrects, its scheduler and its plan knowing what they need of each other.
+
+    The scheduler sees the guidance scale of the pipeline's calls. Where a correction gives the denoiser other timesteps
+    and bits follow a plan, the pipeline gets a denoiser of its own that shares all tensors, with the plan's steps by
+    the timesteps that it will get.
+
+    Args:
+        pipe: its scheduler corrects.
+
+    Raises:
+        MismatchError: the plan is for another number of steps.
+    """
+    name, correction = denoiser_name(pipe), pipe.scheduler.correction
+    state, shifted = StepState.of(getattr(pipe, name)), correction.model_timesteps
+    if state is not None and state.plan is not None and shifted:
+        planned = state.plan.timesteps
+        if len(shifted) != len(planned):
+            raise MismatchError(f"the plan is for {len(planned)} steps, the correction for {len(shifted)}")
+        model = copy_module(getattr(pipe, name), lambda tensor: tensor)  # other pipelines may share the denoiser
+        triples = zip(shifted, correction.timesteps, planned, strict=True)
+        own: Any = StepState.of(model)
+        own.aliases = {got * mine / t if t else got: mine for got, t, mine in triples}
+        pipe = with_components(pipe, **{name: model})
+    pipe.scheduler.watch_guidance(pipe)
     return pipe
 
 

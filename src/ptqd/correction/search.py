@@ -114,7 +114,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self)
+        return asdict(self) | {"correction": self.correction.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
@@ -144,7 +144,7 @@ def fit_auto(
             seeds or arguments of the call.
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
-    apart = run.apart("measuring")
+    apart = run.with_seed_for("measuring")
     check_source(qpipe, stats.source)
     wanted = {
         "seed": apart.seed,

@@ -59,13 +59,13 @@ class Reshaped:
         gain: (T,).
         sample: (T,).
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
-        network: timesteps that the network is told (T,); empty for its own.
+        model_timesteps: timesteps that the model_timesteps is told (T,); empty for its own.
     """
 
     gain: torch.Tensor
     sample: torch.Tensor
     noise: tuple[float, ...] = ()
-    network: tuple[float, ...] = ()
+    model_timesteps: tuple[float, ...] = ()
 
 
 def from_coefficients(residuals: Residuals, sample: torch.Tensor, output: torch.Tensor) -> Reshaped:

@@ -1,4 +1,4 @@
-"""Taking the place of a scheduler's ``step``, for the time of a block."""
+"""Interception: taking the place of a scheduler's ``step``, and hooks on modules, for the time of a block."""
 
 import functools
 import types
@@ -8,9 +8,20 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils.hooks import RemovableHandle
 
 from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.errors import InputError
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Hooks that were registered on modules, removed at the end of the block whatever happens in it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -31,12 +42,13 @@ def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
             raise InputError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
         return step(plain, model_output, timestep, sample, *args, **kwargs)
 
-    with _stepping_as(scheduler, wrapped):
+    with stepping_as(scheduler, wrapped):
         yield
 
 
 @contextmanager
-def _stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
+def stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
+    """Let a scheduler have another ``step`` for the block's time: a subclass that is otherwise its own class."""
     kind: Any = type(scheduler)
     scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
     try:

@@ -154,6 +154,26 @@ def _run_macs(pipe: DiffusionPipeline, run: Sampling, *, meta: bool) -> Macs:
     return Macs.of([step for step in steps if step])
 
 
+def count_steps(pipe: DiffusionPipeline, run: Sampling) -> int:
+    """How often the scheduler steps in a run: of a network without numbers, or of a real one that looks at them."""
+    name, steps = denoiser_name(pipe), [0]
+    denoiser = getattr(pipe, name)
+
+    def step(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        return plain(*args, **kwargs)
+
+    try:
+        empty = with_components(pipe, **{name: stand_in(on_meta(denoiser), pipe.device, denoiser.dtype)})
+        with stepping(empty, step):
+            run_batch(empty, run, range(1), "latent")
+    except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
+        steps[0] = 0
+        with stepping(pipe, step):
+            run_batch(pipe, run, range(1), "latent")
+    return steps[0]
+
+
 def _counting(model: Any, count: Callable[[Mapping[str, int]], None]) -> Any:
     """Let a denoiser count its calls; changed in place."""
     kind: Any = type(model)

@@ -57,7 +57,7 @@ class Sampling:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def apart(self, purpose: str) -> "Sampling":
+    def with_seed_for(self, purpose: str) -> "Sampling":
         """A copy with a seed of its own, so that what is fitted never sees the samples it is judged on."""
         derived = np.random.SeedSequence([self.seed, *purpose.encode()]).generate_state(1, np.uint32)[0]
         return self.replace(seed=int(derived))

@@ -31,7 +31,7 @@ def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(call).parameters)[1:]
 
 
-def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
+def model_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
     """The timesteps among the arguments of a denoiser's call; None where it takes none.
 
     It may be a number, one a sample, or one a token, of which the largest counts.
@@ -47,7 +47,7 @@ def told_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     return rows
 
 
-def told_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+def model_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
     """The largest of the timesteps among the arguments of a denoiser's call; None where it takes none."""
-    told = told_timesteps(model, args, kwargs)
+    told = model_timesteps(model, args, kwargs)
     return None if told is None else max(told)

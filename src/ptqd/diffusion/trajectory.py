@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.diffusion.intercept import _stepping_as, stepping
+from ptqd.diffusion.intercept import hooked, stepping, stepping_as
 from ptqd.diffusion.pipeline_parts import denoiser_name, find_channel_axis, scheduler_of
 from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.diffusion.timesteps import told_timestep
+from ptqd.diffusion.timesteps import model_timestep
 from ptqd.errors import InputError, MismatchError
 
 _CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
@@ -31,7 +31,7 @@ class Trajectory:
 
     Attributes:
         timesteps: what the scheduler was told.
-        told: the timestep that the denoiser was told in each step; empty where it takes none.
+        model_timesteps: the timestep that the denoiser got in each step; empty where it takes none.
         samples: ``x_t`` before each step.
         outputs: the denoiser's output, after guidance.
         results: what ``step`` returned.
@@ -42,7 +42,7 @@ class Trajectory:
     """
 
     timesteps: list[Any] = field(default_factory=list)
-    told: list[float] = field(default_factory=list)
+    model_timesteps: list[float] = field(default_factory=list)
     samples: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
@@ -105,16 +105,12 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
         return result
 
     def listen(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        told = told_timestep(module, args, kwargs)
-        if told is not None and len(trajectory.told) == len(trajectory.timesteps):  # the first call of a step
-            trajectory.told.append(told)
+        timestep = model_timestep(module, args, kwargs)
+        if timestep is not None and len(trajectory.model_timesteps) == len(trajectory.timesteps):
+            trajectory.model_timesteps.append(timestep)  # of the first call of a step
 
-    listening = model.register_forward_pre_hook(listen, with_kwargs=True)
-    try:
-        with stepping(pipe, step):
-            yield trajectory
-    finally:
-        listening.remove()
+    with hooked(model.register_forward_pre_hook(listen, with_kwargs=True)), stepping(pipe, step):
+        yield trajectory
     if not trajectory.timesteps:
         raise InputError(
             f"{type(pipe).__name__} took no step with its {kind.__name__}; ptqd needs a pipeline that calls "
@@ -184,7 +180,7 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
             last[:] = [next_sample(result)]
         return result
 
-    with _stepping_as(scheduler, step):
+    with stepping_as(scheduler, step):
         yield kept
     if last and last[0].is_floating_point() and len(last[0]) % samples == 0:
         kept.append(whole_samples(last[0], samples).detach().cpu())

@@ -167,7 +167,7 @@ def _in_8_bits(pipe: DiffusionPipeline, run: Sampling, name: str, method: str) -
     insert_quantizers(part, Recipe.parse("w8a8"))
     for module in quant_modules(part):
         module.observe()
-    for _ in sample(with_components(pipe, **{name: model}), run.apart(name).replace(samples=CALIBRATED)):
+    for _ in sample(with_components(pipe, **{name: model}), run.with_seed_for(name).replace(samples=CALIBRATED)):
         pass
     for module in quant_modules(part):
         module.freeze()

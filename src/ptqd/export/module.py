@@ -29,8 +29,8 @@ from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import Quantizer
-from ptqd.quantization.step_clock import set_clock
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage
 
@@ -131,7 +131,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if config.get("ranges") is not None and self.quantizers:
             set_ranges(self, StepRanges.from_dict(config["ranges"]))
         if config.get("plan") is not None:
-            set_clock(self, StepPlan.from_dict(config["plan"], "the saved plan"))
+            set_plan(self, StepPlan.from_dict(config["plan"], "the saved plan"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the component that it stands for returns for the same arguments."""

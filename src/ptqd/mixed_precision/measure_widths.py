@@ -45,5 +45,5 @@ def measure_widths(
     widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
     if len(widths) < 2:
         raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
-    measured = _Measuring(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run.apart("measuring"))
+    measured = _Measuring(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run.with_seed_for("measuring"))
     return measured.go(start, resume or {}, keep, progress)

@@ -19,7 +19,7 @@ def paper_rule(stats: Mapping[int, NoiseStats]) -> StepPlan:
     Raises:
         InputError: the scheduler's noise schedule is not known.
     """
-    widths, timesteps = sorted(stats), told_timesteps(stats)
+    widths, timesteps = sorted(stats), model_timesteps(stats)
     forward = forward_snr(stats[widths[0]])
     snr = torch.stack([quantized_snr(stats[b]) for b in widths])  # W,T
     bits = []
@@ -48,7 +48,7 @@ def quantized_snr(stats: NoiseStats) -> torch.Tensor:
     return regression(stats.moments.mean(0), slope=False)["snr"]
 
 
-def told_timesteps(stats: Mapping[int, NoiseStats]) -> tuple[float, ...]:
+def model_timesteps(stats: Mapping[int, NoiseStats]) -> tuple[float, ...]:
     """What the denoiser was told at each step, which is what its clock will see.
 
     Raises:

@@ -13,7 +13,7 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.mixed_precision.contributions import contributions
-from ptqd.mixed_precision.paper_rule import told_timesteps
+from ptqd.mixed_precision.paper_rule import model_timesteps
 from ptqd.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
@@ -151,7 +151,7 @@ def make_problem(
     costs, layer_costs, weight_costs, fixed_cost = _costs(macs, layers, index, weighted, widths, softmax_bits)
     finals = stats[widths[-1]].finals
     return Problem(
-        timesteps=told_timesteps(stats),
+        timesteps=model_timesteps(stats),
         groups=named,
         widths=widths,
         errors=of_activations[:, None, :] * shares,
@@ -288,7 +288,7 @@ def planning_problem(
     fewest = None
     if weight_bits and free_weights:
         fewer = dict.fromkeys(free_weights, min(weight_bits))
-        plan = StepPlan.uniform(told_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
+        plan = StepPlan.uniform(model_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
         half = run.replace(samples=max(run.samples // 2, 16))
         title = "measuring weights" if progress else False
         fewest = measure(pipe, apply_plan(qpipe, plan, pipe), half, progress=title)

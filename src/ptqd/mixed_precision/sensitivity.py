@@ -32,7 +32,7 @@ from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.weight_grid import rounded_weight
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.step_clock import layer_quantizers
+from ptqd.quantization.sites import layer_quantizers
 from ptqd.quantization.swap import insert_quantizers
 
 PROBED_STEPS = 10
@@ -88,7 +88,9 @@ def measure_sensitivity(
     name = denoiser_name(pipe)
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     probe = _Probe(getattr(pipe, name), getattr(qpipe, name), recipe, sorted(weight_bits))
-    apart = run.apart("sensitivity").replace(samples=samples, batch=PROBED_BATCH)  # whatever the run's: the same result
+    apart = run.with_seed_for("sensitivity").replace(
+        samples=samples, batch=PROBED_BATCH
+    )  # whatever the run's: the same result
     for indices in track(list(apart.batches()), "finding each layer's share" if progress else None):
         with record(pipe) as trajectory, _calls(pipe, steps, trajectory) as calls:
             run_batch(pipe, apart, indices, "latent")

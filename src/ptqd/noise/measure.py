@@ -54,7 +54,7 @@ def measure(
         MismatchError: the two pipelines do not take the same steps.
         InputError: the denoiser's output is NaN or infinite at some step.
     """
-    measured = _Measuring(pipe, {0: qpipe}, run.apart("measuring"), closed_loop)
+    measured = _Measuring(pipe, {0: qpipe}, run.with_seed_for("measuring"), closed_loop)
     before = {} if resume is None else {0: resume}
     return measured.go(start, before, None if keep is None else lambda stats: keep(stats[0]), progress)[0]
 
@@ -75,7 +75,7 @@ class _Measuring:
 
     def _source(self, qpipe: DiffusionPipeline, model: str) -> dict[str, Any]:
         correction = getattr(scheduler_of(qpipe), "correction", None)
-        if self.closed_loop and correction is not None and correction.network:
+        if self.closed_loop and correction is not None and correction.model_timesteps:
             raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
         denoiser = getattr(qpipe, denoiser_name(qpipe))
         return {
@@ -150,7 +150,7 @@ def _batch_stats(
     """Statistics of one batch's steps; how the scheduler steps is asked of the first batch alone."""
     indices = torch.tensor(list(samples))
     source["channel_axis"] = axis = trajectory.channel_axis
-    source["told"] = trajectory.told
+    source["told"] = trajectory.model_timesteps
     channels = trajectory.samples[0].shape[axis]  # a learned variance follows the mean
     means, means_q = ([e.narrow(axis, 0, channels) for e in es] for es in (outputs, outputs_q))
     timesteps = [float(t) for t in trajectory.timesteps]

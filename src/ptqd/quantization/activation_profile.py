@@ -1,145 +1,162 @@
-"""A look at a run before it is quantized: what quantizers' inputs span at each step, and which see the step alone."""
+"""Which layers of a denoiser see nothing but the sampling step, and what they see there.
 
-from collections.abc import Iterator
+The layers of a time embedding do: their inputs are the same for every sample and condition, so that their ranges and
+their rounding can be exact (TFMQ-DM, arXiv 2311.16503).
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.timesteps import timestep_argument
-from ptqd.diffusion.trajectory import Trajectory, record
-from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.linear_conv import QuantLayer
-from ptqd.quantization.step_clock import layer_quantizers
-from ptqd.quantization.step_ranges import StepRanges, group_steps
+from ptqd.diffusion.trajectory import Trajectory
+from ptqd.quantization.sites import quantized_layers
 
-SAMPLES = 8
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass
-class Survey:
+@dataclass(frozen=True)
+class ActivationProfile:
     """What was seen.
 
     Attributes:
-        timesteps: that the denoiser was told, step by step.
-        widths: of each quantizer's range at each step (T, Q).
-        temporal: what the quantizers of layers that see nothing but the step are given (T, I), by name.
+        timesteps: that the denoiser got, step by step (T,).
+        temporal: the inputs of the quantizers of layers that see nothing but the step (T, I), by the layers' names.
+        call: arguments of one call of the denoiser, for one sample.
     """
 
     timesteps: tuple[float, ...]
-    widths: torch.Tensor
-    temporal: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def ranges(self, groups: int, *, exact: bool) -> StepRanges:
-        """Groups of steps with ranges of their own, and if asked for the layers with one for every step."""
-        return StepRanges(self.timesteps, group_steps(self.widths, groups), tuple(self.temporal) if exact else ())
+    temporal: dict[str, torch.Tensor]
+    call: Call
 
 
-def survey(qpipe: DiffusionPipeline, run: Sampling) -> Survey:
-    """Run a few trajectories of a pipeline whose quantizers are in place, observing or not."""
-    model = getattr(qpipe, denoiser_name(qpipe))
-    names = {id(m): name for name, m in layer_quantizers(model)}
-    layers = {id(m.input): name for name, m in model.named_modules() if isinstance(m, QuantLayer)}
-    few = run.replace(samples=min(run.samples, SAMPLES), batch=min(run.batch, SAMPLES))
-    seen: dict[tuple[int, int], tuple[float, float]] = {}
-    inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers.values()}
-    timesteps: tuple[float, ...] = ()
-    calls: list[Any] = []
-    for indices in few.batches():
-        with record(qpipe) as trajectory, _watching(model, trajectory, layers, seen, inputs, calls):
-            run_batch(qpipe, few, indices, "latent")
-        timesteps = tuple(trajectory.told)
-    _drop_what_sees_more(model, layers, inputs, *calls[0])
-    count = len(timesteps)
-    always = [q for q in names if all((step, q) in seen for step in range(count))]
-    widths = [[seen[step, q][1] - seen[step, q][0] for q in always] for step in range(count)]
-    temporal = {
-        name: torch.stack([found[t] for t in range(count)]) for name, found in inputs.items() if len(found) == count
-    }
-    return Survey(timesteps, torch.tensor(widths, dtype=torch.float64), temporal if count else {})
+class ActivationProfiler:
+    """Watches a denoiser whose quantizers are in place, through whole trajectories.
 
+    Args:
+        model: the denoiser; its quantizers do not round yet.
+    """
 
-@contextmanager
-def _watching(
-    model: torch.nn.Module,
-    trajectory: Trajectory,
-    layers: dict[int, str],
-    seen: dict[tuple[int, int], tuple[float, float]],
-    inputs: dict[str, dict[int, torch.Tensor]],
-    calls: list[Any],
-) -> Iterator[None]:
-    """Note what each quantizer is given at each step, and the first call."""
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._layers = dict(quantized_layers(model))
+        self._inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in self._layers}
+        self._call: Call | None = None
 
-    def keep(module: Any, args: Any, kwargs: Any) -> None:
-        if not calls:
-            calls.append(tree_map_only(torch.Tensor, torch.clone, (args, kwargs)))
+    @contextmanager
+    def watching(self, trajectory: Trajectory, samples: int) -> Iterator[None]:
+        """Note what each layer gets at each step of a trajectory of some samples, and the first call."""
 
-    def look(module: Any, args: tuple[torch.Tensor]) -> None:
-        x, step, key = args[0].detach(), len(trajectory.timesteps), id(module)
-        low, high = (float(end) for end in torch.aminmax(x))
-        before = seen.get((step, key), (low, high))
-        seen[step, key] = min(low, before[0]), max(high, before[1])
-        name = layers.get(key)
-        if name not in inputs:
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._call is None:
+                self._call = _of_one_sample(args, kwargs, samples)
+
+        def look(name: str, x: torch.Tensor) -> None:
+            if name not in self._inputs:
+                return
+            step, first = len(trajectory.timesteps), x[:1].detach().flatten().float().cpu()
+            known = self._inputs[name].get(step, first)
+            if x.ndim == 2 and _all_alike(x, known):
+                self._inputs[name][step] = first
+            else:
+                del self._inputs[name]  # it sees more than the step
+
+        with hooked(self.model.register_forward_pre_hook(keep, with_kwargs=True), *_on_inputs(self._layers, look)):
+            yield
+
+    def result(self, timesteps: Sequence[float]) -> ActivationProfile:
+        """What was seen, of the layers that see the step alone at every step."""
+        assert self._call is not None
+        self._drop_what_sees_more(self._call)
+        temporal = {
+            name: torch.stack([inputs[step] for step in range(len(timesteps))])
+            for name, inputs in self._inputs.items()
+            if timesteps and len(inputs) == len(timesteps)
+        }
+        return ActivationProfile(tuple(timesteps), temporal, self._call)
+
+    def _drop_what_sees_more(self, call: Call) -> None:
+        """Drop layers whose input changes when everything but the timestep does: a run may hold one condition only."""
+        random = torch.Generator().manual_seed(0)
+
+        def other(x: torch.Tensor) -> torch.Tensor:
+            if x.is_floating_point():
+                return x + torch.randn(x.shape, generator=random).to(x)
+            return x if x.dtype == torch.bool else torch.where(x == 0, 1, 0).to(x)
+
+        def compare(name: str, x: torch.Tensor) -> None:
+            if name in self._inputs and not _all_alike(x, self._inputs[name][0]):
+                del self._inputs[name]
+
+        timestep = _timestep_of(self.model, call)
+        if timestep is None:
             return
-        first = x[:1].flatten().float().cpu()
-        known = inputs[name].get(step, first)
-        if x.ndim == 2 and torch.allclose(x.float().cpu(), known.expand(x.shape), rtol=1e-4, atol=1e-6):
-            inputs[name][step] = first
-        else:
-            del inputs[name]  # it sees more than the step
-
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    hooks.append(model.register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        args, kwargs = _with_timestep(self.model, tree_map_only(torch.Tensor, other, call), timestep)
+        with hooked(*_on_inputs(self._layers, compare)), torch.no_grad():
+            self.model(*args, **kwargs)
 
 
-def _drop_what_sees_more(
-    model: torch.nn.Module,
-    layers: dict[int, str],
-    inputs: dict[str, dict[int, torch.Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Drop layers whose input changes when everything but the timestep does: a run may hold one condition only."""
+def temporal_inputs(model: nn.Module, profile: ActivationProfile, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What the quantizers of layers that see the step alone get now, at each step (T, I), by the layers' names."""
+    layers = {name: layer for name, layer in quantized_layers(model) if name in names}
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def look(name: str, x: torch.Tensor) -> None:
+        seen[name].append(x[:1].detach().flatten().float().cpu())
+
+    like = _timestep_of(model, profile.call)
+    with hooked(*_on_inputs(layers, look)), torch.no_grad():
+        for t in profile.timesteps:
+            timestep = torch.full_like(like, t) if isinstance(like, torch.Tensor) else t
+            args, kwargs = _with_timestep(model, profile.call, timestep)
+            model(*args, **kwargs)
+    return {name: torch.stack(rows) for name, rows in seen.items()}
+
+
+def _on_inputs(layers: dict[str, Any], look: Any) -> list[Any]:
+    """Hooks that call ``look(name, x)`` with what each layer's quantizer gets."""
+    return [
+        layer.input.register_forward_pre_hook(lambda module, args, name=name: look(name, args[0]))
+        for name, layer in layers.items()
+    ]
+
+
+def _all_alike(x: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether all rows of an input are a known one, but for rounding."""
+    return torch.allclose(x.detach().float().cpu(), known.expand(x.shape), rtol=1e-4, atol=1e-6)
+
+
+def _of_one_sample(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Call:
+    """The rows of one sample of a call's arguments."""
+    sample = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim)
+    batch = len(sample)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return x[::samples].clone() if x.ndim > 0 and len(x) == batch else x.clone()
+
+    call: Call = tree_map_only(torch.Tensor, first, (args, kwargs))
+    return call
+
+
+def _timestep_of(model: nn.Module, call: Call) -> Any:
     argument = timestep_argument(model)
     if argument is None:
-        return
-    name, position = argument
-    random = torch.Generator().manual_seed(0)
+        return None
+    (name, position), (args, kwargs) = argument, call
+    return kwargs[name] if name in kwargs else args[position]
 
-    def other(x: torch.Tensor) -> torch.Tensor:
-        if x.is_floating_point():
-            return x + torch.randn(x.shape, generator=random).to(x)
-        return x if x.dtype == torch.bool else torch.where(x == 0, 1, 0).to(x)
 
-    told = kwargs.get(name, args[position] if position < len(args) else None)
-    args, kwargs = tree_map_only(torch.Tensor, other, (args, kwargs))
+def _with_timestep(model: nn.Module, call: Call, timestep: Any) -> Call:
+    """The same call at another timestep."""
+    argument = timestep_argument(model)
+    assert argument is not None
+    (name, position), (args, kwargs) = argument, call
     if name in kwargs:
-        kwargs[name] = told
-    else:
-        args = (*args[:position], told, *args[position + 1 :])
-
-    def compare(module: Any, given: tuple[torch.Tensor]) -> None:
-        layer = layers[id(module)]
-        if layer in inputs:
-            x, known = given[0].detach().float().cpu(), inputs[layer][0]
-            if not torch.allclose(x, known.expand(x.shape), rtol=1e-4, atol=1e-6):
-                del inputs[layer]
-
-    hooks = [m.register_forward_pre_hook(compare) for m in model.modules() if id(m) in layers]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return args, {**kwargs, name: timestep}
+    return (*args[:position], timestep, *args[position + 1 :]), kwargs

@@ -12,12 +12,13 @@ from torch import nn
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
-from ptqd.quantization.modules.activation import ActiveWidth
+from ptqd.quantization.modules.activation import BitWidth
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan_steps import remove_plan, set_plan
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.step_clock import layer_quantizers, remove_clock, set_clock
-from ptqd.quantization.step_ranges import range_clock_of
+from ptqd.quantization.sites import layer_quantizers
+from ptqd.quantization.step_ranges import range_steps_of
 from ptqd.quantization.swap import names_of, put_layer
 
 
@@ -33,7 +34,7 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
             and those that an earlier plan named and this one leaves to the recipe.
 
     Raises:
-        InputError: the plan does not fit the model; see ``set_clock``. Or it asks for other weights than the model
+        InputError: the plan does not fit the model; see ``set_plan``. Or it asks for other weights than the model
         has, and there is no full-precision layer to take them from.
     """
     source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
@@ -51,8 +52,8 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
                 "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
             )
         _requantize(model, layer, bits, getattr(pipe, name))
-    remove_clock(model)
-    set_clock(model, plan)
+    remove_plan(model)
+    set_plan(model, plan)
     ranges = source.quantization_config.ranges
     PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict(), ranges)).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
@@ -89,10 +90,10 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     if source.quantization_config.plan is not None:  # its weights stay
         kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, QuantLayer)}
         recipe = with_weights(recipe, plan_of(qpipe), kinds)
-    remove_clock(model)
+    remove_plan(model)
     for _, quantizer in layer_quantizers(model):
         if len(quantizer.widths) > 1:
-            quantizer.active = ActiveWidth(quantizer.widths.index(bits))
+            quantizer.active = BitWidth(quantizer.widths.index(bits))
     config = PtqdConfig(recipe.to_dict(), ranges=source.quantization_config.ranges)
     PtqdQuantizer(config).adopt(model, source.coverage)
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
@@ -105,7 +106,7 @@ def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None
     new = copy_module(old, lambda tensor: tensor)
     new.set_bits(bits)
     new.encode(weight)
-    clock = range_clock_of(model)
+    clock = range_steps_of(model)
     if clock is not None and name in clock.ranges.temporal:  # its bias was fitted to its old codes
         new.bias = full.get_submodule(name).bias
     put_layer(model, name, new)

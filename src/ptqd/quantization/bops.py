@@ -18,7 +18,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv
-from ptqd.quantization.step_clock import clock_of
+from ptqd.quantization.plan_steps import plan_steps_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
     Raises:
         InputError: its plan is for another number of steps.
     """
-    clock, steps = clock_of(model), len(macs.counts)
+    clock, steps = plan_steps_of(model), len(macs.counts)
     if clock is not None and clock.plan.steps != steps:
         raise InputError(f"the plan is for {clock.plan.steps} steps, the run takes {steps}; make a plan for these")
     left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)

@@ -4,8 +4,8 @@ Rows of the denoiser's batch, guidance's halves included, are taken from whole t
 pipeline. Which steps a sample gives depends on its seed alone, so neither batch size nor order changes what is drawn.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.sampling import Sampling, run_batch, sample
+from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
+from ptqd.quantization.activation_profile import ActivationProfile, ActivationProfiler
 from ptqd.quantization.recipe import CalibrationSteps
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
@@ -28,7 +31,7 @@ ERROR_SAMPLES = 8
 
 
 @dataclass
-class Pool:
+class CalibrationInputs:
     """Rows of calls of a denoiser, all steps mixed.
 
     Attributes:
@@ -57,11 +60,11 @@ class Pool:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def first(self, rows: int) -> "Pool":
+    def first(self, rows: int) -> "CalibrationInputs":
         """The first rows of it; they are in random order."""
         keep = slice(0, rows)
         leaves = [x[keep] if stacked else x for x, stacked in zip(self.leaves, self.stacked, strict=True)]
-        return Pool(leaves, self.stacked, self.structure, self.steps[keep])
+        return CalibrationInputs(leaves, self.stacked, self.structure, self.steps[keep])
 
 
 def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None = None) -> np.ndarray[Any, Any]:
@@ -96,13 +99,26 @@ def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Samp
     return torch.tensor(totals, dtype=torch.float64)
 
 
-def draw_pool(
+@dataclass(frozen=True)
+class Calibration:
+    """What one pass over the calibration trajectories gave.
+
+    Attributes:
+        inputs: rows of the denoiser's calls; None where none were asked for.
+        profile: which layers see the step alone; None where that was not asked.
+    """
+
+    inputs: "CalibrationInputs | None"
+    profile: ActivationProfile | None
+
+
+def draw_inputs(
     pipe: DiffusionPipeline, run: Sampling, rows: int, weights: np.ndarray[Any, Any], *, progress: str | None = None
-) -> Pool:
+) -> "CalibrationInputs":
     """Draw rows of the denoiser's calls from ``run``'s trajectories; in random order.
 
     Args:
-        pipe: full precision.
+        pipe: in full precision, or one whose quantizers do not round yet.
         run: its samples are drawn from.
         rows: wanted; fewer where the run has fewer.
         weights: probability of each step (T,).
@@ -111,14 +127,65 @@ def draw_pool(
     Raises:
         InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
     """
+    inputs = calibrate(pipe, run, rows=rows, weights=weights, progress=progress).inputs
+    assert inputs is not None
+    return inputs
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    run: Sampling,
+    *,
+    rows: int = 0,
+    weights: np.ndarray[Any, Any] | None = None,
+    profile: bool = False,
+    index: StepIndex | None = None,
+    progress: str | None = None,
+) -> Calibration:
+    """Run the calibration trajectories once; observers in the denoiser see every call meanwhile.
+
+    Args:
+        pipe: in full precision, or one whose quantizers do not round yet.
+        run: the trajectories.
+        rows: of the denoiser's calls to draw.
+        weights: probability that a row is drawn from each step (T,), where some are.
+        profile: find the layers that see nothing but the step.
+        index: set to the number of the step before each call.
+        progress: title of a bar.
+
+    Raises:
+        InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
+    """
+    if not rows and not profile and index is None:  # nothing that needs the steps told apart
+        for _ in sample(pipe, run, output="latent", progress=progress):
+            pass
+        return Calibration(None, None)
+    model = getattr(pipe, denoiser_name(pipe))
     count = -(-rows // run.samples)
     taken: list[_Taken] = []
+    profiler = ActivationProfiler(model) if profile else None
     for indices in track(list(run.batches()), progress):
-        wanted = [_steps_of(run.seed, i, count, weights) for i in indices]
-        with record(pipe) as trajectory, _listening(pipe, trajectory, indices, wanted, taken):
+        with record(pipe) as trajectory, contextlib.ExitStack() as stack:
+            if weights is not None:
+                wanted = [_steps_of(run.seed, i, count, weights) for i in indices]
+                stack.enter_context(_listening(model, trajectory, indices, wanted, taken))
+            if index is not None:
+                stack.enter_context(_numbering(model, trajectory, index))
+            if profiler is not None:
+                stack.enter_context(profiler.watching(trajectory, len(indices)))
             run_batch(pipe, run, indices, "latent")
     taken.sort(key=lambda part: (part.sample, part.step))
-    return _stack(taken, rows, run.seed)
+    inputs = _stack(taken, rows, run.seed) if weights is not None else None
+    return Calibration(inputs, None if profiler is None else profiler.result(trajectory.model_timesteps))
+
+
+def _numbering(model: nn.Module, trajectory: Trajectory, index: StepIndex) -> contextlib.AbstractContextManager[None]:
+    """Inside the block an index is the number of the step."""
+
+    def number(module: Any, args: Any) -> None:
+        index.index = len(trajectory.timesteps)
+
+    return hooked(model.register_forward_pre_hook(number))
 
 
 @dataclass
@@ -142,14 +209,13 @@ def _steps_of(seed: int, sample: int, count: int, weights: np.ndarray[Any, Any])
     return chosen
 
 
-@contextmanager
 def _listening(
-    pipe: DiffusionPipeline,
+    model: nn.Module,
     trajectory: Trajectory,
     samples: Sequence[int],
     wanted: Sequence[Sequence[int]],
     taken: list[_Taken],
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Keep the wanted samples' rows of the calls inside the block."""
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -166,11 +232,7 @@ def _listening(
             parts = [x[rows.to(x.device)] if by_row else x for x, by_row in zip(leaves, stacked, strict=True)]
             taken.extend([_Taken(samples[n], step, parts, stacked, structure)] * wanted[n].count(step))
 
-    hook = getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return hooked(model.register_forward_pre_hook(keep, with_kwargs=True))
 
 
 def _with_timesteps_by_row(
@@ -189,7 +251,7 @@ def _with_timesteps_by_row(
     return (*args[:position], told, *args[position + 1 :]), dict(kwargs)
 
 
-def _stack(taken: list[_Taken], rows: int, seed: int) -> Pool:
+def _stack(taken: list[_Taken], rows: int, seed: int) -> CalibrationInputs:
     first = taken[0]
     for part in taken[1:]:
         for known, leaf, by_row in zip(first.leaves, part.leaves, first.stacked, strict=True):
@@ -206,4 +268,4 @@ def _stack(taken: list[_Taken], rows: int, seed: int) -> Pool:
         torch.cat([part.leaves[i] for part in taken])[order.to(leaf.device)] if first.stacked[i] else leaf
         for i, leaf in enumerate(first.leaves)
     ]
-    return Pool(leaves, first.stacked, first.structure, steps[order])
+    return CalibrationInputs(leaves, first.stacked, first.structure, steps[order])

@@ -13,12 +13,12 @@ from ptqd.diffusion.macs import PRODUCTS, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
-from ptqd.quantization.calibration import draw_pool, step_weights
+from ptqd.quantization.calibration import draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import Quantizer, Recipe
-from ptqd.quantization.step_ranges import range_clock_of, range_of
+from ptqd.quantization.step_ranges import range_of, range_steps_of
 from ptqd.quantization.swap import HALVES, names_of
 
 ROWS = 64
@@ -67,7 +67,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) ->
     macs = by_halves(run_macs(pipe, run), model)
     counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
     errors = _errors(pipe, full, model, run, len(macs.counts))
-    temporal = getattr(getattr(range_clock_of(model), "ranges", None), "temporal", ())
+    temporal = getattr(getattr(range_steps_of(model), "ranges", None), "temporal", ())
     reports = []
     for layer, module in model.named_modules():
         if isinstance(module, QuantLayer):
@@ -83,7 +83,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) ->
             count = sum(counts.get(layer + product, 0) for product in PRODUCTS)
         else:
             continue
-        fixed = range_of(quantizer) if quantizer.found_beforehand and quantizer.spec.format == "int" else None
+        fixed = range_of(quantizer) if quantizer.is_static and quantizer.spec.format == "int" else None
         report = (layer, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
         reports.append(LayerReport(*report, quantizer.ranges, errors.get(layer, float("nan"))))
     return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
@@ -97,14 +97,14 @@ def _format(spec: Quantizer) -> str:
 
 def _errors(pipe: DiffusionPipeline, full: nn.Module, model: nn.Module, run: Sampling, steps: int) -> dict[str, float]:
     """Relative squared error of each layer's output."""
-    few = run.apart("explaining").replace(samples=16, batch=16)
-    pool = draw_pool(pipe, few, ROWS, step_weights("uniform", steps))
+    few = run.with_seed_for("explaining").replace(samples=16, batch=16)
+    inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", steps))
     sums: dict[str, list[float]] = {}
     with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
-        args, kwargs = pool.call(slice(0, len(pool)))
-        clock = range_clock_of(model)
+        args, kwargs = inputs.call(slice(0, len(inputs)))
+        clock = range_steps_of(model)
         if clock is not None:
-            clock.set(pool.steps.tolist())
+            clock.set(inputs.steps.tolist())
         full(*args, **kwargs)
     return {name: wrong / energy if energy > 0 else wrong for name, (wrong, energy) in sums.items()}
 

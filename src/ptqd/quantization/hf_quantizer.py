@@ -15,8 +15,8 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
-from ptqd.quantization.step_clock import set_clock
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
 
@@ -125,7 +125,7 @@ class PtqdQuantizer(DiffusersQuantizer):
         if ranges is not None:
             set_ranges(model, ranges)
         if plan is not None:
-            set_clock(model, plan)
+            set_plan(model, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:

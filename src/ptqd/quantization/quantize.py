@@ -10,22 +10,28 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.macs import count_steps
 from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of, with_components
-from ptqd.diffusion.sampling import Sampling, run_batch, sample
-from ptqd.diffusion.trajectory import record
+from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
 from ptqd.progress import track
-from ptqd.quantization.activation_profile import Survey, survey
-from ptqd.quantization.calibration import ERROR_SAMPLES, Pool, draw_pool, measured_errors, step_weights
+from ptqd.quantization.activation_profile import ActivationProfile
+from ptqd.quantization.calibration import (
+    ERROR_SAMPLES,
+    Calibration,
+    CalibrationInputs,
+    calibrate,
+    measured_errors,
+    step_weights,
+)
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.methods import Gptq, Learned, LowRank, Smooth
-from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.rounding import adaround_brecq as learned
-from ptqd.quantization.rounding import smoothquant as smooth
-from ptqd.quantization.rounding import svdquant
-from ptqd.quantization.rounding import time_embedding as columns
-from ptqd.quantization.step_ranges import StepRanges, set_ranges
+from ptqd.quantization.rounding import adaround_brecq, gptq, smoothquant, svdquant, time_embedding
+from ptqd.quantization.sites import layer_quantizers, quantized_layers
+from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of, quant_modules
 
 OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
@@ -70,37 +76,33 @@ class _Quantizing:
         self.name = denoiser_name(pipe)
         self.full: nn.Module = getattr(pipe, self.name)
         check_weights(self.full, self.name)
-        self.run = run.apart("calibration").replace(samples=recipe.calibration_samples)
+        self.run = run.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
+        self.drawn = recipe.calibration_steps != "uniform"  # ranges are found on drawn rows
 
     def go(self) -> DiffusionPipeline:
-        recipe = self.recipe
-        found = self._survey() if recipe.time_embedding or recipe.step_ranges > 1 else None
-        ranges = None if found is None else found.ranges(recipe.step_ranges, exact=recipe.time_embedding)
+        calibration, observed = self._calibrate()
+        ranges = self._step_ranges(calibration.profile, observed)
         quantized, coverage = self._inserted(ranges)
         model = getattr(quantized, self.name)
-        drawn = recipe.calibration_steps != "uniform"
-        wanted = [method.inputs for method in recipe.methods if not isinstance(method, LowRank | Smooth)]
-        wanted += [BATCH] * any(isinstance(method, Smooth) for method in recipe.methods) + [OBSERVED] * drawn
-        pool = self._pool(max(wanted)) if wanted else None
-        self._prepare(model, pool)
-        self._find_ranges(quantized, pool if drawn else None, found, ranges)
+        self._take_over(model, observed, ranges)
+        self._prepare(model, calibration.inputs)
+        self._find_ranges(model, calibration, ranges)
         temporal = frozenset(ranges.temporal) if ranges is not None else frozenset[str]()
-        if temporal:
-            columns.fit_temporal(quantized, self.full, self.run, temporal, found.temporal if found else {})
-        for method in recipe.methods:
-            fixed = temporal | self._passed_over(model, method.name)
+        if temporal and calibration.profile is not None:
+            time_embedding.fit_temporal(model, self.full, calibration.profile, temporal)
+        for method in self.recipe.methods:
+            exempt = temporal | self._exempt(model, method.name)
             if isinstance(method, Gptq):
-                assert pool is not None
-                columns.fit_columns(
-                    model, self.full, pool.first(method.inputs), method, fixed, self._title(method.name)
-                )
+                assert calibration.inputs is not None
+                inputs = calibration.inputs.first(method.inputs)
+                gptq.fit_gptq(model, self.full, inputs, method, exempt, self._title(method.name))
             elif isinstance(method, Learned):
-                assert pool is not None
-                kept = self.scratch / method.name
-                learned.learn(
-                    model, self.full, pool, method, fixed, kept, seed=self.run.seed, progress=self._title(method.name)
+                assert calibration.inputs is not None
+                kept, title = self.scratch / method.name, self._title(method.name)
+                adaround_brecq.learn(
+                    model, self.full, calibration.inputs, method, exempt, kept, seed=self.run.seed, progress=title
                 )
-        config = PtqdConfig(recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
+        config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
         return quantized
 
@@ -116,87 +118,132 @@ class _Quantizing:
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
         return with_components(self.pipe, **parts), coverage
 
-    def _survey(self) -> Survey:
+    def _calibrate(self) -> tuple[Calibration, list[list[Observer]]]:
+        """The one pass over the trajectories, and what each quantizer's observers saw, by step where that is needed."""
+        recipe = self.recipe
+        rows = self._rows()
+        by_step = recipe.step_ranges > 1
+        weights, steps = None, 0
+        if rows or by_step:
+            errors = self._errors() if recipe.calibration_steps == "error" else None
+            steps = count_steps(self.pipe, self.run) if errors is None else len(errors)
+            weights = step_weights(recipe.calibration_steps, steps, errors) if rows else None
         quantized, _ = self._inserted(None)
-        for module in quant_modules(getattr(quantized, self.name)):
-            module.observe()
-        found = survey(quantized, self.run)
-        if not found.timesteps:
+        quantizers = [quantizer for _, quantizer in layer_quantizers(getattr(quantized, self.name))]
+        index = StepIndex()
+        for quantizer in quantizers:
+            quantizer.observe([Observer() for _ in range(steps)] if by_step else None)
+            if by_step:
+                quantizer.step = index
+        calibration = calibrate(
+            quantized,
+            self.run,
+            rows=rows,
+            weights=weights,
+            profile=recipe.time_embedding or by_step,
+            index=index if by_step else None,
+            progress=self._title("calibrating"),
+        )
+        return calibration, [quantizer.observers for quantizer in quantizers]
+
+    def _rows(self) -> int:
+        """How many rows of the denoiser's calls the recipe needs."""
+        wanted = [0]
+        for method in self.recipe.methods:
+            if isinstance(method, Smooth):
+                wanted.append(BATCH if self.recipe.activations.dynamic else OBSERVED)
+            elif not isinstance(method, LowRank):
+                wanted.append(method.inputs)
+        return max(wanted + [OBSERVED] * self.drawn)
+
+    def _errors(self) -> torch.Tensor:
+        """What plain rounding changes at each step (T,)."""
+        few = min(ERROR_SAMPLES, self.run.samples)
+        plain = replace(
+            self.recipe,
+            methods=(),
+            step_bits=(),
+            step_ranges=1,
+            time_embedding=False,
+            calibration_steps="uniform",
+            calibration_samples=few,
+            rules=tuple(replace(rule, without=()) for rule in self.recipe.rules),
+        )
+        rounded = quantize(self.pipe, plain, self.run)
+        return measured_errors(self.pipe, rounded, self.run.replace(samples=few))
+
+    def _step_ranges(self, profile: ActivationProfile | None, observed: list[list[Observer]]) -> StepRanges | None:
+        """Groups of steps with ranges of their own, and the layers with one for every step."""
+        if profile is None:
+            return None
+        if not profile.timesteps:
             raise InputError(
                 f"{type(self.full).__name__} is told no timestep, so its ranges cannot follow the steps; "
                 "leave step_ranges at 1 and time_embedding out"
             )
-        return found
+        groups = (0,) * len(profile.timesteps)
+        if self.recipe.step_ranges > 1:
+            always = [seen for seen in observed if seen and all(o.low <= o.high for o in seen)]
+            widths = [[seen[step].high - seen[step].low for seen in always] for step in range(len(groups))]
+            groups = group_steps(torch.tensor(widths, dtype=torch.float64), self.recipe.step_ranges)
+        temporal = tuple(profile.temporal) if self.recipe.time_embedding else ()
+        return StepRanges(profile.timesteps, groups, temporal)
 
-    def _pool(self, rows: int) -> Pool:
-        """The denoiser's inputs that are learned from."""
-        errors = None
-        if self.recipe.calibration_steps == "error":
-            few = min(ERROR_SAMPLES, self.run.samples)
-            plain = replace(
-                self.recipe,
-                methods=(),
-                step_bits=(),
-                step_ranges=1,
-                time_embedding=False,
-                calibration_steps="uniform",
-                calibration_samples=few,
-                rules=tuple(replace(rule, without=()) for rule in self.recipe.rules),
-            )
-            rounded = quantize(self.pipe, plain, self.run)
-            errors = measured_errors(self.pipe, rounded, self.run.replace(samples=few))
-        steps = self._steps() if errors is None else len(errors)
-        weights = step_weights(self.recipe.calibration_steps, steps, errors)
-        return draw_pool(self.pipe, self.run, rows, weights, progress=self._title("drawing calibration inputs"))
+    def _take_over(self, model: nn.Module, observed: list[list[Observer]], ranges: StepRanges | None) -> None:
+        """Give what was observed to the quantizers that keep it; bypassed until their ranges are found."""
+        for (name, quantizer), seen in zip(layer_quantizers(model), observed, strict=True):
+            if quantizer.is_static:
+                grouped = seen
+                if len(seen) > 1 and ranges is not None:  # by step
+                    numbers = range(len(seen)) if name in ranges.temporal else ranges.groups
+                    kept = numbers if quantizer.ranges > 1 else [0] * len(seen)
+                    grouped = [
+                        Observer.merged([o for o, group in zip(seen, kept, strict=True) if group == g])
+                        for g in range(quantizer.ranges)
+                    ]
+                elif quantizer.ranges > len(seen):  # of a layer with a range for every step, which is not observed
+                    grouped = []
+                quantizer.observe(grouped)
+            quantizer.bypass()
 
-    def _steps(self) -> int:
-        """How often the scheduler steps in a run."""
-        with record(self.pipe) as trajectory:
-            run_batch(self.pipe, self.run, range(1), "latent")
-        return len(trajectory.timesteps)
-
-    def _passed_over(self, model: nn.Module, method: str) -> frozenset[str]:
+    def _exempt(self, model: nn.Module, method: str) -> frozenset[str]:
         """Layers that a rule keeps from a method."""
-        passed = set()
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantLayer):
-                rule = self.recipe.rule_for(names_of(name), layer.kind)
-                if rule is not None and method in rule.without:
-                    passed.add(name)
-        return frozenset(passed)
+        rules = {name: self.recipe.rule_for(names_of(name), layer.kind) for name, layer in quantized_layers(model)}
+        return frozenset(name for name, rule in rules.items() if rule is not None and method in rule.without)
 
-    def _prepare(self, model: nn.Module, pool: Pool | None) -> None:
+    def _prepare(self, model: nn.Module, inputs: CalibrationInputs | None) -> None:
         """What changes weights before they are rounded: smoothing and low-rank branches."""
-        for module in quant_modules(model):
-            module.observe()  # in full precision
         for method in self.recipe.methods:
             if isinstance(method, Smooth):
-                assert pool is not None
-                smooth.fit_smoothing(model, self.full, pool.first(BATCH), method, self._title("smoothing"))
+                assert inputs is not None
+                smoothquant.fit_smoothing(model, self.full, inputs.first(BATCH), method)
             elif isinstance(method, LowRank):
                 svdquant.fit_low_rank(model, self.full, self.run.seed)
 
-    def _find_ranges(
-        self, quantized: DiffusionPipeline, pool: Pool | None, found: Survey | None, ranges: StepRanges | None
-    ) -> None:
-        """Observe, then freeze: ranges fixed, weights rounded to nearest."""
-        model = getattr(quantized, self.name)
-        modules = quant_modules(model)
-        for module in modules:
-            module.observe()
-        if found is not None and ranges is not None:
-            for name in ranges.temporal:
-                layer: Any = model.get_submodule(name)
-                if layer.input.ranges > 1:
-                    layer.input.fix(layer.smoothed(found.temporal[name].to(layer.weight)).float().cpu())
-        title = self._title("calibrating")
-        if pool is None:
-            for _ in sample(quantized, self.run, output="latent", progress=title):
-                pass
-        else:
+    def _find_ranges(self, model: nn.Module, calibration: Calibration, ranges: StepRanges | None) -> None:
+        """Fix ranges and round weights to nearest.
+
+        Ranges that were observed before smoothing changed the activations, or that the recipe wants of drawn steps, are
+        observed on the drawn rows.
+        """
+        temporal = () if ranges is None else ranges.temporal
+        for name, layer in quantized_layers(model):
+            if name in temporal and layer.input.ranges > 1 and calibration.profile is not None:
+                x = calibration.profile.temporal[name].to(layer.weight)
+                layer.input.set_static_range(layer.smoothed(x).float().cpu())
+        smoothed = {layer.input for _, layer in quantized_layers(model) if layer.smooth_scale is not None}
+        again = [
+            quantizer
+            for name, quantizer in layer_quantizers(model)
+            if quantizer.is_static and (self.drawn or quantizer in smoothed) and name not in temporal
+        ]
+        for quantizer in again:
+            quantizer.observe()
+        if again:
+            assert calibration.inputs is not None
             with torch.no_grad():
-                for rows in track(list(pool.batches(BATCH)), title):
-                    args, kwargs = pool.call(rows)
+                for rows in track(list(calibration.inputs.batches(BATCH)), self._title("observing")):
+                    args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
-        for module in track(modules, self._title("finding ranges")):
+        for module in track(quant_modules(model), self._title("finding ranges")):
             module.freeze()

@@ -1,4 +1,4 @@
-"""Activation ranges that know the step: which range holds when, and the clock that says so.
+"""Activation ranges by step.
 
 Steps that follow each other form groups with a range each; layers that see nothing but the timestep have a range for
 every step. At run time that is a look-up before each call of the denoiser. A timestep that was not calibrated takes the
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqd.diffusion.timesteps import told_timesteps
+from ptqd.diffusion.step_state import StepIndex, StepState, StepTable
 from ptqd.errors import InputError
-from ptqd.quantization.modules.activation import ActivationQuantizer, Active
-from ptqd.quantization.step_clock import layer_quantizers
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.sites import layer_quantizers
 
 
 @dataclass(frozen=True)
@@ -57,54 +57,54 @@ class StepRanges:
         return cls(*(tuple(values[name]) for name in ("timesteps", "groups", "temporal")))
 
 
-class RangeClock:
-    """Sets the ranges when the denoiser is told its timestep: a forward pre-hook.
+class RangeSteps(StepTable):
+    """Activation ranges by step.
 
     Args:
-        ranges: of the steps.
-        group: shared by the layers whose ranges are by groups.
+        ranges: which range holds at which timestep.
+        group: shared by the layers whose ranges are by groups of steps.
         step: shared by the layers whose ranges are by step.
     """
 
-    def __init__(self, ranges: StepRanges, group: Active, step: Active) -> None:
+    def __init__(self, ranges: StepRanges, group: StepIndex, step: StepIndex) -> None:
         self.ranges, self.group, self.step = ranges, group, step
-        self._rising = sorted((t, i) for i, t in enumerate(ranges.timesteps))
+        self.timesteps = ranges.timesteps
+        self._ascending = sorted((t, i) for i, t in enumerate(ranges.timesteps))
         self._groups = torch.tensor(ranges.groups)
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before each call of the denoiser."""
-        told = told_timesteps(module, args, kwargs)
-        if told is None:
-            return
-        self.set([self.index_at(t) for t in told])
+    def enter(self, timesteps: Sequence[float], model: nn.Module) -> None:
+        """Let the ranges nearest to the timesteps hold."""
+        self.set([self.index_at(t) for t in timesteps])
 
     def set(self, steps: Sequence[int]) -> None:
         """Let steps hold from now on: one, or one for each row of the batch."""
         if len(set(steps)) == 1:
             self.step.index, self.group.index = steps[0], self.ranges.groups[steps[0]]
         else:
-            self.step.index = torch.tensor(steps)
-            self.group.index = self._groups[self.step.index]
+            index = torch.tensor(steps)
+            self.step.index, self.group.index = index, self._groups[index]
 
     def index_at(self, t: float) -> int:
         """The step whose timestep is nearest."""
-        place = bisect.bisect(self._rising, (t, -1))
-        near = self._rising[max(0, place - 1) : place + 1]
+        place = bisect.bisect(self._ascending, (t, -1))
+        near = self._ascending[max(0, place - 1) : place + 1]
         return min(near, key=lambda known: abs(known[0] - t))[1]
 
 
 def set_ranges(model: nn.Module, ranges: StepRanges) -> None:
     """Let a quantized denoiser's ranges follow the steps from now on."""
-    group, step = Active(), Active()
+    group, step = StepIndex(), StepIndex()
     for name, quantizer in layer_quantizers(model):
         if quantizer.ranges > 1:
             quantizer.step = step if name in ranges.temporal else group
-    model.register_forward_pre_hook(RangeClock(ranges, group, step), with_kwargs=True)
+    StepState.on(model).ranges = RangeSteps(ranges, group, step)
 
 
-def range_clock_of(model: nn.Module) -> RangeClock | None:
-    """The clock that sets a model's ranges; None where they are the same at every step."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RangeClock)), None)
+def range_steps_of(model: nn.Module) -> RangeSteps | None:
+    """A denoiser's ranges by step; None where they are the same at every step."""
+    state = StepState.of(model)
+    ranges = None if state is None else state.ranges
+    return ranges if isinstance(ranges, RangeSteps) else None
 
 
 def group_steps(widths: torch.Tensor, count: int) -> tuple[int, ...]:

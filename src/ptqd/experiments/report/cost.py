@@ -25,8 +25,8 @@ from ptqd.loading import load
 from ptqd.quantization.bops import Cost, cost_of
 from ptqd.quantization.hf_quantizer import with_weights
 from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.step_clock import set_clock
 from ptqd.quantization.swap import insert_quantizers, layer_types
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def counted(
     with torch.device("meta"):
         insert_quantizers(denoiser, wanted)
     if chosen is not None:
-        set_clock(denoiser, chosen)
+        set_plan(denoiser, chosen)
     return cost_of(denoiser, macs)
 
 

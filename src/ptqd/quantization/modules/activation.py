@@ -1,34 +1,45 @@
 """Activation quantizers: one tensor rounded, by a range that was observed or as it comes.
 
-The range may depend on the step: a quantizer then has several, and an :class:`Active` that its clock sets says which
-one holds, for the whole batch or for each of its rows.
+The range may depend on the step: a quantizer then has several, and a ``StepIndex`` says which one holds, for the whole
+batch or for each of its rows.
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
 from ptqd.quantization.numerics.affine import MAX_BITS, Grid, affine_parameters, fake_quantize
 from ptqd.quantization.numerics.formats import BLOCKS, LARGEST, fake_blocks, round_float
-from ptqd.quantization.numerics.observer import Observer
+from ptqd.quantization.numerics.observer import NOT_FINITE, Observer
 from ptqd.quantization.numerics.range_search import find_range
 from ptqd.quantization.recipe import Quantizer
 
 
-class Active:
-    """Which of several things holds now; shared by all that change together. For each row of a batch, a tensor (N,)."""
+class Mode(Enum):
+    """What a quantizer does with what it is given.
+
+    ``BYPASS`` and ``OBSERVE`` give it back untouched, the latter after showing it to the observers; ``ROUND`` rounds.
+    """
+
+    BYPASS = "bypass"
+    OBSERVE = "observe"
+    ROUND = "round"
+
+
+class BitWidth:
+    """Which of its widths a quantizer rounds to now; the quantizers of one group of layers share one.
+
+    Attributes:
+        index: into the quantizer's widths.
+    """
 
     def __init__(self, index: int = 0) -> None:
-        self.index: Any = index
-
-
-class ActiveWidth(Active):
-    """Which of its widths a quantizer rounds to now; those of one group of layers share one."""
-
-    index: int
+        self.index = index
 
 
 class ActivationQuantizer(nn.Module):
@@ -53,12 +64,13 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.spec, self.axis, self.rowwise = spec, axis, rowwise
         self.widths = tuple(widths) or (spec.bits,)
-        self.active = ActiveWidth(self.widths.index(spec.bits))
-        self.step = Active()
+        self.active = BitWidth(self.widths.index(spec.bits))
+        self.step = StepIndex()
         shape = (len(self.widths),) if ranges == 1 else (ranges, len(self.widths))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
-        self.observers: list[Observer] | None = None
+        self.mode = Mode.ROUND
+        self.observers: list[Observer] = []
         self.learner: Callable[[torch.Tensor], torch.Tensor] | None = None  # rounds instead, while it learns
         self._numbers: list[list[tuple[float, float, Grid]]] = []
 
@@ -78,16 +90,26 @@ class ActivationQuantizer(nn.Module):
         return len(self.scale) if self.scale.ndim == 2 else 1
 
     @property
-    def found_beforehand(self) -> bool:
-        """Whether it has a range that is observed."""
+    def is_static(self) -> bool:
+        """Whether its range is found in calibration, from what observers saw; others are computed from each input."""
         return not self.spec.dynamic and self.spec.format not in BLOCKS
 
-    def observe(self) -> None:
-        """Start to collect the ranges; outputs are the inputs, untouched."""
-        self.observers = [Observer() for _ in range(self.ranges)]
+    def observe(self, observers: Sequence[Observer] | None = None) -> None:
+        """Start to collect the ranges; outputs are the inputs, untouched.
 
-    def fix(self, values: torch.Tensor) -> None:
-        """Fix the range of each step from what comes there (T, n), instead of observing it."""
+        Args:
+            observers: one for each range, that may have seen something already; new ones without.
+        """
+        self.mode = Mode.OBSERVE
+        fresh = [Observer() for _ in range(self.ranges)] if self.is_static else []
+        self.observers = fresh if observers is None else list(observers)
+
+    def bypass(self) -> None:
+        """Give inputs back untouched and collect nothing; what was observed stays."""
+        self.mode = Mode.BYPASS
+
+    def set_static_range(self, values: torch.Tensor) -> None:
+        """Find the range of each step from what comes there (T, n), instead of observing it."""
         scales, zeros = (t.view(self.ranges, -1) for t in (self.scale, self.zero_point))
         for i, grid in enumerate(self.grids):
             if self.spec.format == "int":
@@ -97,7 +119,7 @@ class ActivationQuantizer(nn.Module):
             else:
                 largest = values.abs().amax(1)
                 scales[:, i] = torch.where(largest > 0, largest / LARGEST[self.spec.format], 1.0).to(scales.device)
-        self.observers = [] if self.observers is not None else None
+        self.observers = []
         self.refresh()
 
     def freeze(self) -> None:
@@ -108,14 +130,14 @@ class ActivationQuantizer(nn.Module):
         Raises:
             InputError: nothing was observed.
         """
-        if self.observers is None:
+        if self.mode is Mode.ROUND:
             raise InputError("freeze() needs observe() and at least one forward pass before it")
-        if self.found_beforehand and self.observers:
+        if self.observers:
             seen = [observer for observer in self.observers if observer.low <= observer.high]
             whole = self.observers[0] if len(seen) == len(self.observers) else Observer.merged(seen)
             for s, observer in enumerate(self.observers):
                 self._fix(s, observer if observer.low <= observer.high else whole)
-        self.observers = None
+        self.mode, self.observers = Mode.ROUND, []
         self.refresh()
 
     def _fix(self, s: int, observer: Observer) -> None:
@@ -135,9 +157,10 @@ class ActivationQuantizer(nn.Module):
         self._numbers = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` itself while observing, else ``x`` rounded to the active width's grid; any shape."""
-        if self.observers is not None:
-            self._show(x)
+        """``x`` itself while observing or bypassed, else rounded to the active width's grid; any shape."""
+        if self.mode is not Mode.ROUND:
+            if self.mode is Mode.OBSERVE:
+                self._show(x)
             return x
         if self.learner is not None:
             return self.learner(x)
@@ -195,11 +218,12 @@ class ActivationQuantizer(nn.Module):
         return scale.to(x.dtype), zero.to(x.dtype)
 
     def _show(self, x: torch.Tensor) -> None:
-        assert self.observers is not None
         index = self.step.index
-        if not self.observers:  # its ranges are fixed
+        if not self.observers:  # its range is fixed, or of each input
+            if not bool(torch.isfinite(x).all()):
+                raise InputError(NOT_FINITE)
             return
-        if self.ranges == 1:
+        if len(self.observers) == 1:
             self.observers[0].update(x)
         elif isinstance(index, torch.Tensor):
             each = index.to(x.device).repeat_interleave(max(1, len(x) // len(index)))

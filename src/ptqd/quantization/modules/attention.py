@@ -29,6 +29,11 @@ class QuantAttnProcessor(nn.Module):
         for quantizer in self.quantizers:
             quantizer.observe()
 
+    def bypass(self) -> None:
+        """Compute in full precision, and collect nothing."""
+        for quantizer in self.quantizers:
+            quantizer.bypass()
+
     def freeze(self) -> None:
         """Fix the operands' ranges."""
         for quantizer in self.quantizers:

@@ -141,6 +141,10 @@ class QuantLayer(nn.Module, ABC):
         """Show the inputs of the following forward passes to the observers."""
         self.input.observe()
 
+    def bypass(self) -> None:
+        """Compute in full precision, and collect nothing."""
+        self.input.bypass()
+
     def freeze(self) -> None:
         """Fix the activation's ranges and turn the full-precision weight into codes (round to nearest)."""
         self.input.freeze()

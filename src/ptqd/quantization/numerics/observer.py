@@ -15,6 +15,9 @@ _PER_CALL = 1 << 16  # values counted of one batch
 _BINS = 8192
 
 
+NOT_FINITE = "an activation is NaN or infinite during calibration; check the model's weights and dtype"
+
+
 class Observer:
     """Collects what a per-tensor quantizer sees over many batches, in any order: bounded memory.
 
@@ -54,7 +57,7 @@ class Observer:
             return
         low, high = (end.item() for end in torch.aminmax(flat))
         if not math.isfinite(low + high):
-            raise InputError("an activation is NaN or infinite during calibration; check the model's weights and dtype")
+            raise InputError(NOT_FINITE)
         self.low, self.high = min(self.low, low), max(self.high, high)
         while max(abs(low), abs(high)) > 2.0**self.exponent:
             self._widen(max(abs(low), abs(high)))

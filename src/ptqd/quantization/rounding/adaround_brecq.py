@@ -23,13 +23,13 @@ from ptqd.errors import InputError
 from ptqd.files import read_tensors, replacing, write_tensors
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import Pool
+from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Learned
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, full_weight
 from ptqd.quantization.rounding.capture import capture, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
-from ptqd.quantization.step_ranges import range_clock_of
+from ptqd.quantization.step_ranges import range_steps_of
 
 CHECKPOINT = 50  # iterations between two checkpoints
 LEVELS = 16  # of the grid that a method's scale_rate is for
@@ -40,7 +40,7 @@ _SCALE = "log_scale"
 def learn(
     quantized: nn.Module,
     full: nn.Module,
-    pool: Pool,
+    pool: CalibrationInputs,
     method: Learned,
     fixed: frozenset[str],
     scratch: Path,
@@ -83,7 +83,7 @@ def learn(
         quantized.get_submodule(unit).load_state_dict(read_tensors(done)[0])
 
 
-def units_of(model: nn.Module, method: Learned, pool: Pool) -> list[str]:
+def units_of(model: nn.Module, method: Learned, pool: CalibrationInputs) -> list[str]:
     """The units of a method, in the order the denoiser reaches them."""
     if method.unit == "model":
         return [""]
@@ -106,13 +106,13 @@ class _Unit:
         quantized: nn.Module,
         full: nn.Module,
         unit: str,
-        pool: Pool,
+        pool: CalibrationInputs,
         method: Learned,
         fixed: frozenset[str],
         folder: Path,
     ) -> None:
         self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
-        self.clock = range_clock_of(quantized)
+        self.clock = range_steps_of(quantized)
         self.device = next(quantized.buffers()).device
         whole = method.unit == "model"
         self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True)

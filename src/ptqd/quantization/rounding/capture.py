@@ -1,12 +1,12 @@
-"""What a unit of a denoiser is given and what it makes of it, for every row of a pool.
+"""What a unit of a denoiser is given and what it makes of it, for every row of a inputs.
 
 The model runs batch by batch up to the unit and stops there. What is kept goes to files that are mapped into memory, so
 that what lies in memory is a batch.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
 from ptqd.quantization.blocks import inner_units
-from ptqd.quantization.calibration import Pool
+from ptqd.quantization.calibration import CalibrationInputs
 
 BATCH = 64  # rows that a model runs at once
 
@@ -48,14 +49,14 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, unit: str, pool: Pool, folder: Path, *, outputs: bool = False, batch: int = BATCH
+    model: nn.Module, unit: str, inputs: CalibrationInputs, folder: Path, *, outputs: bool = False, batch: int = BATCH
 ) -> tuple[Captured, Captured | None]:
-    """The inputs, and if asked for the outputs, of a unit for every row of a pool.
+    """The inputs, and if asked for the outputs, of a unit for every row of a inputs.
 
     Args:
         model: the denoiser.
         unit: the name of one of its modules; ``""`` is itself.
-        pool: rows of its calls.
+        inputs: rows of its calls.
         folder: where the mapped files go.
         outputs: keep what it makes of them too.
         batch: rows at once.
@@ -64,17 +65,17 @@ def capture(
         InputError: the unit is not reached when the denoiser is called.
     """
     factors = [
-        _factors(*pair) for pair in zip(*(_run(model, unit, pool, slice(0, n), outputs) for n in (2, 3)), strict=True)
+        _factors(*pair) for pair in zip(*(_run(model, unit, inputs, slice(0, n), outputs) for n in (2, 3)), strict=True)
     ]
     kept: list[Captured | None] = [None, None]
-    for rows in pool.batches(batch):
-        for side, tree in enumerate(_run(model, unit, pool, rows, outputs)):
+    for rows in inputs.batches(batch):
+        for side, tree in enumerate(_run(model, unit, inputs, rows, outputs)):
             if side == 1 and not outputs:
                 continue
             leaves, structure = tree_flatten(tree)
             if kept[side] is None:
                 mapped = [
-                    _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(pool)) if factor else leaf
+                    _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(inputs)) if factor else leaf
                     for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
                 ]
                 dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
@@ -106,9 +107,9 @@ def _factors(two: Any, three: Any) -> list[int]:
     return found
 
 
-def _run(model: nn.Module, unit: str, pool: Pool, rows: slice, outputs: bool) -> tuple[Any, Any]:
+def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: slice, outputs: bool) -> tuple[Any, Any]:
     """A unit's arguments and its output in a call with some rows."""
-    args, kwargs = pool.call(rows)
+    args, kwargs = inputs.call(rows)
     kept: list[Any] = []
     with _reaching(model.get_submodule(unit), kept, outputs), torch.no_grad(), suppress(_Stop):
         model(*args, **kwargs)
@@ -117,8 +118,7 @@ def _run(model: nn.Module, unit: str, pool: Pool, rows: slice, outputs: bool) ->
     return kept[0], kept[1] if outputs else ()
 
 
-@contextmanager
-def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> Iterator[None]:
+def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> AbstractContextManager[None]:
     def before(module: Any, args: Any, kwargs: Any) -> None:
         if not kept:
             kept.append((args, kwargs))
@@ -130,37 +130,37 @@ def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> Iterator[Non
             kept.append(output)
             raise _Stop
 
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked(module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
 
 
-def units_in_order(model: nn.Module, names: list[str], pool: Pool) -> list[str]:
+def run_until(model: nn.Module, unit: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Run a denoiser with a call's arguments up to the end of one of its modules, and no further."""
+
+    def stop(module: Any, args: Any, output: Any) -> None:
+        raise _Stop
+
+    args, kwargs = call
+    with hooked(model.get_submodule(unit).register_forward_hook(stop)), suppress(_Stop):
+        model(*args, **kwargs)
+
+
+def units_in_order(model: nn.Module, names: list[str], inputs: CalibrationInputs) -> list[str]:
     """Units in the order a call reaches them; one whose parts are called without it is taken apart."""
-    order = reached_in_order(model, names, pool)
+    order = reached_in_order(model, names, inputs)
     apart = [unit for name in names if name not in order for unit in inner_units(name, model.get_submodule(name))]
-    return units_in_order(model, [*order, *apart], pool) if apart else order
+    return units_in_order(model, [*order, *apart], inputs) if apart else order
 
 
-def reached_in_order(model: nn.Module, names: list[str], pool: Pool) -> list[str]:
+def reached_in_order(model: nn.Module, names: list[str], inputs: CalibrationInputs) -> list[str]:
     """The named modules that a call reaches, in the order it first does."""
     order: list[str] = []
-    hooks = []
-    for name in names:
 
-        def note(module: Any, args: Any, name: str = name) -> None:
-            if name not in order:
-                order.append(name)
+    def note(module: Any, args: Any, name: str) -> None:
+        if name not in order:
+            order.append(name)
 
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(note))
-    args, kwargs = pool.call(slice(0, 2))
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note, name=name)) for name in names]
+    args, kwargs = inputs.call(slice(0, 2))
+    with hooked(*hooks), torch.no_grad():
+        model(*args, **kwargs)
     return order

@@ -4,13 +4,23 @@ Column by column, each rounding's error is made up for by the columns still to c
 layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.diffusion.intercept import hooked
+from ptqd.progress import track
+from ptqd.quantization.blocks import find_units
+from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.methods import Gptq
+from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
+from ptqd.quantization.rounding.capture import BATCH, run_until, units_in_order
+from ptqd.quantization.sites import quantized_layers
 
 _BLOCK = 128  # columns whose updates of the rest are made at once
 
@@ -68,3 +78,54 @@ def gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, *, order: 
             result[:, j] = rounded
         left[:, end:] -= errors @ upper[start:end, end:]
     return result[:, permutation.argsort()]
+
+
+def fit_gptq(
+    model: nn.Module,
+    full: nn.Module,
+    inputs: CalibrationInputs,
+    method: Gptq,
+    exempt: frozenset[str],
+    title: str | None,
+) -> None:
+    """Round a denoiser's layers unit by unit, in place.
+
+    Hessians are of the inputs that layers get behind units that are already rounded; each unit's calls stop there.
+
+    Args:
+        model: the quantized denoiser, rounded to nearest.
+        full: the same in full precision.
+        inputs: rows of its calls.
+        method: says how.
+        exempt: layers that stay as they are.
+        title: of a progress bar.
+    """
+    for unit in track(units_in_order(model, find_units(model), inputs), title):
+        layers = {
+            name: layer
+            for name, layer in quantized_layers(model)
+            if f"{name}.".startswith(f"{unit}.") and name not in exempt
+        }
+        if not layers:
+            continue
+        hessians: dict[str, torch.Tensor] = {}
+
+        def add(layer: Any, args: Any, name: str) -> None:
+            x = hessian_inputs(layer, layer.input(layer.smoothed(args[0].detach()))).float()
+            product = (x.T @ x).cpu()
+            hessians[name] = product if name not in hessians else hessians[name] + product  # noqa: B023
+
+        hooks = [layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items()]
+        with hooked(*hooks), torch.no_grad():
+            for rows in inputs.batches(BATCH):
+                run_until(model, unit, inputs.call(rows))
+        for name, hessian in hessians.items():
+            layer = layers[name]
+            grid, target = grid_on_cpu(layer), layer.target(full_weight(full, name, layer))
+            layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
+
+
+def grid_on_cpu(layer: QuantLayer) -> WeightGrid:
+    """A layer's grid, on the CPU: not every device has float64 and Cholesky factors."""
+    grid = layer.grid()
+    return replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())

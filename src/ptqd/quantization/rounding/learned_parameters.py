@@ -160,7 +160,7 @@ class LearnedScale:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` rounded, with gradients to it and to the scale."""
         q = self.quantizer
-        if not q.found_beforehand or q.spec.format != "int":
+        if not q.is_static or q.spec.format != "int":
             rounded = x + (q.rounded(x.detach(), self.index) - x).detach()
         else:
             scale = q.by_row(self.log_scale.exp()[:, None], x, 0).to(x.dtype)

@@ -1,20 +1,19 @@
-"""SmoothQuant (arXiv 2211.10438) with a searched exponent, and SVDQuant's low-rank branch (arXiv 2411.05007)."""
+"""SmoothQuant (Xiao et al., arXiv 2211.10438) with a searched exponent."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from ptqd.progress import track
-from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import Pool
+from ptqd.diffusion.intercept import hooked
+from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Smooth
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid
-from ptqd.quantization.rounding.capture import units_in_order
+from ptqd.quantization.sites import quantized_layers
 
 ALPHAS = tuple(i / 10 for i in range(11))
 _TINY = 1e-5
@@ -77,32 +76,22 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
     return float((layer.product(quantizer(smoothed), rounded) - want).float().square().sum())
 
 
-def fit_smoothing(model: nn.Module, full: nn.Module, pool: Pool, method: Smooth, progress: str | None) -> None:
-    """Smooth every layer that has room for it, unit by unit, on inputs of the full-precision model."""
-    for unit in track(units_in_order(model, find_units(model), pool), progress):
-        layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, QuantLayer) and layer.smooth_scale is not None and f"{name}.".startswith(f"{unit}.")
-        }
-        seen: dict[str, torch.Tensor] = {}
-        with _inputs(layers, seen), torch.no_grad():
-            args, kwargs = pool.call(slice(0, len(pool)))
-            model(*args, **kwargs)
-        for name, x in seen.items():
-            search_smoothing(layers[name], full_weight(full, name, layers[name]), x, method.alpha)
-            layers[name].prepare(full_weight(full, name, layers[name]))
+def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, method: Smooth) -> None:
+    """Smooth every layer that has room for it, in one call of the denoiser in full precision.
 
+    A layer is smoothed when its input comes, and goes on with the smoothed weight, which changes nothing of its output.
+    """
 
-@contextmanager
-def _inputs(layers: Mapping[str, QuantLayer], seen: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Keep what layers are given inside the block."""
+    def smooth(layer: Any, args: Any, name: str) -> None:
+        weight = full_weight(full, name, layer)
+        search_smoothing(layer, weight, args[0].detach(), method.alpha)
+        layer.prepare(weight)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].detach()}))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(smooth, name=name))
+        for name, layer in quantized_layers(model)
+        if layer.smooth_scale is not None
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(*hooks), torch.no_grad():
+        args, kwargs = inputs.call(slice(0, len(inputs)))
+        model(*args, **kwargs)

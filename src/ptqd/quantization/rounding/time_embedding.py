@@ -1,104 +1,42 @@
-"""Rounding in closed form: GPTQ over a denoiser's layers, and exactly for layers that see a finite set of inputs."""
+"""Time embeddings rounded exactly: layers that see a finite set of inputs, one for each sampling step."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import Sampling
-from ptqd.progress import track
-from ptqd.quantization.activation_profile import survey
-from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import Pool
-from ptqd.quantization.methods import Gptq
+from ptqd.quantization.activation_profile import ActivationProfile, temporal_inputs
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
-from ptqd.quantization.numerics.weight_grid import WeightGrid
-from ptqd.quantization.rounding.capture import BATCH, units_in_order
-from ptqd.quantization.rounding.gptq import gptq, hessian_inputs
+from ptqd.quantization.rounding.gptq import gptq, grid_on_cpu
 
 DAMPING = 0.01
 
 
-def fit_columns(
-    quantized: nn.Module, full: nn.Module, pool: Pool, method: Gptq, fixed: frozenset[str], progress: str | None
-) -> None:
-    """GPTQ, unit by unit: Hessians are of the inputs that layers get behind units that are already rounded."""
-    for unit in track(units_in_order(quantized, find_units(quantized), pool), progress):
-        layers = {
-            name: layer
-            for name, layer in quantized.named_modules()
-            if isinstance(layer, QuantLayer) and f"{name}.".startswith(f"{unit}.") and name not in fixed
-        }
-        hessians: dict[str, torch.Tensor] = {}
-        with _summing(layers, hessians), torch.no_grad():
-            for rows in pool.batches(BATCH):
-                args, kwargs = pool.call(rows)
-                quantized(*args, **kwargs)
-        for name, hessian in hessians.items():
-            layer = layers[name]
-            grid, target = _on_cpu(layer), layer.target(full_weight(full, name, layer))
-            layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
-
-
-def _on_cpu(layer: QuantLayer) -> WeightGrid:
-    """A layer's grid, on the CPU: not every device has float64 and Cholesky factors."""
-    grid = layer.grid()
-    return replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())
-
-
-@contextmanager
-def _summing(layers: Mapping[str, QuantLayer], hessians: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Sum ``X^T X`` of what the layers' weights are multiplied with."""
-
-    def add(name: str, layer: QuantLayer, x: torch.Tensor) -> None:
-        inputs = hessian_inputs(layer, layer.input(layer.smoothed(x.detach()))).float()
-        product = (inputs.T @ inputs).cpu()
-        hessians[name] = product if name not in hessians else hessians[name] + product
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: add(name, m, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def fit_temporal(
-    qpipe: DiffusionPipeline, full: nn.Module, run: Sampling, names: frozenset[str], inputs: Mapping[str, torch.Tensor]
-) -> None:
+def fit_temporal(model: nn.Module, full: nn.Module, profile: ActivationProfile, names: frozenset[str]) -> None:
     """Round the layers that see nothing but the step for exactly the inputs they will get, in place.
 
     Layers with the same inputs go together, those closest to the timestep first; the inputs of the next are then looked
     up behind them.
 
     Args:
-        qpipe: frozen.
-        full: its denoiser in full precision.
-        run: its steps.
+        model: the denoiser; its ranges are fixed.
+        full: the same in full precision.
+        profile: of the layers in full precision.
         names: of the layers.
-        inputs: of each of them in full precision, not smoothed (T, I).
     """
-    model = getattr(qpipe, denoiser_name(qpipe))
+    inputs = profile.temporal
     left = [name for name in inputs if name in names]
     while left:
         alike = [name for name in left if torch.equal(inputs[name], inputs[left[0]])]
-        now = survey(qpipe, run.replace(samples=2)).temporal
+        now = temporal_inputs(model, profile, alike)  # smoothed already
         for name in alike:
             layer: Any = model.get_submodule(name)
             exact = layer.smoothed(inputs[name].to(layer.weight)).float().cpu()
-            x = now.get(name, exact)  # smoothed already
+            x = now[name]
             if layer.input.ranges > 1:
-                layer.input.fix(x)
-            seen = _rounded_by_step(layer, x)
-            fit_exactly(layer, layer.target(full_weight(full, name, layer)), exact, seen, DAMPING)
+                layer.input.set_static_range(x)
+            rounded = _rounded_by_step(layer, x)
+            fit_exactly(layer, layer.target(full_weight(full, name, layer)), exact, rounded, DAMPING)
         left = [name for name in left if name not in alike]
 
 
@@ -130,7 +68,7 @@ def fit_exactly(layer: QuantLayer, rows: torch.Tensor, x: torch.Tensor, seen: to
     wanted = x @ rows.T  # T,O
     missing = seen.T.double() @ (wanted - seen @ rows.T).double()  # I,O
     better = rows + torch.linalg.solve(ridge, missing).T.float()
-    grid = _on_cpu(layer)
+    grid = grid_on_cpu(layer)
     rounded = gptq(better, gram.float(), grid, order=True, damping=damping)
     layer.write(grid, grid.codes(rounded))
     if layer.bias is not None:

@@ -1,62 +1,57 @@
-"""Bits by step at run time: a clock that is set where the denoiser is told its timestep.
+"""Bits by step at run time.
 
-Every layer of a group shares one ``ActiveWidth``; before each call of the denoiser its clock looks up the plan's row
-and sets them, so that a layer's own cost is to read an index. Ranges were calibrated for each width. To
-read a timestep that lies on a GPU waits for it, as most schedulers' steps do.
+Every layer of a group shares one :class:`BitWidth`; before each call of the denoiser the plan's row is looked up and
+they are set, so that a layer's own cost is to read an index. Ranges were calibrated for each width.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ptqd.diffusion.timesteps import timestep_argument, told_timestep
+from ptqd.diffusion.step_state import StepState, StepTable
+from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError, MismatchError
-from ptqd.quantization.modules.activation import ActivationQuantizer, ActiveWidth
+from ptqd.quantization.modules.activation import ActivationQuantizer, BitWidth
 from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.sites import layer_quantizers
 
 EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
-
-
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-class StepClock:
-    """Sets the active widths when the denoiser is told its timestep: a forward pre-hook, one look-up a call.
+class PlanSteps(StepTable):
+    """A plan's bit widths by step: one look-up a call.
 
     Args:
         plan: of the steps.
-        groups: the active width of each group, shared by its layers.
+        groups: the width of each group, shared by its layers.
         rows: for each step the indices of the groups' widths (T, G).
     """
 
-    def __init__(self, plan: StepPlan, groups: Sequence[ActiveWidth], rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, plan: StepPlan, groups: Sequence[BitWidth], rows: Sequence[Sequence[int]]) -> None:
         self.plan, self.groups, self.rows = plan, tuple(groups), tuple(map(tuple, rows))
-        self.told: Mapping[float, float] = {}  # by what a correction tells instead of it: a timestep of the plan
+        self.timesteps = plan.timesteps
         self._index = {t: i for i, t in reversed([*enumerate(plan.timesteps)])}
         self._next = dict(itertools.pairwise(sorted(self._index.values())))
         self._at: int | None = None
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before each call of the denoiser."""
-        told = told_timestep(module, args, kwargs)
-        t = math.nan if told is None else told
+    def enter(self, timesteps: Sequence[float], model: nn.Module) -> None:
+        """Let the plan's row for a timestep hold."""
+        t = max(timesteps, default=math.nan)
         known = t in self._index  # else its precision matters, which takes a model longer to say
-        step = self.step_at(t, torch.float32 if known else getattr(module, "dtype", torch.float32))
+        step = self.step_at(t, torch.float32 if known else getattr(model, "dtype", torch.float32))
         for group, index in zip(self.groups, self.rows[step], strict=True):
             group.index = index
 
     def step_at(self, t: float, dtype: torch.dtype = torch.float32) -> int:
-        """The plan's step at a timestep that the denoiser is told, in its own precision.
+        """The plan's step at a timestep, in the denoiser's own precision.
 
         Raises:
             MismatchError: the plan has no such step, or not after the last one.
         """
-        if self.told:
-            t = self.told[min(self.told, key=lambda other: abs(other - t))]
         before, self._at = self._at, None
         step = self._nearest(t, TOLERANCE.get(dtype, EXACT), before)
         if before is not None and step > before and self._next.get(before) != step:  # less is a run that starts anew
@@ -82,26 +77,21 @@ class StepClock:
         )
 
 
-def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
-    """Its activation quantizers with the name of the layer, or of the attention, whose operands they round."""
-    for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            yield name.rsplit(".processor." if ".processor." in name else ".", 1)[0], module
+def plan_steps_of(model: nn.Module) -> PlanSteps | None:
+    """A denoiser's bits by step; None where they are the same at every step."""
+    state = StepState.of(model)
+    plan = None if state is None else state.plan
+    return plan if isinstance(plan, PlanSteps) else None
 
 
-def clock_of(model: nn.Module) -> StepClock | None:
-    """The clock that sets a model's bits; None where they are the same at every step."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, StepClock)), None)
-
-
-def remove_clock(model: nn.Module) -> None:
+def remove_plan(model: nn.Module) -> None:
     """Leave the active widths as they are from now on."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, StepClock):
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    state = StepState.of(model)
+    if state is not None:
+        state.plan, state.aliases = None, {}
 
 
-def set_clock(model: nn.Module, plan: StepPlan) -> None:
+def set_plan(model: nn.Module, plan: StepPlan) -> None:
     """Let a quantized denoiser compute with a plan's bits from now on.
 
     Raises:
@@ -110,7 +100,7 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
     """
     if timestep_argument(model) is None:
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
-    quantizers = {name: [] for name, _ in layer_quantizers(model)}  # type: dict[str, list[ActivationQuantizer]]
+    quantizers: dict[str, list[ActivationQuantizer]] = {name: [] for name, _ in layer_quantizers(model)}
     for name, quantizer in layer_quantizers(model):
         if len(quantizer.widths) > 1:
             quantizers[name].append(quantizer)
@@ -126,7 +116,7 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
                     f"step {step} of the plan asks for {bits} bits, the model has ranges for {known}; "
                     f"quantize with a recipe such as w4a{'+'.join(map(str, sorted({*widths, bits})))}"
                 )
-    groups = [ActiveWidth(0) for _ in plan.groups]
+    groups = [BitWidth(0) for _ in plan.groups]
     used = set()
     for name, found in planned.items():
         group = plan.group_of(name)
@@ -139,4 +129,4 @@ def set_clock(model: nn.Module, plan: StepPlan) -> None:
                 f"the plan's group {name!r} ({', '.join(patterns)}) has no layer whose bits can change; take it out"
             )
     rows = [[widths.index(bits) for bits in row] for row in plan.bits]
-    model.register_forward_pre_hook(StepClock(plan, groups, rows), with_kwargs=True)
+    StepState.on(model).plan = PlanSteps(plan, groups, rows)
