@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditio
 
 from ptqd import LatentClassPipeline, NoiseStats, Sampling
 from ptqd.diffusion.scheduler_response import Response
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import fold_sums, joint_moments
 from ptqd.noise.stats import cross_moments, paired_moments
 from ptqd.pipelines.latent_class import ClassEmbedder
@@ -33,7 +34,7 @@ def _caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 def stats_of(
-    eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, source: dict[str, Any] | None = None
+    eps: torch.Tensor, eps_q: torch.Tensor, first: int = 0, measured_on: MeasuredOn | None = None
 ) -> NoiseStats:
     """Statistics of one step."""
     moments = paired_moments(eps, eps_q)[:, None]
@@ -45,7 +46,7 @@ def stats_of(
         indices=indices,
         moments=moments,
         elements=eps[0, 0].numel(),
-        source={"scheduler": "DDIMScheduler", "config": {}, "repeatable": True} if source is None else source,
+        measured_on=measured_on or MeasuredOn("DDIMScheduler"),
         response=Response(one, one.clone(), one.clone(), one[0].clone(), exact=True),
         levels=None,
         joint=fold_sums(joint_moments(torch.zeros_like(eps), eps, eps_q, 1), indices)[:, None],

@@ -108,10 +108,10 @@ def _cmd_correct(args: argparse.Namespace) -> None:
     _check_replaceable(args.out)
     methods, stats, quantized = _methods(args.methods), NoiseStats.load(args.noise), _pipeline(args, args.quantized)
     if methods == ("auto",):
-        if args.steps not in (None, stats.source["steps"]):
-            raise InputError(f"auto runs the {stats.source['steps']} steps that were measured; name methods instead")
-        args.steps, args.eta, args.samples = stats.source["steps"], stats.source["eta"], stats.samples
-        args.guidance = stats.source["call"].get("guidance_scale")
+        if args.steps not in (None, stats.measured_on.steps):
+            raise InputError(f"auto runs the {stats.measured_on.steps} steps that were measured; name methods instead")
+        args.steps, args.eta, args.samples = stats.measured_on.steps, stats.measured_on.eta, stats.samples
+        args.guidance = stats.measured_on.call.get("guidance_scale")
         choice = fit_auto(quantized, stats, _sampling(args, quantized), progress=True)
         print("\n".join(describe(choice.trials)))
         corrected = correct(quantized, choice.correction)

@@ -105,8 +105,8 @@ def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> DiffusionPip
         if DiffusionPipeline.load_config(model)["scheduler"][1] != corrected.__name__:
             return pipe
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
-    source, bits = pipe.scheduler.correction.source, activation_bits(getattr(pipe, denoiser_name(pipe)))
-    if source.get("activation_bits", bits) != bits:  # a plan can have been edited since
+    measured, bits = pipe.scheduler.correction.measured_on, activation_bits(getattr(pipe, denoiser_name(pipe)))
+    if measured.quantized is not None and measured.activation_bits != bits:  # a plan can have been edited since
         raise InputError(
             f"{model}: the plan was changed after the correction was measured; apply it to the uncorrected pipeline "
             "(ptqd plan --plan FILE), measure that, and correct it"

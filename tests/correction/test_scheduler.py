@@ -24,6 +24,7 @@ from ptqd.correction.scheduler import corrected_class
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.scheduler_response import added_variance, linear_response, noise_scales
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
 
 
@@ -99,7 +100,7 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
     learned = variance_type.startswith("learned")
     response = linear_response(base, DDPMScheduler.step, list(base.timesteps), {}, learned_variance=learned)
     noise = noise_scales(response, added_variance(response, torch.diag(torch.full((10,), v))))
-    correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), (), 1.0, {})
+    correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), (), 1.0, MeasuredOn())
     corrected = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     corrected.set_timesteps(10)
     t = int(steps[index])
@@ -159,7 +160,7 @@ def test_a_learned_variance_is_left_alone(stats: NoiseStats) -> None:
     base = DDPMScheduler(variance_type="learned_range")
     base.set_timesteps(4)
     steps = tuple(float(t) for t in base.timesteps)
-    correction = Correction(("bc",), steps, (), (), ((0.5,),) * 4, (), (), 1.0, {})
+    correction = Correction(("bc",), steps, (), (), ((0.5,),) * 4, (), (), 1.0, MeasuredOn())
     corrected: Any = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     out = torch.randn(1, 2, 3, 3)
     arguments, _ = corrected._corrected(
@@ -286,7 +287,7 @@ def test_a_scheduler_with_an_eta_of_its_own(qpipe: Any, pipe: Any, run: Sampling
     )
     run = run.replace(eta=0.3)
     stats = measure(plain, noisy, run)
-    assert stats.source["eta"] == pytest.approx(0.3)
+    assert stats.measured_on.eta == pytest.approx(0.3)
     latents(correct(noisy, stats), run)
 
 

@@ -127,7 +127,7 @@ def test_closed_loop_statistics_are_of_the_corrected_trajectory(stats: NoiseStat
     shifted = correct(noisy, stats, ("stepbaq",))
     with pytest.raises(InputError, match="correct without stepbaq"):
         measure(exact, shifted, RUN, closed_loop=True)
-    assert closed.source["closed_loop"]
+    assert closed.measured_on.closed_loop
     assert len(closed.finals) == 0
     fit, opened = closed.fit(), stats.fit()
     assert torch.allclose(fit.bias.value, opened.bias.value, atol=0.05)  # the raw outputs' noise, not the corrected
@@ -147,7 +147,7 @@ def test_statistics_of_other_steps_are_interpolated_and_flagged(
     with caplog.at_level("WARNING"):
         carried = correct(noisy, many, ("joint", "vsc"), steps=12)
     assert "statistics of 25 steps are applied at 12, interpolated over log-SNR" in caplog.text
-    assert carried.scheduler.correction.source["interpolated_from"] == 25
+    assert carried.scheduler.correction.measured_on.interpolated_from == 25
     want, bad, got = (latents(p, run) for p in (exact, noisy, carried))
     assert ((got - want) ** 2).mean() < 0.15 * ((bad - want) ** 2).mean()
     assert correct(noisy, many, steps=25).scheduler.correction == fit_correction(many)
@@ -208,7 +208,7 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
 def test_what_cannot_be_repeated_cannot_be_checked(stats: NoiseStats) -> None:
     run = RUN.replace(eta=1.0)
     drawing = measure(gaussian_pipeline(), gaussian_pipeline(**NOISE), run)
-    unseeded = dataclasses.replace(drawing, source={**drawing.source, "repeatable": False})
+    unseeded = dataclasses.replace(drawing, measured_on=dataclasses.replace(drawing.measured_on, repeatable=False))
     with pytest.raises(InputError, match="hands its scheduler no generator"):
         fit_auto(gaussian_pipeline(**NOISE), unseeded, run)
     with pytest.raises(MismatchError, match="measured with another inputs"):
@@ -219,7 +219,7 @@ def test_closed_loop_statistics_do_not_take_the_correction_for_clipping(stats: N
     exact, noisy = gaussian_pipeline(), gaussian_pipeline(**NOISE)
     closed = measure(exact, correct(noisy, stats, ("cnc", "bc")), RUN, closed_loop=True)
     assert closed.attenuation().min() > 0.999
-    assert closed.source["corrected"] == ["cnc", "bc"]
+    assert closed.measured_on.corrected == ("cnc", "bc")
 
 
 def test_another_guidance_scale_is_refused(pipe: Any, qpipe: Any, run: Sampling, tmp_path: Path) -> None:

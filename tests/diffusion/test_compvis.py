@@ -137,7 +137,7 @@ def test_a_converted_pipeline_is_quantized_measured_and_sampled(tmp_path: Path) 
     run = Sampling(steps=2, eta=1.0, samples=2, batch=1)
     made_of = quantize(pipe, "w4a8", run.replace(samples=1))
     stats = measure(pipe, made_of, run)
-    assert stats.source["repeatable"]  # each sample's noise comes from its own generator
+    assert stats.measured_on.repeatable  # each sample's noise comes from its own generator
     assert stats.samples == 2
     assert stats.response.draws
     made_of.save_pretrained(tmp_path / "quantized")

@@ -351,7 +351,10 @@ def test_plan_steps_from_the_outside(pipe: Any, wide: Any, run: Sampling, stats:
     assert plan.made["rule"] == "budget"
     with pytest.raises(InputError, match="no plan meets a budget of 1000x; the nearest is"):
         plan_steps(pipe, wide, run, stats, budget=1000.0)
-    elsewhere = {b: dataclasses.replace(s, source={**s.source, "told": []}) for b, s in stats.items()}
+    elsewhere = {
+        b: dataclasses.replace(s, measured_on=dataclasses.replace(s.measured_on, model_timesteps=()))
+        for b, s in stats.items()
+    }
     with pytest.raises(InputError, match="measure this schedule itself"):
         plan_steps(pipe, wide, run, elsewhere, budget=20.0)
 

@@ -8,6 +8,7 @@ from ptqd.correction.methods.cnc_bc import ptqd
 from ptqd.correction.methods.d2 import d2
 from ptqd.correction.methods.joint import joint
 from ptqd.correction.methods.tac import tac
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import (
     FOLDS,
     MAX_CHANNELS,
@@ -67,7 +68,7 @@ def layout_of(table: torch.Tensor) -> Layout:
 def apply(table: torch.Tensor, method: float | Estimator, x: torch.Tensor, eps_q: torch.Tensor) -> torch.Tensor:
     estimator = joint(method) if isinstance(method, float) else method
     e = estimator(table, layout_of(table))
-    correction = Correction(("joint",), (1.0,), rows(e.output), rows(e.sample), rows(e.bias), (), (), 0.0, {})
+    correction = Correction(("joint",), (1.0,), rows(e.output), rows(e.sample), rows(e.bias), (), (), 0.0, MeasuredOn())
     return correction.corrector()(eps_q, x, 0)
 
 
@@ -212,7 +213,7 @@ def test_a_map_across_channels_acts_on_images_tokens_and_video(shape: tuple[int,
     eps_q, x = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
     d_q, d_x = torch.randn(1, C, C, generator=g), torch.randn(1, C, C, generator=g)
     nested = tuple(tuple(map(tuple, d[0].tolist())) for d in (d_q, d_x))
-    got = Correction(("joint",), (1.0,), nested[:1], nested[1:], (), (), (), 0.0, {}).corrector()(eps_q, x, 0)
+    got = Correction(("joint",), (1.0,), nested[:1], nested[1:], (), (), (), 0.0, MeasuredOn()).corrector()(eps_q, x, 0)
     letters = "nlc,oc->nlo" if len(shape) == 3 else "nc...,oc->no..."
     want = eps_q - torch.einsum(letters, eps_q, d_q[0]) - torch.einsum(letters, x, d_x[0])
     assert torch.allclose(got, want, atol=1e-5)
@@ -224,7 +225,7 @@ def test_a_map_with_neighbours_is_what_the_table_says(shape: tuple[int, ...], ac
     g = torch.Generator().manual_seed(0)
     eps_q = torch.randn(shape, generator=g, dtype=torch.float64)
     weights = torch.randn(1, C, 5 * C if across else 5, generator=g, dtype=torch.float64)
-    got = Correction(("joint",), (1.0,), rows(weights), (), (), (), (), 0.0, {}).corrector()(eps_q, eps_q, 0)
+    got = Correction(("joint",), (1.0,), rows(weights), (), (), (), (), 0.0, MeasuredOn()).corrector()(eps_q, eps_q, 0)
     around = near(eps_q).reshape(-1, 5, C)  # pixels, taps, channels
     if across:
         noise = around.reshape(-1, 5 * C) @ weights[0].numpy().T

@@ -16,6 +16,7 @@ from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measu
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.regression import POWERS, normality_p_value
 from ptqd.noise.stats import paired_moments, per_sample
 
@@ -109,11 +110,11 @@ def test_normality_agrees_with_scipy(n: int) -> None:
 
 
 def test_saved_statistics_load_again(tmp_path: Path) -> None:
-    stats = stats_of(*pair(4, 2), source={"model": "a", "eta": 1.0})
+    stats = stats_of(*pair(4, 2), measured_on=MeasuredOn(model="a", eta=1.0))
     stats.save(tmp_path / "noise.safetensors")
     again = NoiseStats.load(tmp_path / "noise.safetensors")
     assert torch.equal(again.moments, stats.moments)
-    assert again.source == stats.source
+    assert again.measured_on == stats.measured_on
     assert again.elements == stats.elements
     assert torch.equal(again.joint, stats.joint)
     assert torch.equal(again.response.state, stats.response.state)
@@ -136,7 +137,8 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
 
 
 def test_only_statistics_that_belong_together_merge() -> None:
-    a, b = stats_of(*pair(2, 1), source={"model": "a"}), stats_of(*pair(2, 1), first=2, source={"model": "b"})
+    a = stats_of(*pair(2, 1), measured_on=MeasuredOn(model="a"))
+    b = stats_of(*pair(2, 1), first=2, measured_on=MeasuredOn(model="b"))
     with pytest.raises(MismatchError, match="differ in model"):
         NoiseStats.merge([a, b])
     with pytest.raises(MismatchError, match="share samples"):
@@ -161,8 +163,8 @@ def test_measuring_depends_on_neither_batch_size_nor_split(pipe: Any, qpipe: Any
     assert (merged.fit().k.value - fit.k.value).abs().max() < 0.1 * (fit.k.high - fit.k.value).min()
     other = measure(pipe, qpipe, run.replace(batch=64, seed=9)).fit()
     assert (other.variance.value / fit.variance.value - 1).abs().max() > 0.02
-    assert whole.source["model"] == fingerprint(pipe.unet)
-    assert whole.source["quantized"] != whole.source["model"]
+    assert whole.measured_on.model == fingerprint(pipe.unet)
+    assert whole.measured_on.quantized != whole.measured_on.model
     assert whole.elements == 64
 
 

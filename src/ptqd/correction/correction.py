@@ -9,12 +9,16 @@ import torch.nn.functional as F
 
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.errors import InputError
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import CROSS
 
 Rows = tuple[tuple[float, ...], ...]
 Matrix = tuple[Rows, ...]
 
-_STORED = {"model_timesteps": "network"}  # names in scheduler_config.json that are other than the fields'
+_STORED = {
+    "model_timesteps": "network",
+    "measured_on": "source",
+}  # names in scheduler_config.json that are other than the fields'
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Correction:
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
         model_timesteps: timesteps that the denoiser gets (T,); empty for the schedule's own.
         eta: DDIM's noise it was measured at.
-        source: what the statistics were measured on.
+        measured_on: what the statistics were measured on.
     """
 
     methods: tuple[str, ...]
@@ -45,11 +49,14 @@ class Correction:
     noise: tuple[float, ...]
     model_timesteps: tuple[float, ...]
     eta: float
-    source: Mapping[str, Any]
+    measured_on: MeasuredOn
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a scheduler's configuration; ``network`` is the stored name of ``model_timesteps``."""
-        return {_STORED.get(name, name): value for name, value in asdict(self).items()}
+        """Plain values, for a scheduler's configuration; ``network`` and ``source`` are the
+        stored names of ``model_timesteps`` and ``measured_on``.
+        """
+        plain = {_STORED.get(name, name): value for name, value in asdict(self).items()}
+        return plain | {"source": self.measured_on.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
@@ -62,11 +69,12 @@ class Correction:
         if set(values) != set(names):
             raise InputError("the correction was written by another version of ptqd; fit it again with 'ptqd correct'")
         plain = {names[key]: _tuples(value) for key, value in values.items() if key != "source"}
-        return cls(**plain, source=dict(values["source"]))
+        return cls(**plain, measured_on=MeasuredOn.from_dict(values["source"]))
 
     def axis(self, sample: torch.Tensor) -> int:
         """Where a step's channels are: as measured, else where they usually are."""
-        return int(self.source.get("channel_axis", channel_axis(sample)))
+        axis = self.measured_on.channel_axis
+        return channel_axis(sample) if axis is None else axis
 
     def corrector(self) -> "StepCorrector":
         """What applies it; made once for a scheduler."""

@@ -127,7 +127,7 @@ def compose(
     reshaped: Reshaped | None = None
     if variance is not None:
         residuals = _residuals(stats, estimate, correlated)
-        config = stats.source["config"]
+        config = stats.measured_on.config
         if not stats.response.one_step and (config.get("clip_sample") or config.get("thresholding")):
             logger.warning("%s clips and remembers: what that takes of the residual is not known", residuals.scheduler)
         try:
@@ -151,8 +151,8 @@ def compose(
         bias=rows(bias.flatten(1)) if bool(bias.any()) else (),
         noise=() if reshaped is None else reshaped.noise,
         model_timesteps=() if reshaped is None else reshaped.model_timesteps,
-        eta=float(stats.source.get("eta", 0.0)),
-        source=dict(stats.source),
+        eta=stats.measured_on.eta,
+        measured_on=stats.measured_on,
     )
 
 
@@ -164,8 +164,8 @@ def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) ->
         size = excess.clamp(min=0).sqrt()
         covariance = (stats.residual_correlation() * size[:, None] * size[None, :]).fill_diagonal_(0) + covariance
     return Residuals(
-        scheduler=stats.source["scheduler"],
-        config=stats.source["config"],
+        scheduler=stats.measured_on.scheduler,
+        config=stats.measured_on.config,
         timesteps=stats.timesteps,
         levels=stats.levels,
         response=stats.response,

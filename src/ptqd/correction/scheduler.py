@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from ptqd.diffusion.intercept import step_with_noise
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
 from ptqd.diffusion.step_state import StepState
 from ptqd.errors import InputError, MismatchError
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.stats import NoiseStats
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class CorrectedStep:
         Raises:
             MismatchError: it is another one.
         """
-        measured = self.correction.source.get("guidance")
+        measured = self.correction.measured_on.guidance
         if isinstance(given, int | float) and measured is not None and given != measured:
             raise MismatchError(
                 f"the correction was measured at guidance scale {measured:g}, the pipeline runs at {given:g}; "
@@ -223,11 +224,11 @@ def correct(
         InputError: the statistics give no correction; see :func:`ptqd.fit_correction`.
     """
     if isinstance(correction, NoiseStats):
-        check_source(qpipe, correction.source)
+        check_measured_on(qpipe, correction.measured_on)
         if steps is not None:
             correction = at_steps(correction, qpipe.scheduler, steps)
         correction = fit_correction(correction, methods)
-    check_source(qpipe, correction.source)
+    check_measured_on(qpipe, correction.measured_on)
     corrected = corrected_class(plain_class_of(qpipe.scheduler))  # type: ignore[arg-type]  # classes are hashable
     scheduler = corrected.from_config(qpipe.scheduler.config, correction=correction.to_dict())
     return connect(with_components(qpipe, scheduler=scheduler))
@@ -270,10 +271,10 @@ def plain_class_of(scheduler: SchedulerMixin) -> type[SchedulerMixin]:
 def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseStats:
     """Statistics carried over to another number of steps of the same scheduler; see :meth:`ptqd.NoiseStats.at`."""
     plain = plain_scheduler(scheduler)
-    if steps == stats.source["steps"]:
+    if steps == stats.measured_on.steps:
         return stats
     try:
-        plain.set_timesteps(stats.source["steps"])
+        plain.set_timesteps(stats.measured_on.steps)
         same = [float(t) for t in plain.timesteps] == stats.timesteps.tolist()
         plain.set_timesteps(steps)
     except (TypeError, ValueError):
@@ -284,26 +285,28 @@ def at_steps(stats: NoiseStats, scheduler: SchedulerMixin, steps: int) -> NoiseS
     if there is not stats:
         logger.warning(
             "statistics of %d steps are applied at %d, interpolated over log-SNR; measure at %d to be exact",
-            stats.source["steps"],
+            stats.measured_on.steps,
             steps,
             steps,
         )
     return there
 
 
-def check_source(qpipe: DiffusionPipeline, source: Mapping[str, Any]) -> None:
-    """Whether statistics of that source are of this pipeline.
+def check_measured_on(qpipe: DiffusionPipeline, measured: MeasuredOn) -> None:
+    """Whether statistics of what was measured there are of this pipeline.
 
     Raises:
         MismatchError: they are of another model, or of another scheduler or configuration.
     """
     name = denoiser_name(qpipe)
     model = getattr(qpipe, name)
-    found = {"quantized": fingerprint(model), "activation_bits": activation_bits(model), **schedule_of(qpipe)}
-    if source.get("quantized") == getattr(model, "simulated_by", None):  # an engine that computes what was measured
-        del found["quantized"]
+    found: dict[str, Any] = schedule_of(qpipe) if measured.scheduler else {}
+    if measured.quantized is not None:
+        found["activation_bits"] = activation_bits(model)
+        if measured.quantized != getattr(model, "simulated_by", None):  # else an engine computes what was measured
+            found["quantized"] = fingerprint(model)
     whats = {"quantized": f"on another {name}", "activation_bits": "at other activation bits"}
-    for fact, value in found.items():
-        if fact in source and source[fact] != value:
+    for fact in ("quantized", "activation_bits", "scheduler", "config"):
+        if fact in found and getattr(measured, fact) != found[fact]:
             what = whats.get(fact, f"on another scheduler ({fact} differs)")
             raise MismatchError(f"the statistics were measured {what}; measure this pipeline, then correct it")

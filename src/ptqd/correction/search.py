@@ -30,7 +30,7 @@ from scipy import stats as scipy_stats
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
-from ptqd.correction.scheduler import check_source, correct
+from ptqd.correction.scheduler import check_measured_on, correct
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.diffusion.trajectory import final_samples
@@ -145,22 +145,22 @@ def fit_auto(
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
     apart = run.with_seed_for("measuring")
-    check_source(qpipe, stats.source)
+    check_measured_on(qpipe, stats.measured_on)
     wanted = {
         "seed": apart.seed,
         "steps": run.steps,
         "guidance": guidance_of(qpipe, run),
         "inputs": run.inputs_digest,
     }
-    if "interpolated_from" in stats.source:
+    if stats.measured_on.interpolated_from is not None:
         raise InputError("statistics carried over to other steps have no full-precision samples to check against")
     for fact, value in wanted.items():
-        if stats.source.get(fact) != value:
+        if getattr(stats.measured_on, fact) != value:
             raise MismatchError(
                 f"the statistics were measured with another {fact}; give the run they were measured with"
             )
     indices = stats.final_indices.tolist()
-    if not stats.source["repeatable"] and (stats.response.draws or not stats.response.exact):
+    if not stats.measured_on.repeatable and (stats.response.draws or not stats.response.exact):
         raise InputError(
             f"{type(qpipe).__name__} hands its scheduler no generator, so a sample's noise depends on its batch and no "
             "trajectory can be checked; name methods instead, such as cnc,bc"
@@ -187,7 +187,8 @@ class _Search:
         self.qpipe, self.stats, self.run, self.progress = qpipe, stats, run, progress
         self.batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
         self.reference = stats.finals.double()
-        self.axis = stats.source.get("channel_axis", channel_axis(self.reference))
+        axis = stats.measured_on.channel_axis
+        self.axis = channel_axis(self.reference) if axis is None else axis
         self.wanted = features(self.reference, self.axis)
         self.errors: dict[Candidate, torch.Tensor] = {}  # of each sample, to its full-precision end (n,)
         self.shifts: dict[Candidate, torch.Tensor] = {}  # of each sample's features (n, F)

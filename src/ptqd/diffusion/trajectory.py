@@ -58,16 +58,16 @@ class Trajectory:
 
 
 @dataclass
-class Answer:
+class Replayed:
     """What another pipeline made of a recorded trajectory.
 
     Attributes:
         outputs: its denoiser's outputs, after guidance, step by step.
-        moved: mean squared difference of the next sample that its own step made, and the recorded one.
+        step_changes: mean squared difference of the next sample that its own step made, and the recorded one.
     """
 
     outputs: list[torch.Tensor] = field(default_factory=list)
-    moved: list[float] = field(default_factory=list)
+    step_changes: list[float] = field(default_factory=list)
 
 
 def next_sample(result: Any) -> torch.Tensor:
@@ -119,13 +119,13 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
 
 
 @contextmanager
-def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
+def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Replayed]:
     """Inside the block the pipeline gets the recorded samples; its own outputs are collected, step by step.
 
     Raises:
         MismatchError: the pipeline starts elsewhere or takes other steps than were recorded.
     """
-    answer = Answer()
+    answer = Replayed()
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         i = len(answer.outputs)
@@ -140,7 +140,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Answer]:
             )
         answer.outputs.append(model_output.detach())
         own = next_sample(plain(model_output, timestep, sample, *args, **kw))  # many schedulers count their steps
-        answer.moved.append((own - next_sample(trajectory.results[i])).float().square().mean().item())
+        answer.step_changes.append((own - next_sample(trajectory.results[i])).float().square().mean().item())
         return trajectory.results[i]
 
     with stepping(pipe, step):

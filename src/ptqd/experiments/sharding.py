@@ -19,8 +19,8 @@ from ptqd.metrics.bootstrap import Metric, Statistic
 from ptqd.metrics.evaluator import Judge, Observed, latent_statistic, observe, statistics, with_intervals
 from ptqd.metrics.images import ImageSet, open_images
 from ptqd.metrics.references import cache_folder
-from ptqd.mixed_precision.measure_widths import measure_widths
-from ptqd.noise.measure import measure
+from ptqd.mixed_precision.measure_widths import widths_measurement
+from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
 from ptqd.run_folder import RunFolder, make_shards
 
@@ -37,9 +37,10 @@ def measure_shards(
     title: str | None,
 ) -> None:
     """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch."""
+    measurement = PairedMeasurement(pipe, {0: quantized}, run)
 
     def write(indices: range, shard: Path) -> None:
-        measure(pipe, quantized, run.replace(samples=indices.stop), start=indices.start).save(shard)
+        measurement.batch(indices)[0].save(shard)
 
     shards = make_shards(list(run.batches()), scratch, write, title=title)
     if processes.is_main():
@@ -56,12 +57,13 @@ def measure_width_shards(
     title: str | None,
 ) -> None:
     """Measure every width into ``folder/BITS.safetensors``, as :func:`measure_shards` does one."""
+    measurement = widths_measurement(pipe, quantized, run)
 
     def write(indices: range, shard: Path) -> None:
-        found = measure_widths(pipe, quantized, run.replace(samples=indices.stop), start=indices.start)
-        for bits, stats in found.items():
+        parts = measurement.batch(indices)
+        for bits, stats in parts.items():
             stats.save(_of_width(shard, bits))
-        write_tensors(shard, {"widths": torch.tensor(list(found))}, {})  # all are there
+        write_tensors(shard, {"widths": torch.tensor(list(parts))}, {})  # all are there
 
     shards = make_shards(list(run.batches()), scratch, write, title=title)
     if processes.is_main():

@@ -18,7 +18,7 @@ def final_coefficients(stats: NoiseStats) -> torch.Tensor:
     """
     steps = len(stats.timesteps)
     if not stats.response.exact:
-        logger.warning("how %s steps is not known; every step counts alike", stats.source["scheduler"])
+        logger.warning("how %s steps is not known; every step counts alike", stats.measured_on.scheduler)
         return torch.ones(steps, dtype=torch.float64)
     outputs = stats.response.outputs * stats.attenuation()
     layout = stats.layout

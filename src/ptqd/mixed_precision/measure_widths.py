@@ -1,12 +1,10 @@
 """Measuring a quantized pipeline at each of its bit widths."""
 
-from collections.abc import Callable, Mapping
-
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.noise.measure import _Measuring
+from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import at_width
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
@@ -14,14 +12,7 @@ from ptqd.quantization.recipe import Recipe
 
 
 def measure_widths(
-    pipe: DiffusionPipeline,
-    qpipe: DiffusionPipeline,
-    run: Sampling,
-    *,
-    start: int = 0,
-    resume: Mapping[int, NoiseStats] | None = None,
-    keep: Callable[[Mapping[int, NoiseStats]], None] | None = None,
-    progress: str | bool = False,
+    pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling, *, progress: str | bool = False
 ) -> dict[int, NoiseStats]:
     """Measure every activation width that a pipeline has ranges for: what a :class:`ptqd.StepPlan` is made from.
 
@@ -30,20 +21,21 @@ def measure_widths(
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
-        run: as for :func:`measure`.
-        start: as for :func:`measure`.
-        resume: as for :func:`measure`, by width.
-        keep: as for :func:`measure`, by width.
+        run: as for :func:`ptqd.measure`.
         progress: show a bar, with that title.
 
     Returns:
-        Statistics by width, ascending; the same as :func:`measure` gives of each.
+        Statistics by width, ascending; the same as :func:`ptqd.measure` gives of each.
 
     Raises:
         InputError: the pipeline has one width only, or was not quantized by ptqd.
     """
+    return widths_measurement(pipe, qpipe, run).all(progress=progress)
+
+
+def widths_measurement(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> PairedMeasurement:
+    """What measures every width, batch by batch; see :func:`measure_widths`."""
     widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
     if len(widths) < 2:
         raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
-    measured = _Measuring(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run.with_seed_for("measuring"))
-    return measured.go(start, resume or {}, keep, progress)
+    return PairedMeasurement(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run)

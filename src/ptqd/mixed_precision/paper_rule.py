@@ -37,7 +37,7 @@ def forward_snr(stats: NoiseStats) -> torch.Tensor:
     """
     if stats.levels is None:
         raise InputError(
-            f"the paper's rule compares with the noise schedule, which is not known of {stats.source['scheduler']}; "
+            f"the paper's rule compares with the noise schedule, which is not known of {stats.measured_on.scheduler}; "
             "plan by a budget instead"
         )
     return stats.levels.log_snr.exp()
@@ -55,10 +55,10 @@ def model_timesteps(stats: Mapping[int, NoiseStats]) -> tuple[float, ...]:
         InputError: it takes no timestep, or the statistics are of another schedule.
     """
     first = next(iter(stats.values()))
-    told = tuple(first.source.get("told", ()))
-    if len(told) != len(first.timesteps):
+    timesteps = first.measured_on.model_timesteps
+    if len(timesteps) != len(first.timesteps):
         raise InputError("what the denoiser is told at each step was not measured; measure this schedule itself")
-    return told
+    return timesteps
 
 
 def tied(timesteps: Sequence[float], bits: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

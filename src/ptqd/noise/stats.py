@@ -14,7 +14,7 @@ and the residual's skewness and kurtosis are known for any k.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
+from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, regression
 from ptqd.noise.second_moments import FOLDS, Layout, between_tables, fold_of
 
@@ -72,9 +73,8 @@ class NoiseStats:
         indices: which samples (N,), int64, ascending.
         moments: E[eps^i delta^j] over each sample's elements (N, T, C, 14), float64, columns as in ``POWERS``.
         elements: elements of one channel of one sample.
-        source: plain facts of what was measured: the models' fingerprints, the scheduler and its
-            configuration, steps, eta, call arguments. Statistics only merge with the same; corrections only apply to
-            the same model, scheduler, steps and eta.
+        measured_on: models, scheduler, steps, eta, call. Statistics only merge with the same; corrections only apply to
+            the same.
         response: how the run's samples answer to its outputs and its noise.
         levels: where its samples stand on the noise schedule; None where that is not known.
         joint: second moments of (1, eps_q, x_t, eps), summed over each fold's samples (16, T, G, K, K), float64; see
@@ -92,7 +92,7 @@ class NoiseStats:
     indices: torch.Tensor
     moments: torch.Tensor
     elements: int
-    source: Mapping[str, Any]
+    measured_on: MeasuredOn
     response: Response
     levels: Levels | None
     joint: torch.Tensor
@@ -154,8 +154,8 @@ class NoiseStats:
     def at(self, scheduler: SchedulerMixin) -> "NoiseStats":
         """The same statistics on the steps of another run, interpolated over log-SNR.
 
-        An estimate, and marked as one (``source["interpolated_from"]``): a quantized denoiser's noise depends on where
-        on the noise schedule it is asked, hardly on how many steps are taken to get there.
+        An estimate, and marked as one (``measured_on.interpolated_from``): a quantized denoiser's noise depends on
+        where on the noise schedule it is asked, hardly on how many steps are taken to get there.
 
         Args:
             scheduler: of the same kind and configuration, its timesteps set.
@@ -169,9 +169,9 @@ class NoiseStats:
         wanted = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
         if torch.equal(wanted, self.timesteps):
             return self
-        found = scheduler_facts(scheduler)
+        found, mine = scheduler_facts(scheduler), self.measured_on
         for fact in ("scheduler", "config"):
-            if found[fact] != self.source[fact]:
+            if found[fact] != getattr(mine, fact):
                 raise MismatchError(
                     f"the statistics were measured on another scheduler ({fact} differs); measure again"
                 )
@@ -201,15 +201,17 @@ class NoiseStats:
             scheduler,
             step,
             timesteps,
-            self.source["keywords"],
-            learned_variance=self.source["learned_variance"],
+            mine.keywords,
+            learned_variance=mine.learned_variance,
             device=known.timesteps.device,
         )
         there_now = dataclasses.replace(
             self,
             timesteps=wanted,
             moments=between(self.moments, 1),
-            source={**self.source, "steps": len(timesteps), "interpolated_from": self.source["steps"], "told": []},
+            measured_on=dataclasses.replace(
+                mine, steps=len(timesteps), interpolated_from=mine.steps, model_timesteps=()
+            ),
             response=response,
             levels=levels,
             joint=between_tables(*parts, weight, self.layout),
@@ -257,7 +259,7 @@ class NoiseStats:
         """
         first = parts[0]
         for other in parts[1:]:
-            different = [k for k in {**first.source, **other.source} if first.source.get(k) != other.source.get(k)]
+            different = first.measured_on.differences(other.measured_on)
             if different or not torch.equal(first.timesteps, other.timesteps):
                 what = ", ".join(different) or "timesteps"
                 raise MismatchError(f"statistics differ in {what}; merge only those of one model and schedule")
@@ -281,11 +283,11 @@ class NoiseStats:
         """Write a safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors |= {name: getattr(self.response, name.removeprefix("response_")) for name in RESPONSE}
-        facts = {"elements": self.elements, "exact": self.response.exact, "source": dict(self.source)}
+        facts = {"elements": self.elements, "exact": self.response.exact, "source": self.measured_on.to_dict()}
         if self.levels is not None:
             tensors |= {"alpha": self.levels.alpha, "sigma": self.levels.sigma}
             facts["family"] = self.levels.family
-        write_tensors(path, tensors, {"ptqd.noise.stats": json.dumps(facts, sort_keys=True)})
+        write_tensors(path, tensors, {"ptqd.noise": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "NoiseStats":
@@ -295,13 +297,13 @@ class NoiseStats:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        if "ptqd.noise.stats" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
+        if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise InputError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
-        facts = json.loads(metadata["ptqd.noise.stats"])
+        facts = json.loads(metadata["ptqd.noise"])
         return cls(
             **{name: tensors[name] for name in _TENSORS},
             elements=facts["elements"],
-            source=facts["source"],
+            measured_on=MeasuredOn.from_dict(facts["source"]),
             response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts["exact"]),
             levels=Levels(facts["family"], tensors["alpha"], tensors["sigma"]) if "family" in facts else None,
         )

@@ -94,7 +94,7 @@ def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Samp
             run_batch(pipe, run, indices, "latent")
         with replay(qpipe, trajectory) as answer:
             run_batch(qpipe, run, indices, "latent")
-        moved = [value * len(indices) for value in answer.moved]
+        moved = [value * len(indices) for value in answer.step_changes]
         totals = moved if not totals else [a + b for a, b in zip(totals, moved, strict=True)]
     return torch.tensor(totals, dtype=torch.float64)
 

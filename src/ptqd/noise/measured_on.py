@@ -1,0 +1,83 @@
+"""What statistics were measured on; corrections apply to the same alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ptqd.errors import InputError
+
+_STORED = {"model_timesteps": "told"}  # names in files that are other than the fields'
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """What statistics were measured on; equal where statistics may be merged.
+
+    Attributes:
+        scheduler: the class's name.
+        config: the scheduler's configuration, as plain values.
+        model: fingerprint of the full-precision denoiser.
+        quantized: fingerprint of the quantized denoiser.
+        activation_bits: hash of its recipe and plan; None for a denoiser that ptqd did not quantize.
+        steps: of the run.
+        eta: noise of DDIM's step.
+        guidance: guidance scale; None where the pipeline has none.
+        call: arguments of the pipeline's call that all samples share.
+        seed: from which the samples' seeds are derived.
+        inputs: digest of the arguments that samples do not share.
+        closed_loop: measured along the quantized pipeline's trajectories.
+        corrected: methods of the correction it ran with meanwhile.
+        channel_axis: of samples and outputs; None where it was not measured.
+        model_timesteps: that the denoiser got (T,); empty where it takes none.
+        keywords: of the scheduler's ``step`` that are the same at every step.
+        learned_variance: the output has a variance beside the mean.
+        repeatable: every sample's noise comes from its own generator, whatever the batch.
+        interpolated_from: steps of the measured run, of statistics that were carried over to another; else None.
+    """
+
+    scheduler: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    quantized: str | None = None
+    activation_bits: str | None = None
+    steps: int = 0
+    eta: float = 0.0
+    guidance: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    inputs: str | None = None
+    closed_loop: bool = False
+    corrected: tuple[str, ...] = ()
+    channel_axis: int | None = None
+    model_timesteps: tuple[float, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    learned_variance: bool = False
+    repeatable: bool = True
+    interpolated_from: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, by the names that files have."""
+        plain = {_STORED.get(name, name): value for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MeasuredOn":
+        """The inverse of :meth:`to_dict`; what a file does not say has its default.
+
+        Raises:
+            InputError: it says what this version does not know.
+        """
+        names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
+        unknown = set(values) - set(names)
+        if unknown:
+            raise InputError(
+                f"statistics say {min(unknown)!r}, which this version of ptqd does not know; measure again"
+            )
+        plain = {names[key]: value for key, value in values.items()}
+        for name in ("corrected", "model_timesteps"):
+            plain[name] = tuple(plain.get(name, ()))
+        return cls(**plain)
+
+    def differences(self, other: "MeasuredOn") -> list[str]:
+        """The names of what differs, in the order of the attributes."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
