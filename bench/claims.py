@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ptqd.experiments.report.pictures import step_plots
+from ptqd.experiments.results import Report, StepRow
 from ptqd.experiments.sharding import judged
-from ptqd.files import read_json
 from ptqd.metrics.bootstrap import Statistic, intervals
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
@@ -33,15 +33,15 @@ METRICS = {
 SHOWN = {"imagenet-20-w4a8": "steps-eta0.png", "imagenet-250-w4a8": "steps-eta1.png"}
 
 
-def by_step(steps: Sequence[dict[str, Any]], recipe: str) -> None:
-    mine = [step for step in steps if step["recipe"] == recipe]
-    k = np.array([[step["k"][part] for part in ("value", "low", "high")] for step in mine])
-    r2 = np.array([step["r2"]["value"] for step in mine])
-    snr = np.array([step["snr"]["value"] for step in mine])
-    kurtosis = np.array([step["kurtosis"]["value"] for step in mine])
-    skewness = np.array([step["skewness"]["value"] for step in mine])
-    normal = np.array([step["normality_p"] for step in mine])
-    repeats = np.array([step["autocorrelation"]["value"] for step in mine[1:]], dtype=float)
+def by_step(steps: Sequence[StepRow], recipe: str) -> None:
+    mine = [step for step in steps if step.recipe == recipe]
+    k = np.array([[getattr(step.k, part) for part in ("value", "low", "high")] for step in mine])
+    r2 = np.array([step.r2.value for step in mine])
+    snr = np.array([step.snr.value for step in mine])
+    kurtosis = np.array([step.kurtosis.value for step in mine])
+    skewness = np.array([step.skewness.value for step in mine])
+    normal = np.array([step.normality_p for step in mine])
+    repeats = np.array([step.autocorrelation.value for step in mine[1:]], dtype=float)
     told = (k[:, 1] > 0) | (k[:, 2] < 0)
     first, middle, last = 0, len(mine) // 2, len(mine) - 1
     places = ("at first", "in the middle", "at last")
@@ -79,31 +79,31 @@ def main() -> None:
     classifier: Any = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
     judge = Judge(classifier, load_reference(REFERENCE, classifier))
     for folder in sorted(path.parent for path in args.folder.glob("*/report.html")):
-        report = read_json(folder / "report.json")
-        rows, setting = report["rows"], report["rows"][0]["setting"]
-        print(f"{folder.name}: {setting['steps']} steps, eta {setting['eta']:g}, guidance {setting['guidance']:g}")
-        full = (folder / rows[0]["observed"], folder / rows[0]["images"])
-        recipes = list(dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != "fp32"))
+        report = Report.load(folder)
+        rows, settings = report.rows, report.rows[0].settings
+        print(f"{folder.name}: {settings.steps} steps, eta {settings.eta:g}, guidance {settings.guidance:g}")
+        full = (folder / rows[0].observed, folder / rows[0].images)
+        recipes = list(dict.fromkeys(row.key.quantized for row in rows if not row.key.is_full_precision))
         for recipe in recipes:
-            by_step(report["steps"], recipe)
-            row = next(r for r in rows if r["recipe"] == recipe)
-            values = {name: row["metrics"][name]["value"] for name in METRICS}
+            by_step(report.steps, recipe)
+            row = next(r for r in rows if r.key.quantized == recipe)
+            values = {name: row.metrics[name].value for name in METRICS}
             print(
-                f"    {row['bops_ratio']:.1f}x fewer bit operations; uncorrected: PSNR {values['psnr']:.2f}, "
+                f"    {row.bops_ratio:.1f}x fewer bit operations; uncorrected: PSNR {values['psnr']:.2f}, "
                 f"Frechet to FP {values['frechet_distance_to_full_precision']:.3f}"
             )
-            names = [r["correction"] for r in rows if r["recipe"] == recipe and r["correction"] != "auto"]
-            labels = torch.arange(rows[0]["samples"]) % 10
+            names = [r.key.correction for r in rows if r.key.quantized == recipe and r.key.correction != "auto"]
+            labels = torch.arange(rows[0].samples) % 10
             found = {
-                r["correction"]: judged(folder / r["observed"], folder / r["images"], judge, labels, full)
+                r.key.correction: judged(folder / r.observed, folder / r.images, judge, labels, full)
                 for r in rows
-                if r["recipe"] == recipe
+                if r.key.quantized == recipe
             }
             corrections(found, labels, names)
             corrections(found, labels, ("none", "auto"))
             corrections(found, labels, ("cnc+bc+vsc", "auto"))
         if args.figures is not None and folder.name in SHOWN:
-            (args.figures / SHOWN[folder.name]).write_bytes(step_plots(report["steps"])[0][1])
+            (args.figures / SHOWN[folder.name]).write_bytes(step_plots(report.steps)[0][1])
 
 
 if __name__ == "__main__":

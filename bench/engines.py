@@ -31,13 +31,13 @@ from rich.console import Console
 import ptqd
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import run_batch
-from ptqd.experiments.benchmark import contestants, race
-from ptqd.experiments.report.speed import speed_facts, speed_table
+from ptqd.engines.cpu import processor_name
+from ptqd.engines.export import export
+from ptqd.engines.fidelity import fidelity
+from ptqd.engines.onnx_graph import captured
+from ptqd.experiments.benchmark import contestants, race, speed_report
+from ptqd.experiments.report.speed import speed_table
 from ptqd.experiments.sharding import judged, labels_of, observe_images, sample_images
-from ptqd.export.cpu import processor_name
-from ptqd.export.export import export
-from ptqd.export.fidelity import fidelity
-from ptqd.export.onnx_graph import captured
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.images import open_images
@@ -125,10 +125,10 @@ def speed(folder: Path) -> None:
         full, kept_in = ptqd.load(place / "full"), RunFolder(place / "run")
         found, refused = contestants(full, pipes, run, kept_in, engines, others=others)
         timings, failed = race(found, run, repeats=5)
-        facts = speed_facts(timings, refused | failed, run, 0, "cpu")
+        speed = speed_report(timings, refused | failed, run, 0, "cpu")
         print(f"\n{case}")
-        Console(width=160).print(speed_table(facts))
-        print("".join(f"  without {what}: {reason}\n" for what, reason in facts["without"].items()), end="", flush=True)
+        Console(width=160).print(speed_table(speed))
+        print("".join(f"  without {what}: {reason}\n" for what, reason in speed.without.items()), end="", flush=True)
 
 
 ALONE = """
@@ -146,7 +146,7 @@ if what == "torch":
             model(torch.from_numpy(sample), torch.from_numpy(t))
 else:
     from pathlib import Path
-    from ptqd.export.sessions import open_session
+    from ptqd.engines.sessions import open_session
     session = open_session(Path(path) / "model.onnx", what, threads=2, rows=5)  # as the pipeline has it
     for _ in range(3):
         session.run({"sample": sample, "timestep": t})

@@ -2,6 +2,6 @@
 
 import sys
 
-from ptqd.cli import main
+from ptqd_cli.main import main
 
 sys.exit(main())

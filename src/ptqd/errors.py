@@ -1,12 +1,34 @@
-"""The errors ptqd raises on purpose."""
+"""The errors ptqd raises on purpose; everything else that is raised is a bug.
+
+    PtqdError
+        InputError(ValueError)              a file, folder, argument or configuration is not usable
+            ArtifactError                   a file that ptqd wrote is damaged, or of another version
+            UnsupportedError                a pipeline, scheduler or engine that ptqd cannot follow
+            MissingDependencyError(ImportError)
+        MismatchError                       two things that must belong together do not
+
+Every message names the thing and the remedy. The command line prints it in one line and exits with 2.
+"""
 
 
 class PtqdError(Exception):
-    """Base of every error ptqd raises on purpose; the CLI prints it in one line and exits with 2."""
+    """Base of every error ptqd raises on purpose."""
 
 
-class InputError(PtqdError):
+class InputError(PtqdError, ValueError):
     """A file, folder, argument or configuration is not usable; the message says which, and the remedy."""
+
+
+class ArtifactError(InputError):
+    """A file that ptqd wrote is damaged or of another version; the message says how to make it again."""
+
+
+class UnsupportedError(InputError):
+    """A pipeline, scheduler or engine works in a way that ptqd cannot follow; the message says which way would do."""
+
+
+class MissingDependencyError(InputError, ImportError):
+    """A package that is not installed; the message says what to install."""
 
 
 class MismatchError(PtqdError):

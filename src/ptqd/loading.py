@@ -16,8 +16,8 @@ from ptqd import zoo
 from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError, PtqdError
-from ptqd.export.module import EngineModule
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import plan_of

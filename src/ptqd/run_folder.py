@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -19,6 +19,7 @@ from ptqd.files import make_folder, read_json, replacing, write_json
 from ptqd.progress import track
 
 Build = Callable[[Path, Path], None]
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -55,6 +56,33 @@ class RunFolder:
         """
         with self._alone(name):
             return self._stage(name, inputs, build, shared=shared)
+
+    def value(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: "Callable[[Path, Path], T | None]",
+        load: "Callable[[Path], T]",
+        *,
+        shared: bool = False,
+    ) -> "T":
+        """The value of a stage: the one just built, or one that is read where the stage was skipped.
+
+        Args:
+            name: as for :meth:`stage`.
+            inputs: as for :meth:`stage`.
+            build: as for :meth:`stage`; returns the value that it wrote, or None in a process that wrote none.
+            load: reads it from its path.
+            shared: as for :meth:`stage`.
+        """
+        built: list[T | None] = []
+
+        def keep(path: Path, scratch: Path) -> None:
+            built.append(build(path, scratch))
+
+        path = self.stage(name, inputs, keep, shared=shared)
+        value = built[0] if built else None
+        return load(path) if value is None else value
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:

@@ -14,9 +14,9 @@ from torch import nn
 
 import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
-from ptqd.cli import main
 from ptqd.diffusion.compvis.pipeline import convert, save_converted
 from ptqd.zoo import CONFIGS
+from ptqd_cli.main import main
 
 DATA = Path(__file__).parent.parent / "data" / "ldm"
 BASES = {"ldm4-imagenet": 192, "ldm4-bedrooms": 224, "ldm8-churches": 192}

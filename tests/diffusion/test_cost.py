@@ -13,8 +13,8 @@ from ptqd import InputError, Quantizer, Recipe, Sampling, StepPlan, apply_plan
 from ptqd.diffusion.macs import Macs, call_macs, run_macs
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
+from ptqd.experiments.count_cost import count_cost
 from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, one_call, skeleton
-from ptqd.experiments.report.cost import counted
 from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
@@ -172,7 +172,7 @@ def test_pipelines_are_counted_from_their_folders(name: str, tmp_path: Path) -> 
     pipe = case.build()
     pipe.save_pretrained(tmp_path)
     run = Sampling(case.steps, case.eta, 1, 1, 0, {**case.call, **(case.guidance or {})})
-    found = counted(str(tmp_path), None, None, lambda _: run)
+    found = count_cost(str(tmp_path), None, None, lambda _: run)
     assert torch.equal(found.macs.counts, run_macs(pipe, run).counts)
 
 
@@ -187,29 +187,29 @@ def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path
     plan = plan.replace(bits=((4,), (4,), (8,), (8,)))
     plan.save(tmp_path / "plan.toml")
     planned = apply_plan(quantized, plan)
-    found = counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "plan.toml", lambda _: run)
+    found = count_cost(str(tmp_path / "model"), "w4a4+8", tmp_path / "plan.toml", lambda _: run)
     loaded = run_cost(planned, run)
     assert torch.equal(found.bops, loaded.bops)
     assert (found.parameters, found.disk) == (loaded.parameters, loaded.disk)
     planned.save_pretrained(tmp_path / "planned")  # a quantized pipeline is counted as it is
-    assert torch.equal(counted(str(tmp_path / "planned"), None, None, lambda _: run).bops, loaded.bops)
+    assert torch.equal(count_cost(str(tmp_path / "planned"), None, None, lambda _: run).bops, loaded.bops)
     heavier = plan.replace(weights={"conv_out": 5, "mid_block.resnets.0.conv1": 8})
     heavier.save(tmp_path / "heavier.toml")
-    weighted = counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "heavier.toml", lambda _: run)
+    weighted = count_cost(str(tmp_path / "model"), "w4a4+8", tmp_path / "heavier.toml", lambda _: run)
     again = run_cost(apply_plan(quantized, heavier, pipe), run)
     assert torch.equal(weighted.bops, again.bops)
     assert weighted.disk == again.disk != found.disk
     plan.replace(weights={"nowhere": 4}).save(tmp_path / "nowhere.toml")
     with pytest.raises(InputError, match="'nowhere', which is no quantized layer"):
-        counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "nowhere.toml", lambda _: run)
+        count_cost(str(tmp_path / "model"), "w4a4+8", tmp_path / "nowhere.toml", lambda _: run)
     steps = found.bops.sum(1)
     assert steps[0] == steps[1] < steps[2] == steps[3]
     with pytest.raises(InputError, match="the plan is for 4 steps, the run takes 5"):
-        counted(str(tmp_path / "model"), "w4a4+8", tmp_path / "plan.toml", lambda _: run.replace(steps=5))
+        count_cost(str(tmp_path / "model"), "w4a4+8", tmp_path / "plan.toml", lambda _: run.replace(steps=5))
     with pytest.raises(InputError, match="give --recipe too"):
-        counted(str(tmp_path / "model"), None, tmp_path / "plan.toml", lambda _: run)
+        count_cost(str(tmp_path / "model"), None, tmp_path / "plan.toml", lambda _: run)
     with pytest.raises(InputError, match="is no pipeline whose cost can be counted"):
-        counted(str(tmp_path / "nowhere"), None, None, lambda _: run)
+        count_cost(str(tmp_path / "nowhere"), None, None, lambda _: run)
 
 
 def test_a_denoiser_that_looks_at_numbers_is_counted_for_real(pipe: Any, qpipe: Any) -> None:

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.cli import main
 from ptqd.experiments.compare import compare_runs
 from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
 from ptqd.experiments.report import comparison
+from ptqd.experiments.results import Interval
 from ptqd.experiments.sharding import load_images
 from ptqd.metrics.evaluator import Judge
 from ptqd.metrics.features.extractor import Features, Reference, extract
+from ptqd_cli.main import main
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}
 
@@ -56,9 +57,14 @@ def judge(folders: list[Path]) -> Judge:
     return Judge(Corners(), reference, "corners")
 
 
+def value(interval: Interval) -> float:
+    assert interval.value is not None
+    return interval.value
+
+
 def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> None:
     rows = compare_runs(folders, judge)
-    assert [(row["run"], row["recipe"], row["correction"]) for row in rows] == [
+    assert [(row.run, row.row.key.quantized, row.row.key.correction) for row in rows] == [
         ("first", "fp32", "none"),
         ("first", "first", "none"),
         ("first", "first", "bc"),
@@ -66,20 +72,20 @@ def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> 
         ("second", "second", "none"),
         ("second", "second", "bc"),
     ]
-    assert {row["against"] for row in rows} == {"first first none"}
-    assert rows[1]["differences"] == {}
-    worse = rows[4]["differences"]["psnr"]
-    assert worse["value"] == pytest.approx(rows[4]["metrics"]["psnr"]["value"] - rows[1]["metrics"]["psnr"]["value"])
-    assert worse["high"] < 0
-    assert "psnr" not in rows[0]["differences"]
-    frechet = [rows[i]["metrics"]["frechet_distance"]["value"] for i in (0, 3)]
+    assert {row.against for row in rows} == {"first first none"}
+    assert rows[1].differences == {}
+    worse = rows[4].differences["psnr"]
+    assert worse.value == pytest.approx(value(rows[4].row.metrics["psnr"]) - value(rows[1].row.metrics["psnr"]))
+    assert worse.high is not None
+    assert worse.high < 0
+    assert "psnr" not in rows[0].differences
+    frechet = [value(rows[i].row.metrics["frechet_distance"]) for i in (0, 3)]
     assert frechet[0] == frechet[1]  # the same pipeline and seeds
     other = compare_runs(folders, judge, "second second bc")
-    assert other[5]["differences"] == {}
-    assert other[1]["differences"]["psnr"]["low"] > 0
-    json.dumps(rows)
+    assert other[5].differences == {}
+    assert (other[1].differences["psnr"].low or 0) > 0
     plain = compare_runs(folders, None)
-    assert [row["chosen"] for row in plain] == [False, True, False, False, False, False]
+    assert [row.chosen for row in plain] == [False, True, False, False, False, False]
     assert comparison.markdown(plain).count("[none]") == 1
 
 
@@ -109,10 +115,10 @@ def test_what_cannot_be_compared_is_named(folders: list[Path], judge: Judge, tmp
         compare_runs([tmp_path], judge)
     other = tmp_path / "other"
     shutil.copytree(folders[1], other)
-    for record in (other / ".stages").rglob("samples.safetensors.json"):
-        values = json.loads(record.read_text())
-        values["inputs"]["setting"]["seed"] = 7
-        record.write_text(json.dumps(values))
+    report = json.loads((other / "report.json").read_text())
+    for row in report["rows"]:
+        row["sampling"]["seed"] = 7
+    (other / "report.json").write_text(json.dumps(report))
     with pytest.raises(InputError, match=r"cannot be paired: seed is 7 in one and 0 in the other"):
         compare_runs([folders[0], other], judge)
     next(other.rglob("samples.safetensors")).unlink()
@@ -132,4 +138,8 @@ def test_the_verb(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert call("--format", "latex").startswith(r"\begin{tabular}")
     call("--format", "html", "--out", tmp_path / "page.html", "--json", tmp_path / "rows.json")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    assert set(json.loads((tmp_path / "rows.json").read_text())[1]["metrics"]) == {"psnr", "ssim", "latent_distance"}
+    assert set(json.loads((tmp_path / "rows.json").read_text())[1]["row"]["metrics"]) == {
+        "psnr",
+        "ssim",
+        "latent_distance",
+    }

@@ -9,11 +9,11 @@ import torch
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.cli import main
 from ptqd.experiments.experiment import Experiment, named_recipes
 from ptqd.experiments.manifest import load_manifest, reproduce, run_with_manifest
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.loading import with_scheduler
+from ptqd_cli.main import main
 
 RUN = Sampling(steps=2, samples=6, batch=3, call={"class_labels": [0, 1], "guidance_scale": 2.0})
 

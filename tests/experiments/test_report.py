@@ -7,26 +7,28 @@ from PIL import Image
 from rich.console import Console
 
 from ptqd import InputError
-from ptqd.experiments.report.page import write_page
-from ptqd.experiments.report.pictures import choice_plots, grid, png, step_plots
+from ptqd.correction.gate import StepGate
+from ptqd.experiments.report.page import summary
+from ptqd.experiments.report.pictures import choice_plots, grid, png, quality_against_cost, step_plots
 from ptqd.experiments.report.table import terminal_table
+from ptqd.experiments.results import ChoiceRow, Interval, Report, Row, RowKey, SamplerSettings, StepRow
 from ptqd.files import write_json
 
-SETTING = {"steps": 20, "eta": 0.0, "guidance": 3.0, "scheduler": "DDIMScheduler"}
+SETTINGS = SamplerSettings("DDIMScheduler", 20, 0.0, 3.0)
 
 
-def row(recipe: str, correction: str, **metrics: float) -> dict[str, Any]:
-    return {
-        "model": "m", "setting": SETTING, "recipe": recipe, "correction": correction, "samples": 10,
-        "metrics": {k: {"value": v, "low": v - 0.1, "high": v + 0.1} for k, v in metrics.items()},
-        "bops": 2e9, "bops_ratio": 19.94, "bytes": 1_500_000, "seconds": 3.2,
-    }  # fmt: skip
+def row(recipe: str, methods: tuple[str, ...] = (), **metrics: float) -> Row:
+    return Row(
+        model="m", settings=SETTINGS, key=RowKey(recipe, None, methods), sampling={}, samples=10,
+        metrics={k: Interval(v, v - 0.1, v + 0.1) for k, v in metrics.items()}, inception=False,
+        bops=2_000_000_000, bops_ratio=19.94, bytes=1_500_000, seconds=3.2, images="", observed="",
+    )  # fmt: skip
 
 
 def test_the_terminal_table_says_what_the_rows_say() -> None:
-    rows = [row("fp32", "none", frechet_distance=1.0), row("w4a8", "cnc+bc", frechet_distance=2.5, psnr=20.0)]
+    rows = [row("fp32", frechet_distance=1.0), row("w4a8", ("cnc", "bc"), frechet_distance=2.5, psnr=20.0)]
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(terminal_table(rows))
+    console.print(terminal_table(rows, wide=True))
     text = console.export_text()
     for part in ("DDIM, 20 steps, eta 0, guidance 3", "2.50 ±0.10", "+CNC +BC", "19.9x", "1,500", "20.00 ±0.10"):
         assert part in text
@@ -44,10 +46,22 @@ def test_a_grid_has_its_images_in_their_places() -> None:
     assert Image.open(io.BytesIO(png(picture))).size == picture.size
 
 
+def test_the_narrow_table_fits_100_columns() -> None:
+    metrics = dict.fromkeys(("psnr", "frechet_distance_to_full_precision", "frechet_distance", "recall", "ssim"), 20.0)
+    rows = [row("fp32", (), **metrics), row("w4a8-smooth-gptq-distill", ("cnc", "bc", "vsc"), **metrics)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal_table(rows))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    text = " ".join(lines)
+    for part in ("w4a8-smooth-gptq-distill", "+CNC +BC +VSC", "PSNR to FP dB", "Frechet to FP", "19.9x", "1,500"):
+        assert part in text
+
+
 def test_plots_take_steps_of_two_recipes() -> None:
-    names = ("k", "r2", "variance", "snr", "autocorrelation", "kurtosis")
+    some, one = Interval(0.1, -0.1, 0.2), Interval(None, None, None)
     steps = [
-        {"setting": SETTING, "recipe": r, "step": i, **{n: {"value": 0.1, "low": -0.1, "high": 0.2} for n in names}}
+        StepRow(SETTINGS, r, 4, i, 9.0 - i, some, some, some, some, some, some, (some,), 0.5, one if i == 0 else some)
         for r in ("w4a8", "w4a4")
         for i in range(3)
     ]
@@ -57,15 +71,27 @@ def test_plots_take_steps_of_two_recipes() -> None:
 
 
 def test_what_every_step_keeps_is_drawn() -> None:
-    steps = [{"kept": kept, "gain": 0.3, "half_width": 0.1, "channels": 4} for kept in ("joint L=1", "nothing")]
-    choices = [{"setting": SETTING, "recipe": r, "steps": s} for r, s in (("w4a8", steps), ("w4a4", []))]
+    steps = tuple(StepGate(kept, 0.3, 0.1, 4) for kept in ("joint L=1", "nothing"))
+    choices = [ChoiceRow(SETTINGS, r, "joint", (), s, 8) for r, s in (("w4a8", steps), ("w4a4", ()))]
     ((title, picture),) = choice_plots(choices)
     assert title == "DDIM, 20 steps, eta 0, guidance 3"
     assert Image.open(io.BytesIO(picture)).width > 1000
     assert len(choice_plots([choices[1]])) == 1
 
 
+def test_quality_is_drawn_against_cost() -> None:
+    rows = [row("fp32", psnr=40.0), row("w4a8", psnr=20.0), row("w4a8", ("auto",), psnr=25.0)]
+    picture = quality_against_cost(rows)
+    assert picture is not None
+    assert Image.open(io.BytesIO(picture)).width > 500
+    assert quality_against_cost([row("w4a8")]) is None
+    assert summary(rows) == [
+        "DDIM, 20 steps, eta 0, guidance 3: w4a8 takes 19.9 times fewer bit operations than FP32; corrected (auto), "
+        "PSNR to FP dB is 25.00 ±0.10, uncorrected 20.00."
+    ]
+
+
 def test_a_file_that_is_no_report_is_named(tmp_path: Any) -> None:
     write_json(tmp_path / "report.json", {"rows": []})
     with pytest.raises(InputError, match="is no report"):
-        write_page(tmp_path)
+        Report.load(tmp_path)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ptqd import InputError
-from ptqd.cli import main
-from ptqd.experiments.study import Study, held_against, outlook
+from ptqd.experiments.study import Study, compare_with_published, estimate
+from ptqd_cli.main import main
 
 FOLDER = Path(__file__).parent.parent.parent / "reproduce"
 STUDIES = sorted(FOLDER.glob("*.toml"))
@@ -71,7 +71,7 @@ def test_there_is_a_study_for_each_published_row() -> None:
 
 def test_a_dry_run_counts_everything_at_full_size(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = Study.load(small)
-    found = outlook(study, None)
+    found = estimate(study, None)
     assert found.parameters == 294_966_916
     # 2 steps: full precision and two rows of 12; 32 calibration samples; 8 measured with and without; no auto
     assert found.calls == {"sampling": 72, "calibrating": 64, "measuring": 32, "choosing corrections": 0}
@@ -80,7 +80,7 @@ def test_a_dry_run_counts_everything_at_full_size(small: Path, capsys: pytest.Ca
     assert found.files["images"] == 3 * 12 * 256 * 256 * 3
     assert found.files["latents"] == 3 * 12 * 4 * 32 * 32 * 4
     assert found.files["features"] == 3 * 12 * 4 * 5079
-    assert outlook(study, None, images=False).files["images"] == 0
+    assert estimate(study, None, images=False).files["images"] == 0
     assert found.files["quantized pipelines"] > found.disk["w4a8"]
     assert found.hours("a100") > found.hours("h100")
     with pytest.raises(InputError, match="rate of 'abacus' is not known; known are a100"):
@@ -127,7 +127,7 @@ def test_a_studys_figures_stand_beside_the_published_ones(
     assert line["ours"]["low"] < line["ours"]["value"] < line["ours"]["high"]
     assert "Beside what was published" in (tmp_path / "run" / "report.html").read_text()
     study = Study.load(small)
-    assert held_against(study, [])[0]["ours"] is None
+    assert compare_with_published(study, [])[0].ours is None
 
 
 def test_what_does_not_go_together_is_said(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

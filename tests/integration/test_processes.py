@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import processes
-from ptqd.cli import main
 from ptqd.experiments.manifest import load_manifest
+from ptqd_cli.main import main
 
 SAMPLE = ["--steps", "3", "--samples", "24", "--batch", "2", "--guidance", "2"]
 
@@ -68,7 +68,7 @@ def test_a_full_disk_is_said_and_what_was_made_is_kept(tmp_path: Path, kilobytes
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_pipeline().save_pretrained(model)
     limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({1024 * kilobytes},) * 2); "
-    code = limit + "from ptqd.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = limit + "from ptqd_cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = ["sample", str(model), *SAMPLE, "--out", str(out)]
     made = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert made.returncode == 2

@@ -1,6 +1,7 @@
 """Networks that judge, and what is kept of what they see."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import nn
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.cli import main
 from ptqd.experiments.compare import compare_runs
 from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
 from ptqd.experiments.sharding import load_images
@@ -25,6 +25,7 @@ from ptqd.metrics.features.inception import Inception, resized
 from ptqd.metrics.features.lpips import Lpips
 from ptqd.metrics.images import Pixels, open_images
 from ptqd.metrics.references import load_reference
+from ptqd_cli.main import main
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -319,14 +320,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_without_images_there_are_the_same_distances(runs: tuple[Path, Path]) -> None:
     kept, streamed = (json.loads((run / "report.json").read_text())["rows"] for run in runs)
     for mine, theirs in zip(kept, streamed, strict=True):
-        gone = {"psnr", "ssim"} if mine["recipe"] != "fp32" else set()
+        gone = {"psnr", "ssim"} if mine["key"]["recipe"] != "fp32" else set()
         assert set(mine["metrics"]) - set(theirs["metrics"]) == gone
         assert theirs["metrics"] == {name: mine["metrics"][name] for name in theirs["metrics"]}
     assert "latent_distance" in streamed[1]["metrics"]
     assert not list(runs[1].rglob("observed.safetensors"))
     assert len(load_images(runs[1] / streamed[1]["images"])) == 8  # the first hundred
     found = compare_runs([runs[1]], judge())
-    assert found[1]["metrics"]["frechet_distance"] == kept[1]["metrics"]["frechet_distance"]
+    assert asdict(found[1].row.metrics["frechet_distance"]) == kept[1]["metrics"]["frechet_distance"]
     with pytest.raises(InputError, match="an extractor"):
         run_experiment(tiny_pipeline(), Experiment("tiny", (), {}, images=False), runs[1] / "x", None)
 

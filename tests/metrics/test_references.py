@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from ptqd import InputError
-from ptqd.cli import main
 from ptqd.files import write_tensors
 from ptqd.metrics.evaluator import Judge, evaluate
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.features.image_encoder import ImageEncoder
 from ptqd.metrics.moments import Moments
 from ptqd.metrics.references import load_reference
+from ptqd_cli.main import main
 
 
 class Colours:

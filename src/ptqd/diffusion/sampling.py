@@ -196,3 +196,12 @@ def sample(
     """
     for indices in track(list(run.batches(start)), progress):
         yield indices, run_batch(pipe, run, indices, output)
+
+
+def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The call arguments that a class-conditional pipeline needs: every class that it knows, in turn."""
+    if "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
+        return {}
+    embedder = getattr(pipe, "class_embedder", None)
+    known = range(embedder.config.classes) if embedder is not None else getattr(pipe, "labels", {}).values()
+    return {"class_labels": sorted(set(known))} if known else {}

@@ -25,9 +25,11 @@ from diffusers import DiffusionPipeline
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
 from ptqd.diffusion.sampling import Sampling
+from ptqd.engines.cpu import processor_name
+from ptqd.engines.export import Others, export, for_engine
+from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
-from ptqd.export.export import Others, export, for_engine
-from ptqd.export.sessions import ENGINES, required
+from ptqd.experiments.results import REPORT, Report, SpeedReport, SpeedRow
 from ptqd.progress import busy, track
 from ptqd.quantization.bops import disk_bytes
 from ptqd.run_folder import RunFolder
@@ -98,7 +100,7 @@ def contestants(
         folder: where pipelines are kept, under ``engines/``; one that is there already is taken as it is.
         engines: ``"torch"`` (the simulation), ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; by default all.
         others: decoders and text encoders of quantized pipelines in engines; see
-            :func:`ptqd.export.export.export`.
+            :func:`ptqd.engines.export.export`.
         progress: show it.
 
     Returns:
@@ -226,6 +228,72 @@ def race(
         psnr = None if not i else -10 * math.log10(max(float(np.square(images[i] - images[0]).mean()), TINY))
         timings.append(Timing(found[i], tuple(seconds[i]), ends[i]["peak"], psnr))
     return timings, refused
+
+
+def time_engines(
+    full: DiffusionPipeline,
+    quantized: Mapping[str, DiffusionPipeline],
+    run: Sampling,
+    folder: Path,
+    keep: Path | None = None,
+    *,
+    engines: Sequence[str] | None = None,
+    others: Others = "fp32",
+    repeats: int = REPEATS,
+    threads: int = 0,
+    device: str = "cpu",
+) -> SpeedReport:
+    """Time quantized pipelines in every engine, beside full precision, in turn.
+
+    Args:
+        full: the pipeline in full precision.
+        quantized: pipelines by ptqd, by what their numbers are called.
+        run: how all sample; its batch is what is timed.
+        folder: a run folder, whose report keeps what is measured; or another.
+        keep: of another folder: where exported pipelines are kept, for the next time.
+        engines: as for :func:`contestants`.
+        others: as for :func:`contestants`.
+        repeats: as for :func:`race`.
+        threads: as for :func:`race`.
+        device: as for :func:`race`.
+    """
+    is_run = (folder / REPORT).is_file()
+    with TemporaryDirectory() as temporary:
+        kept = RunFolder(folder if is_run else keep or Path(temporary))
+        found, refused = contestants(full, quantized, run, kept, engines, others=others, progress=True)
+        timings, failed = race(found, run, repeats=repeats, threads=threads, device=device, progress=True)
+    speed = speed_report(timings, refused | failed, run, threads, device)
+    if is_run:
+        report = Report.load(folder)
+        report.speed = speed
+        report.save(folder)
+    return speed
+
+
+def speed_report(
+    timings: Sequence[Timing], without: Mapping[str, str], run: Sampling, threads: int, device: str
+) -> SpeedReport:
+    """What was measured, with ratios: how many times as fast as torch and as the fastest, both in full precision."""
+    first = timings[0]
+    fastest = min(timing.median for timing in timings if timing.contestant.numbers == FULL)
+    rows = tuple(
+        SpeedRow(
+            engine=timing.contestant.engine,
+            numbers=timing.contestant.numbers,
+            seconds=timing.median,
+            all_seconds=timing.seconds,
+            of_torch=first.median / timing.median,
+            of_fastest=fastest / timing.median,
+            peak=timing.peak,
+            bytes=timing.contestant.bytes,
+            bytes_of_full=timing.contestant.bytes / first.contestant.bytes,
+            psnr=timing.psnr,
+        )
+        for timing in timings
+    )
+    shown = f"{threads or torch.get_num_threads()} threads" if device == "cpu" else device
+    title = f"the whole pipeline, {run.steps} steps, batch {run.batch}, {shown}, {processor_name()}"
+    return SpeedReport(title, rows, dict(without))
 
 
 class _Worker:

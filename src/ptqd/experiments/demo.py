@@ -23,7 +23,7 @@ def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str,
     )
 
 
-RECIPES = ("w8a8", "w4a8", "w4a4")
+RECIPES = ("w4a8", "w8a8", "w4a4")
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {"samples": 100, "stochastic_steps": 50, "measured": 32, "recipes": ("w4a8",)},
     "standard": {"samples": 250, "stochastic_steps": 50, "measured": 64, "recipes": RECIPES},

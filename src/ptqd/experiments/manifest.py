@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.experiments.plan_request import PlanRequest
+from ptqd.experiments.results import Report, SamplerSettings
 from ptqd.files import read_json, write_json
 from ptqd.metrics.evaluator import Judge
 from ptqd.quantization.recipe import Recipe
@@ -28,12 +29,12 @@ FORMAT = 1
 
 def run_with_manifest(
     pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Judge | None, *, progress: bool = True
-) -> dict[str, Any]:
+) -> tuple[Report, dict[str, Any]]:
     """Run an experiment, and write ``manifest.json`` beside its report: all that its figures follow from.
 
     Returns:
-        The manifest: hashes of the weights, the code and the measured statistics; recipes, settings with their seeds,
-        the scheduler's configuration, packages, hardware; and the figures.
+        The report, and the manifest: hashes of the weights, the code and the measured statistics; recipes, settings
+        with their seeds, the scheduler's configuration, packages, hardware; and the figures.
     """
     if processes.is_main():
         (folder / "manifest.json").unlink(missing_ok=True)  # until there are figures again
@@ -53,20 +54,26 @@ def run_with_manifest(
         "judge": None if judge is None else {"name": judge.name, "key": judge.key, "options": dict(judge.options)},
         "statistics": {
             name: sha256((folder / name).read_bytes()).hexdigest()
-            for name in sorted(report["stages"])
+            for name in sorted(report.stages)
             if name.endswith("noise.safetensors")
         },
         "code": code_hash(),
         "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "hardware": hardware(pipe.device),
         "figures": [
-            {name: row[name] for name in ("setting", "recipe", "correction", "samples", "metrics")}
-            for row in report["rows"]
+            {
+                "setting": asdict(row.settings),
+                "recipe": row.key.quantized,
+                "correction": row.key.correction,
+                "samples": row.samples,
+                "metrics": {name: asdict(metric) for name, metric in row.metrics.items()},
+            }
+            for row in report.rows
         ],
     }
     if processes.is_main():
         write_json(folder / "manifest.json", manifest)
-    return manifest
+    return report, manifest
 
 
 def code_hash() -> str:
@@ -174,11 +181,11 @@ def reproduce(
         plan=None if plan is None else PlanRequest.from_facts(plan),
         images=manifest.get("images", True),
     )
-    again = run_with_manifest(pipe, experiment, folder, judge, progress=progress)
+    _, again = run_with_manifest(pipe, experiment, folder, judge, progress=progress)
     figures = []
     for before, after in zip(manifest["figures"], again["figures"], strict=True):
-        setting = before["setting"]
-        how = f"{setting['scheduler']}, {setting['steps']} steps, eta {setting['eta']:g}"
+        settings = SamplerSettings(**before["setting"])
+        how = f"{settings.scheduler}, {settings.steps} steps, eta {settings.eta:g}"
         row = f"{how}: {before['recipe']} {before['correction']}"
         for name, metric in before["metrics"].items():
             values = (metric["value"], metric["low"], metric["high"], after["metrics"][name]["value"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,8 @@ from ptqd.diffusion.macs import Macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
+from ptqd.experiments.results import PlanPoint
 from ptqd.mixed_precision.paper_rule import forward_snr, paper_rule, quantized_snr
 from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
 from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
@@ -165,9 +167,44 @@ def make_plan(
     return solve(problem, budget=request.budget, floor=request.floor).plan, problem
 
 
-def plan_facts(
+@dataclass(frozen=True)
+class PlanFigures:
+    """What the report shows of a plan; see :class:`ptqd.experiments.results.PlanRow`."""
+
+    made: dict[str, Any]
+    timesteps: tuple[float, ...]
+    widths: tuple[int, ...]
+    snr: dict[str, tuple[float | None, ...]]
+    forward_snr: tuple[float | None, ...] | None
+    groups: tuple[str, ...]
+    bits: tuple[tuple[int, ...], ...]
+    weights: dict[str, int]
+    share: tuple[float, ...]
+    ratio: float
+    pareto: tuple[PlanPoint, ...]
+    uniform: tuple[PlanPoint, ...]
+    paper: PlanPoint | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PlanFigures":
+        """From plain values, strict about their types.
+
+        Raises:
+            ArtifactError: they do not fit.
+        """
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise ArtifactError(f"a plan's figures are damaged ({error}); run 'ptqd run' again") from error
+
+
+def plan_figures(
     planned: DiffusionPipeline, problem: Problem, stats: Mapping[int, NoiseStats], macs: Macs
-) -> dict[str, Any]:
+) -> PlanFigures:
     """What the report shows: SNR by width, bits and share of the cost by step, and quality against cost.
 
     Args:
@@ -179,25 +216,25 @@ def plan_facts(
     plan, first = plan_of(planned), stats[problem.widths[0]]
     cost = cost_of(getattr(planned, denoiser_name(planned)), macs)
     known = first.levels is not None
-    return {
-        "made": dict(plan.made),
-        "timesteps": first.timesteps.tolist(),
-        "widths": list(problem.widths),
-        "snr": {str(b): quantized_snr(s).tolist() for b, s in stats.items()},
-        "forward_snr": forward_snr(first).tolist() if known else None,
-        "groups": [name for name, _ in plan.groups],
-        "bits": [list(row) for row in plan.bits],
-        "weights": dict(plan.weights),
-        "share": (cost.bops.sum(1) / cost.total).tolist(),
-        "ratio": cost.ratio,
-        "pareto": [_point(s) for s in pareto(problem)],
-        "uniform": [{"bits": b, **_point(uniform(problem, b))} for b in problem.widths],
-        "paper": _point(rated(problem, paper_rule(stats))) if known else None,
-    }
+    return PlanFigures(
+        made=dict(plan.made),
+        timesteps=tuple(first.timesteps.tolist()),
+        widths=tuple(problem.widths),
+        snr={str(b): tuple(quantized_snr(s).tolist()) for b, s in stats.items()},
+        forward_snr=tuple(forward_snr(first).tolist()) if known else None,
+        groups=tuple(name for name, _ in plan.groups),
+        bits=plan.bits,
+        weights=dict(plan.weights),
+        share=tuple((cost.bops.sum(1) / cost.total).tolist()),
+        ratio=cost.ratio,
+        pareto=tuple(_point(s) for s in pareto(problem)),
+        uniform=tuple(dataclasses.replace(_point(uniform(problem, b)), bits=b) for b in problem.widths),
+        paper=_point(rated(problem, paper_rule(stats))) if known else None,
+    )
 
 
-def _point(solution: Solution) -> dict[str, float]:
-    return {"ratio": solution.ratio, "db": solution.decibels}
+def _point(solution: Solution) -> PlanPoint:
+    return PlanPoint(solution.ratio, solution.decibels)
 
 
 @torch.no_grad()

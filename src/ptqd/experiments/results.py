@@ -1,64 +1,403 @@
-"""Rows of run folders: found, named, and how they were sampled."""
+"""What a run folder holds: its layout, and the report's rows as typed values that are read strictly.
 
-from collections.abc import Sequence
+``report.json`` has a version; the rows of version 1, which had a label where version 2 has a key, are still read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import msgspec
+
+from ptqd.correction.gate import StepGate
+from ptqd.correction.search import Trial
 from ptqd.diffusion.sampling import Sampling
-from ptqd.errors import InputError
-from ptqd.files import read_json
+from ptqd.errors import ArtifactError, InputError
+from ptqd.files import read_json, write_json
+
+VERSION = 2
+REPORT, PAGE, MANIFEST = "report.json", "report.html", "manifest.json"
 
 
-def row_name(row: dict[str, Any]) -> str:
-    """How a row is named: recipe and correction, after its run where there are several."""
-    return " ".join(part for part in (row.get("run", ""), row["recipe"], row["correction"]) if part)
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % confidence interval; None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
-def rows_of(folder: Path, several: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run folder's report, each with its ``folder``, and with the name of its ``run`` among several.
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How the rows of a table were sampled.
 
-    Raises:
-        InputError: there is no report with rows.
+    Attributes:
+        scheduler: the class's name.
+        steps: denoising steps.
+        eta: noise of DDIM's step.
+        guidance: guidance scale; None where the pipeline has none.
     """
-    report = read_json(folder / "report.json")
-    if not isinstance(report, dict) or not report.get("rows"):
-        raise InputError(f"{folder / 'report.json'} is no report with rows; write one with 'ptqd run'")
-    return [{**row, "run": folder.name if several else "", "folder": folder} for row in report["rows"]]
+
+    scheduler: str
+    steps: int
+    eta: float
+    guidance: float | None
+
+    @property
+    def folder(self) -> str:
+        """A short name that is also a folder's."""
+        guidance = "" if self.guidance is None else f"-g{self.guidance:g}"
+        return f"{self.scheduler.removesuffix('Scheduler').lower()}{self.steps}-eta{self.eta:g}{guidance}"
+
+    @property
+    def heading(self) -> str:
+        """In words.
+
+        >>> SamplerSettings("DDIMScheduler", 20, 0.0, 3.0).heading
+        'DDIM, 20 steps, eta 0, guidance 3'
+        """
+        guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
+        return f"{self.scheduler.removesuffix('Scheduler')}, {self.steps} steps, eta {self.eta:g}{guidance}"
 
 
-def chosen_rows(folder: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Rows of a run folder, of one setting.
+@dataclass(frozen=True)
+class RowKey:
+    """What was done to the pipeline of a row.
+
+    Attributes:
+        recipe: its name; ``"fp32"`` for full precision.
+        plan: the name of the plan that its bits follow; None where they follow none.
+        methods: of its correction; ``("auto",)`` for one that was searched.
+    """
+
+    recipe: str
+    plan: str | None = None
+    methods: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> str:
+        """Recipe and plan, for people."""
+        return self.recipe if self.plan is None else f"{self.recipe} {self.plan}"
+
+    @property
+    def correction(self) -> str:
+        """``"none"``, ``"cnc"``, ``"cnc+bc"``, ``"auto"`` ..."""
+        return "+".join(self.methods) or "none"
+
+    @property
+    def name(self) -> str:
+        """How a row is called on a command line: recipe, plan and correction."""
+        return f"{self.quantized} {self.correction}"
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether nothing was quantized."""
+        return self.recipe == FULL_PRECISION.recipe
+
+
+FULL_PRECISION = RowKey("fp32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a report: a pipeline, its samples, what they are worth and what they cost.
+
+    Attributes:
+        model: the pipeline's name.
+        settings: how it was sampled.
+        key: what was done to it.
+        sampling: all of :class:`ptqd.Sampling`, as plain values.
+        samples: how many.
+        metrics: by name.
+        inception: whether distances are of Inception's features.
+        bops: bit operations of one sample.
+        bops_ratio: how many times fewer than in full precision.
+        bytes: of the denoiser's saved tensors.
+        seconds: that sampling and evaluating took.
+        images: path of the samples inside the run folder.
+        observed: path of their features inside the run folder.
+    """
+
+    model: str
+    settings: SamplerSettings
+    key: RowKey
+    sampling: dict[str, Any]
+    samples: int
+    metrics: dict[str, Interval]
+    inception: bool
+    bops: int
+    bops_ratio: float
+    bytes: int
+    seconds: float
+    images: str
+    observed: str
+
+    def as_sampled(self) -> Sampling:
+        """How it was sampled."""
+        return Sampling(**self.sampling)
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What was measured at one step of a quantized pipeline; see :meth:`ptqd.NoiseStats.fit`."""
+
+    settings: SamplerSettings
+    recipe: str
+    samples: int
+    step: int
+    timestep: float
+    k: Interval
+    variance: Interval
+    r2: Interval
+    snr: Interval
+    skewness: Interval
+    kurtosis: Interval
+    bias: tuple[Interval, ...]
+    normality_p: float | None
+    autocorrelation: Interval
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """What a search for a correction tried, and what each step keeps; see :class:`ptqd.CorrectionSearch`."""
+
+    settings: SamplerSettings
+    recipe: str
+    taken: str
+    trials: tuple[Trial, ...]
+    steps: tuple[StepGate, ...]
+    checked: int
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """A plan's bit operations, as how many times fewer, and the expected quality of its samples in dB."""
+
+    ratio: float
+    db: float | None
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A plan, and what it was chosen among; lists over steps, but for ``groups`` and the points."""
+
+    settings: SamplerSettings
+    recipe: str
+    pictures: str
+    made: dict[str, Any]
+    timesteps: tuple[float, ...]
+    widths: tuple[int, ...]
+    snr: dict[str, tuple[float | None, ...]]
+    forward_snr: tuple[float | None, ...] | None
+    groups: tuple[str, ...]
+    bits: tuple[tuple[int, ...], ...]
+    weights: dict[str, int]
+    share: tuple[float, ...]
+    ratio: float
+    pareto: tuple[PlanPoint, ...]
+    uniform: tuple[PlanPoint, ...]
+    paper: PlanPoint | None
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Seconds an image of one engine, of the whole pipeline, and what it takes."""
+
+    engine: str
+    numbers: str
+    seconds: float
+    all_seconds: tuple[float, ...]
+    of_torch: float
+    of_fastest: float
+    peak: int
+    bytes: int
+    bytes_of_full: float
+    psnr: float | None
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What ``ptqd bench`` measured, and what it could not run and why."""
+
+    title: str
+    rows: tuple[SpeedRow, ...]
+    without: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A published figure beside the one of the same row; ``ours`` is None where there is none."""
+
+    recipe: str
+    correction: str
+    metric: str
+    published: float
+    source: str
+    ours: Interval | None
+    inception: bool
+
+
+@dataclass
+class Report:
+    """Everything that a run found.
+
+    Attributes:
+        rows: one a pipeline.
+        steps: one a step of a quantized pipeline.
+        choices: one a searched correction.
+        plans: one a plan.
+        stages: seconds by the stage's name.
+        judge: what images are judged by, in words; None without.
+        notes: for people.
+        versions: of packages, and what it ran on.
+        speed: seconds an image by engine; None where nothing was timed.
+        published: of a study.
+        version: of this schema.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
+    choices: list[ChoiceRow] = field(default_factory=list)
+    plans: list[PlanRow] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    judge: str | None = None
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str | int] = field(default_factory=dict)
+    speed: SpeedReport | None = None
+    published: list[PublishedRow] = field(default_factory=list)
+    version: int = VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.json`` into a run folder, atomically."""
+        write_json(folder / REPORT, msgspec.to_builtins(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Report":
+        """Read a run folder's ``report.json``.
+
+        Raises:
+            InputError: there is none with rows, or it is of a newer version.
+            ArtifactError: it does not fit its schema.
+        """
+        path = folder / REPORT
+        plain = read_json(path)
+        if not isinstance(plain, dict) or not plain.get("rows"):
+            raise InputError(f"{path} is no report with rows; write one with 'ptqd run'")
+        version = plain.get("version", 1)
+        if version not in (1, VERSION):
+            raise InputError(f"{path} is of version {version}; this ptqd reads up to {VERSION}: use a newer one")
+        try:
+            return msgspec.convert(_upgraded(plain, folder) if version == 1 else plain, cls)
+        except (msgspec.ValidationError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error}); run 'ptqd run' again: finished stages are kept"
+            ) from error
+
+
+def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A report of version 1: rows had labels, and how they were sampled stood in their stages' records."""
+
+    def settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entry.items() if name != "setting"} | {"settings": entry["setting"]}
+
+    rows = []
+    for row in plain["rows"]:
+        record = folder / ".stages" / f"{row['images']}.json"
+        sampling = read_json(record)["inputs"]["setting"] if record.is_file() else {}
+        methods = [] if row["correction"] == "none" else row["correction"].split("+")
+        key = {"recipe": row["recipe"], "plan": None, "methods": methods}
+        kept = {name: value for name, value in settings(row).items() if name not in ("recipe", "correction")}
+        rows.append({"observed": "", "inception": False} | kept | {"key": key, "sampling": sampling})
+    lists = {name: list(map(settings, plain[name])) for name in ("steps", "choices", "plans")}
+    return {**plain, **lists, "rows": rows, "version": VERSION}
+
+
+class RunLayout:
+    """Where the stages of a run folder stand, as paths inside it.
 
     Args:
-        folder: that ``ptqd run`` wrote.
-        names: recipe and correction of each, after the setting where several have it; without them the last row of
-            each recipe, which its correction is for, in the first setting.
+        settings: how the rows were sampled.
+    """
+
+    def __init__(self, settings: SamplerSettings) -> None:
+        self.root = settings.folder
+
+    def quantized(self, key: RowKey) -> str:
+        """The pipeline of a recipe, without a plan."""
+        return f"{self.root}/{key.recipe}/quantized"
+
+    def widths(self, key: RowKey) -> str:
+        """Statistics of each width of a recipe."""
+        return f"{self.root}/{key.recipe}/widths"
+
+    def planned(self, key: RowKey) -> str:
+        """The pipeline of a recipe with its plan."""
+        return f"{self._of(key)}/planned"
+
+    def noise(self, key: RowKey) -> str:
+        """Statistics."""
+        return f"{self._of(key)}/noise.safetensors"
+
+    def search(self, key: RowKey) -> str:
+        """The searched correction."""
+        return f"{self._of(key)}/auto.json"
+
+    def samples(self, key: RowKey) -> str:
+        """The images of a row."""
+        if key.is_full_precision:
+            return f"{self.root}/full-precision/samples.safetensors"
+        return f"{self._of(key)}/{key.correction}/samples.safetensors"
+
+    def trajectory(self) -> str:
+        """The first sample at some of its steps."""
+        return f"{self.root}/steps.safetensors"
+
+    def _of(self, key: RowKey) -> str:
+        return f"{self.root}/{key.quantized.replace(' ', '-')}"
+
+
+class _HasSettings(Protocol):
+    @property
+    def settings(self) -> SamplerSettings: ...
+
+
+Entry = TypeVar("Entry", bound=_HasSettings)
+
+
+def by_settings(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    """Entries grouped by how they were sampled, in order: the heading, and the group."""
+    for heading in dict.fromkeys(entry.settings.heading for entry in entries):
+        yield heading, [entry for entry in entries if entry.settings.heading == heading]
+
+
+def select_rows(report: Report, folder: Path, names: Sequence[str] | None) -> list[Row]:
+    """Rows of quantized pipelines that were sampled alike.
+
+    Args:
+        report: of the run folder.
+        folder: for messages.
+        names: recipe and correction of each, after the settings where several have it; without them the last row of
+            each recipe, which its correction is for, of the first settings.
 
     Raises:
         InputError: there is no such row, or several are called so, or there is nothing but full precision.
     """
-    rows = [row for row in rows_of(folder) if row["recipe"] != "fp32"]
+    rows = [row for row in report.rows if not row.key.is_full_precision]
     if not rows:
         raise InputError(f"{folder} has no row of a quantized pipeline")
     if names is None:
-        return list({row["recipe"]: row for row in rows if _setting(row) == _setting(rows[0])}.values())
-    chosen = []
+        return list({row.key.quantized: row for row in rows if row.settings == rows[0].settings}.values())
+    selected = []
     for name in names:
-        found = [row for row in rows if name in (row_name(row), f"{_setting(row)} {row_name(row)}")]
-        if len(found) != 1:
-            known = ", ".join(repr(f"{_setting(row)} {row_name(row)}") for row in found or rows)
-            raise InputError(f"{len(found) or 'no'} rows of {folder} are called {name!r}; there are {known}")
-        chosen += found
-    if len({_setting(row) for row in chosen}) > 1:
-        raise InputError(f"rows of different settings are not compared; choose from one: {_setting(chosen[0])}")
-    return chosen
-
-
-def _setting(row: dict[str, Any]) -> str:
-    return str(Path(row["images"]).parts[0])
-
-
-def sampling_of(row: dict[str, Any]) -> Sampling:
-    """How a row was sampled, as its stage's record says."""
-    record = read_json(row["folder"] / ".stages" / f"{row['images']}.json")
-    return Sampling(**record["inputs"]["setting"])
+        matches = [row for row in rows if name in (row.key.name, f"{row.settings.folder} {row.key.name}")]
+        if len(matches) != 1:
+            known = ", ".join(repr(f"{row.settings.folder} {row.key.name}") for row in matches or rows)
+            raise InputError(f"{len(matches) or 'no'} rows of {folder} are called {name!r}; there are {known}")
+        selected += matches
+    if len({row.settings for row in selected}) > 1:
+        first = selected[0].settings.folder
+        raise InputError(f"rows of different settings are not compared; choose from one: {first}")
+    return selected

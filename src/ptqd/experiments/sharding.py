@@ -35,16 +35,23 @@ def measure_shards(
     scratch: Path,
     *,
     title: str | None,
-) -> None:
-    """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch."""
+) -> NoiseStats | None:
+    """Measure into ``path``, each process its share of the batches, through ``scratch``: a kill costs one batch.
+
+    Returns:
+        The statistics in the main process, which wrote them.
+    """
     measurement = PairedMeasurement(pipe, {0: quantized}, run)
 
     def write(indices: range, shard: Path) -> None:
         measurement.batch(indices)[0].save(shard)
 
     shards = make_shards(list(run.batches()), scratch, write, title=title)
-    if processes.is_main():
-        _merged(shards).save(path)
+    if not processes.is_main():
+        return None
+    stats = _merged(shards)
+    stats.save(path)
+    return stats
 
 
 def measure_width_shards(

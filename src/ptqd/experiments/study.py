@@ -19,6 +19,7 @@ from ptqd.errors import InputError
 from ptqd.experiments.experiment import Experiment, check_methods, named_recipes
 from ptqd.experiments.meta_pipeline import skeleton, stood_in
 from ptqd.experiments.plan_request import PlanRequest
+from ptqd.experiments.results import PublishedRow, Row
 from ptqd.quantization.bops import cost_of, disk_bytes, memory_bytes
 from ptqd.quantization.schema import build
 from ptqd.quantization.swap import insert_quantizers
@@ -51,7 +52,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationSpec:
     """What a study is judged by, and where the reference is published."""
 
     features: str
@@ -90,7 +91,7 @@ class Study:
     corrections: tuple[str, ...]
     measured: int
     sampling: Setting
-    judge: Judged
+    judge: EvaluationSpec
     twin: Twin
     plan: str | None = None
     published: tuple[Published, ...] = ()
@@ -144,7 +145,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Estimate:
     """What a study will take, counted on the meta device.
 
     Attributes:
@@ -176,7 +177,7 @@ class Outlook:
         return sum(self.flops.values()) / (GPUS[gpu] * 1e12 * REACHED) / 3600
 
 
-def outlook(study: Study, model: str | None, *, images: bool = True) -> Outlook:
+def estimate(study: Study, model: str | None, *, images: bool = True) -> Estimate:
     """Build all of a study on the meta device and count what it takes.
 
     Args:
@@ -222,7 +223,7 @@ def outlook(study: Study, model: str | None, *, images: bool = True) -> Outlook:
         "features": sets * 4 * FEATURES,
         "quantized pipelines": (sum(disk.values()) - disk["fp32"] + others * len(experiment.recipes)) * copies,
     }
-    return Outlook(
+    return Estimate(
         parameters=sum(p.numel() for p in denoiser.parameters()),
         calls={what: count * calls_each for what, count in samples.items()},
         flops={what: count * flops_each for what, count in samples.items()},
@@ -233,20 +234,15 @@ def outlook(study: Study, model: str | None, *, images: bool = True) -> Outlook:
     )
 
 
-def held_against(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each published figure beside the one of the same row.
-
-    Returns:
-        Plain values: the figure's ``recipe``, ``correction``, ``metric``, ``published``, ``source``, ``ours``, the
-        metric with its interval, or None where there is no such row or metric, and ``inception``, whether that is of
-        Inception's features.
-    """
-    found = []
+def compare_with_published(study: Study, rows: Sequence[Row]) -> list[PublishedRow]:
+    """Each published figure beside the one of the same row."""
+    compared = []
     for figure in study.published:
-        same = (r for r in rows if (r["recipe"].split()[0], r["correction"]) == (figure.recipe, figure.correction))
-        row = next(same, None)
-        ours = None if row is None else row["metrics"].get(figure.metric)
-        plain = dataclasses.asdict(figure)
-        inception = row is not None and bool(row["inception"])
-        found.append({**plain, "published": plain.pop("value"), "ours": ours, "inception": inception})
-    return found
+        wanted = (figure.recipe, figure.correction)
+        row = next((r for r in rows if (r.key.recipe, r.key.correction) == wanted), None)
+        ours = None if row is None else row.metrics.get(figure.metric)
+        inception = row is not None and row.inception
+        compared.append(
+            PublishedRow(figure.recipe, figure.correction, figure.metric, figure.value, figure.source, ours, inception)
+        )
+    return compared

@@ -1,29 +1,29 @@
 """Compared runs as a table: for the terminal, Markdown, HTML and LaTeX."""
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from ptqd.experiments.compare import ComparedRow
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
     METRICS,
-    by_setting,
     correction_label,
     cost_cells,
     metric_cell,
     metric_columns,
     metric_title,
 )
+from ptqd.experiments.results import Interval, by_settings
 
 NOTE = (
     "Second lines: the paired difference to the row in brackets and its 95 % interval over the same seeds; "
     "* where that does not hold 0."
 )
-_ENDS = ("value", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -43,49 +43,50 @@ class Section:
     rows: list[list[Cell]]
 
 
-def sections(rows: Sequence[Mapping[str, Any]], *, details: bool = False) -> tuple[list[str], list[Section]]:
-    """Head and sections of what :func:`ptqd.experiments.compare.compare_runs` found."""
-    metrics = metric_columns(rows, details=details)
-    several = any(row["run"] for row in rows)
+def sections(rows: Sequence[ComparedRow], *, details: bool = False) -> tuple[list[str], list[Section]]:
+    """Head and sections of what :func:`ptqd.experiments.compare.compare_runs` returns."""
+    plain = [row.row for row in rows]
+    metrics, inception = metric_columns(plain, details=details), all(row.inception for row in plain)
+    several = any(row.run for row in rows)
     head = ["run"] * several + [
         "recipe",
         "correction",
-        *(f"{metric_title(rows, name)} ({METRICS[name][1]})" for name in metrics),
+        *(f"{metric_title(name, inception=inception)} ({METRICS[name][1]})" for name in metrics),
         *COST_COLUMNS,
     ]
-    found = []
-    for title, group in by_setting(rows):
+    parts = []
+    for title, group in by_settings(rows):
         lines = []
         for row in group:
-            names = [row["run"]] * several + [row["recipe"], correction_label(row["correction"])]
-            if row["chosen"]:
+            names = [row.run] * several + [row.row.key.quantized, correction_label(row.row.key.correction)]
+            if row.chosen:
                 names[-1] = f"[{names[-1]}]"
             lines.append(
                 [Cell(text) for text in names]
                 + [_compared(row, name) for name in metrics]
-                + [Cell(text) for text in cost_cells(row)]
+                + [Cell(text) for text in cost_cells(row.row)]
             )
-        found.append(Section(title, lines))
-    return head, found
+        parts.append(Section(title, lines))
+    return head, parts
 
 
-def _compared(row: Mapping[str, Any], name: str) -> Cell:
-    value = " ".join(metric_cell(row, name)).strip()
-    metric = row["differences"].get(name)
-    if metric is None:
+def _compared(row: ComparedRow, name: str) -> Cell:
+    value = " ".join(metric_cell(row.row.metrics.get(name), name)).strip()
+    metric = row.differences.get(name)
+    if metric is None or metric.value is None or metric.low is None or metric.high is None:
         return Cell(value)
-    low, high = metric["low"], metric["high"]
-    told = not low <= 0 <= high
-    shift, *ends = (metric_cell({"metrics": {name: {**metric, "value": metric[end]}}}, name)[0] for end in _ENDS)
-    difference = f"{'' if shift.startswith('-') else '+'}{shift} [{', '.join(ends)}]{'*' if told else ''}"
-    better = (metric["value"] < 0) == (METRICS[name][1] == "lower")
+    told = not metric.low <= 0 <= metric.high
+    ends = (metric.value, metric.low, metric.high)
+    shift, *interval = (metric_cell(Interval(end, None, None), name)[0] for end in ends)
+    difference = f"{'' if shift.startswith('-') else '+'}{shift} [{', '.join(interval)}]{'*' if told else ''}"
+    better = (metric.value < 0) == (METRICS[name][1] == "lower")
     return Cell(value, difference, ("better" if better else "worse") if told else "")
 
 
-def terminal(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+def terminal(rows: Sequence[ComparedRow]) -> Iterator[Table]:
     """For rich, a table for each setting: what is better in green, what is worse in red."""
-    head, found = sections(rows)
-    for section in found:
+    head, parts = sections(rows)
+    for section in parts:
         table = Table(title=section.title, caption=NOTE)
         for i, name in enumerate(head):
             table.add_column(name, justify="right" if i >= len(head) - len(COST_COLUMNS) else "left")
@@ -101,7 +102,7 @@ def _rich(cell: Cell) -> str:
     return f"{value}\n{below}" if difference else value
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Sequence[ComparedRow]) -> str:
     """One table; what is better is bold, what is worse in italics."""
     marks = {"better": "**", "worse": "_"}
 
@@ -109,24 +110,24 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         mark, value = marks.get(cell.verdict, ""), cell.value.replace("|", r"\|")
         return f"{value}<br>{mark}{cell.difference}{mark}" if cell.difference else value
 
-    head, found = sections(rows)
+    head, parts = sections(rows)
     lines = [head, ["---"] * len(head)]
-    for section in found:
+    for section in parts:
         lines.append([f"**{section.title}**", *[""] * (len(head) - 1)])
         lines += [[text(cell) for cell in row] for row in section.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{NOTE}\n"
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
+def page(rows: Sequence[ComparedRow]) -> str:
     """A page of its own."""
 
     def text(cell: Cell) -> str:
         below = f'<br><span class="{cell.verdict}">{html.escape(cell.difference)}</span>' if cell.difference else ""
         return html.escape(cell.value) + below
 
-    head, found = sections(rows, details=True)
+    head, parts = sections(rows, details=True)
     lines = [_html_row(head, "th", html.escape)]
-    for section in found:
+    for section in parts:
         lines.append(f'<tr><th class="setting" colspan="{len(head)}">{html.escape(section.title)}</th></tr>')
         lines += [_html_row(row, "td", text) for row in section.rows]
     style = (
@@ -153,7 +154,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 
 
-def latex(rows: Sequence[Mapping[str, Any]]) -> str:
+def latex(rows: Sequence[ComparedRow]) -> str:
     """A tabular for booktabs and makecell; what is better is bold, what is worse in italics."""
     marks = {"better": r"\textbf{%s}", "worse": r"\textit{%s}"}
 
@@ -166,9 +167,9 @@ def latex(rows: Sequence[Mapping[str, Any]]) -> str:
         below = marks.get(cell.verdict, "%s") % escaped(cell.difference)
         return rf"\makecell[l]{{{escaped(cell.value)}\\{below}}}"
 
-    head, found = sections(rows)
+    head, parts = sections(rows)
     lines = [rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", " & ".join(map(escaped, head)) + r" \\"]
-    for section in found:
+    for section in parts:
         lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\textbf{{{escaped(section.title)}}}}} \\"]
         lines += [" & ".join(text(cell) for cell in row) + r" \\" for row in section.rows]
     lines += [r"\bottomrule", r"\end{tabular}", f"% {NOTE}"]

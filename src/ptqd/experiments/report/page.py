@@ -5,88 +5,116 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
-from ptqd.errors import InputError
-from ptqd.experiments.report.pictures import choice_plots, overview, plan_plots, setting_strips, step_plots
+from ptqd.errors import MissingDependencyError
 from ptqd.experiments.report.speed import COLUMNS as SPEED_COLUMNS
 from ptqd.experiments.report.speed import speed_cells
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
     METRICS,
-    by_setting,
     correction_label,
     cost_cells,
-    heading,
     metric_cell,
     metric_columns,
     metric_title,
 )
+from ptqd.experiments.results import PAGE, Report, Row, by_settings
 from ptqd.experiments.sharding import load_images
-from ptqd.files import read_json, replacing, write_text
+from ptqd.files import replacing, write_text
 
 
-def write_page(folder: Path) -> Path:
-    """Write ``report.html`` from a run folder's ``report.json`` and samples; its strips and plans as PNG files too.
+def write_page(report: Report, folder: Path) -> Path:
+    """Write ``report.html`` into a run folder, from its report and its samples; strips and plans as PNG files too.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: ``report.json`` is missing or not a report.
+        MissingDependencyError: jinja2 or matplotlib is not installed.
+        InputError: samples that the report names are gone.
     """
-    report: Mapping[str, Any] = read_json(folder / "report.json")
-    needed = {"rows", "steps", "choices", "plans", "stages", "versions"}
-    if not isinstance(report, dict) or not needed <= set(report) or not report["rows"]:
-        raise InputError(f"{folder / 'report.json'} is no report; make one with 'ptqd run'")
-    rows = report["rows"]
-    metrics = metric_columns(rows, details=True)
+    try:
+        from jinja2 import Environment, PackageLoader
+
+        from ptqd.experiments.report import pictures
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the page needs {error.name}, which is not installed: pip install 'ptqd[report]'"
+        ) from error
+
+    rows = report.rows
+    metrics, inception = metric_columns(rows, details=True), all(row.inception for row in rows)
     environment = Environment(
         loader=PackageLoader("ptqd.experiments.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    strips, plans = setting_strips(rows, load_images, folder), plan_plots(report["plans"], folder)
+    strips, plans = pictures.setting_strips(rows, load_images, folder), pictures.plan_plots(report.plans, folder)
     page = environment.get_template("page.html").render(
-        model=rows[0]["model"],
-        samples=sorted({row["samples"] for row in rows}),
-        judge=report.get("judge"),
-        inception=all(row.get("inception") for row in rows),
-        groups=[(text, _lines(group, metrics)) for text, group in by_setting(rows)],
-        columns=[(metric_title(rows, name), METRICS[name][1]) for name in metrics],
-        published=[{**line, "metric": metric_title([line], line["metric"])} for line in report.get("published", [])],
-        notes=report.get("notes", []),
-        speed=report.get("speed"),
+        model=rows[0].model,
+        sentences=summary(rows),
+        overview=pictures.quality_against_cost(rows),
+        samples=sorted({row.samples for row in rows}),
+        judge=report.judge,
+        inception=inception,
+        groups=[(text, _lines(group, metrics)) for text, group in by_settings(rows)],
+        columns=[(metric_title(name, inception=inception), METRICS[name][1]) for name in metrics],
+        published=[(line, metric_title(line.metric, inception=line.inception)) for line in report.published],
+        notes=report.notes,
+        speed=report.speed,
         speed_columns=SPEED_COLUMNS,
         speed_cells=speed_cells,
         cost_columns=COST_COLUMNS,
         strips=strips,
-        plots=step_plots(report["steps"]),
+        plots=pictures.step_plots(report.steps),
         choices=[
-            (text, picture, [choice for choice in report["choices"] if heading(choice["setting"]) == text])
-            for text, picture in choice_plots(report["choices"])
+            (text, picture, [choice for choice in report.choices if choice.settings.heading == text])
+            for text, picture in pictures.choice_plots(report.choices)
         ],
         plans=plans,
-        stages=_stage_seconds(report["stages"]),
-        versions=report["versions"],
+        stages=_stage_seconds(report.stages),
+        versions=report.versions,
     )
-    path = folder / "report.html"
+    path = folder / PAGE
     write_text(path, page)
     with replacing(folder / "strips.png") as temporary:
-        temporary.write_bytes(overview(strips))
-    for plan, (_, name, picture) in zip(report["plans"], plans, strict=True):
-        with replacing(folder / Path(plan["pictures"]).parent / name.replace(" ", "-") / "plan.png") as temporary:
+        temporary.write_bytes(pictures.overview(strips))
+    for plan, (_, name, picture) in zip(report.plans, plans, strict=True):
+        with replacing(folder / Path(plan.pictures).parent / name.replace(" ", "-") / "plan.png") as temporary:
             temporary.write_bytes(picture)
     return path
 
 
-def _lines(group: list[Mapping[str, Any]], metrics: list[str]) -> list[dict[str, Any]]:
+def summary(rows: list[Row]) -> list[str]:
+    """What matters, one sentence for each way of sampling: the last recipe's quality before and after correction."""
+    sentences = []
+    for heading, group in by_settings(rows):
+        quantized = [row for row in group if not row.key.is_full_precision]
+        if not quantized:
+            continue
+        best = quantized[-1]
+        plain = next(row for row in quantized if row.key.quantized == best.key.quantized)
+        name = next((n for n in ("psnr", "latent_distance", "frechet_distance") if n in best.metrics), None)
+        if name is None:
+            continue
+        title = metric_title(name, inception=best.inception)
+        value = " ".join(metric_cell(best.metrics[name], name)).strip()
+        sentence = f"{heading}: {best.key.quantized} takes {best.bops_ratio:.1f} times fewer bit operations than FP32"
+        if best.key.methods:
+            before = metric_cell(plain.metrics.get(name), name)[0]
+            sentence += f"; corrected ({best.key.correction}), {title} is {value}, uncorrected {before}"
+        else:
+            sentence += f"; {title} is {value}"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
+def _lines(group: list[Row], metrics: list[str]) -> list[dict[str, Any]]:
     return [
         {
-            "recipe": row["recipe"],
-            "correction": correction_label(row["correction"]),
-            "metrics": [metric_cell(row, name) for name in metrics],
+            "recipe": row.key.quantized,
+            "correction": correction_label(row.key.correction),
+            "metrics": [metric_cell(row.metrics.get(name), name) for name in metrics],
             "cost": cost_cells(row),
-            "first": row["correction"] == "none",
+            "first": not row.key.methods,
         }
         for row in group
     ]

@@ -1,7 +1,7 @@
 """Sample grids and plots, as PNG bytes."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from ptqd.experiments.report.table import by_setting, correction_label, heading
+from ptqd.experiments.report.table import METRICS, correction_label
+from ptqd.experiments.results import ChoiceRow, PlanPoint, PlanRow, Row, StepRow, by_settings
 from ptqd.files import read_tensors
 
 QUANTITIES = {
@@ -54,16 +55,16 @@ def png(picture: Image.Image) -> bytes:
 
 
 def setting_strips(
-    rows: Sequence[Mapping[str, Any]], load: Any, folder: Path, columns: int = 20
+    rows: Sequence[Row], load: Any, folder: Path, columns: int = 20
 ) -> list[tuple[str, list[tuple[str, bytes]]]]:
     """For each setting, one strip of the same seeds for each row: title, then (label, PNG)."""
     strips = []
-    for text, group in by_setting(rows):
+    for text, group in by_settings(rows):
         labelled = []
         for row in group:
-            images = load(folder / row["images"])[:columns]
-            correction = "" if row["correction"] == "none" else f" {correction_label(row['correction'])}"
-            labelled.append((row["recipe"] + correction, png(grid([images], 2))))
+            images = load(folder / row.images)[:columns]
+            correction = f" {correction_label(row.key.correction)}" if row.key.methods else ""
+            labelled.append((row.key.quantized + correction, png(grid([images], 2))))
         strips.append((text, labelled))
     return strips
 
@@ -89,18 +90,53 @@ def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
     return png(sheet)
 
 
-def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+def quality_against_cost(rows: Sequence[Row]) -> bytes | None:
+    """One figure, an axis for each way of sampling: quality against bit operations, before and after correction.
+
+    None where no row has a PSNR or a distance of latents.
+    """
+    name = next((name for name in ("psnr", "latent_distance") if any(name in row.metrics for row in rows)), None)
+    if name is None:
+        return None
+    groups = list(by_settings(rows))
+    figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 3.8), layout="constrained", squeeze=False)
+    for axis, (heading, group) in zip(axes[0], groups, strict=True):
+        quantized = [row for row in group if name in row.metrics and not row.key.is_full_precision]
+        for marker, label, corrected in (("o", "uncorrected", False), ("D", "corrected", True)):
+            latest = {row.key.quantized: row for row in quantized if bool(row.key.methods) == corrected}
+            points = [(row.bops_ratio, row.metrics[name]) for row in latest.values()]
+            values = np.array([[m.value, m.low, m.high] for _, m in points], dtype=float).reshape(-1, 3)
+            if len(values):
+                errors = np.nan_to_num([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
+                axis.errorbar([x for x, _ in points], values[:, 0], errors, fmt=marker, label=label, capsize=3)
+        for key in dict.fromkeys(row.key.quantized for row in quantized):
+            mine = [row for row in quantized if row.key.quantized == key]
+            heights = [row.metrics[name].value or 0.0 for row in mine]
+            axis.annotate(
+                key, (mine[0].bops_ratio, max(heights)), xytext=(6, 6), textcoords="offset points", fontsize=9
+            )
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("times fewer bit operations than FP32")
+        axis.set_ylabel(METRICS[name][0])
+        axis.margins(x=0.15, y=0.2)
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    return _figure_png(figure)
+
+
+def step_plots(steps: Sequence[StepRow]) -> list[tuple[str, bytes]]:
     """For each setting, one figure of what was measured by step, with 95 % bands: title and PNG."""
     figures = []
-    for text, group in by_setting(steps):
+    for text, group in by_settings(steps):
         figure, grid_of_axes = plt.subplots(2, len(QUANTITIES) // 2, figsize=(14, 6.4), layout="constrained")
         axes = grid_of_axes.ravel()
         for axis, (name, (label, scale)) in zip(axes, QUANTITIES.items(), strict=True):
-            for recipe in dict.fromkeys(step["recipe"] for step in group):
-                mine = [step for step in group if step["recipe"] == recipe]
-                x = [step["step"] for step in mine]
+            for recipe in dict.fromkeys(step.recipe for step in group):
+                mine = [step for step in group if step.recipe == recipe]
+                x = [step.step for step in mine]
                 parts = {
-                    part: np.array([step[name][part] for step in mine], dtype=float)
+                    part: np.array([getattr(getattr(step, name), part) for step in mine], dtype=float)
                     for part in ("value", "low", "high")
                 }
                 (line,) = axis.plot(
@@ -110,7 +146,7 @@ def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
                 axis.fill_between(x, np.maximum(parts["low"], floor), parts["high"], color=line.get_color(), alpha=0.2)
             axis.set_yscale(scale)
             if scale == "log":
-                values = [step[name]["value"] for step in group if (step[name]["value"] or 0) > 0]
+                values = [getattr(step, name).value for step in group if (getattr(step, name).value or 0) > 0]
                 if values:
                     axis.set_ylim(min(values) / 2, max(values) * 2)
             axis.set_xlabel("sampling step")
@@ -121,19 +157,21 @@ def step_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
     return figures
 
 
-def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+def choice_plots(choices: Sequence[ChoiceRow]) -> list[tuple[str, bytes]]:
     """For each setting, what every step keeps and what that brings on samples it was not fitted on: title and PNG."""
     figures = []
-    for text, group in by_setting(choices):
+    for text, group in by_settings(choices):
         figure, (gains, kept) = plt.subplots(1, 2, figsize=(14, 3.4), layout="constrained")
-        names = list(dict.fromkeys(step["kept"] for choice in group for step in choice["steps"]))
+        names = list(dict.fromkeys(step.kept for choice in group for step in choice.steps))
         names.sort(key=_strength)
-        for choice in (choice for choice in group if choice["steps"]):
-            x = np.arange(len(choice["steps"]))
-            gain, half = (np.array([100 * step[key] for step in choice["steps"]]) for key in ("gain", "half_width"))
-            (line,) = gains.plot(x, gain, label=choice["recipe"], marker="o" if len(x) <= 50 else None, markersize=2.5)
+        for choice in (choice for choice in group if choice.steps):
+            x = np.arange(len(choice.steps))
+            gain, half = (
+                np.array([100 * getattr(step, key) for step in choice.steps]) for key in ("gain", "half_width")
+            )
+            (line,) = gains.plot(x, gain, label=choice.recipe, marker="o" if len(x) <= 50 else None, markersize=2.5)
             gains.fill_between(x, gain - half, gain + half, color=line.get_color(), alpha=0.2)
-            kept.plot(x, [names.index(step["kept"]) for step in choice["steps"]], drawstyle="steps-mid")
+            kept.plot(x, [names.index(step.kept) for step in choice.steps], drawstyle="steps-mid")
         gains.set_title("error of the next sample that is taken away, %", fontsize=10)
         kept.set_title("what the step keeps", fontsize=10)
         kept.set_yticks(range(len(names)), names)
@@ -146,18 +184,18 @@ def choice_plots(choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]
     return figures
 
 
-def plan_plots(plans: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str, bytes]]:
+def plan_plots(plans: Sequence[PlanRow], folder: Path) -> list[tuple[str, str, bytes]]:
     """For each plan its setting, its name, and one figure: bits by step under the sample, SNR, cost and quality."""
-    return [(heading(plan["setting"]), plan["recipe"], _plan_plot(plan, folder)) for plan in plans]
+    return [(plan.settings.heading, plan.recipe, _plan_plot(plan, folder)) for plan in plans]
 
 
-def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
-    bits = np.array(plan["bits"]).T  # G,T
-    steps, colours = bits.shape[1], plt.get_cmap("viridis", len(plan["widths"]))
+def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
+    bits = np.array(plan.bits).T  # G,T
+    steps, colours = bits.shape[1], plt.get_cmap("viridis", len(plan.widths))
     figure = plt.figure(figsize=(14, 7.2), layout="constrained")
     rows = figure.add_gridspec(3, 3, height_ratios=[0.9, 0.35 + 0.16 * len(bits), 3.6])
 
-    pictures = read_tensors(folder / plan["pictures"])[0].get("images")
+    pictures = read_tensors(folder / plan.pictures)[0].get("images")
     top = figure.add_subplot(rows[0, :])
     if pictures is not None:
         sheet = np.concatenate(list(pictures.numpy()), axis=1)
@@ -166,24 +204,24 @@ def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
     top.set_axis_off()
     top.set_title("the sample before each step, and the bits of the activations there", fontsize=10)
     strip = figure.add_subplot(rows[1, :])
-    places = np.searchsorted(plan["widths"], bits)
-    image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan["widths"]) - 0.5)
-    strip.set_yticks(range(len(bits)), plan["groups"], fontsize=7)
+    places = np.searchsorted(plan.widths, bits)
+    image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan.widths) - 0.5)
+    strip.set_yticks(range(len(bits)), plan.groups, fontsize=7)
     strip.set_xlabel("sampling step")
-    bar = figure.colorbar(image, ax=[top, strip], ticks=range(len(plan["widths"])), pad=0.01)
-    bar.ax.set_yticklabels(plan["widths"])
+    bar = figure.colorbar(image, ax=[top, strip], ticks=range(len(plan.widths)), pad=0.01)
+    bar.ax.set_yticklabels([str(width) for width in plan.widths])
     bar.set_label("bits")
 
     snr = figure.add_subplot(rows[2, 0])
     x = np.arange(steps)
-    for i, width in enumerate(plan["widths"]):
-        snr.plot(x, np.array(plan["snr"][str(width)], dtype=float), color=colours(i), label=f"{width} bits")
-    if plan["forward_snr"] is not None:
-        snr.plot(x, np.array(plan["forward_snr"], dtype=float), "k--", label="forward process")
+    for i, width in enumerate(plan.widths):
+        snr.plot(x, np.array(plan.snr[str(width)], dtype=float), color=colours(i), label=f"{width} bits")
+    if plan.forward_snr is not None:
+        snr.plot(x, np.array(plan.forward_snr, dtype=float), "k--", label="forward process")
     snr.set_yscale("log")
     snr.set_title("SNR of the quantized denoiser, and of the forward process", fontsize=10)
     share = figure.add_subplot(rows[2, 1])
-    share.bar(x, 100 * np.array(plan["share"]), width=1.0)
+    share.bar(x, 100 * np.array(plan.share), width=1.0)
     share.set_title("share of the bit operations, %", fontsize=10)
     for axis in (snr, share):
         axis.set_xlabel("sampling step")
@@ -191,14 +229,14 @@ def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     quality = figure.add_subplot(rows[2, 2])
-    quality.plot(*_points(plan["pareto"]), "o-", markersize=3, label="budgeted plans")
-    quality.plot(*_points(plan["uniform"]), "s", color="tab:gray", label="uniform widths")
-    for point in plan["uniform"]:
-        at = (point["ratio"], point["db"])
-        quality.annotate(f"{point['bits']}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    if plan["paper"] is not None:
-        quality.plot(*_points([plan["paper"]]), "^", color="tab:red", label="the paper's rule")
-    quality.axvline(plan["ratio"], color="tab:green", linestyle=":", label="this plan")
+    quality.plot(*_points(plan.pareto), "o-", markersize=3, label="budgeted plans")
+    quality.plot(*_points(plan.uniform), "s", color="tab:gray", label="uniform widths")
+    for point in plan.uniform:
+        at = (point.ratio, point.db)
+        quality.annotate(f"{point.bits}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if plan.paper is not None:
+        quality.plot(*_points([plan.paper]), "^", color="tab:red", label="the paper's rule")
+    quality.axvline(plan.ratio, color="tab:green", linestyle=":", label="this plan")
     quality.set_xlabel("times fewer bit operations than FP32")
     quality.set_title("expected SNR of the final sample, dB", fontsize=10)
     for axis in (snr, quality):
@@ -207,8 +245,8 @@ def _plan_plot(plan: Mapping[str, Any], folder: Path) -> bytes:
     return _figure_png(figure)
 
 
-def _points(points: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
-    return [p["ratio"] for p in points], [p["db"] for p in points]
+def _points(points: Sequence[PlanPoint]) -> tuple[list[float], list[float]]:
+    return [p.ratio for p in points], [np.nan if p.db is None else p.db for p in points]
 
 
 def _strength(kept: str) -> tuple[bool, float]:

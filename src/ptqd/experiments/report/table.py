@@ -1,9 +1,11 @@
 """A report's rows as text: for the terminal, and for the page."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
+
+from ptqd.experiments.results import Interval, Row, by_settings
 
 METRICS = {
     "frechet_distance": ("Frechet", "lower"),
@@ -37,24 +39,6 @@ _DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3, "ssim"
 _DIGITS |= {"precision": 1, "recall": 1, "coverage": 1}
 
 
-def heading(setting: Mapping[str, Any]) -> str:
-    """A setting in words.
-
-    >>> heading({"scheduler": "DDIMScheduler", "steps": 20, "eta": 0.0, "guidance": 3.0})
-    'DDIM, 20 steps, eta 0, guidance 3'
-    """
-    scheduler = setting["scheduler"].removesuffix("Scheduler")
-    guidance = "" if setting["guidance"] is None else f", guidance {setting['guidance']:g}"
-    return f"{scheduler}, {setting['steps']} steps, eta {setting['eta']:g}{guidance}"
-
-
-def by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Rows grouped by setting, in order."""
-    headings = list(dict.fromkeys(heading(row["setting"]) for row in rows))
-    for text in headings:
-        yield text, [row for row in rows if heading(row["setting"]) == text]
-
-
 def correction_label(correction: str) -> str:
     """``+CNC +BC`` of ``"cnc+bc"``.
 
@@ -64,70 +48,71 @@ def correction_label(correction: str) -> str:
     return correction if correction in ("none", "auto") else " ".join(f"+{m.upper()}" for m in correction.split("+"))
 
 
-def metric_columns(rows: Sequence[Mapping[str, Any]], *, details: bool = False) -> list[str]:
+def metric_columns(rows: Sequence[Row], *, details: bool = False) -> list[str]:
     """The metrics that at least one row has, in the table's order; :data:`DETAILS` only if wanted."""
-    shown = [name for name in METRICS if details or name not in DETAILS or any(row.get("inception") for row in rows)]
-    return [name for name in shown if any(name in row["metrics"] for row in rows)]
+    shown = [name for name in METRICS if details or name not in DETAILS or any(row.inception for row in rows)]
+    return [name for name in shown if any(name in row.metrics for row in rows)]
 
 
-def metric_title(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """A column's title: FID, sFID and KID only where every row is of Inception's features."""
+def metric_title(name: str, *, inception: bool) -> str:
+    """A column's title: FID, sFID and KID only of Inception's features."""
     title = METRICS[name][0]
-    return INCEPTION.get(name, title) if all(row.get("inception") for row in rows) else title
+    return INCEPTION.get(name, title) if inception else title
 
 
-def metric_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
+def metric_cell(metric: Interval | None, name: str) -> tuple[str, str]:
     """A metric's value and the half width of its 95 % interval, as text."""
-    metric = row["metrics"].get(name)
-    if metric is None:
+    if metric is None or metric.value is None:
         return "-", ""
     factor = _FACTOR.get(name, 1.0)
     digits = _DIGITS.get(name, 2)
-    value = f"{metric['value'] * factor:.{digits}f}"
-    if metric["low"] is None or metric["high"] is None:
+    value = f"{metric.value * factor:.{digits}f}"
+    if metric.low is None or metric.high is None:
         return value, ""
-    return value, f"±{(metric['high'] - metric['low']) / 2 * factor:.{digits}f}"
+    return value, f"±{(metric.high - metric.low) / 2 * factor:.{digits}f}"
 
 
-def cost_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def cost_cells(row: Row) -> tuple[str, str, str, str]:
     """Bit operations (G an image), their ratio to FP32, weights on disk (KB), seconds."""
-    return (
-        f"{row['bops'] / 1e9:,.0f}",
-        f"{row['bops_ratio']:.1f}x",
-        f"{row['bytes'] / 1e3:,.0f}",
-        f"{row['seconds']:.0f}",
-    )
+    return f"{row.bops / 1e9:,.0f}", f"{row.bops_ratio:.1f}x", f"{row.bytes / 1e3:,.0f}", f"{row.seconds:.0f}"
 
 
 COST_COLUMNS = ("GBOPs an image", "fewer", "denoiser KB", "s")
+NARROW = ("psnr", "frechet_distance_to_full_precision", "lpips", "latent_distance")  # what fits 100 columns
+NARROW_METRICS = 2
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     """One Markdown table of all settings."""
-    metrics = metric_columns(rows)
-    head = ["recipe", "correction", *(metric_title(rows, m) for m in metrics), *COST_COLUMNS]
+    metrics, inception = metric_columns(rows), all(row.inception for row in rows)
+    head = ["recipe", "correction", *(metric_title(m, inception=inception) for m in metrics), *COST_COLUMNS]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    for text, group in by_setting(rows):
+    for text, group in by_settings(rows):
         lines.append([f"**{text}**", *[""] * (len(head) - 1)])
         for row in group:
-            cells = [" ".join(metric_cell(row, m)).strip() for m in metrics]
-            lines.append([row["recipe"], correction_label(row["correction"]), *cells, *cost_cells(row)])
+            cells = [" ".join(metric_cell(row.metrics.get(m), m)).strip() for m in metrics]
+            lines.append([row.key.quantized, correction_label(row.key.correction), *cells, *cost_cells(row)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One table of all settings."""
-    samples = sorted({row["samples"] for row in rows})
-    table = Table(title=f"{rows[0]['model']}: {'/'.join(map(str, samples))} samples a row, 95 % intervals")
+def terminal_table(rows: Sequence[Row], *, wide: bool = False) -> Table:
+    """One table of all settings: what fits 100 columns, or every metric and cost."""
+    samples = sorted({row.samples for row in rows})
+    table = Table(title=escape(f"{rows[0].model}: {'/'.join(map(str, samples))} samples a row, 95 % intervals"))
     table.add_column("recipe")
     table.add_column("correction", no_wrap=True)
-    metrics = metric_columns(rows)
-    for name in [*(metric_title(rows, m) for m in metrics), *COST_COLUMNS]:
+    metrics, inception = metric_columns(rows), all(row.inception for row in rows)
+    costs: tuple[str, ...] = COST_COLUMNS
+    if not wide:
+        metrics = [name for name in NARROW if name in metrics][:NARROW_METRICS] or metrics[:NARROW_METRICS]
+        costs = ("fewer BOPs", "KB")
+    for name in [*(metric_title(m, inception=inception) for m in metrics), *costs]:
         table.add_column(name, justify="right")
-    for text, group in by_setting(rows):
+    for text, group in by_settings(rows):
         table.add_section()
-        table.add_row(f"[bold]{text}")
+        table.add_row(f"[bold]{escape(text)}")
         for row in group:
-            cells = [" ".join(metric_cell(row, m)).strip() for m in metrics]
-            table.add_row(row["recipe"], correction_label(row["correction"]), *cells, *cost_cells(row))
+            cells = [" ".join(metric_cell(row.metrics.get(m), m)).strip() for m in metrics]
+            cost = cost_cells(row) if wide else cost_cells(row)[1:3]
+            table.add_row(escape(row.key.quantized), correction_label(row.key.correction), *cells, *cost)
     return table

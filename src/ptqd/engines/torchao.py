@@ -13,8 +13,8 @@ from torch import nn
 
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling
-from ptqd.export.onnx_graph import FOUR_BITS, Call, Products, captured
-from ptqd.export.sessions import required
+from ptqd.engines.onnx_graph import FOUR_BITS, Call, Products, captured
+from ptqd.engines.sessions import required
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS

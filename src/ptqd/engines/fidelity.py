@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError
-from ptqd.export.module import EngineModule
 from ptqd.quantization.modules.activation import ActivationQuantizer
 
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling, sample
+from ptqd.engines.module import FACTS, EngineModule, write_component
+from ptqd.engines.onnx_graph import Graph, Products, captured, changing_quantizers, trace
+from ptqd.engines.sessions import ENGINES, Provider, required
+from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
-from ptqd.export.module import FACTS, EngineModule, write_component
-from ptqd.export.onnx_graph import Graph, Products, captured, changing_quantizers, trace
-from ptqd.export.sessions import ENGINES, Provider, required
-from ptqd.export.torchao import Layout, to_torchao
 from ptqd.files import read_json, replacing, write_json
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer

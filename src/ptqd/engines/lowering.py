@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqd.export.cpu import Processor, overflows
-from ptqd.export.expansion import Shape, attributes_of, expanded, shapes_of
+from ptqd.engines.cpu import Processor, overflows
+from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
 
 CONTRIB = "com.microsoft"
 ELEMENTWISE = {
@@ -68,7 +68,7 @@ def lowered(model: onnx.ModelProto, processor: Processor) -> onnx.ModelProto:
     """A graph as ONNX Runtime's CPU kernels compute it fastest.
 
     Args:
-        model: as :func:`ptqd.export.onnx_graph.trace` makes it; its contents are taken over.
+        model: as :func:`ptqd.engines.onnx_graph.trace` makes it; its contents are taken over.
         processor: where it will run: weights become unsigned where signed ones could overflow.
     """
     return _Lowering(expanded(model), processor).go()

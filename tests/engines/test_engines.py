@@ -27,19 +27,19 @@ from ptqd import (
     measure,
     quantize,
 )
-from ptqd.cli import main
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import run_batch
-from ptqd.export import sessions
-from ptqd.export.cpu import Processor, overflows
-from ptqd.export.export import Exported, export, for_engine
-from ptqd.export.fidelity import fidelity
-from ptqd.export.lowering import lowered
-from ptqd.export.module import EngineModule
-from ptqd.export.onnx_graph import captured
-from ptqd.export.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
+from ptqd.engines import sessions
+from ptqd.engines.cpu import Processor, overflows
+from ptqd.engines.export import Exported, export, for_engine
+from ptqd.engines.fidelity import fidelity
+from ptqd.engines.lowering import lowered
+from ptqd.engines.module import EngineModule
+from ptqd.engines.onnx_graph import captured
+from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
 from ptqd.quantization.modules.linear_conv import QuantLinear
+from ptqd_cli.main import main
 from tiny import CASES
 
 MODERN = Processor(vnni=True, avx2=True)

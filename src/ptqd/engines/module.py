@@ -22,9 +22,9 @@ from torch import nn
 
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
+from ptqd.engines.onnx_graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
+from ptqd.engines.sessions import Provider, Session, open_session, required
 from ptqd.errors import InputError
-from ptqd.export.onnx_graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
-from ptqd.export.sessions import Provider, Session, open_session, required
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer

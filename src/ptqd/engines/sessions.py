@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from packaging.version import Version
 
+from ptqd.engines.cpu import Processor, overflows, this_processor
 from ptqd.errors import InputError
-from ptqd.export.cpu import Processor, overflows, this_processor
 
 Engine = Literal["onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -172,7 +172,7 @@ class OnnxRuntimeSession(Session):
 
     def _lowered(self, folder: Path) -> Path:
         """The graph as the CPU's kernels compute it fastest, in a file: what ONNX Runtime packs anew it then drops."""
-        from ptqd.export.lowering import lowered
+        from ptqd.engines.lowering import lowered
 
         _check_kernels(self._processor)
         return _written(lowered(showing(read_graph(self._path), self._shown), self._processor), folder)
@@ -211,7 +211,7 @@ class OpenVinoSession(Session):
         shown: Sequence[str] = (),
     ) -> None:
         openvino = required("openvino")
-        from ptqd.export.expansion import expanded
+        from ptqd.engines.expansion import expanded
 
         super().__init__(path, threads, rows)
         self._core, self._tensor = openvino.Core(), openvino.Tensor

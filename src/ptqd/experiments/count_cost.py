@@ -1,0 +1,111 @@
+"""The cost of a model, counted from its configuration alone wherever that suffices."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd.diffusion.macs import Macs, on_meta, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling
+from ptqd.errors import InputError
+from ptqd.experiments.meta_pipeline import (
+    bare_denoiser,
+    denoiser_config,
+    one_call,
+    run_of_calls,
+    saved_configuration,
+    skeleton,
+)
+from ptqd.loading import load, with_scheduler
+from ptqd.quantization.bops import Cost, cost_of
+from ptqd.quantization.hf_quantizer import with_weights
+from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan_steps import set_plan
+from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.swap import insert_quantizers, layer_types
+
+logger = logging.getLogger(__name__)
+
+
+def count_cost(
+    model: str,
+    recipe: str | None = None,
+    plan: Path | None = None,
+    sampling: Sampling | Callable[[DiffusionPipeline | None], Sampling] | None = None,
+    *,
+    scheduler: str | None = None,
+) -> Cost:
+    """The cost of one sample of a model, quantized by a recipe and with a plan, if there are any.
+
+    Args:
+        model: a pipeline (embedded, a folder or a hub id), or a denoiser: a published architecture's name, a folder or
+            a ``config.json``. Of a denoiser one call a step is counted, or two with guidance. One that ptqd quantized
+            is counted as it is, where no recipe is given.
+        recipe: shorthand or TOML file.
+        plan: TOML file.
+        sampling: how it is run, or what says so of a pipeline, or of None where a denoiser stands on its own.
+        scheduler: a diffusers scheduler class to use instead of the pipeline's.
+
+    Raises:
+        InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
+    """
+    denoiser, config, macs = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
+    wanted, chosen = _bits(model, config, recipe, plan)
+    if wanted is None:
+        return cost_of(denoiser, macs)
+    if chosen is not None:
+        wanted = with_weights(wanted, chosen, layer_types(denoiser, wanted))
+    with torch.device("meta"):
+        insert_quantizers(denoiser, wanted)
+    if chosen is not None:
+        set_plan(denoiser, chosen)
+    return cost_of(denoiser, macs)
+
+
+def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[str, Any], Macs]:
+    """A denoiser in full precision on the meta device, its configuration, and what its run takes."""
+    config = denoiser_config(model)
+    if config is None:
+        pipe = scheduled(skeleton(model))
+        try:
+            macs = run_macs(pipe, sampling(pipe))
+        except InputError as error:  # some look at their text encoder's numbers, or encode a picture
+            logger.warning("%s; it is loaded", error)
+            pipe = scheduled(load(model))
+            macs = run_macs(pipe, sampling(pipe))
+        denoiser = getattr(pipe, denoiser_name(pipe))
+        return on_meta(denoiser), saved_configuration(model, denoiser_name(pipe), denoiser), macs
+    denoiser, run = bare_denoiser(config), sampling(None)
+    guided = run.call.get("guidance_scale", 1.0) != 1.0
+    return denoiser, config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
+
+
+def _bits(
+    model: str, config: Mapping[str, Any], recipe: str | None, plan: Path | None
+) -> tuple[Recipe | None, StepPlan | None]:
+    """The recipe and the plan: those that are given, else those that the configuration holds."""
+    chosen = None if plan is None else StepPlan.load(plan)
+    if recipe is not None:
+        return Recipe.parse(recipe), chosen
+    saved = config.get("quantization_config")
+    if saved is None:
+        if chosen is not None:
+            raise InputError("a plan chooses among a recipe's widths; give --recipe too, such as w4a4+8")
+        return None, None
+    if saved.get("quant_method") != "ptqd":
+        method = saved.get("quant_method")
+        raise InputError(f"{model} is quantized by {method}, whose bits ptqd does not know; give a --recipe instead")
+    if chosen is None and saved.get("plan") is not None:
+        chosen = StepPlan.from_dict(saved["plan"], "the saved plan")
+    return Recipe.from_dict(saved["recipe"], "the saved recipe"), chosen
+
+
+def _sampler(sampling: Sampling | Callable[[DiffusionPipeline | None], Sampling] | None) -> Any:
+    """What says how a pipeline is run."""
+    if callable(sampling):
+        return sampling
+    return lambda pipe: (sampling or Sampling(samples=1, batch=1)).replace(samples=1, batch=1)

@@ -1,0 +1,288 @@
+"""The stages of a run for one way of sampling: each returns its value, and reads a file only where it was skipped."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd.correction.search import Choice, fit_auto
+from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
+from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.sampling import Sampling, guidance_of
+from ptqd.experiments.plan_request import (
+    PlanFigures,
+    PlanRequest,
+    load_widths,
+    make_plan,
+    plan_figures,
+    trajectory_images,
+)
+from ptqd.experiments.results import FULL_PRECISION, Interval, Row, RowKey, RunLayout, SamplerSettings, StepRow
+from ptqd.experiments.sharding import (
+    judged,
+    labels_of,
+    measure_shards,
+    measure_width_shards,
+    observe_images,
+    sample_images,
+)
+from ptqd.files import read_json, write_json, write_tensors
+from ptqd.loading import load
+from ptqd.metrics.evaluator import Judge, with_intervals
+from ptqd.metrics.images import open_images
+from ptqd.mixed_precision.problem import planning_problem
+from ptqd.noise.regression import Estimate
+from ptqd.noise.stats import NoiseStats
+from ptqd.progress import busy
+from ptqd.quantization.apply_plan import apply_plan
+from ptqd.quantization.bops import cost_of, disk_bytes
+from ptqd.quantization.quantize import quantize
+from ptqd.quantization.recipe import Recipe
+from ptqd.run_folder import RunFolder
+
+T = TypeVar("T")
+
+
+class Stages:
+    """What is made in a run folder for one way of sampling.
+
+    Args:
+        pipe: full precision.
+        sampling: how it samples.
+        folder: where results are kept.
+        judge: what images are judged by.
+        keep_images: whether images are kept, and not only what the judge sees of them.
+        progress: show bars.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        sampling: Sampling,
+        folder: RunFolder,
+        judge: Judge,
+        *,
+        keep_images: bool,
+        progress: bool,
+    ) -> None:
+        self.pipe, self.sampling, self.folder, self.judge = pipe, sampling, folder, judge
+        self.keep_images, self.progress = keep_images, progress
+        self.made_from = {"pipeline": pipeline_fingerprint(pipe), "ptqd": version("ptqd")}
+        self.settings = SamplerSettings(
+            type(pipe.scheduler).__name__, sampling.steps, sampling.eta, guidance_of(pipe, sampling)
+        )
+        self.layout = RunLayout(self.settings)
+        self.macs: Macs = run_macs(pipe, sampling)
+        self.seconds: dict[str, float] = {}
+
+    def quantized(self, key: RowKey, recipe: Recipe) -> DiffusionPipeline:
+        """The pipeline of a recipe."""
+        inputs = {**self.made_from, "recipe": recipe.to_dict(), "setting": self._sampling_facts(samples=0)}
+
+        def build(path: Path, scratch: Path) -> DiffusionPipeline:
+            pipe = quantize(self.pipe, recipe, self.sampling, scratch=scratch, progress=self.progress)
+            pipe.save_pretrained(path)
+            return pipe
+
+        return self._value(self.layout.quantized(key), inputs, build, self._load_pipeline)
+
+    def planned(
+        self, key: RowKey, quantized: DiffusionPipeline, request: PlanRequest, samples: int
+    ) -> tuple[DiffusionPipeline, PlanFigures, str]:
+        """A pipeline whose bits follow a plan, what the plan was chosen among, and where its sample's steps are."""
+        run = self.sampling.replace(samples=samples)
+        inputs = {**self.made_from, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
+
+        def measure_all(path: Path, scratch: Path) -> None:
+            title = self._title(f"measuring widths of {self.layout.root}/{key.recipe}")
+            measure_width_shards(self.pipe, quantized, run, path, scratch, title=title)
+
+        stats = self._value(self.layout.widths(key), inputs, measure_all, load_widths, shared=True)
+
+        def build(path: Path, scratch: Path) -> tuple[DiffusionPipeline, PlanFigures]:
+            plan, problem = make_plan(self.pipe, quantized, run, request, stats, progress=self.progress)
+            planned = apply_plan(quantized, plan, self.pipe)
+            planned.save_pretrained(path)
+            plan.save(path / "plan.toml")
+            problem = problem or planning_problem(self.pipe, quantized, run, stats, progress=self.progress)
+            figures = plan_figures(planned, problem, stats, self.macs)
+            write_json(path / "plan.json", figures.to_dict())
+            return planned, figures
+
+        def read(path: Path) -> tuple[DiffusionPipeline, PlanFigures]:
+            return self._load_pipeline(path), PlanFigures.from_dict(read_json(path / "plan.json"))
+
+        def picture(path: Path, scratch: Path) -> None:
+            images = trajectory_images(self.pipe, run)
+            write_tensors(path, {} if images is None else {"images": images}, {"ptqd.samples": "steps"})
+
+        pipe, figures = self._value(self.layout.planned(key), {**inputs, "plan": request.facts()}, build, read)
+        pictures = self.layout.trajectory()
+        self._value(pictures, {**self.made_from, "setting": run.to_dict()}, picture, lambda path: path)
+        return pipe, figures, pictures
+
+    def noise(self, key: RowKey, quantized: DiffusionPipeline, fingerprint: str, samples: int) -> NoiseStats:
+        """Statistics of a quantized pipeline."""
+        run = self.sampling.replace(samples=samples)
+        inputs = {**self.made_from, "setting": run.to_dict(), "quantized": fingerprint}
+
+        def build(path: Path, scratch: Path) -> NoiseStats | None:
+            title = self._title(f"measuring {self.layout.root}/{key.quantized}")
+            return measure_shards(self.pipe, quantized, run, path, scratch, title=title)
+
+        return self._value(self.layout.noise(key), inputs, build, NoiseStats.load, shared=True)
+
+    def search(self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats) -> Choice:
+        """The correction that helps a quantized pipeline most."""
+        name = self.layout.search(key)
+        inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": stats.final_indices.tolist()}
+
+        def build(path: Path, scratch: Path) -> Choice:
+            with busy(self._title(f"choosing a correction for {self.layout.root}/{key.quantized}")):
+                choice = fit_auto(quantized, stats, self.sampling)
+            write_json(path, choice.to_dict())
+            return choice
+
+        return self._value(name, inputs, build, lambda path: Choice.from_dict(read_json(path)))
+
+    def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> str:
+        """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""
+        run, keep = self.sampling, self.keep_images
+        name = self.layout.samples(key)
+
+        def build(path: Path, scratch: Path) -> None:
+            title = self._title(f"sampling {Path(name).parent}")
+            sample_images(pipe, run, path, scratch, title=title, judge=None if keep else self.judge, keep=keep)
+
+        facts = {**self.made_from, **inputs, "setting": self._sampling_facts(run.samples)}
+        if not keep:
+            facts["networks"] = self.judge.networks_key
+        self._value(name, facts, build, lambda path: path, shared=True)
+        return name
+
+    def row(self, model: str, key: RowKey, pipe: DiffusionPipeline, images: str, bops: int) -> Row:
+        """The row of a pipeline's samples: what they are worth and what they cost."""
+        full = None if key.is_full_precision else self.layout.samples(FULL_PRECISION)
+        observed, metrics_file, metrics = self._metrics(images, full)
+        stages = {images, observed, metrics_file}
+        return Row(
+            model=model,
+            settings=self.settings,
+            key=key,
+            sampling=self.sampling.to_dict(),
+            samples=self.sampling.samples,
+            metrics=metrics,
+            inception=self.judge.inception,
+            bops=bops,
+            bops_ratio=self.full_bops / bops,
+            bytes=disk_bytes(getattr(pipe, denoiser_name(pipe))),
+            seconds=sum(self.folder.seconds(name) for name in stages),
+            images=images,
+            observed=observed,
+        )
+
+    @property
+    def full_bops(self) -> int:
+        """Bit operations of one sample in full precision."""
+        return self.macs.total * FULL_BITS**2
+
+    def bops(self, pipe: DiffusionPipeline) -> int:
+        """Bit operations of one sample of a quantized pipeline."""
+        return cost_of(getattr(pipe, denoiser_name(pipe)), self.macs).total
+
+    def step_rows(self, key: RowKey, stats: NoiseStats) -> list[StepRow]:
+        """What was measured, step by step."""
+        fit, repeated = stats.fit(), stats.residual_correlation()
+        names = ("k", "variance", "r2", "snr", "skewness", "kurtosis")
+        rows = []
+        for i, t in enumerate(stats.timesteps.tolist()):
+            correlation = repeated[i, i - 1].item() if i else None
+            rows.append(
+                StepRow(
+                    settings=self.settings,
+                    recipe=key.quantized,
+                    samples=stats.samples,
+                    step=i,
+                    timestep=t,
+                    **{name: _at(getattr(fit, name), i) for name in names},
+                    bias=tuple(_at(fit.bias, (i, c)) for c in range(fit.bias.value.shape[1])),
+                    normality_p=fit.normality[i].item(),
+                    autocorrelation=Interval(correlation, correlation, correlation),
+                )
+            )
+        return rows
+
+    def _metrics(self, images: str, full: str | None) -> tuple[str, str, dict[str, Interval]]:
+        """Where a set's features and metrics are, and the metrics."""
+        observed = self._observed(images, full)
+        pair = None if full is None else (self._observed(full, None), full)
+        inputs: dict[str, Any] = {"observed": self.folder.key(observed), "judge": self.judge.key}
+        if pair is not None:
+            inputs["full"] = [self.folder.key(name) for name in pair]
+        name = str(Path(images).with_name("metrics.json"))
+
+        def build(path: Path, scratch: Path) -> dict[str, Interval]:
+            labels = labels_of(self.sampling, self.sampling.samples)
+            paths = None if pair is None else (self.folder.folder / pair[0], self.folder.folder / pair[1])
+            with busy(self._title(f"evaluating {Path(images).parent}")):
+                statistics = judged(
+                    self.folder.folder / observed, self.folder.folder / images, self.judge, labels, paths
+                )
+                intervals = with_intervals(statistics, labels)
+            metrics = {name: asdict(metric) for name, metric in intervals.items()}
+            write_json(path, metrics)
+            return {name: Interval(**metric) for name, metric in metrics.items()}
+
+        def read(path: Path) -> dict[str, Interval]:
+            return {name: Interval(**metric) for name, metric in read_json(path).items()}
+
+        return observed, name, self._value(name, inputs, build, read)
+
+    def _observed(self, samples: str, full: str | None) -> str:
+        """Where the judge's features of samples are, with their distance to full-precision images of the same seeds."""
+        if not self.keep_images:
+            return samples
+        inputs = {"images": self.folder.key(samples), "networks": self.judge.networks_key}
+        inputs |= {} if full is None else {"full": self.folder.key(full)}
+        name = str(Path(samples).with_name("observed.safetensors"))
+
+        def build(path: Path, scratch: Path) -> None:
+            images = open_images(self.folder.folder / samples, grey=False)
+            same_seed = None if full is None else open_images(self.folder.folder / full, grey=False)
+            title = self._title(f"looking at {samples}")
+            observe_images(images, self.judge, self.sampling, path, scratch, title=title, same_seed=same_seed)
+
+        self._value(name, inputs, build, lambda path: path, shared=True)
+        return name
+
+    def _value(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path, Path], T | None],
+        read: Callable[[Path], T],
+        *,
+        shared: bool = False,
+    ) -> T:
+        value = self.folder.value(name, inputs, build, read, shared=shared)
+        self.seconds[name] = self.folder.seconds(name)
+        return value
+
+    def _load_pipeline(self, path: Path) -> DiffusionPipeline:
+        return load(path).to(self.pipe.device)
+
+    def _title(self, text: str) -> str | None:
+        return text if self.progress else None
+
+    def _sampling_facts(self, samples: int) -> dict[str, Any]:
+        return {**self.sampling.to_dict(), "samples": samples}
+
+
+def _at(estimate: Estimate, index: Any) -> Interval:
+    value, low, high = (torch.as_tensor(getattr(estimate, name)[index]).item() for name in ("value", "low", "high"))
+    return Interval(value, low, high)

@@ -1,0 +1,213 @@
+"""Options that several verbs share. Nothing here imports torch before a verb runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ptqd.diffusion.sampling import Sampling
+    from ptqd.experiments.plan_request import PlanRequest
+    from ptqd.metrics.evaluator import Judge
+
+MODEL_HELP = "fashion-ldm, -ddpm, -dit or -flow, a diffusers pipeline's folder, or a hub id"
+METHODS_HELP = "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq"
+DEVICE_HELP = "cuda, mps or cpu (default: the first there is)"
+SAMPLING = Group("Sampling", sort_key=2)
+JUDGING = Group("Judging", sort_key=3)
+PLANNING = Group("Bits by step", sort_key=1)
+
+Device = Annotated[str | None, Parameter(help=DEVICE_HELP)]
+Others = Annotated[
+    Literal["fp32", "int8", "none"],
+    Parameter(help="decoders and text encoders: in full precision, as int8, or left to torch"),
+]
+
+
+@Parameter(name="*", group=SAMPLING)
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """How one sample is made."""
+
+    steps: Annotated[int, Parameter(help="denoising steps")] = 50
+    eta: Annotated[float, Parameter(help="noise of DDIM's step")] = 0.0
+    guidance: Annotated[float | None, Parameter(help="guidance scale (default: the pipeline's)")] = None
+    scheduler: Annotated[str | None, Parameter(help="a diffusers scheduler class to use instead of the pipeline's")] = (
+        None
+    )
+    call: Annotated[
+        tuple[str, ...], Parameter(help="NAME=JSON, a further argument of the pipeline's call; may be given again")
+    ] = ()
+
+    def sampling(
+        self, pipe: "DiffusionPipeline | None", *, samples: int = 1, batch: int = 1, seed: int = 0
+    ) -> "Sampling":
+        """How a pipeline is run; or, of None, a denoiser on its own."""
+        from ptqd.diffusion.sampling import Sampling, default_call
+
+        call: dict[str, Any] = {} if pipe is None else default_call(pipe)
+        if self.guidance is not None:
+            call["guidance_scale"] = self.guidance
+        return Sampling(self.steps, self.eta, samples, batch, seed, call | call_arguments(self.call))
+
+
+@Parameter(name="*", group=SAMPLING)
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(ScheduleOptions):
+    """How many samples are made, where and from what seeds."""
+
+    batch: Annotated[int, Parameter(help="at once; never changes results")] = 64
+    seed: Annotated[int, Parameter(help="sample i's seed comes from this and i")] = 0
+    device: Device = None
+
+    def of(self, pipe: "DiffusionPipeline", samples: int) -> "Sampling":
+        """How a pipeline is run for so many samples."""
+        return self.sampling(pipe, samples=samples, batch=self.batch, seed=self.seed)
+
+    def load(self, model: str | Path) -> "DiffusionPipeline":
+        """A pipeline, with the wanted scheduler, on the wanted device."""
+        return load_pipeline(model, self.scheduler, self.device)
+
+
+@Parameter(name="*", group=JUDGING)
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """What images are judged by."""
+
+    judge: Annotated[
+        str | None,
+        Parameter(
+            help="features: fashion, none, inception (or its weights' file), or an image encoder of transformers"
+        ),
+    ] = None
+    reference: Annotated[
+        Path | None,
+        Parameter(
+            help="what images are compared with: a folder of images, a dataset's folder or hub id (with :SPLIT), .npz, "
+            "or .safetensors (default: fashion's test images)"
+        ),
+    ] = None
+    lpips: Annotated[
+        str | None,
+        Parameter(help="LPIPS to images of the same seeds too: its weights' folder, or 'hub' for torch hub's"),
+    ] = None
+    clip: Annotated[
+        str | None, Parameter(help="CLIP score of prompts too: a CLIP of transformers, folder or hub id")
+    ] = None
+
+    def load(self, default: str, device: str | None = None, *, needs_reference: bool = True) -> "Judge | None":
+        """What judges; None where nothing was asked for."""
+        from ptqd import processes
+        from ptqd.loading import best_device
+        from ptqd.metrics.load_evaluator import load_evaluator
+
+        return load_evaluator(
+            self.judge or default,
+            reference=self.reference,
+            lpips=self.lpips,
+            clip=self.clip,
+            device=processes.device() or device or best_device(),
+            needs_reference=needs_reference,
+        )
+
+
+@Parameter(name="*", group=PLANNING)
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Which plan is wanted; the kind is the verb's."""
+
+    budget: Annotated[str | None, Parameter(help="auto: 19.9x, this many times fewer bit operations than FP32")] = None
+    floor: Annotated[
+        str | None, Parameter(help="auto: instead, 25dB, the final sample's SNR against full precision")
+    ] = None
+    weights: Annotated[str | None, Parameter(help="auto: 4,6,8, bits that each layer's weights may get too")] = None
+    groups: Annotated[int | None, Parameter(help="auto: of layers with bits of their own; 1: all alike")] = None
+
+    @property
+    def any(self) -> bool:
+        """Whether one of them was given."""
+        return any(value is not None for value in (self.budget, self.floor, self.weights, self.groups))
+
+    def request(self, kind: str, weights: str | None = None) -> "PlanRequest":
+        """The plan that is asked for."""
+        from ptqd.experiments.plan_request import PlanRequest
+
+        return PlanRequest.parse(kind, self.budget, self.floor, self.weights or weights, self.groups)
+
+
+def call_arguments(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments of a pipeline's call, from ``NAME=JSON``."""
+    from ptqd.errors import InputError
+
+    call: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--call {text!r} must be NAME=VALUE, the value in JSON")
+        try:
+            call[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"--call {name}: {value!r} is not JSON ({error}); quote strings, as in '\"a cat\"'"
+            ) from error
+    return call
+
+
+def load_pipeline(model: str | Path, scheduler: str | None, device: str | None) -> "DiffusionPipeline":
+    """A pipeline, with the wanted scheduler, on the wanted device or the process' own."""
+    from ptqd import processes
+    from ptqd.errors import InputError
+    from ptqd.loading import best_device, load, with_scheduler
+
+    pipe = with_scheduler(load(model), scheduler)
+    try:
+        return pipe.to(processes.device() or device or best_device())
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def correction_methods(text: str) -> tuple[str, ...]:
+    """Methods from ``cnc,bc``; ``("auto",)`` of auto."""
+    from ptqd.correction.fit import METHODS
+    from ptqd.experiments.experiment import check_methods
+
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    if given == ["auto"]:
+        return ("auto",)
+    check_methods(given)
+    return tuple(method for method in METHODS if method in given)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Only a pipeline's folder, or an empty one, is written over."""
+    from ptqd.errors import InputError
+
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} holds other things than a pipeline; choose an empty or a new folder")
+
+
+def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: Any, run: "Sampling") -> Path:
+    """A folder for unfinished work on a pipeline, and another or plain values, that survives a kill."""
+    from hashlib import sha256
+
+    from ptqd.diffusion.fingerprints import pipeline_fingerprint
+
+    other_facts = other if isinstance(other, dict) else pipeline_fingerprint(other)
+    inputs = [pipeline_fingerprint(pipe), other_facts, run.to_dict()]
+    key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return out.parent / f".{out.name}.{key}"
+
+
+def show(*tables: Any, width: int = 100) -> None:
+    """Print rich tables; as wide as the terminal, or as ``width`` where there is none."""
+    import sys
+
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else width)
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,56 @@
+"""``ptqd correct``."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ptqd_cli.options import METHODS_HELP, Device, call_arguments, check_replaceable, correction_methods, load_pipeline
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Correct:
+    """Give a quantized pipeline a scheduler that corrects, and save it."""
+
+    quantized: Annotated[str, Parameter(help="the quantized pipeline's folder")]
+    noise: Annotated[Path, Parameter(help="statistics that 'ptqd measure' wrote")]
+    _: KW_ONLY
+    methods: Annotated[str, Parameter(help=METHODS_HELP)] = "auto"
+    out: Annotated[Path, Parameter(help="folder to write")]
+    steps: Annotated[int | None, Parameter(help="of other than were measured: the statistics are interpolated")] = None
+    scheduler: Annotated[str | None, Parameter(help="the scheduler class the statistics were measured with")] = None
+    batch: Annotated[int, Parameter(help="for auto: at once")] = 64
+    seed: Annotated[int, Parameter(help="for auto: as measured")] = 0
+    call: Annotated[tuple[str, ...], Parameter(help="for auto: NAME=JSON, as measured; may be given again")] = ()
+    device: Device = None
+
+    def run(self) -> None:
+        """Correct, and save."""
+        from ptqd.correction.scheduler import correct
+        from ptqd.correction.search import describe, fit_auto
+        from ptqd.diffusion.sampling import Sampling, default_call
+        from ptqd.errors import InputError
+        from ptqd.files import replacing
+        from ptqd.noise.stats import NoiseStats
+
+        check_replaceable(self.out)
+        methods, stats = correction_methods(self.methods), NoiseStats.load(self.noise)
+        measured = stats.measured_on
+        if methods == ("auto",) and self.steps not in (None, measured.steps):
+            raise InputError(f"auto runs the {measured.steps} steps that were measured; name methods instead")
+        quantized = load_pipeline(self.quantized, self.scheduler, self.device)
+        if methods == ("auto",):
+            guidance = measured.call.get("guidance_scale")
+            call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
+            call |= call_arguments(self.call)
+            run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call)
+            choice = fit_auto(quantized, stats, run, progress=True)
+            print("\n".join(describe(choice.trials)))
+            corrected = correct(quantized, choice.correction)
+        else:
+            corrected = correct(quantized, stats, methods, steps=self.steps)
+        with replacing(self.out) as temporary:
+            corrected.save_pretrained(temporary)
+        print(f"{self.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")

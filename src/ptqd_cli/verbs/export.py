@@ -1,0 +1,50 @@
+"""``ptqd export``."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from ptqd_cli.options import Others, SamplingOptions, check_replaceable
+from ptqd_cli.quantized_rows import quantized_rows
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Export:
+    """Write a quantized pipeline for an engine that multiplies integers; 'ptqd sample' and ptqd.load run it."""
+
+    folder: Annotated[Path, Parameter(name="run", help="run folder, or a quantized pipeline's folder")]
+    _: KW_ONLY
+    row: Annotated[
+        str | None, Parameter(help="of a run folder: recipe and correction, 'w4a8 auto' (default: the last row)")
+    ] = None
+    engine: Annotated[str, Parameter(help="onnxruntime, openvino or torchao")] = "onnxruntime"
+    provider: Annotated[Literal["cpu", "cuda", "tensorrt"], Parameter(help="of onnxruntime")] = "cpu"
+    layout: Annotated[Literal["int8", "int4"], Parameter(help="of torchao's weights")] = "int8"
+    others: Others = "fp32"
+    out: Annotated[Path, Parameter(help="folder to write")]
+    samples: Annotated[int, Parameter(help="how many")] = 64
+    sampling: SamplingOptions = SamplingOptions()
+
+    def run(self) -> None:
+        """Export, and say what multiplies integers."""
+        from ptqd.engines.export import export
+
+        check_replaceable(self.out)
+        rows = quantized_rows(self.folder, None if self.row is None else [self.row], self.sampling, self.samples)
+        *_, pipe = rows.pipes.values()
+        exported = export(
+            pipe,
+            rows.sampling,
+            self.engine,
+            self.out,
+            others=self.others,
+            provider=self.provider,
+            layout=self.layout,
+        )
+        products = exported.products
+        print(f"{self.out}: {', '.join(exported.components)} for {self.engine}")
+        print(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
+        print("".join(f"  in floating point: {name} ({reason})\n" for name, reason in products.floating), end="")

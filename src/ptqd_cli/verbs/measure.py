@@ -1,0 +1,47 @@
+"""``ptqd measure``."""
+
+import shutil
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ptqd_cli.options import MODEL_HELP, SamplingOptions, scratch_beside
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Measure:
+    """Measure, step by step, what quantization did to a pipeline's denoiser; resumes after a kill."""
+
+    model: Annotated[str, Parameter(help=MODEL_HELP)]
+    quantized: Annotated[str, Parameter(help="the quantized pipeline's folder")]
+    _: KW_ONLY
+    out: Annotated[Path, Parameter(help="statistics to write (.safetensors)")]
+    samples: Annotated[int, Parameter(help="how many")] = 64
+    sampling: SamplingOptions = SamplingOptions()
+
+    def run(self) -> None:
+        """Measure, and print what was found at each step."""
+        from ptqd import processes
+        from ptqd.experiments.sharding import measure_shards
+        from ptqd.noise.stats import NoiseStats
+
+        pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
+        run = self.sampling.of(pipe, self.samples)
+        scratch = scratch_beside(self.out, pipe, quantized, run)
+        measure_shards(pipe, quantized, run, self.out, scratch, title="measuring")
+        if not processes.is_main():
+            return
+        shutil.rmtree(scratch)
+        stats = NoiseStats.load(self.out)
+        fit, repeated = stats.fit(), stats.residual_correlation()
+        print(f"{self.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
+        for i, t in enumerate(stats.timesteps.tolist()):
+            print(
+                f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"
+                f"  R2 {fit.r2.value[i]:.3f}  "
+                f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}  "
+                f"kurtosis {fit.kurtosis.value[i]:+.1f}" + (f"  repeats {repeated[i, i - 1]:.2f}" if i else "")
+            )
