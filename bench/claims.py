@@ -19,7 +19,7 @@ from ptqd.experiments.report.pictures import step_plots
 from ptqd.experiments.results import Report, StepRow
 from ptqd.experiments.sharding import judged
 from ptqd.metrics.bootstrap import Statistic, intervals
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.references import load_reference
 from ptqd.zoo import CLASSIFIER, REFERENCE
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder for the figures of the steps")
     args = parser.parse_args()
     classifier: Any = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    judge = Judge(classifier, load_reference(REFERENCE, classifier))
+    judge = Evaluator(classifier, load_reference(REFERENCE, classifier))
     for folder in sorted(path.parent for path in args.folder.glob("*/report.html")):
         report = Report.load(folder)
         rows, settings = report.rows, report.rows[0].settings

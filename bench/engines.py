@@ -35,10 +35,10 @@ from ptqd.engines.cpu import processor_name
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.onnx_graph import captured
-from ptqd.experiments.benchmark import contestants, race, speed_report
+from ptqd.experiments.benchmark import candidates, run_benchmark, speed_report
 from ptqd.experiments.report.speed import speed_table
 from ptqd.experiments.sharding import judged, labels_of, observe_images, sample_images
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.images import open_images
 from ptqd.metrics.references import load_reference
@@ -123,8 +123,8 @@ def speed(folder: Path) -> None:
         place = place_of(folder, case)
         engines = None if case in COMPILED_TOO else ("torch", "onnxruntime", "openvino")
         full, kept_in = ptqd.load(place / "full"), RunFolder(place / "run")
-        found, refused = contestants(full, pipes, run, kept_in, engines, others=others)
-        timings, failed = race(found, run, repeats=5)
+        found, refused = candidates(full, pipes, run, kept_in, engines, others=others)
+        timings, failed = run_benchmark(found, run, repeats=5)
         speed = speed_report(timings, refused | failed, run, 0, "cpu")
         print(f"\n{case}")
         Console(width=160).print(speed_table(speed))
@@ -208,7 +208,7 @@ def plans(folder: Path) -> None:
     """One graph with the ranges as inputs: what switching costs."""
     pipe, run = ptqd.load("fashion-ldm"), CASES["fashion-ldm, batch 32"][1]
     qpipe = ptqd.quantize(pipe, "w4a4+8", run)
-    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, qpipe, run))
+    rule = ptqd.paper_plan(ptqd.measure_widths(pipe, qpipe, run))
     half = rule.steps // 2
     found = {"A8 at every step": ((8,),) * rule.steps, "A4 and A8 in turn": ((4,), (8,)) * half}
     pipes: dict[str, Any] = {"one width, ranges in the graph": quantized(pipe, "w4a8", run)}
@@ -244,7 +244,7 @@ def quality(folder: Path) -> None:
     """Samples of the same seeds in full precision, by the simulation, and by engines of what it simulates."""
     run = CASES["fashion-ldm, batch 32"][1].replace(samples=SAMPLES, batch=64)
     extractor = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    judge = Judge(extractor, load_reference(REFERENCE, extractor))
+    judge = Evaluator(extractor, load_reference(REFERENCE, extractor))
     labels = labels_of(run, run.samples)
     place = place_of(folder, "fashion-ldm, batch 32")
     print(f"fashion-ldm, {run.samples} samples, {run.steps} steps, guidance 3: engine less simulation, paired, 95 %")

@@ -84,7 +84,7 @@ def cell(model: str, judge: FashionClassifier, scheduler: str, recipe: str) -> d
     run = setting(model, scheduler)
     quantized = ptqd.quantize(plain, recipe, run)
     stats = ptqd.measure(plain, quantized, run.replace(samples=MEASURED))
-    choice = ptqd.fit_auto(quantized, stats, run)
+    choice = ptqd.search_correction(quantized, stats, run)
     methods = ("cnc", "bc", "vsc") if stats.response.draws else ("cnc", "bc")
     pipes = {
         "none": quantized,

@@ -33,7 +33,7 @@ def main() -> None:
     stats = ptqd.measure(pipe, qpipe, RUN)
     corrected, joint = ptqd.correct(qpipe, stats), ptqd.correct(qpipe, stats, ["joint"])
     wide = ptqd.quantize(pipe, "w4a4+8", RUN)
-    rule = ptqd.paper_rule(ptqd.measure_widths(pipe, wide, RUN))
+    rule = ptqd.paper_plan(ptqd.measure_widths(pipe, wide, RUN))
     planned = ptqd.apply_plan(wide, rule.replace(bits=((4,), (8,)) * (rule.steps // 2)))  # a switch at every step
     variants: dict[str, Callable[[], object]] = {
         "sampling, full precision": lambda: run_batch(pipe, RUN, range(32), "latent"),

@@ -52,7 +52,7 @@ def candidates(title: str, recipe: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     fixed, macs = planning_problem(pipe, quantized, run, stats), run_macs(pipe, run)
     for widths in SETS:
         name = "/".join(map(str, widths)) if widths != WIDTHS else "4..8"
-        ruled = ptqd.apply_plan(quantized, ptqd.paper_rule({b: stats[b] for b in widths}))
+        ruled = ptqd.apply_plan(quantized, ptqd.paper_plan({b: stats[b] for b in widths}))
         yield f"rule {name}", ruled
         budget = cost_of(ruled.unet, macs).ratio
         yield f"budget as rule {name}", ptqd.apply_plan(quantized, solve(fixed, budget=budget).plan)

@@ -28,8 +28,8 @@ from ptqd.metrics.features.extractor import Reference, extract
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.frechet import frechet_statistic, paired_frechet_statistic
 from ptqd.metrics.image_quality import mean_metric, psnr
-from ptqd.mixed_precision.paper_rule import paper_rule
-from ptqd.mixed_precision.solver import plan_steps
+from ptqd.mixed_precision.paper_rule import paper_plan
+from ptqd.mixed_precision.solver import search_plan
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import run_cost
@@ -69,9 +69,9 @@ class Setting:
             quantized = ptqd.quantize(self.pipe, recipe, run)
             stats = ptqd.measure_widths(self.pipe, quantized, run)
             if budget is None:
-                plan = paper_rule(stats)
+                plan = paper_plan(stats)
             else:
-                plan = plan_steps(self.pipe, quantized, run, stats, budget=budget, weight_bits=WEIGHTS)
+                plan = search_plan(self.pipe, quantized, run, stats, budget=budget, weight_bits=WEIGHTS)
             ptqd.apply_plan(quantized, plan, self.pipe).save_pretrained(path)
 
         return ptqd.load(self.folder.stage(f"{kind}/planned", {"kind": kind}, build))
@@ -93,11 +93,11 @@ class Setting:
             return ptqd.correct(planned, stats, methods)
 
         def build(path: Path, scratch: Path) -> None:
-            choice = ptqd.fit_auto(planned, stats, self.run.replace(samples=MEASURED, batch=64))
+            choice = ptqd.search_correction(planned, stats, self.run.replace(samples=MEASURED, batch=64))
             write_json(path, choice.to_dict())
 
         chosen = read_json(self.folder.stage(f"{kind}/auto.json", {"kind": kind}, build))
-        return ptqd.correct(planned, ptqd.Choice.from_dict(chosen).correction)
+        return ptqd.correct(planned, ptqd.CorrectionSearch.from_dict(chosen).correction)
 
     def images(self, row: str, samples: int) -> torch.Tensor:
         kind, methods = ROWS[row]

@@ -121,7 +121,7 @@ class Bench:
         made = self.folder.key(f"{recipe}/quantized")
         stats = NoiseStats.load(self.folder.stage(f"{recipe}/noise.safetensors", {"quantized": made}, measure))
         if more == "auto":
-            return ptqd.correct(quantized, ptqd.fit_auto(quantized, stats, run).correction)
+            return ptqd.correct(quantized, ptqd.search_correction(quantized, stats, run).correction)
         return ptqd.correct(quantized, stats, more.split("+"))
 
     def images(self, row: str) -> torch.Tensor:

@@ -51,7 +51,7 @@ def main() -> None:
             start = 0 if stats is None else stats.samples
             more = ptqd.measure(pipe, quantized, run.replace(samples=count), start=start)
             stats = more if stats is None else NoiseStats.merge([stats, more])
-            choice = ptqd.fit_auto(quantized, stats, run)
+            choice = ptqd.search_correction(quantized, stats, run)
             cuts = []
             for correction in (
                 ptqd.fit_correction(stats, ("cnc", "bc")),

@@ -24,7 +24,7 @@ from ptqd.experiments.sharding import load_images, sample_images
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler
 from ptqd.metrics.bootstrap import Metric
-from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.run_folder import RunFolder
@@ -109,17 +109,17 @@ def main() -> None:
     for guidance in (1.0, 1.5, 3.0):
         call = {"class_labels": list(range(10)), "guidance_scale": guidance}
         images = sampled("fashion-ldm", Sampling(50, 0.0, args.samples, 100, 0, call), args.card)
-        judged[f"guidance {guidance:g}"] = evaluate(images, Judge(classifier, reference), labels=labels)
+        judged[f"guidance {guidance:g}"] = evaluate(images, Evaluator(classifier, reference), labels=labels)
         if guidance == 1.5:
             shown = [images[i * 10 : i * 10 + 10] for i in range(10)]
     real = to_bytes(train_images[: args.samples])
-    judged["training images"] = evaluate(real, Judge(classifier, reference), labels=train_labels[: args.samples])
+    judged["training images"] = evaluate(real, Evaluator(classifier, reference), labels=train_labels[: args.samples])
     with torch.no_grad():
         vae = load("fashion-ldm").vae
         rebuilt = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in test_images.split(500)])
     psnr = -10 * ((rebuilt.clamp(-1, 1) - test_images) / 2).square().mean().log10().item()
     judged["test images through the autoencoder"] = evaluate(
-        to_bytes(rebuilt.clamp(-1, 1)), Judge(classifier, reference), labels=test_labels
+        to_bytes(rebuilt.clamp(-1, 1)), Evaluator(classifier, reference), labels=test_labels
     )
 
     with replacing(args.card / "samples.png") as temporary:

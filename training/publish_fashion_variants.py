@@ -21,7 +21,7 @@ from ptqd.experiments.report.pictures import grid
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.metrics.bootstrap import Metric
-from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features.extractor import Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
@@ -90,11 +90,11 @@ def main() -> None:
     for what, (scheduler, call) in kind.runs.items():
         images = sampled(name, Sampling(50, 0.0, args.samples, 100, 0, call), args.card, scheduler)
         labels = torch.arange(args.samples) % len(LABELS) if call else None
-        judged[what] = evaluate(images, Judge(classifier, reference), labels=labels)
+        judged[what] = evaluate(images, Evaluator(classifier, reference), labels=labels)
         shown = images if shown is None or call.get("guidance_scale") == 1.5 else shown
     train_images, train_labels = fashion_mnist.load(args.data, "train")
     real = to_bytes(train_images[: args.samples])
-    judged["training images"] = evaluate(real, Judge(classifier, reference), labels=train_labels[: args.samples])
+    judged["training images"] = evaluate(real, Evaluator(classifier, reference), labels=train_labels[: args.samples])
     assert shown is not None
     with replacing(args.card / "samples.png") as temporary:
         grid([shown[i * 10 : i * 10 + 10] for i in range(10)]).save(temporary, "PNG")

@@ -4,48 +4,78 @@ Three nouns: a Recipe (how many bits, where), NoiseStats (what quantization did 
 sampler does about it).
 """
 
+from importlib.metadata import version as _version
+
+from ptqd.correction.correct import correct
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import fit_correction
-from ptqd.correction.scheduler import correct
-from ptqd.correction.search import Choice, fit_auto
+from ptqd.correction.search import CorrectionSearch, search_correction
 from ptqd.diffusion.sampling import Sampling, sample
-from ptqd.errors import InputError, MismatchError, PtqdError
+from ptqd.engines.export import export
+from ptqd.errors import (
+    ArtifactError,
+    InputError,
+    MismatchError,
+    MissingDependencyError,
+    PtqdError,
+    UnsupportedError,
+)
+from ptqd.experiments.compare import compare_runs
+from ptqd.experiments.count_cost import count_cost
+from ptqd.experiments.experiment import Experiment, run_experiment
 from ptqd.loading import load
+from ptqd.metrics.evaluator import Evaluator, evaluate
+from ptqd.metrics.load_evaluator import load_evaluator
 from ptqd.mixed_precision.measure_widths import measure_widths
-from ptqd.mixed_precision.paper_rule import paper_rule
-from ptqd.mixed_precision.solver import plan_steps
+from ptqd.mixed_precision.paper_rule import paper_plan
+from ptqd.mixed_precision.solver import search_plan
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import apply_plan
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.explain import explain
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.quantize import quantize
-from ptqd.quantization.recipe import Quantizer, Recipe, Rule
+from ptqd.quantization.recipe import QuantSpec, Recipe, Rule
+
+__version__ = _version("ptqd")
 
 __all__ = [
-    "Choice",
+    "ArtifactError",
     "Correction",
+    "CorrectionSearch",
+    "Evaluator",
+    "Experiment",
     "InputError",
     "LatentClassPipeline",
     "LatentPipeline",
     "MismatchError",
+    "MissingDependencyError",
     "NoiseStats",
+    "PrecisionPlan",
     "PtqdError",
-    "Quantizer",
+    "QuantSpec",
     "Recipe",
     "Rule",
     "Sampling",
-    "StepPlan",
+    "UnsupportedError",
     "apply_plan",
+    "compare_runs",
     "correct",
-    "fit_auto",
+    "count_cost",
+    "evaluate",
+    "explain",
+    "export",
     "fit_correction",
     "load",
+    "load_evaluator",
     "measure",
     "measure_widths",
-    "paper_rule",
-    "plan_steps",
+    "paper_plan",
     "quantize",
+    "run_experiment",
     "sample",
+    "search_correction",
+    "search_plan",
 ]

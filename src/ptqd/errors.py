@@ -33,3 +33,22 @@ class MissingDependencyError(InputError, ImportError):
 
 class MismatchError(PtqdError):
     """Two things that must belong together do not: statistics and a model, a plan and a schedule."""
+
+
+def raised_by(error: BaseException, *packages: str) -> bool:
+    """Whether an exception was raised in the code of some packages, and not by what they call.
+
+    So a refusal of diffusers can be told from a bug in a hook or in ptqd, which must fly as what it is.
+
+    >>> import json
+    >>> try:
+    ...     json.loads("{")
+    ... except ValueError as error:
+    ...     raised_by(error, "json"), raised_by(error, "ptqd")
+    (True, False)
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    name = "" if last is None else str(last.tb_frame.f_globals.get("__name__", ""))
+    return any(name == package or name.startswith(f"{package}.") for package in packages)

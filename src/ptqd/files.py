@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 
 _MADV_PAGEOUT = 21  # of linux/mman.h
 _DTYPES = {
@@ -155,9 +155,9 @@ def join_tensors(path: Path, parts: Sequence[Path], metadata: Mapping[str, str])
     known: dict[str, str] | None = None
     for part in parts:
         with opened_tensors(part) as file:
-            found = file.metadata() or {}
-            known = found if known is None else known
-            if found != known:
+            result = file.metadata() or {}
+            known = result if known is None else known
+            if result != known:
                 raise InputError(f"{part} was written by another configuration than {parts[0]}; remove it")
             for name in file.keys():  # noqa: SIM118
                 piece = file.get_slice(name)
@@ -230,7 +230,7 @@ def opened_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no whole safetensors file ({error}); write it again") from error
+        raise ArtifactError(f"{path} is no whole safetensors file ({error}); write it again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

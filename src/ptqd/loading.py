@@ -17,11 +17,11 @@ from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.engines.module import EngineModule
-from ptqd.errors import InputError, PtqdError
+from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import plan_of
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
 
@@ -72,6 +72,8 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         ImportError,
         SafetensorError,
     ) as error:
+        if raised_by(error, "ptqd"):
+            raise
         raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
         logging.getLogger(pipeline_utils.__name__).removeFilter(_expected)
@@ -116,7 +118,7 @@ def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> DiffusionPip
 
 def _check_plan_file(pipe: DiffusionPipeline, path: Path) -> None:
     """A plan.toml beside a pipeline says what its configuration says; one that was edited has to be applied."""
-    if path.is_file() and StepPlan.load(path) != plan_of(pipe):
+    if path.is_file() and PrecisionPlan.load(path) != plan_of(pipe):
         raise InputError(
             f"{path} is not the plan of the pipeline; apply it with 'ptqd plan --plan FILE', or edit the plan in the "
             "denoiser's config.json"

@@ -50,8 +50,8 @@ def agreed(value: T) -> T:
         return value
     from accelerate.utils import broadcast_object_list
 
-    told: T = broadcast_object_list([value])[0]
-    return told
+    timestep: T = broadcast_object_list([value])[0]
+    return timestep
 
 
 def wait() -> None:

@@ -175,11 +175,11 @@ def make_shards(
 
 def _is_written(temporary: Path) -> bool:
     """Whether the process that a temporary name belongs to is still there."""
-    found = re.search(r"\.(\d+)(?:\.old)?\.tmp$", temporary.name)
-    if found is None or int(found[1]) == os.getpid():
+    result = re.search(r"\.(\d+)(?:\.old)?\.tmp$", temporary.name)
+    if result is None or int(result[1]) == os.getpid():
         return False
     try:
-        os.kill(int(found[1]), 0)
+        os.kill(int(result[1]), 0)
     except ProcessLookupError:
         return False
     except OSError:  # another user's

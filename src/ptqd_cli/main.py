@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from itertools import zip_longest
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -29,7 +30,6 @@ VERBS = (
     "demo",
 )
 SHARED = ("run", "demo", "reproduce", "measure", "plan", "sample", "evaluate")  # by several processes
-RENAMED = {"--lpips": "--lpips takes a folder of its weights, or 'hub' for torch hub's: --lpips hub"}
 
 
 @Parameter(name="*")
@@ -46,13 +46,16 @@ class Diagnostics:
     traceback: Annotated[bool, Parameter(help="of an error, where it came from")] = False
 
 
+DIAGNOSTICS = Diagnostics()
+
+
 def application(verbs: Sequence[str] = VERBS) -> App:
     """The command line with some of its verbs."""
     app = App(
         name="ptqd",
         help="Quantize any diffusion model and correct its sampler.",
         version=_version,
-        default_parameter=Parameter(negative=""),
+        default_parameter=Parameter(negative="", allow_repeating=True),
         help_format="plaintext",
     )
     for verb in verbs:
@@ -64,9 +67,11 @@ def application(verbs: Sequence[str] = VERBS) -> App:
 def _command(kind: Any) -> Any:
     """A verb's dataclass as a command."""
 
-    def command(options: Any, diagnostics: Any = Diagnostics()) -> int:
+    def command(options: Any, diagnostics: Any = DIAGNOSTICS) -> int:
         return _run(options, diagnostics)
 
+    if all(field.default is not MISSING for field in fields(kind)):  # cyclopts wants a default where all have one
+        command.__defaults__ = (kind(), DIAGNOSTICS)
     command.__annotations__ = {"options": kind, "diagnostics": Diagnostics, "return": int}
     return command
 
@@ -79,7 +84,7 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for anything the user can mend, said in one line."""
-    words = [*(sys.argv[1:] if argv is None else argv)]
+    words = _with_values(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in VERBS else None
     if words in ([], ["-h"]):
         words = ["--help"]
@@ -87,15 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = application(VERBS if verb is None else (verb,))
         result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        return _refuse(" ".join(str(error).split()), words)
+        print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return result if isinstance(result, int) else 0
 
 
-def _refuse(message: str, words: Sequence[str]) -> int:
-    """Say what is wrong with the words, with the new form of an option that has one."""
-    hint = next((f"; {text}" for option, text in RENAMED.items() if option in message and option in words), "")
-    print(f"ptqd: {message}{hint}", file=sys.stderr)
-    return 2
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words with ``hub`` behind an ``--lpips`` that has no value of its own."""
+    complete: list[str] = []
+    for word, following in zip_longest(words, words[1:]):
+        complete.append(word)
+        if word == "--lpips" and (following is None or following.startswith("--")):
+            complete.append("hub")
+    return complete
 
 
 def _run(options: Any, diagnostics: Diagnostics) -> int:

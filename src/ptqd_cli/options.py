@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ptqd.diffusion.sampling import Sampling
     from ptqd.experiments.plan_request import PlanRequest
-    from ptqd.metrics.evaluator import Judge
+    from ptqd.metrics.evaluator import Evaluator
 
 MODEL_HELP = "fashion-ldm, -ddpm, -dit or -flow, a diffusers pipeline's folder, or a hub id"
 METHODS_HELP = "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq"
@@ -99,7 +99,7 @@ class JudgeOptions:
         str | None, Parameter(help="CLIP score of prompts too: a CLIP of transformers, folder or hub id")
     ] = None
 
-    def load(self, default: str, device: str | None = None, *, needs_reference: bool = True) -> "Judge | None":
+    def load(self, default: str, device: str | None = None, *, needs_reference: bool = True) -> "Evaluator | None":
         """What judges; None where nothing was asked for."""
         from ptqd import processes
         from ptqd.loading import best_device

@@ -96,7 +96,7 @@ def test_run_writes_a_report_and_skips_what_is_done(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    for name in ("quantize", "measure_shards", "fit_auto", "sample_images", "observe_images", "judged"):
+    for name in ("quantize", "measure_shards", "search_correction", "sample_images", "observe_images", "judged"):
         monkeypatch.setattr(f"ptqd.experiments.stages.{name}", never)
     assert main([*command, "--eta", "1"]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
@@ -138,8 +138,8 @@ def test_another_scheduler(model: Path, recipe: Path, tmp_path: Path) -> None:
     command += ["--methods", "cnc,bc,vsc"]
     assert main([*command, "--scheduler", "DDPMScheduler"]) == 0
     row = json.loads((tmp_path / "report.json").read_text())["rows"][-1]
-    assert row["setting"]["scheduler"] == "DDPMScheduler"
-    assert row["correction"] == "cnc+bc+vsc"
+    assert row["settings"]["scheduler"] == "DDPMScheduler"
+    assert row["key"]["methods"] == ["cnc", "bc", "vsc"]
     assert row["metrics"]["psnr"]["value"] < 100
 
 
@@ -148,7 +148,7 @@ def test_a_pixel_space_pipeline_without_guidance(pixel_pipe: Any, recipe: Path, 
     command = ["run", str(tmp_path / "pixel"), "--recipe", str(recipe), "--out", str(tmp_path / "run")]
     assert main([*command, "--steps", "2", "--samples", "3", "--measured", "8", "--eta", "0.5"]) == 0
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
-    assert rows[0]["setting"] == {"steps": 2, "eta": 0.5, "guidance": None, "scheduler": "DDIMScheduler"}
+    assert rows[0]["settings"] == {"steps": 2, "eta": 0.5, "guidance": None, "scheduler": "DDIMScheduler"}
     assert "DDIM, 2 steps, eta 0.5<" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -233,7 +233,7 @@ def test_files_that_are_something_else(model: Path, tmp_path: Path, capsys: pyte
         capsys, "evaluate", tmp_path / "a", "--against", tmp_path / "b", "--judge", "none"
     )
     assert "takes images of shape (32, 32, 1)" in fails(capsys, "evaluate", tmp_path / "a")
-    (tmp_path / "report.json").write_text('{"rows": [{}]}')
+    (tmp_path / "report.json").write_text('{"rows": []}')
     assert "is no report" in fails(capsys, "report", tmp_path)
     swapped = tmp_path / "swapped"
     tiny_pipeline().save_pretrained(swapped)
@@ -345,7 +345,7 @@ def test_a_plan_from_the_shell(
     model: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ptqd.diffusion.sampling
-    from ptqd import StepPlan, load
+    from ptqd import PrecisionPlan, load
     from ptqd.quantization.apply_plan import plan_of
 
     quantized, planned = tmp_path / "q", tmp_path / "planned"
@@ -369,7 +369,7 @@ def test_a_plan_from_the_shell(
     assert "3 steps" in out
     assert "fewer bit operations: 40" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["planned", "q"]
-    made = StepPlan.load(planned / "plan.toml")
+    made = PrecisionPlan.load(planned / "plan.toml")
     assert plan_of(load(planned)) == made
     edited = tmp_path / "mine.toml"
     text = (planned / "plan.toml").read_text().splitlines()
@@ -380,7 +380,7 @@ def test_a_plan_from_the_shell(
     text[first] = text[first].replace("bits 4", "bits 8").replace("bits 6", "bits 8")
     edited.write_text("\n".join(text))
     assert main([*plan, *files]) == 0
-    assert plan_of(load(planned)) == StepPlan.load(edited)
+    assert plan_of(load(planned)) == PrecisionPlan.load(edited)
     assert main([*plan, "--plan", "paper"]) == 0
     assert plan_of(load(planned)).made["rule"] == "paper"
     assert main([*plan, "--floor", "1dB", "--weights", "4,8", "--groups", "1"]) == 0
@@ -456,8 +456,15 @@ def test_a_run_with_plans(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    for name in ("quantize", "measure_width_shards", "make_plan", "measure_shards", "fit_auto", "sample_images"):
-        monkeypatch.setattr(f"ptqd.experiments.experiment.{name}", never)
+    for name in (
+        "quantize",
+        "measure_width_shards",
+        "make_plan",
+        "measure_shards",
+        "search_correction",
+        "sample_images",
+    ):
+        monkeypatch.setattr(f"ptqd.experiments.stages.{name}", never)
     assert main([*run, "--plan", "auto", "--budget", "40x", "--eta", "1"]) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
     monkeypatch.undo()

@@ -11,17 +11,17 @@ from diffusers import DDPMScheduler
 
 from gaussian import gaussian_pipeline
 from ptqd import (
-    Choice,
+    CorrectionSearch,
     InputError,
     MismatchError,
     NoiseStats,
     Sampling,
     correct,
-    fit_auto,
     fit_correction,
     load,
     measure,
     sample,
+    search_correction,
 )
 from ptqd.correction.search import describe, distribution_distance, features
 from ptqd.diffusion.sampling import run_batch
@@ -40,11 +40,11 @@ def stats() -> NoiseStats:
 
 
 @pytest.fixture(scope="module")
-def choice(stats: NoiseStats) -> Choice:
-    return fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
+def choice(stats: NoiseStats) -> CorrectionSearch:
+    return search_correction(gaussian_pipeline(**NOISE), stats, RUN)
 
 
-def test_what_helps_is_taken_and_helps(choice: Choice) -> None:
+def test_what_helps_is_taken_and_helps(choice: CorrectionSearch) -> None:
     assert choice.name != "none"
     assert choice.checked == 32
     exact, noisy = gaussian_pipeline(), gaussian_pipeline(**NOISE)
@@ -58,8 +58,8 @@ def test_what_helps_is_taken_and_helps(choice: Choice) -> None:
     assert all(step.kept != "nothing" and step.gain > step.half_width for step in choice.steps)
 
 
-def test_a_choice_is_plain_values(choice: Choice) -> None:
-    again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())))
+def test_a_choice_is_plain_values(choice: CorrectionSearch) -> None:
+    again = CorrectionSearch.from_dict(json.loads(json.dumps(choice.to_dict())))
     assert again == choice
     lines = describe(choice.trials)
     assert len(lines) == len(choice.trials)
@@ -69,7 +69,7 @@ def test_a_choice_is_plain_values(choice: Choice) -> None:
 def test_where_nothing_helps_nothing_is_done() -> None:
     """Nothing was lost, so nothing can be put back."""
     exact = gaussian_pipeline()
-    choice = fit_auto(exact, measure(exact, exact, RUN), RUN)
+    choice = search_correction(exact, measure(exact, exact, RUN), RUN)
     assert choice.name == "none"
     assert choice.steps == ()
     assert [trial.name for trial in choice.trials] == ["none"]
@@ -80,27 +80,27 @@ def test_a_correction_that_the_trajectories_refute_is_dropped(stats: NoiseStats)
     """Statistics that hold step by step, but of samples that end elsewhere: nothing can be borne out."""
     g = torch.Generator().manual_seed(0)
     elsewhere = dataclasses.replace(stats, finals=stats.finals[torch.randperm(len(stats.finals), generator=g)])
-    choice = fit_auto(gaussian_pipeline(**NOISE), elsewhere, RUN)
+    choice = search_correction(gaussian_pipeline(**NOISE), elsewhere, RUN)
     assert choice.name == "none"
     assert [trial.why for trial in choice.trials if trial.kept] == ["nothing better held"]
     assert any("on other samples" in trial.why for trial in choice.trials)
 
 
-def test_a_correction_already_there_does_not_count(stats: NoiseStats, choice: Choice) -> None:
+def test_a_correction_already_there_does_not_count(stats: NoiseStats, choice: CorrectionSearch) -> None:
     noisy = gaussian_pipeline(**NOISE)
-    again = fit_auto(correct(noisy, choice.correction), stats, RUN)
+    again = search_correction(correct(noisy, choice.correction), stats, RUN)
     assert again.trials[0].error == pytest.approx(choice.trials[0].error, rel=0.1)
 
 
 def test_another_run_and_too_few_samples_are_refused(stats: NoiseStats) -> None:
     noisy = gaussian_pipeline(**NOISE)
     with pytest.raises(MismatchError, match="measured with another seed"):
-        fit_auto(noisy, stats, RUN.replace(seed=4))
+        search_correction(noisy, stats, RUN.replace(seed=4))
     with pytest.raises(MismatchError, match="measured with another steps"):
-        fit_auto(noisy, stats, RUN.replace(steps=9))
+        search_correction(noisy, stats, RUN.replace(steps=9))
     few = measure(gaussian_pipeline(), noisy, RUN.replace(samples=4))
     with pytest.raises(InputError, match="to check against are too few; measure at least 16"):
-        fit_auto(noisy, few, RUN)
+        search_correction(noisy, few, RUN)
 
 
 def test_smoothing_shows_as_lost_energy() -> None:
@@ -196,13 +196,15 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
         return ends
 
     monkeypatch.setattr("ptqd.correction.search.final_samples", overflow)
-    choice = fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
+    choice = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
     assert all("joint" not in trial.name for trial in choice.trials)
     monkeypatch.setattr("ptqd.correction.search.final_samples", lambda *args: plain(*args) * float("nan"))
     with pytest.raises(InputError, match="the quantized pipeline's samples hold NaN"):
-        fit_auto(gaussian_pipeline(**NOISE), stats, RUN)
+        search_correction(gaussian_pipeline(**NOISE), stats, RUN)
     with pytest.raises(InputError, match="the full-precision samples hold NaN"):
-        fit_auto(gaussian_pipeline(**NOISE), dataclasses.replace(stats, finals=stats.finals * float("inf")), RUN)
+        search_correction(
+            gaussian_pipeline(**NOISE), dataclasses.replace(stats, finals=stats.finals * float("inf")), RUN
+        )
 
 
 def test_what_cannot_be_repeated_cannot_be_checked(stats: NoiseStats) -> None:
@@ -210,9 +212,9 @@ def test_what_cannot_be_repeated_cannot_be_checked(stats: NoiseStats) -> None:
     drawing = measure(gaussian_pipeline(), gaussian_pipeline(**NOISE), run)
     unseeded = dataclasses.replace(drawing, measured_on=dataclasses.replace(drawing.measured_on, repeatable=False))
     with pytest.raises(InputError, match="hands its scheduler no generator"):
-        fit_auto(gaussian_pipeline(**NOISE), unseeded, run)
+        search_correction(gaussian_pipeline(**NOISE), unseeded, run)
     with pytest.raises(MismatchError, match="measured with another inputs"):
-        fit_auto(gaussian_pipeline(**NOISE), stats, RUN.replace(call={"colour": "red"}))
+        search_correction(gaussian_pipeline(**NOISE), stats, RUN.replace(call={"colour": "red"}))
 
 
 def test_closed_loop_statistics_do_not_take_the_correction_for_clipping(stats: NoiseStats) -> None:

@@ -12,14 +12,14 @@ from gaussian import SCHEDULE, SHAPE, GaussianPipeline, gaussian_pipeline
 from ptqd import InputError, NoiseStats, Sampling, correct, fit_correction, measure, sample
 from ptqd.correction.methods.dns import overshoot
 from ptqd.correction.methods.stepbaq import x0_coefficients
-from ptqd.correction.variance import Residuals
+from ptqd.correction.variance import ResidualNoise
 from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at
 from ptqd.diffusion.scheduler_response import linear_response
 
 V = 0.02
 
 
-def deterministic(name: str, prediction: str, steps: int = 12, v: float = V) -> tuple[Any, Residuals]:
+def deterministic(name: str, prediction: str, steps: int = 12, v: float = V) -> tuple[Any, ResidualNoise]:
     """A scheduler, and residuals of variance v in its network's output."""
     kind = getattr(diffusers, name)
     config = {} if prediction == "flow" else {**SCHEDULE, "prediction_type": prediction}
@@ -29,7 +29,7 @@ def deterministic(name: str, prediction: str, steps: int = 12, v: float = V) -> 
     scheduler.set_timesteps(steps)
     timesteps = list(scheduler.timesteps)
     response = linear_response(scheduler, kind.step, timesteps, {})
-    residuals = Residuals(
+    residuals = ResidualNoise(
         name,
         dict(scheduler.config),
         torch.tensor([float(t) for t in timesteps], dtype=torch.float64),
@@ -66,7 +66,7 @@ def test_without_a_residual_nothing_changes(name: str, prediction: str, method: 
         )
 
 
-def noise_to_signal(residuals: Residuals, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_to_signal(residuals: ResidualNoise, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """sigma / alpha after each step but the last, of a single clean image that the network knows, with residuals.
 
     The network is exact for data that is one point: x_0 = 0 in truth, so the sample is noise alone, and its signal is

@@ -9,12 +9,12 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptqd import InputError, Quantizer, Recipe, Sampling, StepPlan, apply_plan
+from ptqd import InputError, PrecisionPlan, QuantSpec, Recipe, Sampling, apply_plan
 from ptqd.diffusion.macs import Macs, call_macs, run_macs
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.experiments.count_cost import count_cost
-from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, one_call, skeleton
+from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, meta_pipeline, one_call
 from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
@@ -48,11 +48,11 @@ def test_attention_products_by_hand() -> None:
 
 
 def test_bits_of_layers_and_products() -> None:
-    w4, a8 = Quantizer(4), Quantizer(8, symmetric=False)
+    w4, a8 = QuantSpec(4), QuantSpec(8, symmetric=False)
     model: Any = nn.Module()
     model.conv, model.linear = QuantConv(nn.Conv2d(4, 6, 3), w4, a8), QuantLinear(nn.Linear(6, 5), w4, a8)
     model.plain, model.attention = nn.Linear(2, 2), Attention(16, heads=2, dim_head=8)
-    model.attention.set_processor(QuantAttnProcessor(Quantizer(4, symmetric=False), 8))
+    model.attention.set_processor(QuantAttnProcessor(QuantSpec(4, symmetric=False), 8))
     layers = ("conv", "linear", "plain", "attention.qk", "attention.pv", "nowhere.matmul")
     bits = layer_bits(model, Macs(layers, torch.ones(2, 6, dtype=torch.float64)))
     assert bits.left[0].tolist() == [4, 4, 32, 4, 8, 32]
@@ -158,7 +158,7 @@ def test_twelve_billion_parameters_take_no_memory() -> None:
 def test_a_skeleton_costs_what_the_pipeline_does(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     run = Sampling(steps=3, samples=1, call={"class_labels": [1], "guidance_scale": 2.0})
-    bare = skeleton(tmp_path)
+    bare = meta_pipeline(tmp_path)
     assert all(p.is_meta for part in bare.components.values() if isinstance(part, nn.Module) for p in part.parameters())
     mine, theirs = run_macs(bare, run), run_macs(pipe, run)
     assert mine.layers == theirs.layers
@@ -183,7 +183,7 @@ def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path
     recipe = Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 2})
     quantized = quantize(pipe, recipe, run)
     pipe.scheduler.set_timesteps(run.steps)
-    plan = StepPlan.uniform([float(t) for t in pipe.scheduler.timesteps], 8)
+    plan = PrecisionPlan.uniform([float(t) for t in pipe.scheduler.timesteps], 8)
     plan = plan.replace(bits=((4,), (4,), (8,), (8,)))
     plan.save(tmp_path / "plan.toml")
     planned = apply_plan(quantized, plan)

@@ -18,9 +18,9 @@ from ptqd import (
     InputError,
     LatentClassPipeline,
     MismatchError,
+    PrecisionPlan,
     Recipe,
     Sampling,
-    StepPlan,
     apply_plan,
     correct,
     load,
@@ -163,7 +163,9 @@ def test_a_plan_and_ranges_by_step_are_inputs_of_one_graph(
     scheduler = DDIMScheduler.from_config(full.scheduler.config)
     scheduler.set_timesteps(RUN.steps)
     timesteps = tuple(map(float, scheduler.timesteps.tolist()))
-    plan = StepPlan(timesteps=timesteps, bits=((8, 4), (4, 8), (8, 8)), groups=(("down", ("down*",)), ("rest", ("*",))))
+    plan = PrecisionPlan(
+        timesteps=timesteps, bits=((8, 4), (4, 8), (8, 8)), groups=(("down", ("down*",)), ("rest", ("*",)))
+    )
     planned = apply_plan(qpipe, plan, full)
     made = export(planned, RUN, "onnxruntime", tmp_path / "planned")
     again = load(tmp_path / "planned")
@@ -408,7 +410,7 @@ def test_engines_are_timed_in_turn(full: DDIMPipeline, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "Real seconds" in (tmp_path / "run" / "report.html").read_text()
     rows = facts["rows"]
-    assert [(row["engine"], row["numbers"]) for row in rows] == [
+    assert [(row["engine"], row["precision"]) for row in rows] == [
         ("torch", "FP32"),
         ("torch, simulated", "small"),
         ("onnxruntime", "FP32"),

@@ -15,7 +15,7 @@ from ptqd.experiments.experiment import Experiment, named_recipes, run_experimen
 from ptqd.experiments.report import comparison
 from ptqd.experiments.results import Interval
 from ptqd.experiments.sharding import load_images
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd_cli.main import main
 
@@ -50,11 +50,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def judge(folders: list[Path]) -> Judge:
+def judge(folders: list[Path]) -> Evaluator:
     images = load_images(next(folders[0].rglob("samples.safetensors")))
     assert images.shape[1:] == Corners.image_shape
     reference = Reference.of(extract(Corners(), images))
-    return Judge(Corners(), reference, "corners")
+    return Evaluator(Corners(), reference, "corners")
 
 
 def value(interval: Interval) -> float:
@@ -62,7 +62,7 @@ def value(interval: Interval) -> float:
     return interval.value
 
 
-def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> None:
+def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Evaluator) -> None:
     rows = compare_runs(folders, judge)
     assert [(row.run, row.row.key.quantized, row.row.key.correction) for row in rows] == [
         ("first", "fp32", "none"),
@@ -89,7 +89,7 @@ def test_rows_are_paired_with_one_of_them(folders: list[Path], judge: Judge) -> 
     assert comparison.markdown(plain).count("[none]") == 1
 
 
-def test_the_table_in_every_format(folders: list[Path], judge: Judge) -> None:
+def test_the_table_in_every_format(folders: list[Path], judge: Evaluator) -> None:
     rows = compare_runs(folders, judge)
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(*comparison.terminal(rows))
@@ -104,7 +104,7 @@ def test_the_table_in_every_format(folders: list[Path], judge: Judge) -> None:
     assert r"\textit{-" in texts[3]
 
 
-def test_what_cannot_be_compared_is_named(folders: list[Path], judge: Judge, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_named(folders: list[Path], judge: Evaluator, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row 'w4a8 none'; there are fp32 none, first none, first bc"):
         compare_runs(folders[:1], judge, "w4a8 none")
     with pytest.raises(InputError, match="'first fp32 none' is judged by nothing"):

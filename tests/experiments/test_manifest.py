@@ -94,7 +94,7 @@ def test_arguments_for_all_samples_stay_so_and_pictures_are_refused(written: Pat
 
 def test_plans_are_kept_whole() -> None:
     request = PlanRequest("auto", budget=19.9, weight_bits=(4, 8))
-    assert PlanRequest.from_facts(json.loads(json.dumps(request.facts()))) == request
+    assert PlanRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
 def test_foreign_files_are_named(tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def test_a_twin_runs_here(small: Path, tmp_path: Path, capsys: pytest.CaptureFix
         small.write_text(SMALL.replace('recipes = ["w4a8"]', 'recipes = ["tiny.toml"]'))
         assert main(["run", str(small), "--twin", "--out", str(tmp_path / "run")]) == 0
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
-    assert [row["correction"] for row in rows] == ["none", "none", "cnc+bc"]
+    assert [row["key"]["methods"] for row in rows] == [[], [], ["cnc", "bc"]]
     assert {row["samples"] for row in rows} == {6}
-    assert "published" not in json.loads((tmp_path / "run" / "report.json").read_text())
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["published"] == []
     assert "fashion-ldm" in capsys.readouterr().out
 
 

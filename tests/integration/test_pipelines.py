@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, fit_auto, load, measure, quantize
+from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, load, measure, quantize, search_correction
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.trajectory import record, replay
@@ -213,6 +213,6 @@ def test_auto_checks_whole_trajectories_of_any_pipeline(name: str) -> None:
     stats = measure(pipe, bad, run)
     assert len(stats.finals) == 8
     assert stats.finals[0].numel() == stats.elements * CASES[name].channels
-    choice = fit_auto(bad, stats, run)
+    choice = search_correction(bad, stats, run)
     assert choice.name != "none"
     assert min(trial.ratio for trial in choice.trials) < 0.05

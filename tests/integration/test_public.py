@@ -3,30 +3,42 @@ import ptqd
 
 def test_the_public_names_are_these() -> None:
     assert ptqd.__all__ == [
-        "Choice",
+        "ArtifactError",
         "Correction",
+        "CorrectionSearch",
+        "Evaluator",
+        "Experiment",
         "InputError",
         "LatentClassPipeline",
         "LatentPipeline",
         "MismatchError",
+        "MissingDependencyError",
         "NoiseStats",
+        "PrecisionPlan",
         "PtqdError",
-        "Quantizer",
+        "QuantSpec",
         "Recipe",
         "Rule",
         "Sampling",
-        "StepPlan",
+        "UnsupportedError",
         "apply_plan",
+        "compare_runs",
         "correct",
-        "fit_auto",
+        "count_cost",
+        "evaluate",
+        "explain",
+        "export",
         "fit_correction",
         "load",
+        "load_evaluator",
         "measure",
         "measure_widths",
-        "paper_rule",
-        "plan_steps",
+        "paper_plan",
         "quantize",
+        "run_experiment",
         "sample",
+        "search_correction",
+        "search_plan",
     ]
 
 
@@ -34,3 +46,4 @@ def test_every_public_name_resolves_and_says_what_it_is() -> None:
     for name in ptqd.__all__:
         assert getattr(ptqd, name).__doc__, name
     assert not hasattr(ptqd, "nonsense")
+    assert ptqd.__version__

@@ -10,7 +10,7 @@ from training import fashion_mnist
 from conftest import SCHEDULE
 from ptqd import InputError, LatentClassPipeline, Sampling, load, sample
 from ptqd.loading import with_scheduler
-from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features.extractor import Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
@@ -48,9 +48,9 @@ def test_samples_are_of_the_asked_for_class(fashion: Any) -> None:
     pixels = torch.from_numpy((images * 255).round()).to(torch.uint8)
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
     labels = torch.arange(60) % 10
-    metrics = evaluate(pixels, Judge(classifier, Reference.load(REFERENCE)), labels=labels)
+    metrics = evaluate(pixels, Evaluator(classifier, Reference.load(REFERENCE)), labels=labels)
     assert metrics["class_agreement"].value >= 0.85
-    noise = evaluate(torch.randint_like(pixels, 256), Judge(classifier, Reference.load(REFERENCE)))
+    noise = evaluate(torch.randint_like(pixels, 256), Evaluator(classifier, Reference.load(REFERENCE)))
     assert metrics["frechet_distance"].value < noise["frechet_distance"].value / 3
 
 
@@ -95,7 +95,7 @@ def test_nine_of_ten_samples_are_of_the_asked_for_class(fashion: Any) -> None:
     run = Sampling(50, 0.0, 1000, 100, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
     pixels = torch.cat([torch.from_numpy((x * 255).round()).to(torch.uint8) for _, x in sample(fashion, run)])
     classifier = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
-    metrics = evaluate(pixels, Judge(classifier, Reference.load(REFERENCE)), labels=torch.arange(1000) % 10)
+    metrics = evaluate(pixels, Evaluator(classifier, Reference.load(REFERENCE)), labels=torch.arange(1000) % 10)
     assert metrics["class_agreement"].value >= 0.9
 
 
@@ -116,10 +116,10 @@ def test_the_variants_are_small_and_sample(name: str, kind: str, prediction: str
     ((_, images),) = sample(pipe, Sampling(20, 0.0, 40, 40, 0, call))
     pixels = torch.from_numpy((images * 255).round()).to(torch.uint8)
     classifier, reference = FashionClassifier.from_pretrained(CLASSIFIER).float().eval(), Reference.load(REFERENCE)
-    metrics = evaluate(pixels, Judge(classifier, reference), labels=torch.arange(40) % 10 if call else None)
+    metrics = evaluate(pixels, Evaluator(classifier, reference), labels=torch.arange(40) % 10 if call else None)
     if call:
         assert metrics["class_agreement"].value >= 0.75
-    noise = evaluate(torch.randint_like(pixels, 256), Judge(classifier, reference))
+    noise = evaluate(torch.randint_like(pixels, 256), Evaluator(classifier, reference))
     assert metrics["frechet_distance"].value < noise["frechet_distance"].value / 3
 
 

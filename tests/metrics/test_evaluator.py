@@ -17,7 +17,7 @@ from ptqd.experiments.compare import compare_runs
 from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
 from ptqd.experiments.sharding import load_images
 from ptqd.files import join_tensors, read_tensors, write_tensors
-from ptqd.metrics.evaluator import Judge, Observed, evaluate, latent_statistic, observe, statistics
+from ptqd.metrics.evaluator import Evaluator, ImageFeatures, evaluate, extract_features, latent_statistic, statistics
 from ptqd.metrics.features import inception, lpips
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.features.image_encoder import ImageEncoder
@@ -262,23 +262,23 @@ class Corners:
         return Features(flat[:, 200:204], flat[:, 40:43], flat[:, :3])
 
 
-def judge() -> Judge:
-    return Judge(Corners(), Reference.of(extract(Corners(), images(50))), "corners")
+def judge() -> Evaluator:
+    return Evaluator(Corners(), Reference.of(extract(Corners(), images(50))), "corners")
 
 
 def test_what_is_kept_says_all_that_the_images_would(tmp_path: Path) -> None:
     mine, full = images(12), images(12, seed=1)
-    seen = observe(mine, judge(), same_seed=full)
+    seen = extract_features(mine, judge(), same_seed=full)
     write_tensors(tmp_path / "seen.safetensors", seen.tensors(), {})
-    again = statistics(Observed.load(tmp_path / "seen.safetensors"), judge(), full=observe(full, judge()))
+    again = statistics(ImageFeatures.load(tmp_path / "seen.safetensors"), judge(), full=extract_features(full, judge()))
     direct = evaluate(mine, judge(), same_seed=full)
     assert {name: found.value for name, found in again.items()} == {name: m.value for name, m in direct.items()}
     assert {"psnr", "ssim", "recall", "coverage", "inception_score"} <= set(again)
     assert len(again["recall"].influence) == 12
     with pytest.raises(InputError, match="of the same seeds differ"):
-        observe(mine, judge(), same_seed=full[:3])
+        extract_features(mine, judge(), same_seed=full[:3])
     two = (torch.zeros(2), torch.eye(2))
-    narrow = Judge(Corners(), Reference(torch.zeros(4), torch.eye(4), *two, torch.zeros(0, 4), 9))
+    narrow = Evaluator(Corners(), Reference(torch.zeros(4), torch.eye(4), *two, torch.zeros(0, 4), 9))
     with pytest.raises(InputError, match="of 2 spatial features, the extractor gives 3"):
         statistics(seen, narrow)
 
@@ -469,6 +469,6 @@ def test_a_reference_of_features_that_are_not_finite_is_refused(tmp_path: Path) 
 
 def test_videos_are_judged_by_psnr_alone() -> None:
     clips = torch.randint(0, 256, (2, 5, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert set(observe(clips, Judge(), same_seed=clips).values) == {"psnr"}
+    assert set(extract_features(clips, Evaluator(), same_seed=clips).values) == {"psnr"}
     with pytest.raises(InputError, match="are no images; judge them by none"):
-        observe(clips, judge())
+        extract_features(clips, judge())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from ptqd import InputError
-from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.frechet import extrapolated_frechet, frechet_distance, frechet_statistic, paired_frechet_statistic
 from ptqd.metrics.image_quality import mean_metric, mean_statistic, psnr, share_metric, ssim
@@ -301,17 +301,19 @@ def test_evaluate_and_a_reference_that_is_saved(tmp_path: Path) -> None:
     assert reference.count == 300
     assert len(reference.sample) == 100
     labels = real.logits.argmax(1)
-    metrics = evaluate(images, Judge(Pixels(), reference), labels=labels, same_seed=images)
+    metrics = evaluate(images, Evaluator(Pixels(), reference), labels=labels, same_seed=images)
     assert metrics["frechet_distance"].value == pytest.approx(0, abs=1e-4)
     assert metrics["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-4)
     assert metrics["class_agreement"].value == 1
     assert metrics["psnr"].value == 100
     assert metrics["frechet_distance_to_full_precision"].value == pytest.approx(0, abs=1e-6)
-    darker = evaluate(images // 2, Judge(Pixels(), reference), same_seed=images)["frechet_distance_to_full_precision"]
+    darker = evaluate(images // 2, Evaluator(Pixels(), reference), same_seed=images)[
+        "frechet_distance_to_full_precision"
+    ]
     a, b = Moments.of(extract(Pixels(), images // 2).pooled), Moments.of(real.pooled)
     assert darker.value == pytest.approx(frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
     assert darker.low < darker.value < darker.high
-    worse = evaluate(images // 2, Judge(Pixels(), reference))
+    worse = evaluate(images // 2, Evaluator(Pixels(), reference))
     assert worse["frechet_distance"].value > 0.1
     assert worse["kernel_distance"].value > metrics["kernel_distance"].value
     distances = {"frechet_distance", "spatial_frechet_distance", "kernel_distance", "extrapolated_frechet_distance"}

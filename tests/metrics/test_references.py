@@ -9,7 +9,7 @@ from PIL import Image
 
 from ptqd import InputError
 from ptqd.files import write_tensors
-from ptqd.metrics.evaluator import Judge, evaluate
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd.metrics.features.image_encoder import ImageEncoder
 from ptqd.metrics.moments import Moments
@@ -116,7 +116,7 @@ def test_adms_files(images: torch.Tensor, tmp_path: Path) -> None:
     pooled, spatial = Moments.of(features.pooled), Moments.of(features.spatial)
     mu, sigma, mu_s, sigma_s = (m.numpy() for m in (pooled.mean, pooled.covariance, spatial.mean, spatial.covariance))
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    found = evaluate(images, Judge(Colours(), load_reference(tmp_path / "moments.npz", Colours())))
+    found = evaluate(images, Evaluator(Colours(), load_reference(tmp_path / "moments.npz", Colours())))
     assert found["frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert found["spatial_frechet_distance"].value == pytest.approx(0, abs=1e-6)
     assert "kernel_distance" not in found
@@ -124,7 +124,7 @@ def test_adms_files(images: torch.Tensor, tmp_path: Path) -> None:
     assert same(load_reference(tmp_path / "both.npz", Colours()), want)
     np.savez(tmp_path / "plain.npz", mu=mu, sigma=sigma)
     assert "spatial_frechet_distance" not in evaluate(
-        images, Judge(Colours(), load_reference(tmp_path / "plain.npz", Colours()))
+        images, Evaluator(Colours(), load_reference(tmp_path / "plain.npz", Colours()))
     )
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_reference_is_named(images: torch.Tensor, tmp_path: Path) -> 
         load_reference(tmp_path / "odd.npz", Colours())
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match="of 7 features, the extractor gives 3"):
-        evaluate(images, Judge(Colours(), load_reference(tmp_path / "wide.npz", Colours())))
+        evaluate(images, Evaluator(Colours(), load_reference(tmp_path / "wide.npz", Colours())))
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from ptqd import (
     correct,
     measure,
     measure_widths,
-    paper_rule,
-    plan_steps,
+    paper_plan,
     quantize,
     sample,
+    search_plan,
 )
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import run_batch
@@ -53,7 +53,7 @@ def stats(pipe: Any, wide: Any, run: Sampling) -> dict[int, NoiseStats]:
 
 
 def test_the_papers_rule_by_hand(pipe: Any, stats: dict[int, NoiseStats]) -> None:
-    plan = paper_rule(stats)
+    plan = paper_plan(stats)
     alphas = pipe.scheduler.alphas_cumprod.double()
     for i, t in enumerate(plan.timesteps):
         limit = float(alphas[int(t)] / (1 - alphas[int(t)]))
@@ -71,7 +71,7 @@ def test_the_papers_rule_takes_few_bits_early_and_all_where_none_suffice(stats: 
         moments[..., 2], moments[..., 4] = 1.0, size
         return dataclasses.replace(found, moments=moments)
 
-    plan = paper_rule({4: with_noise(stats[4], 1.0), 6: with_noise(stats[6], 1e-1), 8: with_noise(stats[8], 1e-2)})
+    plan = paper_plan({4: with_noise(stats[4], 1.0), 6: with_noise(stats[6], 1e-1), 8: with_noise(stats[8], 1e-2)})
     forward = forward_snr(stats[4]).tolist()  # rises
     want = [4 if f < 1 else 6 if f < 10 else 8 for f in forward]
     assert [row[0] for row in plan.bits] == want
@@ -79,7 +79,7 @@ def test_the_papers_rule_takes_few_bits_early_and_all_where_none_suffice(stats: 
     assert want[-1] == 8
     unknown = {b: dataclasses.replace(s, levels=None) for b, s in stats.items()}
     with pytest.raises(InputError, match="not known of DDIMScheduler; plan by a budget instead"):
-        paper_rule(unknown)
+        paper_plan(unknown)
 
 
 RUNS = [
@@ -341,22 +341,22 @@ def test_a_plan_for_a_pipeline_keeps_its_budget(
     if not weight_bits:  # at uniform widths the tables add up to what was measured
         for bits in (4, 6):
             assert uniform(problem, bits).error == pytest.approx(float(contributions(stats[bits]).sum()), rel=0.02)
-        rule = rated(problem, paper_rule(stats))
+        rule = rated(problem, paper_plan(stats))
         assert run_cost(apply_plan(wide, rule.plan), run).ratio == pytest.approx(rule.ratio, rel=1e-9)
 
 
 def test_plan_steps_from_the_outside(pipe: Any, wide: Any, run: Sampling, stats: dict[int, NoiseStats]) -> None:
-    plan = plan_steps(pipe, wide, run, stats, budget=20.0)
+    plan = search_plan(pipe, wide, run, stats, budget=20.0)
     assert run_cost(apply_plan(wide, plan), run).ratio >= 20
     assert plan.made["rule"] == "budget"
     with pytest.raises(InputError, match="no plan meets a budget of 1000x; the nearest is"):
-        plan_steps(pipe, wide, run, stats, budget=1000.0)
+        search_plan(pipe, wide, run, stats, budget=1000.0)
     elsewhere = {
         b: dataclasses.replace(s, measured_on=dataclasses.replace(s.measured_on, model_timesteps=()))
         for b, s in stats.items()
     }
     with pytest.raises(InputError, match="measure this schedule itself"):
-        plan_steps(pipe, wide, run, elsewhere, budget=20.0)
+        search_plan(pipe, wide, run, elsewhere, budget=20.0)
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_a_second_order_sampler_is_planned_and_runs(pipe: Any, run: Sampling) ->
     recipe = Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 2})
     quantized = quantize(heun, recipe, once)
     found = measure_widths(heun, quantized, once)
-    plan = plan_steps(heun, quantized, once, found, budget=40.0)
+    plan = search_plan(heun, quantized, once, found, budget=40.0)
     assert plan.steps == 7
     assert plan.timesteps[1] == plan.timesteps[2]
     planned = apply_plan(quantized, plan)
@@ -391,7 +391,7 @@ def test_every_pipeline_is_planned_and_corrected(name: str) -> None:
     found = measure_widths(pipe, quantized, run)
     low, high = (run_cost(at_width(quantized, bits), run).ratio for bits in (8, 4))
     budget = (low + high) / 2
-    plan = plan_steps(pipe, quantized, run, found, budget=budget)
+    plan = search_plan(pipe, quantized, run, found, budget=budget)
     assert {bits for row in plan.bits for bits in row} == {4, 8}
     planned = apply_plan(quantized, plan)
     assert run_cost(planned, run).ratio >= budget

@@ -4,7 +4,7 @@ import torch
 
 from ptqd import InputError
 from ptqd.correction.correction import Correction, rows
-from ptqd.correction.methods.cnc_bc import ptqd
+from ptqd.correction.methods.cnc_bc import cnc_bc
 from ptqd.correction.methods.d2 import d2
 from ptqd.correction.methods.joint import joint
 from ptqd.correction.methods.tac import tac
@@ -256,7 +256,7 @@ def test_published_estimates_are_their_formulas(kind: str) -> None:
         centred_e, centred_d = e - e.mean(0), delta - delta.mean(0)
         k = (centred_e * centred_d).sum() / (centred_e**2).sum()
         want = (q - (delta.mean(0) - k * e.mean(0))) / (1 + k)
-        got = apply(table, ptqd(cnc=True, bc=True), x, eps_q)
+        got = apply(table, cnc_bc(cnc=True, bc=True), x, eps_q)
     elif kind == "d2":
         slopes = [np.polyfit(q[:, c], delta[:, c], 1) for c in range(C)]
         want = np.stack([q[:, c] - np.polyval(slopes[c], q[:, c]) for c in range(C)], axis=1)
@@ -275,10 +275,10 @@ def test_bc_alone_takes_the_mean_and_cnc_alone_the_slope() -> None:
     x, eps, eps_q = triple()
     table = table_of(x, eps, eps_q)
     delta = pixels(eps_q - eps)
-    assert np.allclose(pixels(apply(table, ptqd(cnc=False, bc=True), x, eps_q)), pixels(eps_q) - delta.mean(0))
+    assert np.allclose(pixels(apply(table, cnc_bc(cnc=False, bc=True), x, eps_q)), pixels(eps_q) - delta.mean(0))
     e = pixels(eps)
     k = ((e - e.mean(0)) * (delta - delta.mean(0))).sum() / ((e - e.mean(0)) ** 2).sum()
-    assert np.allclose(pixels(apply(table, ptqd(cnc=True, bc=False), x, eps_q)), pixels(eps_q) / (1 + k))
+    assert np.allclose(pixels(apply(table, cnc_bc(cnc=True, bc=False), x, eps_q)), pixels(eps_q) / (1 + k))
 
 
 def test_a_pull_below_zero_is_refused() -> None:

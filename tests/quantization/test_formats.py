@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqd import InputError, Quantizer
+from ptqd import InputError, QuantSpec
 from ptqd.quantization.numerics.formats import (
     BLOCKS,
     Format,
@@ -89,10 +89,10 @@ def test_block_scales_round_trip() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [Quantizer(4), Quantizer(3, symmetric=False), Quantizer(4, group=8), *(Quantizer(format=kind) for kind in FORMATS)],
+    [QuantSpec(4), QuantSpec(3, symmetric=False), QuantSpec(4, group=8), *(QuantSpec(format=kind) for kind in FORMATS)],
     ids=str,
 )
-def test_a_grid_codes_what_it_rounds(spec: Quantizer) -> None:
+def test_a_grid_codes_what_it_rounds(spec: QuantSpec) -> None:
     rows = numbers(4, 6, 48)
     grid = WeightGrid.find(rows, spec)
     assert torch.equal(grid.values(grid.codes(rows)), grid.rounded(rows))
@@ -106,17 +106,17 @@ def test_a_grid_codes_what_it_rounds(spec: Quantizer) -> None:
 
 def test_groups_have_scales_of_their_own() -> None:
     rows = torch.cat([torch.randn(3, 16), 100 * torch.randn(3, 16)], 1)
-    whole, split = (rounded_weight(rows, Quantizer(4, group=group)) for group in (0, 16))
+    whole, split = (rounded_weight(rows, QuantSpec(4, group=group)) for group in (0, 16))
     assert (split - rows)[:, :16].square().mean() < (whole - rows)[:, :16].square().mean() / 100
-    assert groups_of(32, Quantizer(4, group=8)) == (4, 8)
-    assert groups_of(40, Quantizer(format="mxfp4")) == (2, BLOCKS["mxfp4"])
+    assert groups_of(32, QuantSpec(4, group=8)) == (4, 8)
+    assert groups_of(40, QuantSpec(format="mxfp4")) == (2, BLOCKS["mxfp4"])
     with pytest.raises(InputError, match="groups of 12 do not divide its 32 inputs; choose one of 2, 4, 8, 16, 32"):
-        groups_of(32, Quantizer(4, group=12))
+        groups_of(32, QuantSpec(4, group=12))
 
 
 def test_formats_are_strict() -> None:
-    assert Quantizer(format="mxfp4").bits == 4
+    assert QuantSpec(format="mxfp4").bits == 4
     with pytest.raises(InputError, match="mxfp4 has 4 bits; got 8"):
-        Quantizer(8, format="mxfp4")
+        QuantSpec(8, format="mxfp4")
     with pytest.raises(InputError, match="group must be at least 1"):
-        Quantizer(group=-1)
+        QuantSpec(group=-1)

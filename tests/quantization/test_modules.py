@@ -4,14 +4,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ptqd import InputError, Quantizer
+from ptqd import InputError, QuantSpec
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer, QuantLinear
 
-W4 = Quantizer(4, symmetric=True, range="minmax")
-W4_AFFINE = Quantizer(4, symmetric=False, range="minmax")
-A8 = Quantizer(8, symmetric=False, range="minmax")
+W4 = QuantSpec(4, symmetric=True, range="minmax")
+W4_AFFINE = QuantSpec(4, symmetric=False, range="minmax")
+A8 = QuantSpec(8, symmetric=False, range="minmax")
 
 
 def oracle_weight(weight: torch.Tensor, symmetric: bool) -> torch.Tensor:
@@ -40,7 +40,7 @@ def frozen(layer: QuantLayer, x: torch.Tensor) -> QuantLayer:
 
 
 @pytest.mark.parametrize("weights", [W4, W4_AFFINE])
-def test_linear_is_torchs_fake_quantization(weights: Quantizer) -> None:
+def test_linear_is_torchs_fake_quantization(weights: QuantSpec) -> None:
     torch.manual_seed(0)
     plain, x = nn.Linear(12, 7), torch.randn(50, 12)
     quantized = frozen(QuantLinear(plain, weights, A8), x)
@@ -92,7 +92,7 @@ def test_attention_observed_is_diffusers_own(context: int | None, shape: tuple[i
     x = torch.randn(shape)
     tokens = None if context is None else torch.randn(2, 5, context)
     want = attention(x, encoder_hidden_states=tokens)
-    processor = QuantAttnProcessor(Quantizer(8, symmetric=False), 8)
+    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
     attention.set_processor(processor)
     processor.observe()
     assert torch.allclose(attention(x, encoder_hidden_states=tokens), want, atol=1e-5)
@@ -108,7 +108,7 @@ def test_attention_takes_a_mask() -> None:
     x, mask = torch.randn(2, 5, 16), torch.zeros(2, 1, 5)
     mask[..., 3:] = -10000.0
     want = attention(x, attention_mask=mask)
-    processor = QuantAttnProcessor(Quantizer(8, symmetric=False), 8)
+    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
     attention.set_processor(processor)
     processor.observe()
     assert torch.allclose(attention(x, attention_mask=mask), want, atol=1e-5)
@@ -119,7 +119,7 @@ def test_attention_gets_what_its_spatial_norm_needs() -> None:
     attention = Attention(32, heads=2, dim_head=16, spatial_norm_dim=4)
     x, latents = torch.randn(2, 32, 6, 6), torch.randn(2, 4, 3, 3)
     want = attention(x, temb=latents)
-    processor = QuantAttnProcessor(Quantizer(8, symmetric=False), 8)
+    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
     attention.set_processor(processor)
     processor.observe()
     assert torch.allclose(attention(x, temb=latents), want, atol=1e-5)
@@ -131,7 +131,7 @@ def test_a_convolution_of_one_place_has_dynamic_ranges_of_each_place() -> None:
     with torch.no_grad():
         conv.weight.copy_(linear.weight[:, :, None, None])
         conv.bias.copy_(linear.bias)  # type: ignore[union-attr]
-    dynamic = Quantizer(4, symmetric=False, dynamic=True)
+    dynamic = QuantSpec(4, symmetric=False, dynamic=True)
     x = torch.randn(2, 6, 5, 3) * torch.tensor([0.1, 1.0, 10.0])
     tokens = x.movedim(1, -1)
     made = frozen(QuantConv(conv, W4, dynamic), x)

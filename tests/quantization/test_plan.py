@@ -11,9 +11,9 @@ from conftest import tiny_pipeline
 from ptqd import (
     InputError,
     MismatchError,
+    PrecisionPlan,
     Recipe,
     Sampling,
-    StepPlan,
     apply_plan,
     correct,
     fit_correction,
@@ -43,29 +43,29 @@ def timesteps(pipe: Any, run: Sampling) -> tuple[float, ...]:
 
 
 @pytest.fixture
-def mixed(timesteps: tuple[float, ...]) -> StepPlan:
+def mixed(timesteps: tuple[float, ...]) -> PrecisionPlan:
     groups = (
         ("z, for down", ("down_blocks.*", "time_embedding.*")),
         ("all others", ("*",)),
     )  # not in alphabetical order
-    return StepPlan(timesteps, ((4, 8), (4, 6), (6, 8), (8, 8)), groups)
+    return PrecisionPlan(timesteps, ((4, 8), (4, 6), (6, 8), (8, 8)), groups)
 
 
 def sampled(pipe: Any, run: Sampling) -> torch.Tensor:
     return torch.as_tensor(run_batch(pipe, run, range(3), "latent"))
 
 
-def test_a_plan_is_the_same_after_writing_it(mixed: StepPlan, tmp_path: Path) -> None:
+def test_a_plan_is_the_same_after_writing_it(mixed: PrecisionPlan, tmp_path: Path) -> None:
     plan = mixed.replace(weights={"conv_in": 5, "a.b": 3}, made={"rule": "budget", "budget": 19.9, "widths": [4, 8]})
     plan.save(tmp_path / "plan.toml")
-    assert StepPlan.load(tmp_path / "plan.toml") == plan
-    assert StepPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert PrecisionPlan.load(tmp_path / "plan.toml") == plan
+    assert PrecisionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert '"1: t 501, bits 4 6",' in (tmp_path / "plan.toml").read_text()
 
 
 def test_odd_timesteps_are_kept_to_the_last_digit() -> None:
-    plan = StepPlan.uniform((0.1 + 0.2, 1e-7, 5.0), 4)
-    assert StepPlan.from_dict(plan.to_dict()).timesteps == plan.timesteps
+    plan = PrecisionPlan.uniform((0.1 + 0.2, 1e-7, 5.0), 4)
+    assert PrecisionPlan.from_dict(plan.to_dict()).timesteps == plan.timesteps
 
 
 @pytest.mark.parametrize(
@@ -91,27 +91,27 @@ def test_odd_timesteps_are_kept_to_the_last_digit() -> None:
         (lambda p: p.pop("steps"), "needs 'steps', a number"),
     ],
 )
-def test_an_edited_plan_is_checked(mixed: StepPlan, change: Any, message: str) -> None:
+def test_an_edited_plan_is_checked(mixed: PrecisionPlan, change: Any, message: str) -> None:
     values = mixed.to_dict()
     change(values)
     with pytest.raises(InputError, match=message):
-        StepPlan.from_dict(values)
+        PrecisionPlan.from_dict(values)
 
 
 def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        StepPlan.load(tmp_path / "none.toml")
+        PrecisionPlan.load(tmp_path / "none.toml")
     (tmp_path / "x.toml").write_text("steps = [")
     with pytest.raises(InputError, match="cannot be read"):
-        StepPlan.load(tmp_path / "x.toml")
+        PrecisionPlan.load(tmp_path / "x.toml")
     with pytest.raises(InputError, match="must be a table"):
-        StepPlan.from_dict([1])
+        PrecisionPlan.from_dict([1])
     with pytest.raises(InputError, match="one row of bits for each step"):
-        StepPlan((1.0,), ())
+        PrecisionPlan((1.0,), ())
 
 
 def clock(timesteps: tuple[float, ...]) -> PlanSteps:
-    plan = StepPlan(timesteps, tuple((4 + timesteps.index(t) % 4,) for t in timesteps))
+    plan = PrecisionPlan(timesteps, tuple((4 + timesteps.index(t) % 4,) for t in timesteps))
     return PlanSteps(plan, [BitWidth(0)], [[0]] * len(timesteps))
 
 
@@ -144,7 +144,7 @@ def test_timesteps_in_other_precisions_and_on_other_devices() -> None:
 def test_uniform_plans_are_the_uniform_widths(wide: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
     seen = []
     for bits in (4, 6, 8):
-        got = sampled(apply_plan(wide, StepPlan.uniform(timesteps, bits)), run)
+        got = sampled(apply_plan(wide, PrecisionPlan.uniform(timesteps, bits)), run)
         assert torch.equal(got, sampled(at_width(wide, bits), run))
         seen.append(got)
     assert torch.equal(seen[-1], sampled(wide, run))  # the widest, where there is no plan
@@ -158,7 +158,7 @@ def test_a_width_is_what_a_recipe_of_that_width_alone_gives(pipe: Any, wide: Any
         at_width(wide, 5)
 
 
-def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: StepPlan) -> None:
+def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: PrecisionPlan) -> None:
     """Watched at the layers themselves, with guidance, and against a run whose widths are set by hand."""
     planned = apply_plan(wide, mixed)
     down, up = planned.unet.down_blocks[0].resnets[0].conv1, planned.unet.up_blocks[0].resnets[0].conv1
@@ -185,7 +185,7 @@ def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: StepPlan) -
 
 
 def test_a_planned_pipeline_is_saved_loaded_and_edited(
-    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+    pipe: Any, wide: Any, run: Sampling, mixed: PrecisionPlan, tmp_path: Path
 ) -> None:
     plan = mixed.replace(weights={"conv_in": 5, "mid_block.resnets.0.conv1": 2}, made={"rule": "by hand"})
     with pytest.raises(InputError, match="the plan gives 'conv_in' 5-bit weights, the model holds 8-bit ones"):
@@ -224,7 +224,7 @@ def test_a_planned_pipeline_is_saved_loaded_and_edited(
             load(tmp_path)
 
 
-def test_a_plan_for_another_schedule_is_refused(wide: Any, run: Sampling, mixed: StepPlan) -> None:
+def test_a_plan_for_another_schedule_is_refused(wide: Any, run: Sampling, mixed: PrecisionPlan) -> None:
     planned = apply_plan(wide, mixed)
     with pytest.raises(MismatchError, match="made for 4 steps"):
         sampled(planned, run.replace(steps=5))
@@ -233,11 +233,13 @@ def test_a_plan_for_another_schedule_is_refused(wide: Any, run: Sampling, mixed:
     sampled(planned, run)
 
 
-def test_plans_that_do_not_fit(pipe: Any, qpipe: Any, wide: Any, mixed: StepPlan, timesteps: tuple[float, ...]) -> None:
+def test_plans_that_do_not_fit(
+    pipe: Any, qpipe: Any, wide: Any, mixed: PrecisionPlan, timesteps: tuple[float, ...]
+) -> None:
     with pytest.raises(InputError, match=r"ranges for one width; quantize with a recipe such as w4a4\+8"):
         apply_plan(qpipe, mixed)
     with pytest.raises(InputError, match=r"step 0 of the plan asks for 5 bits.*such as w4a4\+5\+6\+8"):
-        apply_plan(wide, StepPlan.uniform(timesteps, 5))
+        apply_plan(wide, PrecisionPlan.uniform(timesteps, 5))
     with pytest.raises(InputError, match=r"'nobody' .nowhere.\*. has no layer"):
         apply_plan(wide, mixed.replace(groups=(("nobody", ("nowhere.*",)), ("rest", ("*",)))))
     with pytest.raises(InputError, match="no group of the plan matches the layer"):
@@ -276,7 +278,7 @@ def test_one_width_is_nothing_to_choose_from(pipe: Any, qpipe: Any, run: Samplin
 
 
 def test_corrections_are_measured_for_the_plan_as_it_runs(
-    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+    pipe: Any, wide: Any, run: Sampling, mixed: PrecisionPlan, tmp_path: Path
 ) -> None:
     planned = apply_plan(wide, mixed)
     stats = measure(pipe, planned, run)
@@ -302,7 +304,7 @@ def test_corrections_are_measured_for_the_plan_as_it_runs(
 
 
 def test_a_correction_that_tells_other_timesteps_keeps_the_bits(
-    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan
+    pipe: Any, wide: Any, run: Sampling, mixed: PrecisionPlan
 ) -> None:
     still = run.replace(eta=0.0)
     planned = apply_plan(wide, mixed)
@@ -328,7 +330,7 @@ def test_a_correction_that_tells_other_timesteps_keeps_the_bits(
 
 
 def test_half_precision_takes_other_weights(
-    pipe: Any, wide: Any, run: Sampling, mixed: StepPlan, tmp_path: Path
+    pipe: Any, wide: Any, run: Sampling, mixed: PrecisionPlan, tmp_path: Path
 ) -> None:
     wide.save_pretrained(tmp_path)
     half = load(tmp_path, dtype=torch.float16)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
+from ptqd import InputError, QuantSpec, Recipe, Sampling, load, quantize
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.trajectory import record, replay
-from ptqd.quantization.modules.linear_conv import Extras, QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.modules.linear_conv import LayerOptions, QuantConv, QuantLayer, QuantLinear
 from ptqd.quantization.numerics.weight_grid import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
 from ptqd.quantization.rounding.gptq import gptq, hessian_inputs
@@ -21,10 +21,12 @@ from ptqd.quantization.rounding.svdquant import split_low_rank
 from ptqd.quantization.rounding.time_embedding import fit_exactly
 from ptqd.quantization.swap import insert_quantizers
 
-W4, A8 = Quantizer(4), Quantizer(8, symmetric=False)
+W4, A8 = QuantSpec(4), QuantSpec(8, symmetric=False)
 
 
-def frozen(layer: nn.Module, x: torch.Tensor, weights: Quantizer = W4, extras: Extras | None = None) -> QuantLayer:
+def frozen(
+    layer: nn.Module, x: torch.Tensor, weights: QuantSpec = W4, extras: LayerOptions | None = None
+) -> QuantLayer:
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     made: QuantLayer = kind(layer, weights, A8, (), extras)
     made.observe()
@@ -51,7 +53,7 @@ def test_gptq_is_optimal_brain_surgery(group: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 12) @ torch.randn(12, 12)
     rows, hessian = torch.randn(5, 12), x.T @ x
-    grid = WeightGrid.find(rows, Quantizer(3, group=group))
+    grid = WeightGrid.find(rows, QuantSpec(3, group=group))
     got = gptq(rows, hessian, grid, order=False, damping=0.01)
     assert torch.allclose(got, plain_gptq(rows, hessian, grid, 0.01), atol=1e-4)
     assert torch.equal(grid.rounded(got), got)
@@ -88,8 +90,8 @@ def test_a_layer_is_its_rows_times_these_inputs(layer: Any, x: torch.Tensor) -> 
 
 def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid() -> None:
     layer = nn.Linear(16, 8)
-    made = frozen(layer, torch.randn(4, 16), Quantizer(4, group=8))
-    soft = Soft(made, made.target(layer.weight))
+    made = frozen(layer, torch.randn(4, 16), QuantSpec(4, group=8))
+    soft = Soft(made, made.target_weight(layer.weight))
     inside = (soft.floor >= -8) & (soft.floor < 7)
     assert torch.allclose(soft.weight().flatten(1)[inside], layer.weight[inside], atol=1e-3)
     soft.harden()
@@ -102,8 +104,8 @@ def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid() -> None:
     assert [annealed(p) for p in (0.0, 0.1, 1.0)] == [20, 20, pytest.approx(2)]
 
 
-@pytest.mark.parametrize("spec", [W4, Quantizer(4, symmetric=False), Quantizer(4, group=8)], ids=str)
-def test_straight_rounding_starts_at_the_codes(spec: Quantizer) -> None:
+@pytest.mark.parametrize("spec", [W4, QuantSpec(4, symmetric=False), QuantSpec(4, group=8)], ids=str)
+def test_straight_rounding_starts_at_the_codes(spec: QuantSpec) -> None:
     layer = nn.Linear(16, 8)
     made = frozen(layer, torch.randn(4, 16), spec)
     with torch.no_grad():
@@ -111,7 +113,7 @@ def test_straight_rounding_starts_at_the_codes(spec: Quantizer) -> None:
         moved[0, 0] = spec.grid.qmin if moved[0, 0] > 0 else spec.grid.qmax  # a code far from the weight
         made.write(made.grid(), moved)
     before = made.weight.clone()
-    straight = Straight(made, made.target(layer.weight))
+    straight = Straight(made, made.target_weight(layer.weight))
     assert torch.allclose(straight.weight(), before, atol=1e-6)
     straight.harden()
     assert torch.allclose(made.weight, before, atol=1e-6)
@@ -144,13 +146,13 @@ def test_smoothing_evens_outliers_and_changes_nothing_in_full_precision() -> Non
     layer, x = nn.Linear(8, 6), torch.randn(40, 8)
     x[:, 2] *= 60
     x[:, 5] = 0
-    made = QuantLinear(layer, Quantizer(8), Quantizer(4, symmetric=False), (), Extras(smooth=True))
+    made = QuantLinear(layer, QuantSpec(8), QuantSpec(4, symmetric=False), (), LayerOptions(smooth=True))
     search_smoothing(made, layer.weight, x, None)
-    made.prepare(layer.weight)
+    made.use_float(layer.weight)
     made.observe()
     assert torch.allclose(made(x), layer(x), atol=1e-4)
     made.freeze()
-    plain = QuantLinear(layer, Quantizer(8), Quantizer(4, symmetric=False))
+    plain = QuantLinear(layer, QuantSpec(8), QuantSpec(4, symmetric=False))
     plain.observe()
     plain(x)
     plain.freeze()
@@ -172,9 +174,9 @@ def test_a_low_rank_branch_takes_outliers(layer: Any) -> None:
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     errors = []
     for rank in (0, 4):
-        made = kind(layer, W4, A8, (), Extras(rank=rank))
+        made = kind(layer, W4, A8, (), LayerOptions(rank=rank))
         split_low_rank(made, layer.weight, 0)
-        made.prepare(layer.weight)
+        made.use_float(layer.weight)
         made.observe()
         assert torch.allclose(made(x), layer(x), atol=2e-2)
         made.freeze()
@@ -186,10 +188,10 @@ def test_a_low_rank_branch_takes_outliers(layer: Any) -> None:
 def test_a_finite_set_of_inputs_is_fitted_better_than_to_nearest() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 16), torch.randn(6, 32)
-    made = frozen(layer, x, Quantizer(3))
+    made = frozen(layer, x, QuantSpec(3))
     want = layer(x)
     before = (made(x) - want).square().sum()
-    fit_exactly(made, made.target(layer.weight), x, made.input(x).float(), 0.01)
+    fit_exactly(made, made.target_weight(layer.weight), x, made.input(x).float(), 0.01)
     assert (made(x) - want).square().sum() < before / 20
 
 
@@ -387,7 +389,7 @@ def test_a_second_method_starts_where_the_first_ended() -> None:
     up = (layer.weight / made.scale[:, None]).floor() == moved  # rounded down: take the other side
     moved = torch.where(up, moved + 1, moved - 1).clamp(-8, 7).to(moved.dtype)
     made.write(made.grid(), moved)
-    soft = Soft(made, made.target(layer.weight))
+    soft = Soft(made, made.target_weight(layer.weight))
     soft.harden()
     assert (made.integer_weight().flatten(1) == moved).float().mean() > 0.98
 

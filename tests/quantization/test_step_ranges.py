@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ptqd import InputError, Quantizer, Recipe, Sampling, load, quantize
+from ptqd import InputError, QuantSpec, Recipe, Sampling, load, quantize
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.sampling import run_batch
 from ptqd.diffusion.step_state import StepIndex
@@ -54,7 +54,7 @@ def test_the_clock_takes_the_nearest_step() -> None:
 
 
 def test_rows_of_several_steps_round_as_each_alone() -> None:
-    quantizer = ActivationQuantizer(Quantizer(4, symmetric=False), ranges=3)
+    quantizer = ActivationQuantizer(QuantSpec(4, symmetric=False), ranges=3)
     quantizer.observe()
     for i in range(3):
         quantizer.step.index = i
@@ -74,7 +74,7 @@ def test_rows_of_several_steps_round_as_each_alone() -> None:
 
 
 def test_a_step_that_was_never_seen_gets_the_range_of_all() -> None:
-    quantizer = ActivationQuantizer(Quantizer(8, symmetric=False, range="minmax"), ranges=2)
+    quantizer = ActivationQuantizer(QuantSpec(8, symmetric=False, range="minmax"), ranges=2)
     quantizer.observe()
     quantizer(torch.tensor([-1.0, 2.0]))
     quantizer.freeze()
@@ -89,14 +89,14 @@ def test_observers_merge() -> None:
     merged = Observer.merged(parts)
     assert (merged.low, merged.high, merged.exponent) == (whole.low, whole.high, whole.exponent)
     assert merged.counts.sum() == whole.counts.sum()
-    grid = Quantizer(4, symmetric=False).grid
+    grid = QuantSpec(4, symmetric=False).grid
     a, b = (observer.range(grid, "pnorm", 99.9, 2.4) for observer in (merged, whole))
     assert a[1].item() == pytest.approx(b[1].item(), rel=0.05)
 
 
 def test_dynamic_ranges_follow_tokens_and_samples() -> None:
     x = torch.randn(4, 5, 8) * torch.tensor([0.01, 1, 100, 1e4]).view(4, 1, 1)
-    spec = Quantizer(8, symmetric=False, dynamic=True)
+    spec = QuantSpec(8, symmetric=False, dynamic=True)
     by_token, by_sample = ActivationQuantizer(spec), ActivationQuantizer(spec, axis=1, rowwise=True)
     for quantizer in (by_token, by_sample):
         error = (quantizer(x) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ptqd.diffusion.pipeline_parts import channel_axis
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import CROSS
 
@@ -67,7 +67,9 @@ class Correction:
         """
         names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
         if set(values) != set(names):
-            raise InputError("the correction was written by another version of ptqd; fit it again with 'ptqd correct'")
+            raise ArtifactError(
+                "the correction was written by another version of ptqd; fit it again with 'ptqd correct'"
+            )
         plain = {names[key]: _tuples(value) for key, value in values.items() if key != "source"}
         return cls(**plain, measured_on=MeasuredOn.from_dict(values["source"]))
 

@@ -10,7 +10,7 @@ and a method for the variance, at most one, deals with what the estimate leaves:
     vsc         PTQD's: draw less noise       dns, qdrift, stepbaq     for steps that draw none
 
 Named methods are taken as published, at every step; ``joint`` is gated step by step. What is best for a pipeline is
-found by :func:`ptqd.correction.search.fit_auto`.
+found by :func:`ptqd.correction.search.search_correction`.
 """
 
 import logging
@@ -21,7 +21,7 @@ import torch
 
 from ptqd.correction.correction import Correction, rows
 from ptqd.correction.gate import gated
-from ptqd.correction.methods.cnc_bc import ptqd
+from ptqd.correction.methods.cnc_bc import cnc_bc
 from ptqd.correction.methods.d2 import d2
 from ptqd.correction.methods.dns import dns
 from ptqd.correction.methods.joint import joint
@@ -29,7 +29,7 @@ from ptqd.correction.methods.qdrift import qdrift
 from ptqd.correction.methods.stepbaq import stepbaq
 from ptqd.correction.methods.tac import tac
 from ptqd.correction.methods.vsc import vsc
-from ptqd.correction.variance import Reshaped, Residuals
+from ptqd.correction.variance import ResidualNoise, StepRescaling
 from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
 from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, excess_variance, mean_table
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 DEFAULT = ("cnc", "bc", "vsc")
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
 CLIPPING = 0.99  # below this a step clips
-VARIANCE: Mapping[str, Callable[[Residuals], Reshaped]] = {
+VARIANCE: Mapping[str, Callable[[ResidualNoise], StepRescaling]] = {
     "vsc": vsc,
     "dns": dns,
     "qdrift": qdrift,
@@ -94,7 +94,7 @@ def mean_estimator(mean: Sequence[str]) -> Estimator:
         return tac()
     if "d2" in mean:
         return d2
-    return ptqd("cnc" in mean, "bc" in mean)
+    return cnc_bc("cnc" in mean, "bc" in mean)
 
 
 def joint_estimators(coherences: Sequence[float]) -> dict[str, Estimator]:
@@ -124,7 +124,7 @@ def compose(
         InputError: a method for the variance that does not go with the scheduler.
     """
     layout = stats.layout
-    reshaped: Reshaped | None = None
+    reshaped: StepRescaling | None = None
     if variance is not None:
         residuals = _residuals(stats, estimate, correlated)
         config = stats.measured_on.config
@@ -156,14 +156,14 @@ def compose(
     )
 
 
-def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) -> Residuals:
+def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) -> ResidualNoise:
     table = mean_table(stats.joint, stats.fold_samples)
     excess = excess_variance(table, estimate).mean((1, 2)) * stats.attenuation() ** 2
     covariance = torch.diag(excess)
     if correlated:
         size = excess.clamp(min=0).sqrt()
         covariance = (stats.residual_correlation() * size[:, None] * size[None, :]).fill_diagonal_(0) + covariance
-    return Residuals(
+    return ResidualNoise(
         scheduler=stats.measured_on.scheduler,
         config=stats.measured_on.config,
         timesteps=stats.timesteps,

@@ -57,23 +57,23 @@ class CorrectedStep:
         self._position, self._own = 0, None
         pipe = None if self._pipeline is None else self._pipeline()
         self.check_guidance(getattr(pipe, "guidance_scale", None))  # most pipelines show that of their call
-        wanted = [float(t) for t in self.timesteps]
+        required = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
-        if wanted[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
+        if required[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
             raise MismatchError(
                 f"the correction was measured on {len(self.correction.timesteps)} steps "
                 f"({self.correction.timesteps[0]:g} to {self.correction.timesteps[-1]:g}), "
-                f"the pipeline takes {len(wanted)} ({wanted[0]:g} to {wanted[-1]:g}); "
+                f"the pipeline takes {len(required)} ({required[0]:g} to {required[-1]:g}); "
                 "sample with the same steps, measure again with these, or carry the statistics over: ptqd.correct(..., "
-                f"steps={len(wanted)})"
+                f"steps={len(required)})"
             )
         if self.correction.model_timesteps:
-            if len(wanted) != len(known):
+            if len(required) != len(known):
                 raise MismatchError(
                     "stepbaq gives the denoiser other timesteps, of a whole schedule; use another method"
                 )
             self._own = self.timesteps
-            shifted = self.correction.model_timesteps[-len(wanted) :]
+            shifted = self.correction.model_timesteps[-len(required) :]
             self.timesteps = torch.tensor(shifted, dtype=torch.float32, device=self._own.device)
 
     def watch_guidance(self, pipe: DiffusionPipeline) -> None:
@@ -203,7 +203,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def correct(
+def apply_correction(
     qpipe: DiffusionPipeline,
     correction: Correction | NoiseStats,
     methods: Sequence[str] = DEFAULT,
@@ -300,13 +300,13 @@ def check_measured_on(qpipe: DiffusionPipeline, measured: MeasuredOn) -> None:
     """
     name = denoiser_name(qpipe)
     model = getattr(qpipe, name)
-    found: dict[str, Any] = schedule_of(qpipe) if measured.scheduler else {}
+    result: dict[str, Any] = schedule_of(qpipe) if measured.scheduler else {}
     if measured.quantized is not None:
-        found["activation_bits"] = activation_bits(model)
+        result["activation_bits"] = activation_bits(model)
         if measured.quantized != getattr(model, "simulated_by", None):  # else an engine computes what was measured
-            found["quantized"] = fingerprint(model)
+            result["quantized"] = fingerprint(model)
     whats = {"quantized": f"on another {name}", "activation_bits": "at other activation bits"}
     for fact in ("quantized", "activation_bits", "scheduler", "config"):
-        if fact in found and getattr(measured, fact) != found[fact]:
+        if fact in result and getattr(measured, fact) != result[fact]:
             what = whats.get(fact, f"on another scheduler ({fact} differs)")
             raise MismatchError(f"the statistics were measured {what}; measure this pipeline, then correct it")

@@ -30,7 +30,7 @@ from scipy import stats as scipy_stats
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import compose, joint_estimators, mean_estimator
 from ptqd.correction.gate import StepGate, gated
-from ptqd.correction.scheduler import check_measured_on, correct
+from ptqd.correction.scheduler import apply_correction, check_measured_on
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.diffusion.trajectory import final_samples
@@ -92,8 +92,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What :func:`fit_auto` chose, and why.
+class CorrectionSearch:
+    """What :func:`search_correction` chose, and why.
 
     Attributes:
         correction: to be given to :func:`ptqd.correct`.
@@ -117,7 +117,7 @@ class Choice:
         return asdict(self) | {"correction": self.correction.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
+    def from_dict(cls, values: Mapping[str, Any]) -> "CorrectionSearch":
         """The inverse of :meth:`to_dict`, also after JSON."""
         return cls(
             Correction.from_dict(values["correction"]),
@@ -127,9 +127,9 @@ class Choice:
         )
 
 
-def fit_auto(
+def search_correction(
     qpipe: DiffusionPipeline, stats: NoiseStats, run: Sampling, *, batch: int | None = None, progress: bool = False
-) -> Choice:
+) -> CorrectionSearch:
     """Find the correction that helps most, or none.
 
     Args:
@@ -146,7 +146,7 @@ def fit_auto(
     """
     apart = run.with_seed_for("measuring")
     check_measured_on(qpipe, stats.measured_on)
-    wanted = {
+    required = {
         "seed": apart.seed,
         "steps": run.steps,
         "guidance": guidance_of(qpipe, run),
@@ -154,7 +154,7 @@ def fit_auto(
     }
     if stats.measured_on.interpolated_from is not None:
         raise InputError("statistics carried over to other steps have no full-precision samples to check against")
-    for fact, value in wanted.items():
+    for fact, value in required.items():
         if getattr(stats.measured_on, fact) != value:
             raise MismatchError(
                 f"the statistics were measured with another {fact}; give the run they were measured with"
@@ -195,7 +195,7 @@ class _Search:
         self.plain = Candidate("none", ())
         self.all = torch.arange(len(indices))
 
-    def best(self) -> Choice:
+    def best(self) -> CorrectionSearch:
         draws = self.stats.response.draws
         usual = "vsc" if draws else None
         self._try(self.plain)
@@ -241,7 +241,7 @@ class _Search:
         return True
 
     def _ends(self, candidate: Candidate, correction: Correction) -> torch.Tensor:
-        pipe = correct(self.qpipe, correction)
+        pipe = apply_correction(self.qpipe, correction)
         title = f"trying {candidate.name}" if self.progress else None
         return torch.cat([final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]).double()
 
@@ -260,8 +260,8 @@ class _Search:
     def _worse(self, candidate: Candidate, than: Candidate, on: torch.Tensor) -> bool:
         """Whether a candidate's score is worse by more than the standard error of the difference."""
         differences = [
-            self._score(candidate, kept) - self._score(than, kept)
-            for kept in (on, *(on[torch.arange(len(on)) != i] for i in range(len(on))))
+            self._score(candidate, remaining) - self._score(than, remaining)
+            for remaining in (on, *(on[torch.arange(len(on)) != i] for i in range(len(on))))
         ]
         return differences[0] > jackknife_error(torch.tensor(differences[1:]))
 
@@ -287,13 +287,13 @@ class _Search:
         mine = torch.cat([self.shifts[chosen][other] for chosen, other in held])
         plain = torch.cat([self.shifts[self.plain][other] for _, other in held])
         without = [torch.arange(len(mine)) != i for i in range(len(mine))]
-        error = jackknife_error(torch.tensor([log_shift(mine[kept], plain[kept]) for kept in without]))
+        error = jackknife_error(torch.tensor([log_shift(mine[remaining], plain[remaining]) for remaining in without]))
         whole = log_shift(mine, plain)
         return (
             "" if whole <= quantile * error else f"on other samples, energy is {math.exp(whole):.2f} times as far off"
         )
 
-    def _choice(self) -> Choice:
+    def _choice(self) -> CorrectionSearch:
         candidates, why = set(self.errors), {}
         while True:
             taken = self._pick(candidates, self.all)
@@ -316,7 +316,9 @@ class _Search:
             for c in self.errors
         ]
         correction, steps = self._correction(taken, half=None)
-        return Choice(correction, tuple(trials), () if taken is self.plain else tuple(steps), len(self.reference))
+        return CorrectionSearch(
+            correction, tuple(trials), () if taken is self.plain else tuple(steps), len(self.reference)
+        )
 
 
 def log_shift(mine: torch.Tensor, plain: torch.Tensor) -> float:

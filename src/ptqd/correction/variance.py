@@ -12,7 +12,7 @@ from ptqd.errors import InputError
 
 
 @dataclass(frozen=True)
-class Residuals:
+class ResidualNoise:
     """What a run does with the noise that a mean correction leaves.
 
     Attributes:
@@ -52,7 +52,7 @@ class Residuals:
 
 
 @dataclass(frozen=True)
-class Reshaped:
+class StepRescaling:
     """What the scheduler is handed instead of ``eps_c``: ``gain eps_c + sample x_t``.
 
     Attributes:
@@ -68,7 +68,7 @@ class Reshaped:
     model_timesteps: tuple[float, ...] = ()
 
 
-def from_coefficients(residuals: Residuals, sample: torch.Tensor, output: torch.Tensor) -> Reshaped:
+def from_coefficients(residuals: ResidualNoise, sample: torch.Tensor, output: torch.Tensor) -> StepRescaling:
     """The outputs that make a step ``sample_i x_t + output_i eps_c`` (T,) out of the scheduler's own.
 
     The scheduler's is ``A_i x_t + O_ii out``; a step that its outputs do not move stays as it is.
@@ -78,4 +78,4 @@ def from_coefficients(residuals: Residuals, sample: torch.Tensor, output: torch.
     safe = torch.where(moved, own, 1.0)
     gain = torch.where(moved, output / safe, 1.0)
     drift = torch.where(moved, (sample - residuals.response.own_state) / safe, 0.0)
-    return Reshaped(gain, drift)
+    return StepRescaling(gain, drift)

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch.utils.hooks import RemovableHandle
 
 from ptqd.diffusion.pipeline_parts import scheduler_of
-from ptqd.errors import InputError
+from ptqd.errors import UnsupportedError
 
 
 @contextmanager
@@ -37,9 +37,9 @@ def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
     def wrapped(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         plain = functools.partial(kind.step, self)
         if self is not scheduler:
-            raise InputError(f"{type(pipe).__name__} steps copies of its scheduler; ptqd follows a single one")
+            raise UnsupportedError(f"{type(pipe).__name__} steps copies of its scheduler; ptqd follows a single one")
         if not sample.is_floating_point():
-            raise InputError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
+            raise UnsupportedError(f"{kind.__name__} steps discrete samples; ptqd needs continuous ones")
         return step(plain, model_output, timestep, sample, *args, **kwargs)
 
     with stepping_as(scheduler, wrapped):

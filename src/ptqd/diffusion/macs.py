@@ -1,7 +1,7 @@
 """Multiply-accumulates of a denoiser, layer by layer and step by step.
 
 Convolutions, linear layers and the products of attention are counted, on the meta device: the pipeline really runs, for
-one sample, but its networks have shapes and no numbers (:func:`stand_in`). So guidance is counted as the two calls it
+one sample, but its networks have shapes and no numbers (:func:`meta_proxy`). So guidance is counted as the two calls it
 is, a model of any size costs no memory, and nothing of a model's kind need be known. What each operation takes is
 torch's own count (``torch.utils.flop_counter``).
 """
@@ -56,7 +56,7 @@ class Macs:
 def on_meta(model: nn.Module) -> Any:
     """A denoiser's architecture in full precision on the meta device, whatever it is quantized by."""
     config: Any = getattr(model, "config", None)
-    kind: Any = getattr(type(model), "stands_in_for", type(model))
+    kind: Any = getattr(type(model), "proxy_for", type(model))
     if isinstance(config, Mapping) and hasattr(kind, "from_config"):
         return from_configuration(kind, config)
     return copy_module(model, lambda tensor: tensor.to("meta"))
@@ -120,9 +120,7 @@ def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
     """
     try:
         return _run_macs(pipe, run, meta=True)
-    except PtqdError:
-        raise
-    except Exception as error:
+    except RuntimeError as error:  # torch's, for a look at numbers that are not there
         model = getattr(pipe, denoiser_name(pipe))
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             reason = " ".join(str(error).split())[:200]
@@ -145,7 +143,7 @@ def _run_macs(pipe: DiffusionPipeline, run: Sampling, *, meta: bool) -> Macs:
         return result
 
     if meta:
-        model = stand_in(on_meta(denoiser), pipe.device, denoiser.dtype, count)
+        model = meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype, count)
     else:
         model = _counting(copy_module(denoiser, lambda tensor: tensor), count)
     counted = with_components(pipe, **{name: model})
@@ -164,7 +162,7 @@ def count_steps(pipe: DiffusionPipeline, run: Sampling) -> int:
         return plain(*args, **kwargs)
 
     try:
-        empty = with_components(pipe, **{name: stand_in(on_meta(denoiser), pipe.device, denoiser.dtype)})
+        empty = with_components(pipe, **{name: meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype)})
         with stepping(empty, step):
             run_batch(empty, run, range(1), "latent")
     except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
@@ -197,7 +195,7 @@ def _as_itself(model: Any, kind: Any, args: Any, kwargs: Any) -> tuple[Any, dict
         model.__class__ = own
 
 
-def stand_in(
+def meta_proxy(
     model: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -226,7 +224,7 @@ def stand_in(
         return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), answer)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # pipelines look at it
-    body: dict[str, Any] = {"forward": forward, "stands_in_for": kind, "__module__": kind.__module__}
+    body: dict[str, Any] = {"forward": forward, "proxy_for": kind, "__module__": kind.__module__}
     body |= {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
     nn.Module.to(model, dtype)
     model.__class__ = type(kind.__name__, (kind,), body)

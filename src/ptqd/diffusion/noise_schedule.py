@@ -74,5 +74,5 @@ def timesteps_at(scheduler: SchedulerMixin, levels: Levels) -> torch.Tensor | No
         return None
     a = alphas.detach().cpu().double().clamp(1e-12, 1 - 1e-12)
     table = (0.5 * ((1 - a) / a).log()).numpy()  # rises with the timestep
-    found = np.interp((levels.sigma / levels.alpha).log().numpy(), table, np.arange(len(table)))
-    return torch.from_numpy(found)
+    result = np.interp((levels.sigma / levels.alpha).log().numpy(), table, np.arange(len(table)))
+    return torch.from_numpy(result)

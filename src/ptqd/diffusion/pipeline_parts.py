@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.errors import InputError
+from ptqd.errors import InputError, UnsupportedError
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -21,7 +21,7 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     for name in ("unet", "transformer"):
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    raise InputError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptqd quantizes one of these")
+    raise UnsupportedError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptqd quantizes one of these")
 
 
 def scheduler_of(pipe: DiffusionPipeline) -> Any:
@@ -41,7 +41,9 @@ def scheduler_of(pipe: DiffusionPipeline) -> Any:
     taken = [] if step is None else list(inspect.signature(step).parameters)[1:4]
     if taken != ["model_output", "timestep", "sample"]:
         steps = "has no step" if step is None else f"steps by step({', '.join(taken)}, ...)"
-        raise InputError(f"{kind} {steps}; ptqd needs step(model_output, timestep, sample, ...): use another scheduler")
+        raise UnsupportedError(
+            f"{kind} {steps}; ptqd needs step(model_output, timestep, sample, ...): use another scheduler"
+        )
     if "step" in vars(scheduler):
         raise InputError(
             f"the step of this {kind} was replaced on the instance, which ptqd can neither record nor save; "

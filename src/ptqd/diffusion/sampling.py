@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.errors import InputError
+from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
+
+REFUSING = ("diffusers.pipelines", "diffusers.schedulers", "ptqd.pipelines")  # whose errors are of what they are given
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,11 @@ def run_batch(
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)  # some pipelines hand their scheduler no generator
             results = pipe(**given)[0]  # images, frames or audios
+    except PtqdError:
+        raise
     except (TypeError, ValueError) as error:
+        if not raised_by(error, *REFUSING):
+            raise  # a bug, of a hook's for one
         raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
     finally:
         pipe.set_progress_bar_config(**bar)

@@ -101,9 +101,16 @@ def linear_response(
     nothing = torch.zeros(len(timesteps), len(timesteps), dtype=torch.float64)
     try:
         return _probe(scheduler, step, timesteps, keywords, learned_variance, torch.device(device))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # a step that takes only its own pipeline's samples
+    except _StepRefusedError:  # it takes only its own pipeline's samples
         return Response(nothing, nothing.clone(), nothing.clone(), nothing[0].clone(), exact=False)
+
+
+# what foreign schedulers raise
+_FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class _StepRefusedError(Exception):
+    """A scheduler's step does not run on plain numbers."""
 
 
 def _probe(
@@ -136,12 +143,18 @@ def _probe(
             if learned_variance:
                 out = torch.cat([out, torch.ones_like(out)], dim=1)
             if hasattr(probe, "scale_model_input"):
-                probe.scale_model_input(x, t)  # some count their steps here
+                try:
+                    probe.scale_model_input(x, t)  # some count their steps here
+                except _FOREIGN as refusal:
+                    raise _StepRefusedError from refusal
 
             def draw(shape: Any, z: torch.Tensor = z, **_: Any) -> torch.Tensor:
                 return z
 
-            stepped = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0]
+            try:
+                stepped = step_with_noise(step, draw)(probe, out, t, x, **{**keywords, "return_dict": False})[0]
+            except _FOREIGN as refusal:
+                raise _StepRefusedError from refusal
             x = stepped.to(dtype) + change
             rows.append(x.flatten().cpu().double())
     table = torch.stack(rows)  # T, 3T + 3

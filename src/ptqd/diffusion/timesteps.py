@@ -40,14 +40,14 @@ def model_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     if argument is None:
         return None
     name, position = argument
-    told = kwargs[name] if name in kwargs else args[position]
-    if not isinstance(told, torch.Tensor):
-        return [float(told)]
-    rows: list[float] = told.reshape(len(told) if told.ndim else 1, -1).amax(1).tolist()
+    timestep = kwargs[name] if name in kwargs else args[position]
+    if not isinstance(timestep, torch.Tensor):
+        return [float(timestep)]
+    rows: list[float] = timestep.reshape(len(timestep) if timestep.ndim else 1, -1).amax(1).tolist()
     return rows
 
 
 def model_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
     """The largest of the timesteps among the arguments of a denoiser's call; None where it takes none."""
-    told = model_timesteps(model, args, kwargs)
-    return None if told is None else max(told)
+    timestep = model_timesteps(model, args, kwargs)
+    return None if timestep is None else max(timestep)

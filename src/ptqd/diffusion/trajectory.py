@@ -164,12 +164,12 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
 
     Nothing is found where the scheduler steps otherwise than ptqd can follow.
     """
-    kept: list[torch.Tensor] = []
+    remaining: list[torch.Tensor] = []
     last: list[Any] = []
     try:
         scheduler = scheduler_of(pipe)
     except InputError:
-        yield kept
+        yield remaining
         return
     kind: Any = type(scheduler)
 
@@ -181,18 +181,18 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
         return result
 
     with stepping_as(scheduler, step):
-        yield kept
+        yield remaining
     if last and last[0].is_floating_point() and len(last[0]) % samples == 0:
-        kept.append(whole_samples(last[0], samples).detach().cpu())
+        remaining.append(whole_samples(last[0], samples).detach().cpu())
 
 
 def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]) -> torch.Tensor:
     """The samples after the last step (n, ...), of a pipeline run for some samples without decoding them."""
-    with last_samples(pipe, len(indices)) as found:
+    with last_samples(pipe, len(indices)) as result:
         run_batch(pipe, run, indices, "latent")
-    if not found:
+    if not result:
         raise InputError(f"the samples of {type(pipe).__name__} cannot be followed through its scheduler")
-    return found[0]
+    return result[0]
 
 
 def rows_of_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:

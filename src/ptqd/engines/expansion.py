@@ -62,15 +62,15 @@ class _Expansion:
             if node.op_type == "Split" and self._split(node):
                 continue
             self.made.append(node)
-        needed, kept = {value.name for value in self.graph.output}, []
+        needed, remaining = {value.name for value in self.graph.output}, []
         for node in reversed(self.made):
             if needed & set(node.output):
                 needed |= set(node.input)
                 copied = onnx.NodeProto()
                 copied.CopyFrom(node)
-                kept.append(copied)
+                remaining.append(copied)
         del self.graph.node[:]
-        self.graph.node.extend(reversed(kept))
+        self.graph.node.extend(reversed(remaining))
         for i in reversed(range(len(self.graph.initializer))):
             if self.graph.initializer[i].name not in needed:
                 del self.graph.initializer[i]
@@ -157,16 +157,16 @@ class _Expansion:
             names = [self._part(name, start, start + width, i) for name in weight.input]
             columns = self._emit("DequantizeLinear", names, f"{part}/weight", axis=1)
             self._value(columns, TensorProto.FLOAT, [self.shapes[weight.input[0]][0], width])
-            made = self._emit("MatMul", [product.input[0], columns], f"{part}/product" if bias else part)
+            output = self._emit("MatMul", [product.input[0], columns], f"{part}/product" if bias else part)
             if bias:
-                self._value(made, TensorProto.FLOAT, self.shapes[part])
-                self._emit("Add", [made, self._part(bias, start, start + width, i)], part)
+                self._value(output, TensorProto.FLOAT, self.shapes[part])
+                self._emit("Add", [output, self._part(bias, start, start + width, i)], part)
             start += width
         return True
 
     def _part(self, name: str, start: int, end: int, number: int) -> str:
         """Some columns of a constant."""
         values = numpy_helper.to_array(self.initializers[name])
-        made = f"{name}/{number}"
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values[..., start:end]), made))
-        return made
+        output = f"{name}/{number}"
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values[..., start:end]), output))
+        return output

@@ -86,10 +86,10 @@ def export(
         raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = pipe.to("cpu")
     if engine == TORCHAO:
-        made, products = to_torchao(pipe, run, layout)
+        output, products = to_torchao(pipe, run, layout)
         with replacing(folder) as temporary:
-            made.save_pretrained(temporary)
-        return Exported(made, products, (name,))
+            output.save_pretrained(temporary)
+        return Exported(output, products, (name,))
     for package in (engine, "onnx", "onnxscript"):
         required(package)
     _check_ranges(engine, changing_quantizers(model))
@@ -146,8 +146,8 @@ def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     """Decoders and text encoders, with what of them is called."""
     encodes = "image" in inspect.signature(type(pipe).__call__).parameters
     parts = [(name, "decode") for name in DECODERS if not encodes] + [(name, "forward") for name in ENCODERS]
-    found = [(name, method) for name, method in parts if isinstance(getattr(pipe, name, None), nn.Module)]
-    return [(name, method) for name, method in found if not isinstance(getattr(pipe, name), EngineModule)]
+    result = [(name, method) for name, method in parts if isinstance(getattr(pipe, name, None), nn.Module)]
+    return [(name, method) for name, method in result if not isinstance(getattr(pipe, name), EngineModule)]
 
 
 def _written(

@@ -62,7 +62,7 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
     finally:
         for hook in hooks:
             hook.remove()
-    found = engine(*args, **kwargs)[0]
+    result = engine(*args, **kwargs)[0]
     differences = {}
     for name, theirs in engine.codes(*args, **kwargs).items():
         if name in mine and mine[name][0].numel() == theirs.numel():
@@ -78,7 +78,7 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: A
         differing=sum(int((d > 0).sum()) for d in differences.values()) / count,
         first=next(iter(shares.values())),
         most=max(int(d.max()) for d in differences.values()),
-        output=((found - expected).square().mean() / expected.square().mean()).sqrt().item(),
+        output=((result - expected).square().mean() / expected.square().mean()).sqrt().item(),
         layers=shares,
     )
 

@@ -111,23 +111,23 @@ class _Lowering:
             self.here(value.name)
         nodes = self._used()
         names = {name for node in nodes for name in node.input}
-        made = helper.make_graph(nodes, graph.name, graph.input, graph.output)
+        output = helper.make_graph(nodes, graph.name, graph.input, graph.output)
         del graph.initializer[:]
         for name in list(self.constants):
             value = self.constants.pop(name)
             if name in names:
-                made.initializer.append(numpy_helper.from_array(value, name))
+                output.initializer.append(numpy_helper.from_array(value, name))
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(made, opset_imports=opsets, ir_version=10)
+        return helper.make_model(output, opset_imports=opsets, ir_version=10)
 
     def _used(self) -> list[onnx.NodeProto]:
         """The nodes that an output needs."""
-        needed, found = {value.name for value in self.model.graph.output}, []
+        needed, result = {value.name for value in self.model.graph.output}, []
         for node in reversed(self.made):
             if needed & set(node.output):
                 needed |= set(node.input)
-                found.append(node)
-        return found[::-1]
+                result.append(node)
+        return result[::-1]
 
     def _keep(self, node: onnx.NodeProto) -> None:
         inputs = [self.here(name) for name in node.input]
@@ -219,9 +219,9 @@ class _Lowering:
         del copy.input[:], copy.output[:]
         copy.input.extend(inputs)
         for name, value in attributes.items():
-            kept = [a for a in copy.attribute if a.name != name]
+            remaining = [a for a in copy.attribute if a.name != name]
             del copy.attribute[:]
-            copy.attribute.extend([*kept, helper.make_attribute(name, value)])
+            copy.attribute.extend([*remaining, helper.make_attribute(name, value)])
         copy.output.append(f"{node.output[0]}/last")
         self.made.append(copy)
         self.last[node.output[0]] = copy.output[0]
@@ -236,10 +236,10 @@ class _Lowering:
 
     def _seen_otherwise(self, node: onnx.NodeProto) -> bool:
         """Rows with ranges of their own in another shape; the product that they go to takes them as they were."""
-        found = self.dequantized.get(node.input[0])
-        if found is None or not found.by_row:
+        result = self.dequantized.get(node.input[0])
+        if result is None or not result.by_row:
             return False
-        self.dequantized[node.output[0]] = found
+        self.dequantized[node.output[0]] = result
         self.postponed[node.output[0]] = node
         return True
 

@@ -28,9 +28,9 @@ from ptqd.errors import InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
-from ptqd.quantization.recipe import Quantizer
+from ptqd.quantization.recipe import QuantSpec
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage
 
@@ -116,7 +116,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         tables, _ = read_tensors(self.folder / TABLE) if (self.folder / TABLE).is_file() else ({}, {})
         self.quantizers: list[str] = []
         for name, spec in self.facts["ranges"].items():
-            kind = Quantizer(spec["bits"], symmetric=spec["symmetric"], dynamic=spec["dynamic"])
+            kind = QuantSpec(spec["bits"], symmetric=spec["symmetric"], dynamic=spec["dynamic"])
             quantizer = ActivationQuantizer(kind, spec["widths"], ranges=spec["ranges"])
             quantizer.scale.copy_(tables[f"{name}.scale"])
             quantizer.zero_point.copy_(tables[f"{name}.zero_point"])
@@ -126,12 +126,12 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         config = self.config.get("quantization_config")
         if config is None or config.get("quant_method") != "ptqd":
             return
-        found = PtqdQuantizer(PtqdConfig(**config))
-        found.adopt(self, Coverage(*(tuple(map(_tuple, self.facts[name])) for name in ("quantized", "skipped"))))
+        result = PtqdQuantizer(PtqdConfig(**config))
+        result.adopt(self, Coverage(*(tuple(map(_tuple, self.facts[name])) for name in ("quantized", "skipped"))))
         if config.get("ranges") is not None and self.quantizers:
             set_ranges(self, StepRanges.from_dict(config["ranges"]))
         if config.get("plan") is not None:
-            set_plan(self, StepPlan.from_dict(config["plan"], "the saved plan"))
+            set_plan(self, PrecisionPlan.from_dict(config["plan"], "the saved plan"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the component that it stands for returns for the same arguments."""
@@ -165,8 +165,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         session = open_session(self.folder / GRAPH, self.engine, threads=torch.get_num_threads(), shown=shown)
         for hook in self._forward_pre_hooks.values():  # clocks
             hook(self, args, kwargs)
-        made = session.run(self._inputs("forward", args, kwargs)[0])
-        return dict(zip(names, map(torch.from_numpy, made[len(self.facts["outputs"]) :]), strict=True))
+        output = session.run(self._inputs("forward", args, kwargs)[0])
+        return dict(zip(names, map(torch.from_numpy, output[len(self.facts["outputs"]) :]), strict=True))
 
     def _inputs(
         self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -176,12 +176,12 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if method != self.facts["method"]:
             raise InputError(f"of {kind} only {self.facts['method']!r} was exported; export what calls {method!r}")
         given = dict(flat_arguments(self.call_parameters, args, kwargs))
-        told = next((name for name in NAMES if name in given and name in self.facts["inputs"]), None)
+        timestep = next((name for name in NAMES if name in given and name in self.facts["inputs"]), None)
         like = next((value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim), None)
         if like is None:
             raise InputError(f"{kind} was called without a tensor; give it what the exported pipeline gives it")
-        if told is not None and method == "forward":
-            given[told] = timesteps_of(given[told], len(like))
+        if timestep is not None and method == "forward":
+            given[timestep] = timesteps_of(given[timestep], len(like))
         self._check(kind, given, len(like))
         inputs = {name: _array(given[name], spec["dtype"]) for name, spec in self.facts["inputs"].items()}
         return inputs | self._ranges(), like
@@ -191,16 +191,16 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         known, constants = self.facts["inputs"], self.facts["constants"]
         for name, value in given.items():
             if name not in known and (name not in constants or constants[name] != value):
-                made = "without it" if name not in constants else f"for {constants[name]!r}"
+                output = "without it" if name not in constants else f"for {constants[name]!r}"
                 raise InputError(
-                    f"{kind}: the graph was made {made}: {name!r}; export the pipeline as it is called now"
+                    f"{kind}: the graph was made {output}: {name!r}; export the pipeline as it is called now"
                 )
         for name, spec in known.items():
             if name not in given:
                 raise InputError(f"{kind}: the graph takes {name!r} too; export the pipeline as it is called now")
-            wanted = [batch if size is None else size for size in spec["shape"]]
+            required = [batch if size is None else size for size in spec["shape"]]
             shape = list(given[name].shape)
-            if shape != wanted:
+            if shape != required:
                 sizes = " x ".join("N" if size is None else str(size) for size in spec["shape"])
                 raise InputError(
                     f"{kind}: the graph was made for {name} of {sizes}, it is given {' x '.join(map(str, shape))}; "
@@ -211,14 +211,14 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """Scale, zero point, least and largest value of each quantizer whose range follows the steps, at this one."""
         if not self.quantizers:
             return {}
-        found: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]
-        steps = [quantizer.step.index for quantizer in found]
+        result: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]
+        steps = [quantizer.step.index for quantizer in result]
         if any(isinstance(step, torch.Tensor) for step in steps):
             raise InputError("the samples of a batch are at several steps; an engine has the ranges of one")
-        key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, found, strict=True))
+        key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, result, strict=True))
         if key not in self._vectors:
             rows = []
-            for quantizer, (step, width) in zip(found, key, strict=True):
+            for quantizer, (step, width) in zip(result, key, strict=True):
                 row, grid = step if quantizer.ranges > 1 else 0, quantizer.grids[width]
                 scale = quantizer.scale.view(quantizer.ranges, -1)[row, width]
                 zero = quantizer.zero_point.view(quantizer.ranges, -1)[row, width]
@@ -266,8 +266,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
     @property
     def simulated_by(self) -> str | None:
         """The fingerprint of the denoiser that it was exported from: statistics of that one hold."""
-        found: str | None = self.facts.get("simulated_by")
-        return found
+        result: str | None = self.facts.get("simulated_by")
+        return result
 
     @property
     def dtype(self) -> torch.dtype:
@@ -298,10 +298,10 @@ def _output_class(name: str) -> Any:
         InputError: it is none.
     """
     module, _, kind = name.rpartition(".")
-    found = getattr(importlib.import_module(module), kind, None) if module.split(".")[0] in LIBRARIES else None
-    if not isinstance(found, type) or not issubclass(found, Mapping):
+    result = getattr(importlib.import_module(module), kind, None) if module.split(".")[0] in LIBRARIES else None
+    if not isinstance(result, type) or not issubclass(result, Mapping):
         raise InputError(f"a network cannot return {name!r}; export the pipeline again")
-    return found
+    return result
 
 
 def _elements(graph: Graph) -> int:

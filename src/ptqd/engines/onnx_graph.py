@@ -120,8 +120,8 @@ def arguments_of(component: nn.Module, method: str, args: Sequence[Any], kwargs:
     batch = next((len(value) for value in tensors.values() if value.ndim), 1)
     argument = timestep_argument(component) if method == "forward" else None
     if argument is not None and {argument[0]} & {*tensors, *constants}:
-        told = constants.pop(argument[0], tensors.get(argument[0]))
-        tensors[argument[0]] = timesteps_of(told, batch)
+        timestep = constants.pop(argument[0], tensors.get(argument[0]))
+        tensors[argument[0]] = timesteps_of(timestep, batch)
     return Call(parameters, tensors, constants, batch)
 
 
@@ -253,12 +253,14 @@ class _Called(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.table is not None:
             *tensors, self.table.scale, self.table.zero, self.table.low, self.table.high = tensors  # type: ignore[assignment]
-        made = getattr(self.model, self.method)(**self.call.arguments(tensors))
-        found = dict(made.items()) if isinstance(made, Mapping) else {str(i): value for i, value in enumerate(made)}
-        found = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-        self.outputs = tuple(found)
-        self.kind = f"{type(made).__module__}.{type(made).__qualname__}" if isinstance(made, Mapping) else "tuple"
-        return tuple(found.values())
+        output = getattr(self.model, self.method)(**self.call.arguments(tensors))
+        result = (
+            dict(output.items()) if isinstance(output, Mapping) else {str(i): value for i, value in enumerate(output)}
+        )
+        result = {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
+        self.outputs = tuple(result)
+        self.kind = f"{type(output).__module__}.{type(output).__qualname__}" if isinstance(output, Mapping) else "tuple"
+        return tuple(result.values())
 
 
 def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
@@ -278,22 +280,22 @@ def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
 
 def _name_codes(proto: Any) -> None:
     """Call the codes of activations ``"codes.QUANTIZER"``, and drop what else the exporter tells of nodes."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for node in proto.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
         inside = ast.literal_eval(scopes)[-2:-1]
         name = str(*inside).removeprefix("model.")
         if node.op_type == "DequantizeLinear" and name.endswith((".rounding", *_Attention.OPERANDS)):
             name = f"{CODES}{name.removesuffix('.rounding') + '.input' if name.endswith('.rounding') else name}"
-            if name not in found.values():
-                found[node.input[0]] = name
+            if name not in result.values():
+                result[node.input[0]] = name
         del node.metadata_props[:]
         node.doc_string = ""
     for node in proto.graph.node:
         for names in (node.input, node.output):
-            names[:] = [found.get(name, name) for name in names]
+            names[:] = [result.get(name, name) for name in names]
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        value.name = found.get(value.name, value.name)
+        value.name = result.get(value.name, value.name)
         del value.metadata_props[:]
     for tensor in proto.graph.initializer:
         del tensor.metadata_props[:]
@@ -362,8 +364,8 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
 
 def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """By name, the activation quantizers whose range depends on the step."""
-    found = {name: q for name, q in model.named_modules() if isinstance(q, ActivationQuantizer)}
-    return {name: q for name, q in found.items() if len(q.widths) > 1 or q.ranges > 1}
+    result = {name: q for name, q in model.named_modules() if isinstance(q, ActivationQuantizer)}
+    return {name: q for name, q in result.items() if len(q.widths) > 1 or q.ranges > 1}
 
 
 def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
@@ -382,8 +384,8 @@ def symbolic(
     name: str, inputs: Sequence[Any], like: torch.Tensor, dtype: torch.dtype, **attributes: Any
 ) -> torch.Tensor:
     """An ONNX operator in a traced graph, whose output has a tensor's shape."""
-    made: Any = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
-    return made  # type: ignore[no-any-return]
+    output: Any = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+    return output  # type: ignore[no-any-return]
 
 
 class _Rounding(nn.Module):
@@ -438,8 +440,8 @@ class _Rounding(nn.Module):
         codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
         if self.place is not None or self.grid.bits < MAX_BITS:
             codes = symbolic("Min", (codes, most.to(torch.uint8)), rows, torch.uint8)
-        made = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
-        return made.view(x.shape) if self.rowwise else made.view(moved.shape).movedim(-1, self.axis)
+        output = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
+        return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
 
 
 class _Product(nn.Module):
@@ -481,11 +483,11 @@ class _Product(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         layer = self.layer[0]
         x = layer.smoothed(x)
-        made = self._multiplied(self.rounding(x))
+        output = self._multiplied(self.rounding(x))
         if layer.rank:
             down, up = self.down.float(), self.up.float()
-            made = made + layer.combine(layer.product(x, down.view(-1, *layer.shape[1:])), up)
-        return made
+            output = output + layer.project(layer.matmul(x, down.view(-1, *layer.shape[1:])), up)
+        return output
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
         layer, inputs = self.layer[0], (self.codes, self.scale, *(() if self.zero is None else (self.zero,)))
@@ -493,12 +495,12 @@ class _Product(nn.Module):
             weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1, block_size=self.size).view(
                 layer.shape
             )
-            return layer.product(x, weight, self.bias)
+            return layer.matmul(x, weight, self.bias)
         weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1 if self.linear else 0)
         if not self.linear:
-            return layer.product(x, weight, self.bias)
-        made: torch.Tensor = x @ weight
-        return made if self.bias is None else made + self.bias
+            return layer.matmul(x, weight, self.bias)
+        output: torch.Tensor = x @ weight
+        return output if self.bias is None else output + self.bias
 
 
 class _Attention(QuantAttnProcessor):

@@ -19,7 +19,7 @@ import numpy as np
 from packaging.version import Version
 
 from ptqd.engines.cpu import Processor, overflows, this_processor
-from ptqd.errors import InputError
+from ptqd.errors import InputError, MissingDependencyError
 
 Engine = Literal["onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -49,14 +49,14 @@ def required(package: str) -> Any:
     extra = "backends" if package == "torchao" else "engines"
     remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
     try:
-        module, found = importlib.import_module(package), version(package)
+        module, result = importlib.import_module(package), version(package)
     except (ImportError, PackageNotFoundError) as error:
         if package == "onnxruntime" and "onnxruntime" in sys.modules:  # of a package by another name, as for GPUs
             return sys.modules["onnxruntime"]
-        raise InputError(f"{package} is not installed: {remedy}") from error
+        raise MissingDependencyError(f"{package} is not installed: {remedy}") from error
     least = LEAST[package]
-    if Version(found).release < least:
-        raise InputError(f"{package} {found} is older than {'.'.join(map(str, least))}: {remedy}")
+    if Version(result).release < least:
+        raise MissingDependencyError(f"{package} {result} is older than {'.'.join(map(str, least))}: {remedy}")
     return module
 
 
@@ -99,8 +99,8 @@ class Session(ABC):
             {**inputs, **{name: inputs[name][start:end] for name in self._by_sample}}
             for start, end in itertools.pairwise(edges)
         ]
-        found = list(self._pool.map(lambda part: self._run(part, alone=False), parts))
-        return [np.concatenate(outputs) for outputs in zip(*found, strict=True)]
+        result = list(self._pool.map(lambda part: self._run(part, alone=False), parts))
+        return [np.concatenate(outputs) for outputs in zip(*result, strict=True)]
 
     def _prepare(self, *, alone: bool) -> None:  # noqa: B027  # most have nothing to do
         """Before samples are run, alone or by a core each."""
@@ -183,8 +183,8 @@ class OnnxRuntimeSession(Session):
             self._open(threads)
 
     def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
-        found: list[np.ndarray] = self.session.run(self._outputs, dict(inputs))
-        return found
+        result: list[np.ndarray] = self.session.run(self._outputs, dict(inputs))
+        return result
 
 
 class OpenVinoSession(Session):

@@ -120,7 +120,7 @@ def _int8(layer: QuantLayer, rank: int) -> torch.Tensor:
         signed = quantizer.zero_point - (0 if symmetric else 1 << (MAX_BITS - 1))  # torchao's codes are signed
         zero = signed.to(torch.int8).view([1] * rank)
     granularity = PerRow() if quantizer.spec.dynamic else PerTensor()
-    made: torch.Tensor = Int8Tensor(
+    output: torch.Tensor = Int8Tensor(
         layer.integer_weight().to(torch.int8),
         layer.scale.float().view(-1, 1).clone(),
         [1, layer.columns],
@@ -130,7 +130,7 @@ def _int8(layer: QuantLayer, rank: int) -> torch.Tensor:
         act_pre_scale=None if layer.smooth_scale is None else 1 / layer.smooth_scale,
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity, mapping),
     )
-    return made
+    return output
 
 
 def _int4(layer: QuantLayer, rank: int) -> torch.Tensor:
@@ -142,10 +142,10 @@ def _int4(layer: QuantLayer, rank: int) -> torch.Tensor:
     group = GROUP if layer.columns % GROUP == 0 else layer.columns
     scale = layer.scale.to(torch.bfloat16).expand(layer.columns // group, -1).contiguous()
     smooth = None if layer.smooth_scale is None else (1 / layer.smooth_scale).to(torch.bfloat16)
-    made: torch.Tensor = Int4Tensor(
+    output: torch.Tensor = Int4Tensor(
         packed, scale, torch.zeros_like(scale), [1, group], torch.Size(layer.shape), act_pre_scale=smooth
     )
-    return made
+    return output
 
 
 def _rounded(layer: nn.Module) -> torch.Tensor:

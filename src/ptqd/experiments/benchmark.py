@@ -1,6 +1,6 @@
 """How fast a pipeline is in each engine: real seconds an image, of the whole pipeline, peak memory, and the error.
 
-Every contestant runs in a process of its own, which holds its pipeline and nothing else; only one computes at a time,
+Every candidate runs in a process of its own, which holds its pipeline and nothing else; only one computes at a time,
 in turn, so that what slows the machine down slows all of them down.
 """
 
@@ -41,19 +41,19 @@ TINY = 1e-12  # squared error that counts as none: 120 dB
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One way to run a pipeline.
 
     Attributes:
         engine: what multiplies.
-        numbers: ``"FP32"``, or the recipe's name.
+        precision: ``"FP32"``, or the recipe's name.
         folder: of the pipeline.
         bytes: of the denoiser on disk.
         compiled: whether torch compiles the denoiser.
     """
 
     engine: str
-    numbers: str
+    precision: str
     folder: Path
     bytes: int
     compiled: bool = False
@@ -61,16 +61,16 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of a contestant.
+    """What was measured of a candidate.
 
     Attributes:
-        contestant: which.
+        candidate: which.
         seconds: an image, of each repetition.
         peak: resident memory of its process at most, bytes, with torch and diffusers.
         psnr: of its images, dB, to those of full precision of the same seeds; None of full precision itself.
     """
 
-    contestant: Contestant
+    candidate: Candidate
     seconds: tuple[float, ...]
     peak: int
     psnr: float | None
@@ -81,7 +81,7 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def contestants(
+def candidates(
     full: DiffusionPipeline,
     quantized: Mapping[str, DiffusionPipeline],
     run: Sampling,
@@ -90,7 +90,7 @@ def contestants(
     *,
     others: Others = "fp32",
     progress: bool = False,
-) -> tuple[list[Contestant], dict[str, str]]:
+) -> tuple[list[Candidate], dict[str, str]]:
     """Full precision in torch, then full precision and integers in every engine.
 
     Args:
@@ -117,15 +117,15 @@ def contestants(
     everything = {FULL: full, **quantized}
     makers = _Makers(folder, run, others, progress)
     size = disk_bytes(getattr(full, denoiser_name(full)))
-    found = [Contestant(EAGER, FULL, makers.saved(FULL, full), size)]
+    result = [Candidate(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
     for engine in known if engines is None else [name for name in known if name in engines]:
         if engine == EAGER:
             for name, pipe in quantized.items():
                 size = disk_bytes(getattr(pipe, denoiser_name(pipe)))
-                found.append(Contestant(SIMULATED, name, makers.saved(name, pipe), size))
+                result.append(Candidate(SIMULATED, name, makers.saved(name, pipe), size))
         elif engine == COMPILED:
-            found.append(Contestant(COMPILED, FULL, found[0].folder, found[0].bytes, compiled=True))
+            result.append(Candidate(COMPILED, FULL, result[0].folder, result[0].bytes, compiled=True))
         else:
             for name, pipe in everything.items():
                 try:
@@ -134,8 +134,8 @@ def contestants(
                     refused[f"{engine} {name}"] = str(error)
                     continue
                 size = sum(path.stat().st_size for path in (target / denoiser_name(pipe)).iterdir())
-                found.append(Contestant(engine, name, target, size))
-    return found, refused
+                result.append(Candidate(engine, name, target, size))
+    return result, refused
 
 
 class _Makers:
@@ -169,8 +169,8 @@ class _Makers:
         return self.folder.stage(f"engines/{engine}-{name}", inputs, lambda path, _: for_engine(traced, engine, path))
 
 
-def race(
-    found: Sequence[Contestant],
+def run_benchmark(
+    found: Sequence[Candidate],
     run: Sampling,
     *,
     repeats: int = REPEATS,
@@ -178,7 +178,7 @@ def race(
     device: str = "cpu",
     progress: bool = False,
 ) -> tuple[list[Timing], dict[str, str]]:
-    """Sample one batch in each contestant, again and again, in turn.
+    """Sample one batch in each candidate, again and again, in turn.
 
     Args:
         found: the first is full precision, which the others' images are compared with.
@@ -189,7 +189,7 @@ def race(
         progress: show it.
 
     Returns:
-        What was measured, in the contestants' order; and for those that failed why.
+        What was measured, in the candidates' order; and for those that failed why.
 
     Raises:
         InputError: full precision cannot be timed, or a number that is not positive.
@@ -202,14 +202,12 @@ def race(
     seconds: dict[int, list[float]] = {}
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         workers: dict[int, _Worker] = {}
-        for i, contestant in enumerate(track(found, "loading pipelines" if progress else None)):
+        for i, candidate in enumerate(track(found, "loading pipelines" if progress else None)):
             try:
-                workers[i] = stack.enter_context(
-                    _worker(contestant, run, threads, device, Path(temporary) / f"{i}.npy")
-                )
+                workers[i] = stack.enter_context(_worker(candidate, run, threads, device, Path(temporary) / f"{i}.npy"))
                 workers[i].ask("run")
             except InputError as error:
-                refused[f"{contestant.engine} {contestant.numbers}"] = str(error)
+                refused[f"{candidate.engine} {candidate.precision}"] = str(error)
                 workers.pop(i, None)
         for repeat in track(list(range(repeats)), "timing" if progress else None):
             order = sorted(workers, key=lambda i: (i + repeat) % len(found))
@@ -217,7 +215,7 @@ def race(
                 try:
                     seconds.setdefault(i, []).append(workers[i].ask("run")["seconds"] / run.batch)
                 except InputError as error:
-                    refused[f"{found[i].engine} {found[i].numbers}"] = str(error)
+                    refused[f"{found[i].engine} {found[i].precision}"] = str(error)
                     del workers[i]
         ends = {i: worker.ask("end") for i, worker in workers.items()}
         images = {i: np.load(Path(temporary) / f"{i}.npy") for i in workers}
@@ -251,17 +249,17 @@ def time_engines(
         run: how all sample; its batch is what is timed.
         folder: a run folder, whose report keeps what is measured; or another.
         keep: of another folder: where exported pipelines are kept, for the next time.
-        engines: as for :func:`contestants`.
-        others: as for :func:`contestants`.
-        repeats: as for :func:`race`.
-        threads: as for :func:`race`.
-        device: as for :func:`race`.
+        engines: as for :func:`candidates`.
+        others: as for :func:`candidates`.
+        repeats: as for :func:`run_benchmark`.
+        threads: as for :func:`run_benchmark`.
+        device: as for :func:`run_benchmark`.
     """
     is_run = (folder / REPORT).is_file()
     with TemporaryDirectory() as temporary:
-        kept = RunFolder(folder if is_run else keep or Path(temporary))
-        found, refused = contestants(full, quantized, run, kept, engines, others=others, progress=True)
-        timings, failed = race(found, run, repeats=repeats, threads=threads, device=device, progress=True)
+        remaining = RunFolder(folder if is_run else keep or Path(temporary))
+        result, refused = candidates(full, quantized, run, remaining, engines, others=others, progress=True)
+        timings, failed = run_benchmark(result, run, repeats=repeats, threads=threads, device=device, progress=True)
     speed = speed_report(timings, refused | failed, run, threads, device)
     if is_run:
         report = Report.load(folder)
@@ -275,18 +273,18 @@ def speed_report(
 ) -> SpeedReport:
     """What was measured, with ratios: how many times as fast as torch and as the fastest, both in full precision."""
     first = timings[0]
-    fastest = min(timing.median for timing in timings if timing.contestant.numbers == FULL)
+    fastest = min(timing.median for timing in timings if timing.candidate.precision == FULL)
     rows = tuple(
         SpeedRow(
-            engine=timing.contestant.engine,
-            numbers=timing.contestant.numbers,
+            engine=timing.candidate.engine,
+            precision=timing.candidate.precision,
             seconds=timing.median,
             all_seconds=timing.seconds,
             of_torch=first.median / timing.median,
             of_fastest=fastest / timing.median,
             peak=timing.peak,
-            bytes=timing.contestant.bytes,
-            bytes_of_full=timing.contestant.bytes / first.contestant.bytes,
+            bytes=timing.candidate.bytes,
+            bytes_of_full=timing.candidate.bytes / first.candidate.bytes,
             psnr=timing.psnr,
         )
         for timing in timings
@@ -324,19 +322,19 @@ class _Worker:
 
 
 @contextmanager
-def _worker(contestant: Contestant, run: Sampling, threads: int, device: str, images: Path) -> Iterator[_Worker]:
-    """A process with a contestant's pipeline."""
+def _worker(candidate: Candidate, run: Sampling, threads: int, device: str, images: Path) -> Iterator[_Worker]:
+    """A process with a candidate's pipeline."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "ptqd.experiments.benchmark_worker"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
-        worker = _Worker(process, f"{contestant.engine} {contestant.numbers}")
+        worker = _Worker(process, f"{candidate.engine} {candidate.precision}")
         try:
             worker.ask(
                 {
-                    "folder": str(contestant.folder),
-                    "compiled": contestant.compiled,
+                    "folder": str(candidate.folder),
+                    "compiled": candidate.compiled,
                     "threads": threads,
                     "device": device,
                     "run": run.to_dict(),

@@ -30,7 +30,7 @@ def peak_memory() -> int:
 
 def main() -> None:
     """Serve until told to end."""
-    told = json.loads(sys.stdin.readline())
+    timestep = json.loads(sys.stdin.readline())
     answers, sys.stdout = sys.stdout, sys.stderr
 
     def answer(**facts: Any) -> None:
@@ -38,9 +38,9 @@ def main() -> None:
         answers.flush()
 
     try:
-        torch.set_num_threads(told["threads"])
-        pipe, run = load(told["folder"]).to(told["device"]), Sampling(**told["run"])
-        if told["compiled"]:
+        torch.set_num_threads(timestep["threads"])
+        pipe, run = load(timestep["folder"]).to(timestep["device"]), Sampling(**timestep["run"])
+        if timestep["compiled"]:
             getattr(pipe, denoiser_name(pipe)).compile()
         answer(ready=True)
         images = np.empty(0)
@@ -50,7 +50,7 @@ def main() -> None:
             start = time.perf_counter()
             images = run_batch(pipe, run, range(run.batch))
             answer(seconds=time.perf_counter() - start)
-        np.save(Path(told["images"]), images)
+        np.save(Path(timestep["images"]), images)
         answer(peak=peak_memory())
     except Exception as error:  # engines have errors of their own
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

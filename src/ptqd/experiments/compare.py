@@ -10,7 +10,7 @@ from ptqd.errors import InputError
 from ptqd.experiments.results import Interval, Report, Row, SamplerSettings
 from ptqd.experiments.sharding import is_observed, judged, labels_of, observe_images
 from ptqd.metrics.bootstrap import Statistic, intervals
-from ptqd.metrics.evaluator import Judge, with_intervals
+from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
 
 SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired
@@ -57,7 +57,9 @@ class _Entry:
         return self.folder / self.row.images
 
 
-def compare_runs(folders: Sequence[Path], judge: Judge | None = None, against: str | None = None) -> list[ComparedRow]:
+def compare_runs(
+    folders: Sequence[Path], judge: Evaluator | None = None, against: str | None = None
+) -> list[ComparedRow]:
     """The rows of some runs, each with its paired difference to one row of the same settings.
 
     Args:
@@ -81,11 +83,11 @@ def compare_runs(folders: Sequence[Path], judge: Judge | None = None, against: s
     ]
     compared: list[ComparedRow] = []
     for settings in dict.fromkeys(entry.row.settings for entry in entries):
-        compared += _compared([e for e in entries if e.row.settings == settings], judge or Judge(), against)
+        compared += _compared([e for e in entries if e.row.settings == settings], judge or Evaluator(), against)
     return compared
 
 
-def _compared(entries: list[_Entry], judge: Judge, against: str | None) -> list[ComparedRow]:
+def _compared(entries: list[_Entry], judge: Evaluator, against: str | None) -> list[ComparedRow]:
     """The rows of one way of sampling."""
     quantized = [entry for entry in entries if not entry.row.key.is_full_precision]
     names = [entry.name for entry in entries]
@@ -112,7 +114,7 @@ def _compared(entries: list[_Entry], judge: Judge, against: str | None) -> list[
     return compared
 
 
-def _statistics(entry: _Entry, entries: list[_Entry], judge: Judge, scratch: Path) -> dict[str, Statistic]:
+def _statistics(entry: _Entry, entries: list[_Entry], judge: Evaluator, scratch: Path) -> dict[str, Statistic]:
     """One row's; those to full precision are to its own run's."""
     full = next((e for e in entries if e.row.key.is_full_precision and e.folder == entry.folder), None)
     full = None if full is entry else full
@@ -121,18 +123,18 @@ def _statistics(entry: _Entry, entries: list[_Entry], judge: Judge, scratch: Pat
     return judged(_observed(entry, full, judge, scratch), entry.images, judge, labels, pair)
 
 
-def _observed(entry: _Entry, full: _Entry | None, judge: Judge, scratch: Path) -> Path:
+def _observed(entry: _Entry, full: _Entry | None, judge: Evaluator, scratch: Path) -> Path:
     """The features of a row's images: what its run kept, else by looking at its images again."""
-    kept = entry.folder / entry.row.observed
-    if entry.row.observed and is_observed(kept, judge):
-        return kept
-    made = scratch / f"{sha256(str(entry.images).encode()).hexdigest()}.safetensors"
-    if not made.exists():
+    remaining = entry.folder / entry.row.observed
+    if entry.row.observed and is_observed(remaining, judge):
+        return remaining
+    output = scratch / f"{sha256(str(entry.images).encode()).hexdigest()}.safetensors"
+    if not output.exists():
         images = [open_images(e.images, grey=False) for e in (entry, full) if e is not None]
         same_seed = images[1] if len(images) > 1 else None
-        parts = scratch / f"{made.stem}-parts"
-        observe_images(images[0], judge, entry.row.as_sampled(), made, parts, title=None, same_seed=same_seed)
-    return made
+        parts = scratch / f"{output.stem}-parts"
+        observe_images(images[0], judge, entry.row.as_sampled(), output, parts, title=None, same_seed=same_seed)
+    return output
 
 
 def _check_seeds(entries: list[_Entry]) -> None:

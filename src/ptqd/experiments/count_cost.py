@@ -15,15 +15,15 @@ from ptqd.errors import InputError
 from ptqd.experiments.meta_pipeline import (
     bare_denoiser,
     denoiser_config,
+    meta_pipeline,
     one_call,
     run_of_calls,
     saved_configuration,
-    skeleton,
 )
 from ptqd.loading import load, with_scheduler
 from ptqd.quantization.bops import Cost, cost_of
 from ptqd.quantization.hf_quantizer import with_weights
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.swap import insert_quantizers, layer_types
@@ -54,13 +54,13 @@ def count_cost(
         InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
     """
     denoiser, config, macs = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
-    wanted, chosen = _bits(model, config, recipe, plan)
-    if wanted is None:
+    required, chosen = _bits(model, config, recipe, plan)
+    if required is None:
         return cost_of(denoiser, macs)
     if chosen is not None:
-        wanted = with_weights(wanted, chosen, layer_types(denoiser, wanted))
+        required = with_weights(required, chosen, layer_types(denoiser, required))
     with torch.device("meta"):
-        insert_quantizers(denoiser, wanted)
+        insert_quantizers(denoiser, required)
     if chosen is not None:
         set_plan(denoiser, chosen)
     return cost_of(denoiser, macs)
@@ -70,7 +70,7 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[
     """A denoiser in full precision on the meta device, its configuration, and what its run takes."""
     config = denoiser_config(model)
     if config is None:
-        pipe = scheduled(skeleton(model))
+        pipe = scheduled(meta_pipeline(model))
         try:
             macs = run_macs(pipe, sampling(pipe))
         except InputError as error:  # some look at their text encoder's numbers, or encode a picture
@@ -86,9 +86,9 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[
 
 def _bits(
     model: str, config: Mapping[str, Any], recipe: str | None, plan: Path | None
-) -> tuple[Recipe | None, StepPlan | None]:
+) -> tuple[Recipe | None, PrecisionPlan | None]:
     """The recipe and the plan: those that are given, else those that the configuration holds."""
-    chosen = None if plan is None else StepPlan.load(plan)
+    chosen = None if plan is None else PrecisionPlan.load(plan)
     if recipe is not None:
         return Recipe.parse(recipe), chosen
     saved = config.get("quantization_config")
@@ -100,7 +100,7 @@ def _bits(
         method = saved.get("quant_method")
         raise InputError(f"{model} is quantized by {method}, whose bits ptqd does not know; give a --recipe instead")
     if chosen is None and saved.get("plan") is not None:
-        chosen = StepPlan.from_dict(saved["plan"], "the saved plan")
+        chosen = PrecisionPlan.from_dict(saved["plan"], "the saved plan")
     return Recipe.from_dict(saved["recipe"], "the saved recipe"), chosen
 
 

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 
 from ptqd import processes
 from ptqd.correction.fit import METHODS
-from ptqd.correction.scheduler import correct
-from ptqd.correction.search import Choice
+from ptqd.correction.scheduler import apply_correction
+from ptqd.correction.search import CorrectionSearch
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
@@ -22,7 +22,7 @@ from ptqd.experiments.sharding import few_samples
 from ptqd.experiments.stages import Stages
 from ptqd.files import read_json
 from ptqd.loading import load
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.recipe import Recipe
 from ptqd.run_folder import RunFolder
@@ -77,7 +77,7 @@ def run_experiment(
     pipe: DiffusionPipeline,
     experiment: Experiment,
     folder: Path,
-    judge: Judge | None = None,
+    judge: Evaluator | None = None,
     *,
     progress: bool = True,
 ) -> Report:
@@ -99,7 +99,7 @@ def run_experiment(
     Raises:
         InputError: an unknown correction, a plan that does not fit, or no images and nothing that looks at them.
     """
-    judge = judge or Judge()
+    judge = judge or Evaluator()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
     for methods in experiment.corrections:
@@ -151,17 +151,17 @@ def _rows(experiment: Experiment, stages: Stages, report: Report) -> Iterator[Ro
                 if methods == AUTO:
                     choice = stages.search(key, quantized, stats)
                     report.choices.append(_choice_row(stages, key, choice))
-                    corrected = correct(quantized, choice.correction)
+                    corrected = apply_correction(quantized, choice.correction)
                     inputs["auto"] = stages.folder.key(stages.layout.search(key))
                 elif methods:
-                    corrected = correct(quantized, stats, methods)
+                    corrected = apply_correction(quantized, stats, methods)
                     inputs["noise"] = stages.folder.key(stages.layout.noise(key))
                 images = stages.samples(own, corrected, inputs)
             before = methods
             yield stages.row(experiment.model, own, quantized, images, bops)
 
 
-def _choice_row(stages: Stages, key: RowKey, choice: Choice) -> ChoiceRow:
+def _choice_row(stages: Stages, key: RowKey, choice: CorrectionSearch) -> ChoiceRow:
     return ChoiceRow(stages.settings, key.quantized, choice.name, choice.trials, choice.steps, choice.checked)
 
 
@@ -178,14 +178,14 @@ def pipeline_of(folder: Path, row: Row) -> DiffusionPipeline:
     if row.key.is_full_precision:
         return load(row.model)
     layout = RunLayout(row.settings)
-    kept = [name for name in (layout.planned(row.key), layout.quantized(row.key)) if (folder / name).is_dir()]
-    if not kept:
+    remaining = [name for name in (layout.planned(row.key), layout.quantized(row.key)) if (folder / name).is_dir()]
+    if not remaining:
         missing = Path(folder / layout.quantized(row.key)).parent
         raise InputError(f"{missing} holds no quantized pipeline; run it again with 'ptqd run'")
-    pipe, methods = load(folder / kept[0]), row.key.methods
+    pipe, methods = load(folder / remaining[0]), row.key.methods
     if methods == AUTO:
-        return correct(pipe, Choice.from_dict(read_json(folder / layout.search(row.key))).correction)
-    return correct(pipe, NoiseStats.load(folder / layout.noise(row.key)), methods) if methods else pipe
+        return apply_correction(pipe, CorrectionSearch.from_dict(read_json(folder / layout.search(row.key))).correction)
+    return apply_correction(pipe, NoiseStats.load(folder / layout.noise(row.key)), methods) if methods else pipe
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -21,14 +21,14 @@ from ptqd.experiments.experiment import PACKAGES, Experiment, run_experiment
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import Report, SamplerSettings
 from ptqd.files import read_json, write_json
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.quantization.recipe import Recipe
 
 FORMAT = 1
 
 
 def run_with_manifest(
-    pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Judge | None, *, progress: bool = True
+    pipe: DiffusionPipeline, experiment: Experiment, folder: Path, judge: Evaluator | None, *, progress: bool = True
 ) -> tuple[Report, dict[str, Any]]:
     """Run an experiment, and write ``manifest.json`` beside its report: all that its figures follow from.
 
@@ -49,7 +49,7 @@ def run_with_manifest(
         "recipes": {label: recipe.to_dict() for label, recipe in experiment.recipes.items()},
         "measured": experiment.measured,
         "corrections": [list(methods) for methods in experiment.corrections],
-        "plan": None if experiment.plan is None else experiment.plan.facts(),
+        "plan": None if experiment.plan is None else experiment.plan.to_dict(),
         "images": experiment.images,
         "judge": None if judge is None else {"name": judge.name, "key": judge.key, "options": dict(judge.options)},
         "statistics": {
@@ -79,10 +79,10 @@ def run_with_manifest(
 def code_hash() -> str:
     """A hash of the package's source files."""
     root = Path(ptqd.__file__).parent
-    found = sha256()
+    result = sha256()
     for path in sorted(root.rglob("*.py")):
-        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+        result.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return result.hexdigest()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -151,7 +151,12 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def reproduce(
-    manifest: Mapping[str, Any], pipe: DiffusionPipeline, folder: Path, judge: Judge | None, *, progress: bool = True
+    manifest: Mapping[str, Any],
+    pipe: DiffusionPipeline,
+    folder: Path,
+    judge: Evaluator | None,
+    *,
+    progress: bool = True,
 ) -> Reproduction:
     """Run a manifest's experiment again and hold its figures against those that are written there.
 
@@ -169,8 +174,8 @@ def reproduce(
     made_with = manifest["scheduler"]["class"]
     _same("scheduler", type(scheduler).__name__, made_with, f"run it with --scheduler {made_with}")
     _same("weights", pipeline_fingerprint(pipe), manifest["weights"], "load the pipeline that it was made with")
-    wanted = manifest["judge"] and manifest["judge"]["key"]
-    _same("judge", judge and judge.key, wanted, "judge by what it was judged by")
+    required = manifest["judge"] and manifest["judge"]["key"]
+    _same("judge", judge and judge.key, required, "judge by what it was judged by")
     plan = manifest["plan"]
     experiment = Experiment(
         model=manifest["model"],
@@ -178,7 +183,7 @@ def reproduce(
         recipes={label: Recipe.from_dict(values) for label, values in manifest["recipes"].items()},
         measured=manifest["measured"],
         corrections=tuple(tuple(methods) for methods in manifest["corrections"]),
-        plan=None if plan is None else PlanRequest.from_facts(plan),
+        plan=None if plan is None else PlanRequest.from_dict(plan),
         images=manifest.get("images", True),
     )
     _, again = run_with_manifest(pipe, experiment, folder, judge, progress=progress)
@@ -221,16 +226,16 @@ def _same(what: str, found: Any, wanted: Any, remedy: str) -> None:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    found = [
+    result = [
         f"{name} {after['packages'].get(name)} instead of {value}"
         for name, value in before["packages"].items()
         if after["packages"].get(name) != value
     ]
-    found += [
+    result += [
         f"{name} {after['hardware'][name]} instead of {value}"
         for name, value in before["hardware"].items()
         if after["hardware"][name] != value
     ]
     if before["code"] != after["code"]:
-        found.append("other source code of ptqd")
-    return found
+        result.append("other source code of ptqd")
+    return result

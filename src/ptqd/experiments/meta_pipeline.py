@@ -1,7 +1,7 @@
 """Pipelines and denoisers without weights: what they cost can be counted before anything large is loaded.
 
 A skeleton is a real pipeline of the real class. Its networks are on the meta device, made from their configurations,
-and answer with zeros (:func:`ptqd.diffusion.macs.stand_in`); tokenizers and scheduler are the real ones.
+and answer with zeros (:func:`ptqd.diffusion.macs.meta_proxy`); tokenizers and scheduler are the real ones.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from ptqd import zoo
-from ptqd.diffusion.macs import Macs, call_macs, from_configuration, stand_in
-from ptqd.errors import InputError
+from ptqd.diffusion.macs import Macs, call_macs, from_configuration, meta_proxy
+from ptqd.errors import InputError, raised_by
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
@@ -26,7 +26,7 @@ TOKENS = "context_tokens"
 WHOLE = "give the whole pipeline's folder or hub id"
 
 
-def skeleton(model: str | Path) -> DiffusionPipeline:
+def meta_pipeline(model: str | Path) -> DiffusionPipeline:
     """A pipeline of an embedded model, a folder or a hub id, with no weights.
 
     Raises:
@@ -51,11 +51,11 @@ def skeleton(model: str | Path) -> DiffusionPipeline:
         raise InputError(f"{model} is no pipeline whose cost can be counted: {' '.join(str(error).split())}") from error
 
 
-def stood_in(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def with_meta_proxies(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline whose networks are on the meta device, with answers of zeros; changed in place."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            stand_in(part, torch.device("cpu"), torch.float32)
+            meta_proxy(part, torch.device("cpu"), torch.float32)
     return pipe
 
 
@@ -71,7 +71,7 @@ def _component(source: str, name: str, library: str | None, class_name: str | No
         config = ours.config_class.from_pretrained(source, subfolder=name)
         with torch.device("meta"):
             part = nn.Module.to(ours(config), "meta")
-    return stand_in(part, torch.device("cpu"), torch.float32)
+    return meta_proxy(part, torch.device("cpu"), torch.float32)
 
 
 def bare_denoiser(config: Mapping[str, Any]) -> Any:
@@ -87,6 +87,8 @@ def bare_denoiser(config: Mapping[str, Any]) -> Any:
     try:
         return from_configuration(kind, {key: value for key, value in config.items() if key != TOKENS})
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        if raised_by(error, "ptqd.diffusion", "ptqd.experiments"):
+            raise
         raise InputError(f"{name} refuses the configuration: {' '.join(str(error).split())}") from error
 
 
@@ -116,6 +118,8 @@ def one_call(config: Mapping[str, Any], model: Any) -> dict[str, int]:
         try:
             return call_macs(model, torch.zeros(1, channels, *sides), **arguments)
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if raised_by(error, "ptqd"):
+                raise
             reason = " ".join(str(error).split())[:160]
             raise InputError(f"{kind} is called with more than its configuration says ({reason}); {WHOLE}") from error
 

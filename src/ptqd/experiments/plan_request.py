@@ -18,14 +18,14 @@ from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import ArtifactError, InputError
 from ptqd.experiments.results import PlanPoint
-from ptqd.mixed_precision.paper_rule import forward_snr, paper_rule, quantized_snr
+from ptqd.mixed_precision.paper_rule import forward_snr, paper_plan, quantized_snr
 from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
 from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import cost_of
 from ptqd.quantization.numerics.affine import Grid
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 
 PICTURED = 20  # steps whose sample is shown
@@ -49,7 +49,7 @@ class PlanRequest:
     floor: float | None = None
     weight_bits: tuple[int, ...] = ()
     groups: int = GROUPS
-    given: StepPlan | None = None
+    given: PrecisionPlan | None = None
 
     @classmethod
     def parse(
@@ -77,7 +77,7 @@ class PlanRequest:
             None if floor is None else _number(floor.removesuffix("dB"), "floor", "25dB"),
             tuple(sorted({int(value) for value in bits})),
             groups or GROUPS,
-            None if kind in ("auto", "paper") else StepPlan.load(Path(kind)),
+            None if kind in ("auto", "paper") else PrecisionPlan.load(Path(kind)),
         )
 
     @property
@@ -88,13 +88,13 @@ class PlanRequest:
         return self.kind if self.kind == "paper" else Path(self.kind).stem
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> "PlanRequest":
-        """What :meth:`facts` gave."""
+    def from_dict(cls, facts: Mapping[str, Any]) -> "PlanRequest":
+        """The inverse of :meth:`to_dict`."""
         given = facts.get("given")
         plain = {**facts, "weight_bits": tuple(facts["weight_bits"])}
-        return cls(**{**plain, "given": None if given is None else StepPlan.from_dict(given)})
+        return cls(**{**plain, "given": None if given is None else PrecisionPlan.from_dict(given)})
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All that a plan depends on, as plain values."""
         plain = dataclasses.asdict(dataclasses.replace(self, given=None))
         return plain if self.given is None else {**plain, "given": self.given.to_dict()}
@@ -144,7 +144,7 @@ def make_plan(
     stats: Mapping[int, NoiseStats],
     *,
     progress: bool,
-) -> tuple[StepPlan, Problem | None]:
+) -> tuple[PrecisionPlan, Problem | None]:
     """The plan that is asked for, and for auto what it was chosen among.
 
     Args:
@@ -161,7 +161,7 @@ def make_plan(
     if request.given is not None:
         return request.given, None
     if request.kind == "paper":
-        return paper_rule(stats), None
+        return paper_plan(stats), None
     bits, groups = request.weight_bits, request.groups
     problem = planning_problem(pipe, quantized, run, stats, weight_bits=bits, groups=groups, progress=progress)
     return solve(problem, budget=request.budget, floor=request.floor).plan, problem
@@ -229,7 +229,7 @@ def plan_figures(
         ratio=cost.ratio,
         pareto=tuple(_point(s) for s in pareto(problem)),
         uniform=tuple(dataclasses.replace(_point(uniform(problem, b)), bits=b) for b in problem.widths),
-        paper=_point(rated(problem, paper_rule(stats))) if known else None,
+        paper=_point(rated(problem, paper_plan(stats))) if known else None,
     )
 
 
@@ -246,10 +246,10 @@ def trajectory_images(pipe: DiffusionPipeline, run: Sampling) -> torch.Tensor | 
     with record(pipe) as trajectory:
         run_batch(pipe, run, range(1), "latent")
     steps = len(trajectory.timesteps)
-    wanted = np.linspace(0, steps - 1, min(PICTURED, steps)).round().astype(int).tolist()
+    required = np.linspace(0, steps - 1, min(PICTURED, steps)).round().astype(int).tolist()
     pictures = []
     vae: Any = getattr(pipe, "vae", None)
-    for i in wanted:
+    for i in required:
         x = trajectory.samples[i][:1]
         if x.ndim != 4:
             return None

@@ -207,7 +207,7 @@ class SpeedRow:
     """Seconds an image of one engine, of the whole pipeline, and what it takes."""
 
     engine: str
-    numbers: str
+    precision: str
     seconds: float
     all_seconds: tuple[float, ...]
     of_torch: float
@@ -309,8 +309,8 @@ def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         sampling = read_json(record)["inputs"]["setting"] if record.is_file() else {}
         methods = [] if row["correction"] == "none" else row["correction"].split("+")
         key = {"recipe": row["recipe"], "plan": None, "methods": methods}
-        kept = {name: value for name, value in settings(row).items() if name not in ("recipe", "correction")}
-        rows.append({"observed": "", "inception": False} | kept | {"key": key, "sampling": sampling})
+        remaining = {name: value for name, value in settings(row).items() if name not in ("recipe", "correction")}
+        rows.append({"observed": "", "inception": False} | remaining | {"key": key, "sampling": sampling})
     lists = {name: list(map(settings, plain[name])) for name in ("steps", "choices", "plans")}
     return {**plain, **lists, "rows": rows, "version": VERSION}
 

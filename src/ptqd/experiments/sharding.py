@@ -16,7 +16,14 @@ from ptqd.diffusion.trajectory import last_samples
 from ptqd.errors import InputError
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
 from ptqd.metrics.bootstrap import Metric, Statistic
-from ptqd.metrics.evaluator import Judge, Observed, latent_statistic, observe, statistics, with_intervals
+from ptqd.metrics.evaluator import (
+    Evaluator,
+    ImageFeatures,
+    extract_features,
+    latent_statistic,
+    statistics,
+    with_intervals,
+)
 from ptqd.metrics.images import ImageSet, open_images
 from ptqd.metrics.references import cache_folder
 from ptqd.mixed_precision.measure_widths import widths_measurement
@@ -98,7 +105,7 @@ def sample_images(
     scratch: Path,
     *,
     title: str | None,
-    judge: Judge | None = None,
+    judge: Evaluator | None = None,
     keep: bool = True,
 ) -> None:
     """Sample into ``path``, each process its share of the batches, through ``scratch``.
@@ -122,7 +129,7 @@ def sample_images(
         if latents and not in_pixels:
             tensors["latents"] = latents[0].float()
         if judge is not None:
-            tensors |= observe(images, judge, texts=texts_of(run, indices)).tensors()
+            tensors |= extract_features(images, judge, texts=texts_of(run, indices)).tensors()
         if not keep:
             tensors["images"] = images[: max(0, SHOWN - indices.start)]
         write_tensors(shard, tensors, {"ptqd.samples": scratch.name})
@@ -147,7 +154,7 @@ def load_images(path: Path) -> torch.Tensor:
 
 def observe_images(
     images: ImageSet,
-    judge: Judge,
+    judge: Evaluator,
     run: Sampling,
     path: Path,
     scratch: Path,
@@ -168,17 +175,17 @@ def observe_images(
 
     def write(indices: range, shard: Path) -> None:
         full = None if same_seed is None else same_seed.part(indices)
-        seen = observe(images.part(indices), judge, same_seed=full, texts=texts_of(run, indices))
+        seen = extract_features(images.part(indices), judge, same_seed=full, texts=texts_of(run, indices))
         write_tensors(shard, seen.tensors(), {"ptqd.observed": scratch.name})
 
-    wanted = list(run.replace(samples=len(images)).batches())
-    shards = make_shards(wanted, scratch, write, title=title)
+    required = list(run.replace(samples=len(images)).batches())
+    shards = make_shards(required, scratch, write, title=title)
     if processes.is_main():
         join_tensors(path, shards, {"ptqd.networks": judge.networks_key})
 
 
 def observed_samples(
-    path: Path, against: Path | None, judge: Judge, run: Sampling, *, title: str | None
+    path: Path, against: Path | None, judge: Evaluator, run: Sampling, *, title: str | None
 ) -> tuple[int, dict[str, Metric]]:
     """Metrics of any images, by what a judge sees of them, or saw as they were sampled.
 
@@ -198,11 +205,11 @@ def observed_samples(
     """
     files = [_samples_file(p) for p in (path, against) if p is not None]
     folder = RunFolder(cache_folder("observed"))
-    made: list[tuple[Path, Path]] = []
+    output: list[tuple[Path, Path]] = []
     for file in files:
         full = against is not None and file == files[0] and _has_images(files[1])
         if is_observed(file, judge) and not (full and _has_images(file)):
-            made.append((file, file))
+            output.append((file, file))
             continue
         images, same_seed = _images(file, judge), _images(files[1], judge) if full else None
         digests = [x.digest() for x in (images, same_seed) if x is not None] if processes.is_main() else []
@@ -212,14 +219,14 @@ def observed_samples(
         def build(seen: Path, scratch: Path, images: Any = images, same_seed: Any = same_seed) -> None:
             observe_images(images, judge, run, seen, scratch, title=title, same_seed=same_seed)
 
-        made.append((folder.stage(f"{name}.safetensors", inputs, build, shared=True), file))
+        output.append((folder.stage(f"{name}.safetensors", inputs, build, shared=True), file))
     if not processes.is_main():
         return 0, {}
-    with opened_tensors(made[0][0]) as opened:
+    with opened_tensors(output[0][0]) as opened:
         names = [name for name in opened.keys() if name not in ("images", "latents")]  # noqa: SIM118
         count = opened.get_slice(names[0]).get_shape()[0] if names else 0
     labels = labels_of(run, count)
-    return count, with_intervals(judged(*made[0], judge, labels, made[1] if len(made) > 1 else None), labels)
+    return count, with_intervals(judged(*output[0], judge, labels, output[1] if len(output) > 1 else None), labels)
 
 
 def _samples_file(path: Path) -> Path:
@@ -232,16 +239,16 @@ def _has_images(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return True
     with opened_tensors(path) as file:
-        names, wanted = list(file.keys()), (file.metadata() or {}).get("ptqd.samples")
-        return "images" in names and file.get_slice("images").get_shape()[0] == int(wanted or 0)
+        names, required = list(file.keys()), (file.metadata() or {}).get("ptqd.samples")
+        return "images" in names and file.get_slice("images").get_shape()[0] == int(required or 0)
 
 
-def _images(path: Path, judge: Judge) -> ImageSet:
+def _images(path: Path, judge: Evaluator) -> ImageSet:
     shape = None if judge.extractor is None else judge.extractor.image_shape
     return open_images(path, grey=shape is not None and shape[-1] == 1)
 
 
-def is_observed(path: Path, judge: Judge) -> bool:
+def is_observed(path: Path, judge: Evaluator) -> bool:
     """Whether a file holds what this judge sees."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
@@ -252,7 +259,7 @@ def is_observed(path: Path, judge: Judge) -> bool:
 def judged(
     observed: Path,
     samples: Path,
-    judge: Judge,
+    judge: Evaluator,
     labels: torch.Tensor | None,
     full: tuple[Path, Path] | None = None,
 ) -> dict[str, Statistic]:
@@ -266,12 +273,12 @@ def judged(
         full: both of full-precision samples of the same seeds; adds ``latent_distance`` where both have latents, and
             distances between the two sets.
     """
-    mine = Observed.load(observed)
-    found = statistics(mine, judge, full=None if full is None else Observed.load(full[0]), labels=labels)
+    mine = ImageFeatures.load(observed)
+    result = statistics(mine, judge, full=None if full is None else ImageFeatures.load(full[0]), labels=labels)
     latents = [] if full is None else [_latents(path) for path in (samples, full[1])]
-    if latents and all(found is not None for found in latents):
-        found["latent_distance"] = latent_statistic(*latents)  # type: ignore[arg-type]
-    return found
+    if latents and all(result is not None for result in latents):
+        result["latent_distance"] = latent_statistic(*latents)  # type: ignore[arg-type]
+    return result
 
 
 def _latents(path: Path) -> torch.Tensor | None:
@@ -296,7 +303,7 @@ def texts_of(run: Sampling, indices: Sequence[int]) -> list[str] | None:
     return [prompt] * len(indices) if isinstance(prompt, str) else prompt
 
 
-def few_samples(count: int, judge: Judge) -> str | None:
+def few_samples(count: int, judge: Evaluator) -> str | None:
     """What fewer samples than features do to a Frechet distance, in words; None where there are enough."""
     if judge.reference is None or count > len(judge.reference.mean):
         return None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.correction.search import Choice, fit_auto
+from ptqd.correction.search import CorrectionSearch, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
@@ -33,7 +33,7 @@ from ptqd.experiments.sharding import (
 )
 from ptqd.files import read_json, write_json, write_tensors
 from ptqd.loading import load
-from ptqd.metrics.evaluator import Judge, with_intervals
+from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
 from ptqd.mixed_precision.problem import planning_problem
 from ptqd.noise.regression import Estimate
@@ -65,7 +65,7 @@ class Stages:
         pipe: DiffusionPipeline,
         sampling: Sampling,
         folder: RunFolder,
-        judge: Judge,
+        judge: Evaluator,
         *,
         keep_images: bool,
         progress: bool,
@@ -121,7 +121,7 @@ class Stages:
             images = trajectory_images(self.pipe, run)
             write_tensors(path, {} if images is None else {"images": images}, {"ptqd.samples": "steps"})
 
-        pipe, figures = self._value(self.layout.planned(key), {**inputs, "plan": request.facts()}, build, read)
+        pipe, figures = self._value(self.layout.planned(key), {**inputs, "plan": request.to_dict()}, build, read)
         pictures = self.layout.trajectory()
         self._value(pictures, {**self.made_from, "setting": run.to_dict()}, picture, lambda path: path)
         return pipe, figures, pictures
@@ -137,18 +137,18 @@ class Stages:
 
         return self._value(self.layout.noise(key), inputs, build, NoiseStats.load, shared=True)
 
-    def search(self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats) -> Choice:
+    def search(self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats) -> CorrectionSearch:
         """The correction that helps a quantized pipeline most."""
         name = self.layout.search(key)
         inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": stats.final_indices.tolist()}
 
-        def build(path: Path, scratch: Path) -> Choice:
+        def build(path: Path, scratch: Path) -> CorrectionSearch:
             with busy(self._title(f"choosing a correction for {self.layout.root}/{key.quantized}")):
-                choice = fit_auto(quantized, stats, self.sampling)
+                choice = search_correction(quantized, stats, self.sampling)
             write_json(path, choice.to_dict())
             return choice
 
-        return self._value(name, inputs, build, lambda path: Choice.from_dict(read_json(path)))
+        return self._value(name, inputs, build, lambda path: CorrectionSearch.from_dict(read_json(path)))
 
     def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> str:
         """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""

@@ -17,7 +17,7 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.experiment import Experiment, check_methods, named_recipes
-from ptqd.experiments.meta_pipeline import skeleton, stood_in
+from ptqd.experiments.meta_pipeline import meta_pipeline, with_meta_proxies
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import PublishedRow, Row
 from ptqd.quantization.bops import cost_of, disk_bytes, memory_bytes
@@ -188,7 +188,7 @@ def estimate(study: Study, model: str | None, *, images: bool = True) -> Estimat
     Raises:
         InputError: no such model, or a recipe that does not fit it.
     """
-    pipe = stood_in(blank(zoo.CONFIGS[study.architecture])) if model is None else skeleton(model)
+    pipe = with_meta_proxies(blank(zoo.CONFIGS[study.architecture])) if model is None else meta_pipeline(model)
     experiment = study.experiment(model or study.architecture)
     run = experiment.settings[0]
     macs = run_macs(pipe, run)
@@ -238,8 +238,8 @@ def compare_with_published(study: Study, rows: Sequence[Row]) -> list[PublishedR
     """Each published figure beside the one of the same row."""
     compared = []
     for figure in study.published:
-        wanted = (figure.recipe, figure.correction)
-        row = next((r for r in rows if (r.key.recipe, r.key.correction) == wanted), None)
+        required = (figure.recipe, figure.correction)
+        row = next((r for r in rows if (r.key.recipe, r.key.correction) == required), None)
         ours = None if row is None else row.metrics.get(figure.metric)
         inception = row is not None and row.inception
         compared.append(

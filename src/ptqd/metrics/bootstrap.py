@@ -84,8 +84,8 @@ def intervals(
     if len(influences) < 2:
         ends[:] = [[-math.inf], [math.inf]]
     values = [statistic.value for statistic in found.values()]
-    made = [Metric(v, v + float(low), v + float(high)) for v, low, high in zip(values, *ends, strict=True)]
-    return dict(zip(found, made, strict=True))
+    output = [Metric(v, v + float(low), v + float(high)) for v, low, high in zip(values, *ends, strict=True)]
+    return dict(zip(found, output, strict=True))
 
 
 def resampled(influences: torch.Tensor, strata: torch.Tensor | None, draws: int, seed: int) -> np.ndarray:

@@ -26,7 +26,7 @@ _FEATURES, _VALUE = "features.", "value."
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """What images are judged by; without any of it, by the distances to images of the same seeds that need no network.
 
     Attributes:
@@ -59,14 +59,14 @@ class Judge:
     @cached_property
     def key(self) -> str:
         """Changes with the networks and the reference."""
-        found = sha256(self.networks_key.encode())
+        result = sha256(self.networks_key.encode())
         if self.reference is not None:
-            found.update(self.reference.key.encode())
-        return found.hexdigest()
+            result.update(self.reference.key.encode())
+        return result.hexdigest()
 
 
 @dataclass(frozen=True)
-class Observed:
+class ImageFeatures:
     """What N images show, one by one, so that nothing needs to look at them again.
 
     Attributes:
@@ -85,7 +85,7 @@ class Observed:
         return named | {f"{_VALUE}{name}": value for name, value in self.values.items()}
 
     @classmethod
-    def load(cls, path: Path) -> "Observed":
+    def load(cls, path: Path) -> "ImageFeatures":
         """From a file that holds :meth:`tensors`, mapped from disk.
 
         Raises:
@@ -98,13 +98,13 @@ class Observed:
         return cls(Features(*features) if features else None, values)
 
 
-def observe(
+def extract_features(
     images: torch.Tensor,
-    judge: Judge,
+    judge: Evaluator,
     *,
     same_seed: torch.Tensor | None = None,
     texts: Sequence[str] | None = None,
-) -> Observed:
+) -> ImageFeatures:
     """What a judge sees in uint8 images (n, H, W, C).
 
     Args:
@@ -136,20 +136,20 @@ def observe(
     if judge.clip is not None and texts is not None:
         shown = judge.clip.features(images.permute(0, 3, 1, 2) / 127.5 - 1).pooled
         values["clip_score"] = clip_scores(shown.cpu(), judge.clip.text_features(texts).cpu())
-    return Observed(None if judge.extractor is None else extract(judge.extractor, images), values)
+    return ImageFeatures(None if judge.extractor is None else extract(judge.extractor, images), values)
 
 
 def statistics(
-    mine: Observed,
-    judge: Judge,
+    mine: ImageFeatures,
+    judge: Evaluator,
     *,
-    full: Observed | None = None,
+    full: ImageFeatures | None = None,
     labels: torch.Tensor | None = None,
 ) -> dict[str, Statistic]:
     """Everything one set of images is judged by, with what each image does to it.
 
     Args:
-        mine: by :func:`observe`.
+        mine: by :func:`extract_features`.
         judge: that it was observed by.
         full: the same of full-precision images of the same seeds; adds ``frechet_distance_to_full_precision``.
         labels: asked-for classes (N,); adds ``class_agreement`` where the extractor knows them.
@@ -164,17 +164,17 @@ def statistics(
         InputError: a reference in other features, or features that are not finite.
     """
     features, reference = mine.features, judge.reference
-    found: dict[str, Statistic] = {}
+    result: dict[str, Statistic] = {}
     if features is not None and reference is not None:
-        found |= _to_reference(features, reference)
+        result |= _to_reference(features, reference)
     if features is not None and features.logits.shape[1]:
-        found["inception_score"] = inception_statistic(features.logits)
+        result["inception_score"] = inception_statistic(features.logits)
         if labels is not None and judge.extractor is not None and judge.extractor.classifies:
-            found["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
+            result["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
     if features is not None and full is not None and full.features is not None:
         paired = paired_frechet_statistic(features.pooled, full.features.pooled)
-        found["frechet_distance_to_full_precision"] = paired
-    return found | {name: mean_statistic(values) for name, values in mine.values.items()}
+        result["frechet_distance_to_full_precision"] = paired
+    return result | {name: mean_statistic(values) for name, values in mine.values.items()}
 
 
 def _to_reference(features: Features, reference: Reference) -> dict[str, Statistic]:
@@ -187,18 +187,18 @@ def _to_reference(features: Features, reference: Reference) -> dict[str, Statist
                 f"the reference is of {known} {what}, the extractor gives {wide}; use the one that it was made with"
             )
     of_pooled = (features.pooled, reference.mean, reference.covariance)
-    found = {"frechet_distance": frechet_statistic(*of_pooled)}
-    found["extrapolated_frechet_distance"] = extrapolated_frechet(found["frechet_distance"], *of_pooled)
+    result = {"frechet_distance": frechet_statistic(*of_pooled)}
+    result["extrapolated_frechet_distance"] = extrapolated_frechet(result["frechet_distance"], *of_pooled)
     if features.spatial.shape[1] and len(reference.spatial_mean):
         spatial = (features.spatial, reference.spatial_mean, reference.spatial_covariance)
-        found["spatial_frechet_distance"] = frechet_statistic(*spatial)
+        result["spatial_frechet_distance"] = frechet_statistic(*spatial)
     if len(reference.sample) >= 2:
-        found["kernel_distance"] = kernel_statistic(features.pooled, reference.sample)
+        result["kernel_distance"] = kernel_statistic(features.pooled, reference.sample)
     if min(len(reference.sample), len(features.pooled)) >= NEAREST:
         real = reference.sample
-        found["precision"], found["recall"] = precision_recall(features.pooled, real)
-        found["density"], found["coverage"] = density_coverage(features.pooled, real)
-    return found
+        result["precision"], result["recall"] = precision_recall(features.pooled, real)
+        result["density"], result["coverage"] = density_coverage(features.pooled, real)
+    return result
 
 
 def latent_statistic(latents: torch.Tensor, reference: torch.Tensor) -> Statistic:
@@ -225,13 +225,13 @@ def with_intervals(found: Mapping[str, Statistic], labels: torch.Tensor | None) 
 
 def evaluate(
     images: torch.Tensor,
-    judge: Judge,
+    judge: Evaluator,
     *,
     labels: torch.Tensor | None = None,
     same_seed: torch.Tensor | None = None,
     texts: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
-    """All of it for images in memory: uint8 (N, H, W, C), as :func:`observe` and :func:`statistics` take them."""
-    mine = observe(images, judge, same_seed=same_seed, texts=texts)
-    full = None if same_seed is None else observe(same_seed, judge)
+    """All metrics, with intervals, of images in memory: uint8 (N, H, W, C); see :func:`extract_features`."""
+    mine = extract_features(images, judge, same_seed=same_seed, texts=texts)
+    full = None if same_seed is None else extract_features(same_seed, judge)
     return with_intervals(statistics(mine, judge, full=full, labels=labels), labels)

@@ -79,11 +79,11 @@ def extrapolated_frechet(
 def _moments(features: torch.Tensor) -> Moments:
     if len(features) < 4:
         raise InputError(f"a distance between sets needs at least four samples; got {len(features)}")
-    found = Moments.of(features)
-    if not bool(torch.isfinite(found.total).all()):
+    result = Moments.of(features)
+    if not bool(torch.isfinite(result.total).all()):
         broken = sum(int((~torch.isfinite(part).all(1)).sum()) for part in features.split(ROWS))
         raise InputError(f"the features of {broken} of {len(features)} images are not finite; look at these images")
-    return found
+    return result
 
 
 def _frechet(own: Moments, mean: torch.Tensor, covariance: torch.Tensor, features: torch.Tensor) -> Statistic:
@@ -92,9 +92,9 @@ def _frechet(own: Moments, mean: torch.Tensor, covariance: torch.Tensor, feature
     values = values.clamp(min=0)
     shift = own.mean - mean
     value = float(shift @ shift + mine.trace() + covariance.trace() - 2 * values.sqrt().sum())
-    kept = values > _SINGULAR * values.max()
-    across = root @ vectors[:, kept]  # D,K
-    inverse = values[kept].rsqrt()
+    remaining = values > _SINGULAR * values.max()
+    across = root @ vectors[:, remaining]  # D,K
+    inverse = values[remaining].rsqrt()
 
     def parts() -> Iterator[torch.Tensor]:
         for part in features.split(ROWS):

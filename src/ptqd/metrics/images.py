@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ptqd.errors import InputError
+from ptqd.errors import InputError, MissingDependencyError
 from ptqd.files import read_tensors, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -59,10 +59,10 @@ class Pixels:
 
     def digest(self) -> str:
         """A hash of their content."""
-        found = sha256(str(self.images.shape).encode())
+        result = sha256(str(self.images.shape).encode())
         for indices in batches(self):
-            found.update(self.part(indices).numpy().tobytes())
-        return found.hexdigest()
+            result.update(self.part(indices).numpy().tobytes())
+        return result.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Pictures:
 
     def digest(self) -> str:
         """A hash of their content."""
-        found = sha256(b"grey" if self.grey else b"")
+        result = sha256(b"grey" if self.grey else b"")
         for source in self.sources:
-            found.update(sha256(source.read_bytes()).digest())
-        return found.hexdigest()
+            result.update(sha256(source.read_bytes()).digest())
+        return result.hexdigest()
 
     def _read(self, source: "Path | _Row") -> np.ndarray:
         opened: Path | BinaryIO = source if isinstance(source, Path) else BytesIO(source.read_bytes())
@@ -140,8 +140,8 @@ class _Row:
         return f"row {self.index}"
 
     def read_bytes(self) -> bytes:
-        found = self.dataset[self.index][self.column]
-        data: bytes = found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+        result = self.dataset[self.index][self.column]
+        data: bytes = result["bytes"] if result["bytes"] is not None else Path(result["path"]).read_bytes()
         return data
 
 
@@ -160,8 +160,8 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
     if path.is_dir() and (path / "samples.safetensors").is_file():
         path = path / "samples.safetensors"  # beside the same images as PNG files, perhaps
     if path.is_dir():
-        files = sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
-        if files or not any(found.suffix in (".arrow", ".parquet") for found in path.rglob("*")):
+        files = sorted(result for result in path.rglob("*") if result.suffix.lower() in SUFFIXES)
+        if files or not any(result.suffix in (".arrow", ".parquet") for result in path.rglob("*")):
             if len(files) < 2:
                 raise InputError(
                     f"{path} holds {len(files)} images; a set needs at least two ({', '.join(SUFFIXES)}), or a dataset"
@@ -203,9 +203,9 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = {name: _mapped(path, file.zip, f"{name}.npy") for name in file.files if name in names}
-            missing = {name: file[name] for name, array in found.items() if array is None}
-            return {name: array for name, array in found.items() if array is not None} | missing
+            result = {name: _mapped(path, file.zip, f"{name}.npy") for name in file.files if name in names}
+            missing = {name: file[name] for name, array in result.items() if array is None}
+            return {name: array for name, array in result.items() if array is not None} | missing
     except (OSError, ValueError, TypeError, EOFError, AttributeError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as .npz: {error}") from error
 
@@ -249,24 +249,26 @@ def _dataset(path: Path, grey: bool) -> Pictures:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{path} is no folder or file; as a dataset it needs: pip install datasets") from error
+        raise MissingDependencyError(
+            f"{path} is no folder or file; as a dataset it needs: pip install datasets"
+        ) from error
     try:
         if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(name)
+            result = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            result = datasets.load_dataset(name)
     except Exception as error:  # of many kinds, none of them its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{name} is no folder of images, file or dataset ({reason}); give one that is there, or a hub id"
         ) from error
-    if isinstance(found, datasets.DatasetDict):
-        split = split or next(iter(found))
-        if split not in found:
-            raise InputError(f"the dataset {name} has no split {split!r}; it has {', '.join(found)}")
-        found = found[split]
-    columns = [column for column, kind in found.features.items() if isinstance(kind, datasets.Image)]
+    if isinstance(result, datasets.DatasetDict):
+        split = split or next(iter(result))
+        if split not in result:
+            raise InputError(f"the dataset {name} has no split {split!r}; it has {', '.join(result)}")
+        result = result[split]
+    columns = [column for column, kind in result.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
-        raise InputError(f"the dataset {name} has no column of images; it has {', '.join(found.features)}")
-    encoded = found.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+        raise InputError(f"the dataset {name} has no column of images; it has {', '.join(result.features)}")
+    encoded = result.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
     return Pictures([_Row(encoded, i, columns[0]) for i in range(len(encoded))], grey, name)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ptqd.errors import InputError
-from ptqd.metrics.evaluator import Judge
+from ptqd.metrics.evaluator import Evaluator
 from ptqd.metrics.features.extractor import Extractor, Reference
 from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.metrics.features.image_encoder import ImageEncoder
@@ -23,7 +23,7 @@ def load_evaluator(
     clip: str | None = None,
     device: str = "cpu",
     needs_reference: bool = True,
-) -> Judge | None:
+) -> Evaluator | None:
     """Load what images are judged by.
 
     Args:
@@ -55,7 +55,7 @@ def load_evaluator(
         if reference is not None:
             raise InputError("--reference goes with a --judge: fashion, inception, or an image encoder of transformers")
         name = " and ".join(["LPIPS"] * (lpips_network is not None) + [str(clip)] * (clip is not None))
-        return Judge(name=name, lpips=lpips_network, clip=clip_network, options=options) if name else None
+        return Evaluator(name=name, lpips=lpips_network, clip=clip_network, options=options) if name else None
     extractor, title = _extractor(features, device)
     against: Path | str | None = reference
     statistics: Reference | None = None
@@ -66,7 +66,7 @@ def load_evaluator(
         raise InputError(
             f"--judge {features} needs --reference: a folder of images, a dataset, an .npz or a .safetensors file"
         )
-    return Judge(extractor, statistics, f"{title}, against {against}", lpips_network, clip_network, options)
+    return Evaluator(extractor, statistics, f"{title}, against {against}", lpips_network, clip_network, options)
 
 
 def _extractor(features: str, device: str) -> tuple[Extractor, str]:

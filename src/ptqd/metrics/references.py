@@ -39,12 +39,12 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
     if path.is_file() and path.suffix == ".safetensors" and "ptqd.samples" not in read_tensors(path)[1]:
         return Reference.load(path)
     grey = extractor.image_shape is not None and extractor.image_shape[-1] == 1
-    found = _of_images(open_images(path, grey=grey), extractor, cache)
-    if moments is None or len(moments.mean) != len(found.mean):
-        return found
-    spatial = moments if len(moments.spatial_mean) == len(found.spatial_mean) else found
+    result = _of_images(open_images(path, grey=grey), extractor, cache)
+    if moments is None or len(moments.mean) != len(result.mean):
+        return result
+    spatial = moments if len(moments.spatial_mean) == len(result.spatial_mean) else result
     return replace(moments, spatial_mean=spatial.spatial_mean, spatial_covariance=spatial.spatial_covariance,
-                   sample=found.sample)  # fmt: skip
+                   sample=result.sample)  # fmt: skip
 
 
 def cache_folder(what: str) -> Path:

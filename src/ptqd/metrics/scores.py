@@ -21,8 +21,8 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
         log_p = logits[i * n // splits : (i + 1) * n // splits].double().log_softmax(1)
         p = log_p.exp()
         scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
-    found = torch.stack(scores)
-    return found.mean().item(), found.std(correction=0).item()
+    result = torch.stack(scores)
+    return result.mean().item(), result.std(correction=0).item()
 
 
 def inception_statistic(logits: torch.Tensor, size: int = 5000) -> Statistic:

@@ -1,4 +1,4 @@
-"""Making a StepPlan: the paper's rule, or the least error of the final sample for a budget of bit operations.
+"""Making a PrecisionPlan: the paper's rule, or the least error of the final sample for a budget of bit operations.
 
 The paper's rule (He et al., arXiv 2305.10657, section 4.3): at each step the fewest bits b with
 

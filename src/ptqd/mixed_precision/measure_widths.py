@@ -14,7 +14,7 @@ from ptqd.quantization.recipe import Recipe
 def measure_widths(
     pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling, *, progress: str | bool = False
 ) -> dict[int, NoiseStats]:
-    """Measure every activation width that a pipeline has ranges for: what a :class:`ptqd.StepPlan` is made from.
+    """Measure every activation width that a pipeline has ranges for: what a :class:`ptqd.PrecisionPlan` is made from.
 
     It costs one full-precision run, and one quantized run for each width.
 

@@ -7,10 +7,10 @@ import torch
 from ptqd.errors import InputError
 from ptqd.noise.regression import regression
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 
 
-def paper_rule(stats: Mapping[int, NoiseStats]) -> StepPlan:
+def paper_plan(stats: Mapping[int, NoiseStats]) -> PrecisionPlan:
     """The paper's rule; see the module's docstring.
 
     Args:
@@ -26,7 +26,7 @@ def paper_rule(stats: Mapping[int, NoiseStats]) -> StepPlan:
     for t, limit in enumerate(forward.tolist()):
         above = [b for b, value in zip(widths, snr[:, t].tolist(), strict=True) if value > limit]
         bits.append((above[0] if above else widths[-1],))
-    return StepPlan(timesteps, tied(timesteps, bits), made={"rule": "paper", "widths": widths})
+    return PrecisionPlan(timesteps, tied(timesteps, bits), made={"rule": "paper", "widths": widths})
 
 
 def forward_snr(stats: NoiseStats) -> torch.Tensor:

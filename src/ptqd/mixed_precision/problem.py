@@ -22,7 +22,7 @@ from ptqd.quantization.bops import by_halves
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.swap import names_of
 
@@ -192,10 +192,10 @@ def _weight_errors(
     rows = [sensitivity.weighted.index(name) for name in weighted]
     chosen = energy[:, rows][:, :, [columns[bits] for bits in choices]]  # T,L,B
     lowest = np.maximum(chosen[:, :, 0].sum(1), TINY)
-    kept = np.clip(present[:, rows].sum(1) / lowest, 0, 0.99)
-    added = np.maximum(contributions(fewest).numpy() - whole[:, -1], 0) / (1 - kept)  # of all at the fewest bits
+    remaining = np.clip(present[:, rows].sum(1) / lowest, 0, 0.99)
+    added = np.maximum(contributions(fewest).numpy() - whole[:, -1], 0) / (1 - remaining)  # of all at the fewest bits
     errors: Floats = (chosen * (added / lowest)[:, None, None]).sum(0)
-    return np.minimum(added * kept, whole[:, -1]), errors
+    return np.minimum(added * remaining, whole[:, -1]), errors
 
 
 def _costs(
@@ -239,10 +239,10 @@ def _grouped(sensitivity: Sensitivity, macs: Macs, groups: int) -> tuple[tuple[s
         for name, e in zip(sensitivity.layers, energy, strict=True)
     }
     high = max(rating.values())
-    found: dict[int, list[str]] = {}
+    result: dict[int, list[str]] = {}
     for name, value in rating.items():
-        found.setdefault(min(int(high - value), groups - 1), []).append(name)
-    return tuple(tuple(found[g]) for g in sorted(found))
+        result.setdefault(min(int(high - value), groups - 1), []).append(name)
+    return tuple(tuple(result[g]) for g in sorted(result))
 
 
 def planning_problem(
@@ -255,15 +255,15 @@ def planning_problem(
     groups: int = GROUPS,
     progress: bool = False,
 ) -> Problem:
-    """What :func:`ptqd.plan_steps` chooses from: measured errors and counted costs.
+    """What :func:`ptqd.search_plan` chooses from: measured errors and counted costs.
 
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths.
         run: how it samples.
         stats: by width, of this schedule itself.
-        weight_bits: as for :func:`ptqd.plan_steps`.
-        groups: as for :func:`ptqd.plan_steps`.
+        weight_bits: as for :func:`ptqd.search_plan`.
+        groups: as for :func:`ptqd.search_plan`.
         progress: show bars.
 
     Raises:
@@ -288,7 +288,7 @@ def planning_problem(
     fewest = None
     if weight_bits and free_weights:
         fewer = dict.fromkeys(free_weights, min(weight_bits))
-        plan = StepPlan.uniform(model_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
+        plan = PrecisionPlan.uniform(model_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
         half = run.replace(samples=max(run.samples // 2, 16))
         title = "measuring weights" if progress else False
         fewest = measure(pipe, apply_plan(qpipe, plan, pipe), half, progress=title)

@@ -174,15 +174,15 @@ class _Probe:
         try:
             with torch.enable_grad():
                 output = self.model(*args, **kwargs)[0]
-                kept = output.narrow(axis, 0, min(channels, output.shape[axis]))
+                remaining = output.narrow(axis, 0, min(channels, output.shape[axis]))
                 self.rows = len(output)
                 random = torch.Generator().manual_seed(seed)
-                signs = torch.randint(0, 2, kept.shape, generator=random).to(kept) * 2 - 1
-                torch.autograd.backward(kept, signs)
+                signs = torch.randint(0, 2, remaining.shape, generator=random).to(remaining) * 2 - 1
+                torch.autograd.backward(remaining, signs)
         except (RuntimeError, NotImplementedError) as error:
             kind, reason = type(self.model).__name__, " ".join(str(error).split())[:160]
             raise InputError(f"{kind} cannot be differentiated to share its noise among layers: {reason}") from error
-        self.now[2][0] += kept.numel()
+        self.now[2][0] += remaining.numel()
 
     def _activation(self, layer: str, quantizer: ActivationQuantizer, gradient: torch.Tensor, x: torch.Tensor) -> None:
         row = self.now[0][self.layers.index(layer)]
@@ -194,7 +194,7 @@ class _Probe:
         result: torch.Tensor = output if output.requires_grad else output.detach().requires_grad_(True)
 
         def measure(gradient: torch.Tensor) -> None:
-            self.now[1][self.weighted.index(name)] += self._energy(gradient, layer.product(seen, change))
+            self.now[1][self.weighted.index(name)] += self._energy(gradient, layer.matmul(seen, change))
 
         result.register_hook(measure)
         return result

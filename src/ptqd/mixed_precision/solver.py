@@ -14,12 +14,12 @@ from ptqd.errors import InputError
 from ptqd.mixed_precision.paper_rule import tied
 from ptqd.mixed_precision.problem import GROUPS, Ints, Problem, planning_problem
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 
 TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
 
 
-def plan_steps(
+def search_plan(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
     run: Sampling,
@@ -30,7 +30,7 @@ def plan_steps(
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
     progress: bool = False,
-) -> StepPlan:
+) -> PrecisionPlan:
     """The plan with the least expected error of the final sample within a budget, or the cheapest that keeps a floor.
 
     Args:
@@ -70,7 +70,7 @@ class Solution:
             most; where steps take other layers than each other, as some guidance does, with weights to choose a guess.
     """
 
-    plan: StepPlan
+    plan: PrecisionPlan
     error: float
     decibels: float
     cost: float
@@ -112,7 +112,7 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
     error, cost = problem.error(choice, weights), problem.cost(choice, weights)
     value = error if budget is not None else cost
     gap = max(0.0, (value - bound) / value) if value > 0 else 0.0
-    made = {
+    output = {
         "rule": "budget",
         **({"budget": budget} if budget is not None else {"floor": floor}),
         "fewer_bit_operations": round(problem.full_cost / cost, 3),
@@ -120,7 +120,7 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
         "optimality_gap": round(gap, 6),
     }
     return Solution(
-        _plan(problem, choice, weights, made), error, problem.decibels(error), cost, problem.full_cost / cost, gap
+        _plan(problem, choice, weights, output), error, problem.decibels(error), cost, problem.full_cost / cost, gap
     )
 
 
@@ -131,10 +131,10 @@ def _down(value: float) -> str:
 
 def uniform(problem: Problem, bits: int) -> Solution:
     """The same activation bits everywhere, and the weights' that err least, for comparison."""
-    return rated(problem, StepPlan.uniform(problem.timesteps, bits))
+    return rated(problem, PrecisionPlan.uniform(problem.timesteps, bits))
 
 
-def rated(problem: Problem, plan: StepPlan) -> Solution:
+def rated(problem: Problem, plan: PrecisionPlan) -> Solution:
     """What a plan with one group is expected to do, with the weights' bits that err least, for comparison."""
     rows = np.array([problem.widths.index(row[0]) for row in plan.bits])
     choice = np.repeat(rows[:, None], len(problem.groups), axis=1)
@@ -161,11 +161,11 @@ def _ends(problem: Problem) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
     return cheapest, best
 
 
-def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, Any]) -> StepPlan:
+def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, Any]) -> PrecisionPlan:
     rows = [tuple(problem.widths[i] for i in row) for row in choice.tolist()]
     groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
     chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))
-    return StepPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made)
+    return PrecisionPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made)
 
 
 def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -> tuple[Ints, float]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError
 
 _STORED = {"model_timesteps": "told"}  # names in files that are other than the fields'
 
@@ -65,12 +65,12 @@ class MeasuredOn:
         """The inverse of :meth:`to_dict`; what a file does not say has its default.
 
         Raises:
-            InputError: it says what this version does not know.
+            ArtifactError: it says what this version does not know.
         """
         names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
         unknown = set(values) - set(names)
         if unknown:
-            raise InputError(
+            raise ArtifactError(
                 f"statistics say {min(unknown)!r}, which this version of ptqd does not know; measure again"
             )
         plain = {names[key]: value for key, value in values.items()}

@@ -28,7 +28,7 @@ from ptqd.diffusion.noise_schedule import Levels, noise_levels
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
-from ptqd.errors import InputError, MismatchError
+from ptqd.errors import ArtifactError, InputError, MismatchError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, regression
@@ -166,12 +166,12 @@ class NoiseStats:
         """
         known: Any = scheduler
         timesteps = list(known.timesteps)
-        wanted = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
-        if torch.equal(wanted, self.timesteps):
+        required = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
+        if torch.equal(required, self.timesteps):
             return self
-        found, mine = scheduler_facts(scheduler), self.measured_on
+        result, mine = scheduler_facts(scheduler), self.measured_on
         for fact in ("scheduler", "config"):
-            if found[fact] != getattr(mine, fact):
+            if result[fact] != getattr(mine, fact):
                 raise MismatchError(
                     f"the statistics were measured on another scheduler ({fact} differs); measure again"
                 )
@@ -179,7 +179,7 @@ class NoiseStats:
         if self.levels is None or levels is None:
             raise InputError(
                 f"statistics of {len(self.timesteps)} steps cannot be carried over to {len(timesteps)}: "
-                f"the noise schedule of {found['scheduler']} is not known; measure these steps"
+                f"the noise schedule of {result['scheduler']} is not known; measure these steps"
             )
         here, there = self.levels.log_snr, levels.log_snr
         right = torch.searchsorted(here, there).clamp(1, len(here) - 1)
@@ -207,7 +207,7 @@ class NoiseStats:
         )
         there_now = dataclasses.replace(
             self,
-            timesteps=wanted,
+            timesteps=required,
             moments=between(self.moments, 1),
             measured_on=dataclasses.replace(
                 mine, steps=len(timesteps), interpolated_from=mine.steps, model_timesteps=()
@@ -268,14 +268,14 @@ class NoiseStats:
         if len(indices.unique()) != len(indices):
             raise MismatchError("statistics share samples; give each process its own range")
         finals = torch.cat([part.final_indices for part in parts])
-        kept = finals.argsort()[:CHECKED]
+        remaining = finals.argsort()[:CHECKED]
         sums = {name: sum(getattr(part, name) for part in parts[1:]) + getattr(first, name) for name in SUMS}
         return dataclasses.replace(
             first,
             indices=indices[order],
             moments=_in_order(torch.cat([part.moments for part in parts]), order),
-            finals=torch.cat([part.finals for part in parts])[kept],
-            final_indices=finals[kept],
+            finals=torch.cat([part.finals for part in parts])[remaining],
+            final_indices=finals[remaining],
             **sums,
         )
 
@@ -298,7 +298,7 @@ class NoiseStats:
         """
         tensors, metadata = read_tensors(path)
         if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
-            raise InputError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
+            raise ArtifactError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])
         return cls(
             **{name: tensors[name] for name in _TENSORS},

@@ -14,7 +14,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import remove_plan, set_plan
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import layer_quantizers
@@ -22,7 +22,9 @@ from ptqd.quantization.step_ranges import range_steps_of
 from ptqd.quantization.swap import names_of, put_layer
 
 
-def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline | None = None) -> DiffusionPipeline:
+def apply_plan(
+    qpipe: DiffusionPipeline, plan: PrecisionPlan, pipe: DiffusionPipeline | None = None
+) -> DiffusionPipeline:
     """A quantized pipeline whose bits follow a plan; codes and ranges that stay the same are shared, not copied.
 
     Its scheduler corrects nothing: a correction belongs to the bits it was measured at.
@@ -59,7 +61,7 @@ def apply_plan(qpipe: DiffusionPipeline, plan: StepPlan, pipe: DiffusionPipeline
     return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
-def plan_of(qpipe: DiffusionPipeline) -> StepPlan:
+def plan_of(qpipe: DiffusionPipeline) -> PrecisionPlan:
     """The plan of a quantized pipeline.
 
     Raises:
@@ -68,7 +70,7 @@ def plan_of(qpipe: DiffusionPipeline) -> StepPlan:
     plan = ptqd_quantizer(qpipe).quantization_config.plan
     if plan is None:
         raise InputError("the pipeline has no plan; make one with 'ptqd plan'")
-    return StepPlan.from_dict(plan)
+    return PrecisionPlan.from_dict(plan)
 
 
 def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:

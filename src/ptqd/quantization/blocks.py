@@ -21,7 +21,7 @@ def concatenations(model: nn.Module) -> dict[str, int]:
     In an up block, residual block i sees what came before it, as wide as that block's output, and beside it a skipped
     tensor; its shortcut sees both unchanged.
     """
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     before = _width(getattr(model, "mid_block", None)) or _width(_last(getattr(model, "down_blocks", None)))
     for name, module in model.named_modules():
         resnets = getattr(module, "resnets", None)
@@ -30,9 +30,9 @@ def concatenations(model: nn.Module) -> dict[str, int]:
         for i, block in enumerate(resnets):
             shortcut = getattr(block, "conv_shortcut", None)
             if isinstance(shortcut, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 0 < before < shortcut.in_channels:
-                found[f"{name}.resnets.{i}.conv_shortcut"] = before
+                result[f"{name}.resnets.{i}.conv_shortcut"] = before
             before = _width(block)
-    return found
+    return result
 
 
 def _last(blocks: Any) -> Any:

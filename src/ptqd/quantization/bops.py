@@ -95,10 +95,10 @@ def by_halves(macs: Macs, model: nn.Module) -> Macs:
     layers: list[str] = []
     columns: list[torch.Tensor] = []
     for name, counts in zip(macs.layers, macs.counts.T, strict=True):
-        found = modules.get(name)
+        result = modules.get(name)
         parts = {"": 1}
-        if isinstance(found, SplitConv):
-            parts = {".hidden": found.hidden.in_channels, ".skip": found.skip.in_channels}
+        if isinstance(result, SplitConv):
+            parts = {".hidden": result.hidden.in_channels, ".skip": result.skip.in_channels}
         for half, channels in parts.items():
             layers.append(name + half)
             columns.append(counts * channels / sum(parts.values()))
@@ -119,12 +119,12 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
     modules = dict(model.named_modules())
     for n, name in enumerate(macs.layers):
         layer, _, product = name.rpartition(".")
-        found, attention = modules.get(name), modules.get(layer)
+        result, attention = modules.get(name), modules.get(layer)
         processor = getattr(attention, "processor", None)
-        if isinstance(found, QuantLayer):
-            left[:, n] = found.weights.bits
-            right[:, n] = _by_step(found.input, clock, steps)
-            share = found.rank * (1 / found.shape[0] + 1 / found.columns)  # r (I + O) of I O multiply-accumulates
+        if isinstance(result, QuantLayer):
+            left[:, n] = result.weights.bits
+            right[:, n] = _by_step(result.input, clock, steps)
+            share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * LOW_RANK_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
             first, second = (0, 1) if product == "qk" else (2, 3)

@@ -167,8 +167,8 @@ def calibrate(
     for indices in track(list(run.batches()), progress):
         with record(pipe) as trajectory, contextlib.ExitStack() as stack:
             if weights is not None:
-                wanted = [_steps_of(run.seed, i, count, weights) for i in indices]
-                stack.enter_context(_listening(model, trajectory, indices, wanted, taken))
+                required = [_steps_of(run.seed, i, count, weights) for i in indices]
+                stack.enter_context(_listening(model, trajectory, indices, required, taken))
             if index is not None:
                 stack.enter_context(_numbering(model, trajectory, index))
             if profiler is not None:
@@ -243,12 +243,12 @@ def _with_timesteps_by_row(
     if argument is None:
         return args, dict(kwargs)
     name, position = argument
-    told = kwargs[name] if name in kwargs else args[position]
-    told = torch.as_tensor(told).to(device)
-    told = told.expand(batch) if told.numel() == 1 else told
+    timestep = kwargs[name] if name in kwargs else args[position]
+    timestep = torch.as_tensor(timestep).to(device)
+    timestep = timestep.expand(batch) if timestep.numel() == 1 else timestep
     if name in kwargs:
-        return args, {**kwargs, name: told}
-    return (*args[:position], told, *args[position + 1 :]), dict(kwargs)
+        return args, {**kwargs, name: timestep}
+    return (*args[:position], timestep, *args[position + 1 :]), dict(kwargs)
 
 
 def _stack(taken: list[_Taken], rows: int, seed: int) -> CalibrationInputs:

@@ -17,7 +17,7 @@ from ptqd.quantization.calibration import draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
-from ptqd.quantization.recipe import Quantizer, Recipe
+from ptqd.quantization.recipe import QuantSpec, Recipe
 from ptqd.quantization.step_ranges import range_of, range_steps_of
 from ptqd.quantization.swap import HALVES, names_of
 
@@ -89,7 +89,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) ->
     return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
 
 
-def _format(spec: Quantizer) -> str:
+def _format(spec: QuantSpec) -> str:
     text = f"int{spec.bits}" if spec.format == "int" else spec.format
     text += f" by {spec.group}" if spec.group else ""
     return text + (" dynamic" if spec.dynamic else "")
@@ -126,10 +126,10 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
             parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)
             for half, x in zip(HALVES, parts, strict=True):
                 layer: QuantLayer = getattr(twin, half)
-                want = layer.product(x, full_weight(full, f"{name}.{half}", layer), layer.bias)
+                want = layer.matmul(x, full_weight(full, f"{name}.{half}", layer), layer.bias)
                 compare(f"{name}.{half}", layer(x), want)
 
-    def wanted(module: nn.Module) -> bool:
+    def required(module: nn.Module) -> bool:
         split = all(isinstance(getattr(module, half, None), QuantLayer) for half in HALVES)
         return (
             isinstance(module, QuantLayer)
@@ -142,7 +142,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
             lambda m, args, kwargs, output, name=name: shadow(name, m, args, kwargs, output), with_kwargs=True
         )
         for name, module in quantized.items()
-        if wanted(module) and not name.endswith(HALVES)
+        if required(module) and not name.endswith(HALVES)
     ]
     try:
         yield

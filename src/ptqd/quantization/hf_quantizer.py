@@ -14,14 +14,14 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
 
 
-def with_weights(recipe: Recipe, plan: StepPlan, layers: Mapping[str, LayerType]) -> Recipe:
+def with_weights(recipe: Recipe, plan: PrecisionPlan, layers: Mapping[str, LayerType]) -> Recipe:
     """A recipe with a plan's bits for the weights of layers, by a rule for each.
 
     Raises:
@@ -117,7 +117,7 @@ class PtqdQuantizer(DiffusersQuantizer):
             ["scale", "smooth_scale", "global_scale"]
         )  # half precision has not the range for them
         recipe, config = Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"), self.quantization_config
-        plan = None if config.plan is None else StepPlan.from_dict(config.plan, "the saved plan")
+        plan = None if config.plan is None else PrecisionPlan.from_dict(config.plan, "the saved plan")
         ranges = None if config.ranges is None else StepRanges.from_dict(config.ranges)
         if plan is not None:
             recipe = with_weights(recipe, plan, layer_types(model, recipe))

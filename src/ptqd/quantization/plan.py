@@ -1,4 +1,4 @@
-"""A StepPlan: the activations' bits step by step, and the weights' bits layer by layer.
+"""A PrecisionPlan: the activations' bits step by step, and the weights' bits layer by layer.
 
 PTQD keeps the weights at one width and chooses that of the activations for every step (He et al., arXiv 2305.10657,
 section 4.3). Here every group of layers may have its own at every step, and every layer its own weights.
@@ -44,7 +44,7 @@ _KEYS = ("steps", "bits", "groups", "weights", "made")
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class PrecisionPlan:
     """Which bits a quantized denoiser computes with at each step.
 
     Attributes:
@@ -87,12 +87,12 @@ class StepPlan:
         """How many steps it is for."""
         return len(self.timesteps)
 
-    def replace(self, **changes: Any) -> "StepPlan":
+    def replace(self, **changes: Any) -> "PrecisionPlan":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def uniform(cls, timesteps: Sequence[float], bits: int) -> "StepPlan":
+    def uniform(cls, timesteps: Sequence[float], bits: int) -> "PrecisionPlan":
         """The same bits at every step."""
         return cls(tuple(timesteps), ((bits,),) * len(timesteps), made={"rule": "uniform"})
 
@@ -120,7 +120,7 @@ class StepPlan:
         return {**plain, "made": dict(self.made)}
 
     @classmethod
-    def from_dict(cls, values: Any, where: str = "the plan") -> "StepPlan":
+    def from_dict(cls, values: Any, where: str = "the plan") -> "PrecisionPlan":
         """The inverse of :meth:`to_dict`, strict.
 
         Raises:
@@ -137,29 +137,29 @@ class StepPlan:
         timesteps: list[float] = []
         rows: list[tuple[int, ...]] = []
         for line in lines:
-            found = _ROW.fullmatch(str(line))
-            t = _float(found[2]) if found else None
-            if found is None or t is None:
+            result = _ROW.fullmatch(str(line))
+            t = _float(result[2]) if result else None
+            if result is None or t is None:
                 raise InputError(f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8'")
-            if int(found[1]) != len(rows):
+            if int(result[1]) != len(rows):
                 at = f"after t {timesteps[-1]:g}" if timesteps else "the first"
                 raise InputError(
                     f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each"
                 )
             timesteps.append(t)
-            rows.append(tuple(int(bits) for bits in found[3].split()))
+            rows.append(tuple(int(bits) for bits in result[3].split()))
         if len(rows) != steps:
             raise InputError(
                 f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
             )
-        weights, made = values.get("weights", {}), values.get("made", {})
+        weights, output = values.get("weights", {}), values.get("made", {})
         if not isinstance(weights, Mapping) or not all(type(bits) is int for bits in weights.values()):
             raise InputError(f"{where}: 'weights' must give a number of bits for each layer")
-        if not isinstance(made, Mapping) or not all(_is_plain(value) for value in made.values()):
+        if not isinstance(output, Mapping) or not all(_is_plain(value) for value in output.values()):
             raise InputError(f"{where}: 'made' must give a word or a number, or a list of them, for each fact")
         try:
             groups = _groups(values.get("groups", ["all: *"]))
-            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(made))
+            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(output))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
@@ -176,7 +176,7 @@ class StepPlan:
         write_text(path, "\n".join(lines) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "StepPlan":
+    def load(cls, path: Path) -> "PrecisionPlan":
         """Read what :meth:`save` wrote, edited or not.
 
         Raises:
@@ -209,14 +209,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _groups(lines: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    found: list[tuple[str, tuple[str, ...]]] = []
+    result: list[tuple[str, tuple[str, ...]]] = []
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise InputError("'groups' must be a list of lines like 'down: down_blocks.* time_embedding.*'")
     for line in lines:
         name, colon, patterns = line.partition(":")
         if not colon or not patterns.split():
             raise InputError(f"{line!r} is no group; a group is written like 'down: down_blocks.* time_embedding.*'")
-        if name in dict(found):
+        if name in dict(result):
             raise InputError(f"two groups are called {name!r}; give them names of their own")
-        found.append((name, tuple(patterns.split())))
-    return tuple(found)
+        result.append((name, tuple(patterns.split())))
+    return tuple(result)

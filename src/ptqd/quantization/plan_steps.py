@@ -15,7 +15,7 @@ from ptqd.diffusion.step_state import StepState, StepTable
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError, MismatchError
 from ptqd.quantization.modules.activation import ActivationQuantizer, BitWidth
-from ptqd.quantization.plan import StepPlan
+from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.sites import layer_quantizers
 
 EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
@@ -31,7 +31,7 @@ class PlanSteps(StepTable):
         rows: for each step the indices of the groups' widths (T, G).
     """
 
-    def __init__(self, plan: StepPlan, groups: Sequence[BitWidth], rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, plan: PrecisionPlan, groups: Sequence[BitWidth], rows: Sequence[Sequence[int]]) -> None:
         self.plan, self.groups, self.rows = plan, tuple(groups), tuple(map(tuple, rows))
         self.timesteps = plan.timesteps
         self._index = {t: i for i, t in reversed([*enumerate(plan.timesteps)])}
@@ -91,7 +91,7 @@ def remove_plan(model: nn.Module) -> None:
         state.plan, state.aliases = None, {}
 
 
-def set_plan(model: nn.Module, plan: StepPlan) -> None:
+def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     """Let a quantized denoiser compute with a plan's bits from now on.
 
     Raises:
@@ -104,7 +104,7 @@ def set_plan(model: nn.Module, plan: StepPlan) -> None:
     for name, quantizer in layer_quantizers(model):
         if len(quantizer.widths) > 1:
             quantizers[name].append(quantizer)
-    planned = {name: found for name, found in quantizers.items() if found}
+    planned = {name: result for name, result in quantizers.items() if result}
     if not planned:
         raise InputError("the model has activation ranges for one width; quantize with a recipe such as w4a4+8")
     widths = next(iter(planned.values()))[0].widths
@@ -118,10 +118,10 @@ def set_plan(model: nn.Module, plan: StepPlan) -> None:
                 )
     groups = [BitWidth(0) for _ in plan.groups]
     used = set()
-    for name, found in planned.items():
+    for name, result in planned.items():
         group = plan.group_of(name)
         used.add(group)
-        for quantizer in found:
+        for quantizer in result:
             quantizer.active = groups[group]
     for i, (name, patterns) in enumerate(plan.groups):
         if i not in used:

@@ -98,9 +98,9 @@ class _Quantizing:
                 gptq.fit_gptq(model, self.full, inputs, method, exempt, self._title(method.name))
             elif isinstance(method, Learned):
                 assert calibration.inputs is not None
-                kept, title = self.scratch / method.name, self._title(method.name)
+                remaining, title = self.scratch / method.name, self._title(method.name)
                 adaround_brecq.learn(
-                    model, self.full, calibration.inputs, method, exempt, kept, seed=self.run.seed, progress=title
+                    model, self.full, calibration.inputs, method, exempt, remaining, seed=self.run.seed, progress=title
                 )
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
@@ -148,13 +148,13 @@ class _Quantizing:
 
     def _rows(self) -> int:
         """How many rows of the denoiser's calls the recipe needs."""
-        wanted = [0]
+        required = [0]
         for method in self.recipe.methods:
             if isinstance(method, Smooth):
-                wanted.append(BATCH if self.recipe.activations.dynamic else OBSERVED)
+                required.append(BATCH if self.recipe.activations.dynamic else OBSERVED)
             elif not isinstance(method, LowRank):
-                wanted.append(method.inputs)
-        return max(wanted + [OBSERVED] * self.drawn)
+                required.append(method.inputs)
+        return max(required + [OBSERVED] * self.drawn)
 
     def _errors(self) -> torch.Tensor:
         """What plain rounding changes at each step (T,)."""
@@ -196,9 +196,9 @@ class _Quantizing:
                 grouped = seen
                 if len(seen) > 1 and ranges is not None:  # by step
                     numbers = range(len(seen)) if name in ranges.temporal else ranges.groups
-                    kept = numbers if quantizer.ranges > 1 else [0] * len(seen)
+                    remaining = numbers if quantizer.ranges > 1 else [0] * len(seen)
                     grouped = [
-                        Observer.merged([o for o, group in zip(seen, kept, strict=True) if group == g])
+                        Observer.merged([o for o, group in zip(seen, remaining, strict=True) if group == g])
                         for g in range(quantizer.ranges)
                     ]
                 elif quantizer.ranges > len(seen):  # of a layer with a range for every step, which is not observed

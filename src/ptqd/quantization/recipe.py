@@ -22,7 +22,7 @@ LayerType = Literal["conv", "linear", "attention"]
 
 
 @dataclass(frozen=True)
-class Quantizer:
+class QuantSpec:
     """One kind of quantizer.
 
     Attributes:
@@ -68,7 +68,7 @@ class Quantizer:
         """The integers it rounds to; of a floating-point format, those that its codes take."""
         return Grid(self.bits, self.symmetric and self.format == "int")
 
-    def of(self, bits: int) -> "Quantizer":
+    def of(self, bits: int) -> "QuantSpec":
         """The same with integers of other bits."""
         return replace(self, bits=bits, format="int")
 
@@ -131,8 +131,8 @@ class Recipe:
 
     Weights have one scale per output channel; activations one per tensor. ``"w4a8"`` is shorthand for a recipe:
     4-bit weights, 8-bit activations, attention products included, first and last layer at 8 bits. ``"w4a4+8"`` has
-    ranges for 4-bit activations too, so that a :class:`ptqd.StepPlan` can choose between them step by step. Formats,
-    ranges and methods follow, as in ``"w8a8-dynamic"``, ``"w4a4-svd"`` and ``"w4a8-brecq"``: see :data:`WORDS`.
+    ranges for 4-bit activations too, so that a :class:`ptqd.PrecisionPlan` can choose between them step by step.
+    Formats, ranges and methods follow, as in ``"w8a8-dynamic"``, ``"w4a4-svd"`` and ``"w4a8-brecq"``.
 
     Attributes:
         weights: of convolutions and linear layers.
@@ -158,8 +158,8 @@ class Recipe:
     4
     """
 
-    weights: Quantizer = field(default_factory=Quantizer)
-    activations: Quantizer = field(default_factory=lambda: Quantizer(symmetric=False))
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    activations: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
     step_bits: tuple[int, ...] = ()
     attention: bool = True
     softmax_bits: int = 8
@@ -260,7 +260,7 @@ class Recipe:
         known = (names,) if isinstance(names, str) else tuple(names)
         return next((rule for rule in reversed(self.rules) if any(rule.matches(name, kind) for name in known)), None)
 
-    def quantizers_for(self, rule: Rule | None) -> tuple[Quantizer, Quantizer, tuple[int, ...]]:
+    def quantizers_for(self, rule: Rule | None) -> tuple[QuantSpec, QuantSpec, tuple[int, ...]]:
         """The quantizers of a layer's weights and activations, and the activations' widths, under a rule."""
         weights, activations, widths = self.weights, self.activations, self.widths
         if rule is None:
@@ -301,16 +301,16 @@ for its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 group
 
 def _from_shorthand(text: str) -> Recipe:
     """A recipe from what :data:`_SHORT` matches."""
-    found = re.fullmatch(_SHORT, text)
-    assert found is not None
-    number, widths, words = found.groups()
+    result = re.fullmatch(_SHORT, text)
+    assert result is not None
+    number, widths, words = result.groups()
     step_bits: list[int] = []
     if widths in FORMAT_BITS:
-        activations = Quantizer(format=widths)
+        activations = QuantSpec(format=widths)
     else:
         *step_bits, most = sorted({int(bits) for bits in widths.split("+")})
-        activations = Quantizer(most, symmetric=False)
-    weights = Quantizer(format=number) if number in FORMAT_BITS else Quantizer(int(number))
+        activations = QuantSpec(most, symmetric=False)
+    weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number))
     values: dict[str, Any] = {"methods": ()}
     for word in words.split("-")[1:]:
         numbered = re.fullmatch(r"(svd|g|steps)(\d+)", word)

@@ -13,9 +13,16 @@ from ptqd.errors import InputError
 from ptqd.quantization.blocks import concatenations
 from ptqd.quantization.methods import LowRank, Smooth
 from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import Convolution, Extras, QuantConv, QuantLayer, QuantLinear, SplitConv
+from ptqd.quantization.modules.linear_conv import (
+    Convolution,
+    LayerOptions,
+    QuantConv,
+    QuantLayer,
+    QuantLinear,
+    SplitConv,
+)
 from ptqd.quantization.numerics.formats import BLOCKS
-from ptqd.quantization.recipe import LayerType, Quantizer, Recipe, Rule
+from ptqd.quantization.recipe import LayerType, QuantSpec, Recipe, Rule
 from ptqd.quantization.step_ranges import StepRanges
 
 HALVES = ("hidden", "skip")
@@ -58,7 +65,7 @@ def insert_quantizers(model: nn.Module, recipe: Recipe, ranges: StepRanges | Non
     quantized: list[str] = []
     skipped: list[tuple[str, str]] = []
     for name, layer in layers.items():
-        made: dict[str, Any] = {}
+        output: dict[str, Any] = {}
         for part, piece in zip(_parts(name, splits), _pieces(layer, splits.get(name)), strict=True):
             rule = recipe.rule_for(names_of(part), _type_of(layer))
             if rule is not None and rule.skip:
@@ -66,11 +73,11 @@ def insert_quantizers(model: nn.Module, recipe: Recipe, ranges: StepRanges | Non
             elif getattr(layer, "padding_mode", "zeros") != "zeros":
                 skipped.append((part, f"padding_mode {layer.padding_mode!r}"))
             else:
-                made[part] = _quantized(part, piece, recipe, rule, ranges)
-        if len(made) == len(_pieces(layer, splits.get(name))):
-            put_layer(model, name, SplitConv(*made.values()) if name in splits else made[name])
-            quantized.extend(made)
-        elif made:
+                output[part] = _quantized(part, piece, recipe, rule, ranges)
+        if len(output) == len(_pieces(layer, splits.get(name))):
+            put_layer(model, name, SplitConv(*output.values()) if name in splits else output[name])
+            quantized.extend(output)
+        elif output:
             raise InputError(f"a rule skips one half of {name!r}; skip both, or set split_shortcuts to false")
     if recipe.attention:
         _insert_products(model, recipe, ranges, quantized, skipped)
@@ -119,20 +126,20 @@ def _pieces(layer: Any, hidden: int | None) -> tuple[Any, ...]:
 def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges: StepRanges | None) -> QuantLayer:
     weights, activations, widths = recipe.quantizers_for(rule)
     without = () if rule is None else rule.without
-    wanted = {method.name: method for method in recipe.methods if method.name not in without}
-    low_rank = wanted.get(LowRank.name)
+    required = {method.name: method for method in recipe.methods if method.name not in without}
+    low_rank = required.get(LowRank.name)
     rank = low_rank.rank if isinstance(low_rank, LowRank) else 0
-    extras = Extras(Smooth.name in wanted, rank, _count(name, activations, ranges))
+    extras = LayerOptions(Smooth.name in required, rank, _count(name, activations, ranges))
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     try:
-        made: QuantLayer = kind(layer, weights, activations, widths, extras)
-        made.input.to(layer.weight.device)
+        output: QuantLayer = kind(layer, weights, activations, widths, extras)
+        output.input.to(layer.weight.device)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    return made
+    return output
 
 
-def _count(name: str, activations: Quantizer, ranges: StepRanges | None) -> int:
+def _count(name: str, activations: QuantSpec, ranges: StepRanges | None) -> int:
     if ranges is None or activations.dynamic or activations.format in BLOCKS:
         return 1
     return ranges.of_layer(name)

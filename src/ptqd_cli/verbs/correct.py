@@ -28,8 +28,8 @@ class Correct:
 
     def run(self) -> None:
         """Correct, and save."""
-        from ptqd.correction.scheduler import correct
-        from ptqd.correction.search import describe, fit_auto
+        from ptqd.correction.scheduler import apply_correction
+        from ptqd.correction.search import describe, search_correction
         from ptqd.diffusion.sampling import Sampling, default_call
         from ptqd.errors import InputError
         from ptqd.files import replacing
@@ -46,11 +46,11 @@ class Correct:
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
             call |= call_arguments(self.call)
             run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call)
-            choice = fit_auto(quantized, stats, run, progress=True)
+            choice = search_correction(quantized, stats, run, progress=True)
             print("\n".join(describe(choice.trials)))
-            corrected = correct(quantized, choice.correction)
+            corrected = apply_correction(quantized, choice.correction)
         else:
-            corrected = correct(quantized, stats, methods, steps=self.steps)
+            corrected = apply_correction(quantized, stats, methods, steps=self.steps)
         with replacing(self.out) as temporary:
             corrected.save_pretrained(temporary)
         print(f"{self.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")

@@ -35,9 +35,9 @@ class Evaluate:
         from ptqd.errors import InputError
         from ptqd.experiments.sharding import few_samples, observed_samples
         from ptqd.files import write_json
-        from ptqd.metrics.evaluator import Judge
+        from ptqd.metrics.evaluator import Evaluator
 
-        judge = self.judging.load("fashion", self.device) or Judge()
+        judge = self.judging.load("fashion", self.device) or Evaluator()
         if judge.extractor is None and self.against is None and (judge.clip is None or self.prompts is None):
             raise InputError("nothing judges these images; give --judge, --against, or --clip with --prompts")
         call: dict[str, Any] = {"class_labels": list(range(self.classes))} if self.classes else {}

@@ -65,5 +65,5 @@ class Sample:
                     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
         if self.npz:
             write_npz(self.out / "samples.npz", images, labels_of(run, len(images)))
-        kept = ["images"] * (not self.no_images) + ["what the judge sees of them"] * (judge is not None)
-        print(f"{self.out}: {run.samples} samples, {' and '.join(kept)}, grid.png")
+        parts = ["images"] * (not self.no_images) + ["what the judge sees of them"] * (judge is not None)
+        print(f"{self.out}: {run.samples} samples, {' and '.join(parts)}, grid.png")

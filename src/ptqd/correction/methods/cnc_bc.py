@@ -16,7 +16,7 @@ from ptqd.errors import InputError
 from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, covariance
 
 
-def ptqd(cnc: bool, bc: bool) -> Estimator:
+def cnc_bc(cnc: bool, bc: bool) -> Estimator:
     """CNC, BC or both.
 
     Raises:

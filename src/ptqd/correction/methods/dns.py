@@ -14,10 +14,10 @@ any overshoot can take up, it goes as far as lowers the ratio. The last step, on
 
 import torch
 
-from ptqd.correction.variance import Reshaped, Residuals, from_coefficients
+from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 
 
-def dns(residuals: Residuals) -> Reshaped:
+def dns(residuals: ResidualNoise) -> StepRescaling:
     """The overshoot, as outputs for the scheduler's own step.
 
     Raises:

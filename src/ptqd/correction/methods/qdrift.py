@@ -9,10 +9,10 @@ for flow: there the increment is the velocity's, the signal goes further with th
 
 import torch
 
-from ptqd.correction.variance import Reshaped, Residuals, from_coefficients
+from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 
 
-def qdrift(residuals: Residuals) -> Reshaped:
+def qdrift(residuals: ResidualNoise) -> StepRescaling:
     """The longer increments, as outputs for the scheduler's own step.
 
     Raises:

@@ -12,12 +12,12 @@ with ``P`` and ``R`` of the prediction type at tau. Works without drawn noise.
 import diffusers
 import torch
 
-from ptqd.correction.variance import Reshaped, Residuals, from_coefficients
+from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 from ptqd.diffusion.noise_schedule import Levels, timesteps_at
 from ptqd.errors import InputError
 
 
-def stepbaq(residuals: Residuals) -> Reshaped:
+def stepbaq(residuals: ResidualNoise) -> StepRescaling:
     """Scaled samples, the timesteps that the network is told, and the steps from there.
 
     Raises:
@@ -43,10 +43,10 @@ def stepbaq(residuals: Residuals) -> Reshaped:
     kind = getattr(diffusers, residuals.scheduler, None)
     scheduler = None if kind is None else kind.from_config(dict(residuals.config))
     own = None if scheduler is None else timesteps_at(scheduler, levels)
-    told = None if scheduler is None else timesteps_at(scheduler, shifted)
-    if own is None or told is None or not torch.allclose(own[1:], residuals.timesteps[1:], rtol=0, atol=2):
+    timestep = None if scheduler is None else timesteps_at(scheduler, shifted)
+    if own is None or timestep is None or not torch.allclose(own[1:], residuals.timesteps[1:], rtol=0, atol=2):
         raise InputError(f"stepbaq needs the timestep of any noise level, which is not known of {residuals.scheduler}")
-    told[0] = residuals.timesteps[0]
+    timestep[0] = residuals.timesteps[0]
 
     scale = shifted.alpha / levels.alpha  # to what the sample before each step is scaled
     scale[0] = 1
@@ -56,7 +56,7 @@ def stepbaq(residuals: Residuals) -> Reshaped:
     sample = after * (alpha_s * r + away * (1 - shifted.alpha * r))
     output = after * p * (alpha_s - away * shifted.alpha)
     steps = from_coefficients(residuals, sample, output)
-    return Reshaped(steps.gain, steps.sample, (), tuple(told.tolist()))
+    return StepRescaling(steps.gain, steps.sample, (), tuple(timestep.tolist()))
 
 
 def x0_coefficients(levels: Levels, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,12 +9,12 @@ negative: then more is drawn.
 
 import torch
 
-from ptqd.correction.variance import Reshaped, Residuals
+from ptqd.correction.variance import ResidualNoise, StepRescaling
 from ptqd.diffusion.scheduler_response import noise_scales
 from ptqd.errors import InputError
 
 
-def vsc(residuals: Residuals) -> Reshaped:
+def vsc(residuals: ResidualNoise) -> StepRescaling:
     """The noise that is left to draw.
 
     Raises:
@@ -26,4 +26,4 @@ def vsc(residuals: Residuals) -> Reshaped:
     if not residuals.response.draws:
         raise InputError(f"vsc changes nothing here: {name} draws no noise")
     ones = torch.ones_like(residuals.added)
-    return Reshaped(ones, 0 * ones, tuple(noise_scales(residuals.response, residuals.added)))
+    return StepRescaling(ones, 0 * ones, tuple(noise_scales(residuals.response, residuals.added)))

@@ -59,9 +59,9 @@ class State:
         if "betas" not in self.left:
             return
         ends = (model.linear_start**0.5, model.linear_end**0.5)
-        wanted = torch.linspace(*ends, model.timesteps, dtype=torch.float64) ** 2
+        required = torch.linspace(*ends, model.timesteps, dtype=torch.float64) ** 2
         betas = self.left["betas"].double()
-        if betas.shape != wanted.shape or not torch.allclose(betas, wanted, rtol=1e-4):
+        if betas.shape != required.shape or not torch.allclose(betas, required, rtol=1e-4):
             raise InputError(
                 f"{self.where} was trained with other betas than linear_start and linear_end in the YAML say"
             )

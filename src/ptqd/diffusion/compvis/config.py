@@ -112,7 +112,7 @@ def read_config(path: Path) -> Model:
     start, end = model.take("linear_start", float, 1e-4), model.take("linear_end", float, 2e-2)
     if not 0 < start < end < 1:
         raise InputError(f"{path}: betas from linear_start {start} to linear_end {end} are not between 0 and 1")
-    found = Model(
+    result = Model(
         timesteps=model.take("timesteps", int, 1000),
         linear_start=start,
         linear_end=end,
@@ -125,26 +125,26 @@ def read_config(path: Path) -> Model:
         class_width=class_width,
     )
     model.done()
-    return found
+    return result
 
 
 def _read_unet(node: "_Node") -> Unet:
     multipliers = tuple(node.take("channel_mult", list))
-    wanted = set(node.take("attention_resolutions", list))
+    required = set(node.take("attention_resolutions", list))
     transformer = node.take("use_spatial_transformer", bool, False)
     node.refuse_unless("dims", 2, "images")
     node.refuse_unless("conv_resample", True, "with convolutions")
     node.refuse_unless("num_classes", None, "classes come through the context")
     node.ignore("dropout", "use_checkpoint", "use_fp16", "legacy")
     node.refuse_unless("num_heads_upsample", -1, "as many as on the way down")
-    found = Unet(
+    result = Unet(
         image_size=node.take("image_size", int),
         inputs=node.take("in_channels", int),
         outputs=node.take("out_channels", int),
         channels=node.take("model_channels", int),
         multipliers=multipliers,
         blocks=node.take("num_res_blocks", int),
-        attention=tuple(2**level in wanted for level in range(len(multipliers))),
+        attention=tuple(2**level in required for level in range(len(multipliers))),
         heads=node.take("num_heads", int, -1),
         head_width=node.take("num_head_channels", int, -1),
         context=node.take("context_dim", int, 0) if transformer else 0,
@@ -154,11 +154,11 @@ def _read_unet(node: "_Node") -> Unet:
         new_order=node.take("use_new_attention_order", bool, False),
     )
     node.done()
-    if (found.heads > 0) == (found.head_width > 0):
+    if (result.heads > 0) == (result.head_width > 0):
         raise InputError(f"{node.path}: {node.name} needs num_heads or num_head_channels, one of them")
-    if found.context and (found.scale_shift or found.resnet_updown):
+    if result.context and (result.scale_shift or result.resnet_updown):
         raise InputError(f"{node.path}: cross-attention with use_scale_shift_norm or resblock_updown is not supported")
-    return found
+    return result
 
 
 def _read_stage(node: "_Node") -> Stage:
@@ -173,7 +173,7 @@ def _read_stage(node: "_Node") -> Stage:
     built.refuse_unless("resamp_with_conv", True, "with convolutions")
     built.refuse_unless("tanh_out", False, "no tanh")
     built.ignore("dropout", "use_linear_attn", "attn_type")
-    found = Stage(
+    result = Stage(
         channels=built.take("ch", int),
         multipliers=tuple(built.take("ch_mult", list)),
         blocks=built.take("num_res_blocks", int),
@@ -183,11 +183,13 @@ def _read_stage(node: "_Node") -> Stage:
         codes=codes,
         code_width=code_width,
     )
-    built.refuse_unless("out_ch", found.image_channels, "as many as its input")
+    built.refuse_unless("out_ch", result.image_channels, "as many as its input")
     built.done()
-    if not quantized and code_width != found.latents:
-        raise InputError(f"{node.path}: embed_dim {code_width} and z_channels {found.latents} differ, unsupported here")
-    return found
+    if not quantized and code_width != result.latents:
+        raise InputError(
+            f"{node.path}: embed_dim {code_width} and z_channels {result.latents} differ, unsupported here"
+        )
+    return result
 
 
 class _Node:

@@ -74,7 +74,7 @@ def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
 
 def unet_tensors(state: State, model: Model, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """The UNet's, by their names in diffusers."""
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     raw = "model.diffusion_model."
     for theirs, ours, kind in _unet_places(model.unet):
         for suffix in state.suffixes(f"{raw}{theirs}."):
@@ -84,12 +84,12 @@ def unet_tensors(state: State, model: Model, names: Mapping[str, str]) -> dict[s
                 value = state.take(names[name])
             part, _, leaf = suffix.rpartition(".")
             if kind == "resnet":
-                found[f"{ours}.{_RESNET.get(part, part)}.{leaf}"] = value
+                result[f"{ours}.{_RESNET.get(part, part)}.{leaf}"] = value
             elif kind == "attention":
-                found |= _attention(model.unet, ours, part, leaf, value)
+                result |= _attention(model.unet, ours, part, leaf, value)
             else:
-                found[f"{ours}.{suffix}"] = value
-    return found
+                result[f"{ours}.{suffix}"] = value
+    return result
 
 
 def _attention(unet: Unet, ours: str, part: str, leaf: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,16 +131,16 @@ def _first_stage_places(stage: Stage) -> Iterator[tuple[str, str, str]]:
 
 def first_stage_tensors(state: State, model: Model) -> dict[str, torch.Tensor]:
     """The first stage's, by their names in diffusers."""
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
     for theirs, ours, kind in _first_stage_places(model.stage):
         for suffix in state.suffixes(f"first_stage_model.{theirs}."):
             value = state.take(f"first_stage_model.{theirs}.{suffix}")
             part, _, leaf = suffix.rpartition(".")
             if kind == "layer":
-                found[f"{ours}.{suffix}"] = value
+                result[f"{ours}.{suffix}"] = value
             elif kind == "resnet":
-                found[f"{ours}.{_STAGE_RESNET.get(part, part)}.{leaf}"] = value
+                result[f"{ours}.{_STAGE_RESNET.get(part, part)}.{leaf}"] = value
             else:  # 1 x 1 convolutions, there
-                found[f"{ours}.{attention.get(part, part)}.{leaf}"] = value.flatten(1) if value.ndim == 4 else value
-    return found
+                result[f"{ours}.{attention.get(part, part)}.{leaf}"] = value.flatten(1) if value.ndim == 4 else value
+    return result

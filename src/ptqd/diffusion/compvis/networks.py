@@ -29,8 +29,8 @@ def build_scheduler(model: Model) -> DDIMScheduler:
 def build_embedder(model: Model) -> ClassEmbedder:
     """Its last class is the null class."""
     with _on_meta():
-        made: ClassEmbedder = ClassEmbedder(model.classes - 1, model.class_width)
-    return made
+        output: ClassEmbedder = ClassEmbedder(model.classes - 1, model.class_width)
+    return output
 
 
 def build_denoiser(unet: Unet) -> Any:

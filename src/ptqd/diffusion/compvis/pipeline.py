@@ -93,14 +93,14 @@ def save_converted(pipe: DiffusionPipeline, folder: Path) -> None:
 
 def _filled(network: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Path, config: Path) -> Any:
     """A network that was built without weights, with these."""
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    for name, shape in wanted.items():
+    required = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name, shape in required.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             has = f"it has {tuple(tensors[name].shape)} there" if name in tensors else "it has none"
             raise InputError(
                 f"{checkpoint} is of another architecture than {config} says: {name} should be {shape}, and {has}"
             )
-    left = sorted(set(tensors) - set(wanted))
+    left = sorted(set(tensors) - set(required))
     if left:
         raise InputError(f"{checkpoint} is of another architecture than {config} says: there is no place for {left[0]}")
     network.load_state_dict(tensors, strict=True, assign=True)

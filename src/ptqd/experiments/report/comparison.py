@@ -75,12 +75,12 @@ def _compared(row: ComparedRow, name: str) -> Cell:
     metric = row.differences.get(name)
     if metric is None or metric.value is None or metric.low is None or metric.high is None:
         return Cell(value)
-    told = not metric.low <= 0 <= metric.high
+    clear = not metric.low <= 0 <= metric.high
     ends = (metric.value, metric.low, metric.high)
     shift, *interval = (metric_cell(Interval(end, None, None), name)[0] for end in ends)
-    difference = f"{'' if shift.startswith('-') else '+'}{shift} [{', '.join(interval)}]{'*' if told else ''}"
+    difference = f"{'' if shift.startswith('-') else '+'}{shift} [{', '.join(interval)}]{'*' if clear else ''}"
     better = (metric.value < 0) == (METRICS[name][1] == "lower")
-    return Cell(value, difference, ("better" if better else "worse") if told else "")
+    return Cell(value, difference, ("better" if better else "worse") if clear else "")
 
 
 def terminal(rows: Sequence[ComparedRow]) -> Iterator[Table]:

@@ -161,7 +161,7 @@ def choice_plots(choices: Sequence[ChoiceRow]) -> list[tuple[str, bytes]]:
     """For each setting, what every step keeps and what that brings on samples it was not fitted on: title and PNG."""
     figures = []
     for text, group in by_settings(choices):
-        figure, (gains, kept) = plt.subplots(1, 2, figsize=(14, 3.4), layout="constrained")
+        figure, (gains, remaining) = plt.subplots(1, 2, figsize=(14, 3.4), layout="constrained")
         names = list(dict.fromkeys(step.kept for choice in group for step in choice.steps))
         names.sort(key=_strength)
         for choice in (choice for choice in group if choice.steps):
@@ -171,11 +171,11 @@ def choice_plots(choices: Sequence[ChoiceRow]) -> list[tuple[str, bytes]]:
             )
             (line,) = gains.plot(x, gain, label=choice.recipe, marker="o" if len(x) <= 50 else None, markersize=2.5)
             gains.fill_between(x, gain - half, gain + half, color=line.get_color(), alpha=0.2)
-            kept.plot(x, [names.index(step.kept) for step in choice.steps], drawstyle="steps-mid")
+            remaining.plot(x, [names.index(step.kept) for step in choice.steps], drawstyle="steps-mid")
         gains.set_title("error of the next sample that is taken away, %", fontsize=10)
-        kept.set_title("what the step keeps", fontsize=10)
-        kept.set_yticks(range(len(names)), names)
-        for axis in (gains, kept):
+        remaining.set_title("what the step keeps", fontsize=10)
+        remaining.set_yticks(range(len(names)), names)
+        for axis in (gains, remaining):
             axis.set_xlabel("sampling step")
             axis.grid(alpha=0.3)
         if gains.has_data():

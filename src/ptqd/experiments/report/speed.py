@@ -6,7 +6,7 @@ from ptqd.experiments.results import SpeedReport, SpeedRow
 
 COLUMNS = (
     "engine",
-    "numbers",
+    "precision",
     "s/image",
     "range",
     "x torch FP32",
@@ -23,7 +23,7 @@ def speed_cells(row: SpeedRow) -> list[str]:
     psnr = row.psnr
     return [
         row.engine,
-        row.numbers,
+        row.precision,
         f"{row.seconds:.4f}",
         f"{min(row.all_seconds):.4f} to {max(row.all_seconds):.4f}",
         f"{row.of_torch:.2f}",

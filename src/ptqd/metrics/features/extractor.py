@@ -60,8 +60,8 @@ def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Fea
 
     def batches() -> Iterator[Features]:
         for part in images.split(batch):
-            made = extractor.features(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            yield Features(*(tensor.cpu() for tensor in made))
+            output = extractor.features(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            yield Features(*(tensor.cpu() for tensor in output))
 
     return Features(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
 
@@ -89,10 +89,10 @@ class Reference:
     @cached_property
     def key(self) -> str:
         """A hash of all of it."""
-        found = sha256(str(self.count).encode())
+        result = sha256(str(self.count).encode())
         for tensor in (self.mean, self.covariance, self.spatial_mean, self.spatial_covariance, self.sample):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+            result.update(tensor.contiguous().numpy().tobytes())
+        return result.hexdigest()
 
     @classmethod
     def of(cls, features: Features, sample: int = SAMPLE) -> "Reference":
@@ -169,8 +169,8 @@ class Summing:
             raise InputError(
                 "the features of some of the reference's images are not finite; look at the network and them"
             )
-        kept = torch.cat(self.kept)
-        return Reference(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, kept, pooled.n)
+        remaining = torch.cat(self.kept)
+        return Reference(pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, remaining, pooled.n)
 
 
 def _triangle(matrix: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ptqd.errors import InputError
+from ptqd.errors import InputError, MissingDependencyError
 from ptqd.metrics.features.extractor import Features
 from ptqd.metrics.features.weights import weights_key
 
@@ -44,7 +44,9 @@ class ImageEncoder:
         try:
             from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError as error:
-            raise InputError("features by an image encoder need transformers; pip install transformers") from error
+            raise MissingDependencyError(
+                "features by an image encoder need transformers; pip install transformers"
+            ) from error
         try:
             processors: Any = AutoImageProcessor
             tokenizer = AutoTokenizer.from_pretrained(name) if texts else None
@@ -71,8 +73,8 @@ class ImageEncoder:
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeddings of texts (N, D), as wide as those of images; what is too long is cut off, as CLIP does."""
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.model.device)
-        made = self.model.get_text_features(**inputs)
-        return (made if isinstance(made, torch.Tensor) else made.pooler_output).float()
+        output = self.model.get_text_features(**inputs)
+        return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:
@@ -81,8 +83,8 @@ class ImageEncoder:
         inputs = self.processor(images=list(pixels.permute(0, 2, 3, 1).numpy()), return_tensors="pt")
         values = inputs["pixel_values"].to(self.model.device)
         embed = getattr(self.model, "get_image_features", self.model)
-        made = embed(pixel_values=values)
-        pooled = made if isinstance(made, torch.Tensor) else getattr(made, "pooler_output", None)
+        output = embed(pixel_values=values)
+        pooled = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
         if pooled is None:
             raise InputError(f"{type(self.model).__name__} has no pooled output; choose an encoder that has one")
         nothing = pooled.new_zeros(len(pooled), 0)

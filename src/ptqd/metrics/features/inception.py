@@ -205,9 +205,9 @@ class Inception(nn.Module):
 
 def resized(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Images (N, C, H, W) as TensorFlow 1's bilinear interpolation makes them: corner to corner, no half pixels."""
-    for axis, wanted in ((3, size[1]), (2, size[0])):
+    for axis, required in ((3, size[1]), (2, size[0])):
         have = images.shape[axis]
-        place = torch.arange(wanted, device=images.device, dtype=torch.float32) * torch.tensor(have / wanted)
+        place = torch.arange(required, device=images.device, dtype=torch.float32) * torch.tensor(have / required)
         low = place.long()
         high = (low + 1).clamp(max=have - 1)
         weight = (place - low).view(-1, *[1] * (3 - axis))

@@ -12,10 +12,10 @@ from ptqd.files import read_pickle
 
 def weights_key(network: nn.Module) -> str:
     """A hash of a network's weights and their names."""
-    found = sha256()
+    result = sha256()
     for name, value in sorted(network.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    return found.hexdigest()
+        result.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return result.hexdigest()
 
 
 def hub_file(url: str) -> Path:
@@ -58,12 +58,12 @@ def _read(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def _from_hub(url: str, what: str) -> dict[str, torch.Tensor]:
-    kept = hub_file(url)
-    if not kept.is_file():
+    remaining = hub_file(url)
+    if not remaining.is_file():
         try:
             torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"{what} are not in {kept.parent} and cannot be downloaded ({error}); get {url}, and give its path"
+                f"{what} are not in {remaining.parent} and cannot be downloaded ({error}); get {url}, and give its path"
             ) from error
-    return _read(kept, what)
+    return _read(remaining, what)

@@ -17,7 +17,7 @@ from ptqd.quantization.numerics.affine import MAX_BITS, Grid, affine_parameters,
 from ptqd.quantization.numerics.formats import BLOCKS, LARGEST, fake_blocks, round_float
 from ptqd.quantization.numerics.observer import NOT_FINITE, Observer
 from ptqd.quantization.numerics.range_search import find_range
-from ptqd.quantization.recipe import Quantizer
+from ptqd.quantization.recipe import QuantSpec
 
 
 class Mode(Enum):
@@ -59,7 +59,7 @@ class ActivationQuantizer(nn.Module):
     zero_point: torch.Tensor
 
     def __init__(
-        self, spec: Quantizer, widths: Sequence[int] = (), *, axis: int = -1, ranges: int = 1, rowwise: bool = False
+        self, spec: QuantSpec, widths: Sequence[int] = (), *, axis: int = -1, ranges: int = 1, rowwise: bool = False
     ) -> None:
         super().__init__()
         self.spec, self.axis, self.rowwise = spec, axis, rowwise
@@ -237,7 +237,7 @@ class ActivationQuantizer(nn.Module):
         self.refresh()
 
 
-def _round(x: torch.Tensor, scale: Any, zero: Any, spec: Quantizer, grid: Grid) -> torch.Tensor:
+def _round(x: torch.Tensor, scale: Any, zero: Any, spec: QuantSpec, grid: Grid) -> torch.Tensor:
     if grid.bits > MAX_BITS and x.dtype != torch.float32:  # half precision has not as many numbers
         return _round(x.float(), scale, zero, spec, grid).to(x.dtype)
     if spec.format == "int":

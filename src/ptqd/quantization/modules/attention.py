@@ -7,17 +7,17 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.recipe import Quantizer
+from ptqd.quantization.recipe import QuantSpec
 
 
 class QuantAttnProcessor(nn.Module):
     """Attention whose products q.k and p.v have quantized operands; replaces diffusers' AttnProcessor(2_0)."""
 
-    def __init__(self, activations: Quantizer, softmax_bits: int, widths: Sequence[int] = (), ranges: int = 1) -> None:
+    def __init__(self, activations: QuantSpec, softmax_bits: int, widths: Sequence[int] = (), ranges: int = 1) -> None:
         super().__init__()
         self.query, self.key = (ActivationQuantizer(activations, widths, ranges=ranges) for _ in range(2))
         self.value = ActivationQuantizer(activations, widths, axis=-2, ranges=ranges, rowwise=True)
-        self.probabilities = ActivationQuantizer(Quantizer(softmax_bits, symmetric=False, range="minmax"))
+        self.probabilities = ActivationQuantizer(QuantSpec(softmax_bits, symmetric=False, range="minmax"))
 
     @property
     def quantizers(self) -> tuple[ActivationQuantizer, ...]:
@@ -48,8 +48,8 @@ class QuantAttnProcessor(nn.Module):
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :meth:`forward`; diffusers reads here which arguments it may pass."""
-        made: torch.Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return made
+        output: torch.Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
 
     def forward(
         self,

@@ -20,13 +20,13 @@ from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
-from ptqd.quantization.recipe import LayerType, Quantizer
+from ptqd.quantization.recipe import LayerType, QuantSpec
 
 LOW_RANK_BITS = WIDE  # of both operands of a low-rank branch
 
 
 @dataclass(frozen=True)
-class Extras:
+class LayerOptions:
     """What a layer holds beside codes and one range.
 
     Attributes:
@@ -65,13 +65,13 @@ class QuantLayer(nn.Module, ABC):
     def __init__(
         self,
         layer: nn.Module,
-        weights: Quantizer,
-        activations: Quantizer,
+        weights: QuantSpec,
+        activations: QuantSpec,
         widths: Sequence[int] = (),
-        extras: Extras | None = None,
+        extras: LayerOptions | None = None,
     ) -> None:
         super().__init__()
-        extras = extras or Extras()
+        extras = extras or LayerOptions()
         full: Any = layer.weight
         self.weights = weights
         self.shape = tuple(full.shape)
@@ -108,11 +108,11 @@ class QuantLayer(nn.Module, ABC):
         self._make_codes(self.codes.device)
 
     @abstractmethod
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What the layer makes of an input and a weight."""
 
     @abstractmethod
-    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x`` through a weight (O, r) that mixes channels, at each place."""
 
     @property
@@ -123,8 +123,8 @@ class QuantLayer(nn.Module, ABC):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
         x = self.smoothed(x)
-        y = self.product(self.input(x), self.weight, self.bias)
-        return y if self.low_rank_up is None else y + self.branch(x)
+        y = self.matmul(self.input(x), self.weight, self.bias)
+        return y if self.low_rank_up is None else y + self.low_rank(x)
 
     def smoothed(self, x: torch.Tensor) -> torch.Tensor:
         """An input divided by what smooths it."""
@@ -132,10 +132,10 @@ class QuantLayer(nn.Module, ABC):
             return x
         return x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
         down, up = self._low_rank()
-        return self.combine(self.product(x, down.view(-1, *self.shape[1:]).to(x)), up.to(x))
+        return self.project(self.matmul(x, down.view(-1, *self.shape[1:]).to(x)), up.to(x))
 
     def observe(self) -> None:
         """Show the inputs of the following forward passes to the observers."""
@@ -152,13 +152,13 @@ class QuantLayer(nn.Module, ABC):
 
     def encode(self, weight: torch.Tensor) -> None:
         """Turn a full-precision weight into codes (round to nearest)."""
-        self._encode(self.target(weight))
+        self._encode(self.target_weight(weight))
 
     def _encode(self, rows: torch.Tensor) -> None:
         grid = WeightGrid.find(rows, self.weights)
         self.write(grid, grid.codes(rows))
 
-    def target(self, weight: torch.Tensor) -> torch.Tensor:
+    def target_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """What the codes should stand for, rows (O, I), float32, on the CPU: the weight smoothed, less the branch."""
         rows = weight.detach().cpu().float()
         if self.smooth_scale is not None:
@@ -169,9 +169,9 @@ class QuantLayer(nn.Module, ABC):
             rows = rows - up @ down
         return rows
 
-    def prepare(self, weight: torch.Tensor) -> None:
+    def use_float(self, weight: torch.Tensor) -> None:
         """While observing: compute with a full-precision weight, as it is smoothed and split."""
-        self.weight = self.target(weight).view(self.shape).to(weight)
+        self.weight = self.target_weight(weight).view(self.shape).to(weight)
 
     def set_low_rank(self, down: torch.Tensor, up: torch.Tensor) -> None:
         """Give it a branch ``up @ down``, (O, r) and (r, I)."""
@@ -237,11 +237,11 @@ class QuantLinear(QuantLayer):
         super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Linear map of ``x`` (..., in_features)."""
         return F.linear(x, weight, bias)
 
-    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Linear map of ``x`` (..., r)."""
         return F.linear(x, weight)
 
@@ -263,13 +263,13 @@ class QuantConv(QuantLayer):
         self.groups, self.in_channels, self.out_channels = layer.groups, layer.in_channels, layer.out_channels
         self.kernel_size = layer.kernel_size
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Convolution of ``x`` (N, in_channels, ...)."""
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
         result: torch.Tensor = convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return result
 
-    def combine(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Convolution of ``x`` (N, r, ...) by a kernel of one place."""
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
         result: torch.Tensor = convolve(x, weight.view(*weight.shape, *[1] * (x.ndim - 2)))

@@ -17,10 +17,10 @@ from ptqd.quantization.numerics.formats import (
     round_float,
 )
 from ptqd.quantization.numerics.range_search import find_range
-from ptqd.quantization.recipe import Quantizer
+from ptqd.quantization.recipe import QuantSpec
 
 
-def groups_of(columns: int, spec: Quantizer) -> tuple[int, int]:
+def groups_of(columns: int, spec: QuantSpec) -> tuple[int, int]:
     """How many groups of inputs have scales of their own, and how many inputs a group has.
 
     Raises:
@@ -52,14 +52,14 @@ class WeightGrid:
         stored: the scales' own bit patterns (O, G) and the number they share, of the block formats.
     """
 
-    spec: Quantizer
+    spec: QuantSpec
     scale: torch.Tensor
     zero: torch.Tensor
     columns: int
     stored: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def find(cls, rows: torch.Tensor, spec: Quantizer) -> "WeightGrid":
+    def find(cls, rows: torch.Tensor, spec: QuantSpec) -> "WeightGrid":
         """The grid for rows (O, I) of a weight, float32."""
         count, size = groups_of(rows.shape[1], spec)
         padded = F.pad(rows, (0, count * size - rows.shape[1]))
@@ -104,14 +104,14 @@ class WeightGrid:
         return float_values(codes, self.spec.format) * scale
 
 
-def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: Quantizer) -> torch.Tensor:
+def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Numbers rounded to a format, under scales and zero points of their shape."""
     if spec.format == "int":
         return fake_quantize(x, scale, zero, spec.grid)
     return round_float(x / scale, spec.format) * scale
 
 
-def rounded_weight(weight: torch.Tensor, spec: Quantizer) -> torch.Tensor:
+def rounded_weight(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """A weight as its codes would give it back, rounded to nearest."""
     rows = weight.detach().cpu().float().flatten(1)  # O,I; not every device has float64
     return WeightGrid.find(rows, spec).rounded(rows).view(weight.shape).to(weight)

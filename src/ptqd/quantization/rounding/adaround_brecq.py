@@ -125,7 +125,7 @@ class _Unit:
         for name, module in self.module.named_modules():
             known = _full_name(unit, name)
             if isinstance(module, QuantLayer) and known not in fixed:
-                self.weights[name] = kind(module, module.target(full_weight(full, known, module)))
+                self.weights[name] = kind(module, module.target_weight(full_weight(full, known, module)))
             elif isinstance(module, ActivationQuantizer) and known.removesuffix(".input") not in fixed:
                 self.scales[name] = LearnedScale(module, method.drop)
 
@@ -210,9 +210,9 @@ class _Unit:
             self.module.get_submodule(name).weight = weight.weight()
         if self.clock is not None:
             self.clock.set(self.pool.steps[rows].tolist())
-        made = tree_flatten(self.module(*args, **kwargs))[0]
+        output = tree_flatten(self.module(*args, **kwargs))[0]
         error = torch.zeros((), device=self.device)
-        for out, target, factor in zip(made, self.targets.rows(rows), self.targets.factors, strict=True):
+        for out, target, factor in zip(output, self.targets.rows(rows), self.targets.factors, strict=True):
             if factor:
                 error = error + (out.float() - target.to(out.device).float()).square().sum() / len(rows)
         return error

@@ -67,24 +67,24 @@ def capture(
     factors = [
         _factors(*pair) for pair in zip(*(_run(model, unit, inputs, slice(0, n), outputs) for n in (2, 3)), strict=True)
     ]
-    kept: list[Captured | None] = [None, None]
+    remaining: list[Captured | None] = [None, None]
     for rows in inputs.batches(batch):
         for side, tree in enumerate(_run(model, unit, inputs, rows, outputs)):
             if side == 1 and not outputs:
                 continue
             leaves, structure = tree_flatten(tree)
-            if kept[side] is None:
+            if remaining[side] is None:
                 mapped = [
                     _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(inputs)) if factor else leaf
                     for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
                 ]
                 dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
-                kept[side] = Captured(mapped, factors[side], dtypes, structure)
-            for into, leaf, factor in zip(kept[side].leaves, leaves, factors[side], strict=True):  # type: ignore[union-attr]
+                remaining[side] = Captured(mapped, factors[side], dtypes, structure)
+            for into, leaf, factor in zip(remaining[side].leaves, leaves, factors[side], strict=True):  # type: ignore[union-attr]
                 if factor:
                     into[rows] = _plain(leaf).unflatten(0, (-1, factor)).numpy()
-    assert kept[0] is not None
-    return kept[0], kept[1]
+    assert remaining[0] is not None
+    return remaining[0], remaining[1]
 
 
 def _mapped(path: Path, leaf: torch.Tensor, factor: int, rows: int) -> Any:
@@ -100,22 +100,22 @@ def _plain(leaf: torch.Tensor) -> torch.Tensor:
 
 def _factors(two: Any, three: Any) -> list[int]:
     """How many entries of each leaf a row has, from calls with two and with three rows."""
-    found = []
+    result = []
     for a, b in zip(tree_flatten(two)[0], tree_flatten(three)[0], strict=True):
         grows = isinstance(a, torch.Tensor) and a.ndim > 0 and 3 * len(a) == 2 * len(b)
-        found.append(len(a) // 2 if grows else 0)
-    return found
+        result.append(len(a) // 2 if grows else 0)
+    return result
 
 
 def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: slice, outputs: bool) -> tuple[Any, Any]:
     """A unit's arguments and its output in a call with some rows."""
     args, kwargs = inputs.call(rows)
-    kept: list[Any] = []
-    with _reaching(model.get_submodule(unit), kept, outputs), torch.no_grad(), suppress(_Stop):
+    remaining: list[Any] = []
+    with _reaching(model.get_submodule(unit), remaining, outputs), torch.no_grad(), suppress(_Stop):
         model(*args, **kwargs)
-    if not kept:
+    if not remaining:
         raise InputError(f"the denoiser never calls its module {unit!r}, so it cannot be learned as a whole")
-    return kept[0], kept[1] if outputs else ()
+    return remaining[0], remaining[1] if outputs else ()
 
 
 def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> AbstractContextManager[None]:

@@ -121,7 +121,7 @@ def fit_gptq(
                 run_until(model, unit, inputs.call(rows))
         for name, hessian in hessians.items():
             layer = layers[name]
-            grid, target = grid_on_cpu(layer), layer.target(full_weight(full, name, layer))
+            grid, target = grid_on_cpu(layer), layer.target_weight(full_weight(full, name, layer))
             layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
 
 

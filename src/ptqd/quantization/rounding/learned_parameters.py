@@ -169,8 +169,8 @@ class LearnedScale:
             rounded = straight_round(x, scale, grid.qmin - zero, grid.qmax - zero)
         if self.drop == 0 or self.generator is None:
             return rounded
-        kept = torch.rand(x.shape, generator=self.generator) < self.drop
-        return torch.where(kept.to(x.device), x, rounded)
+        remaining = torch.rand(x.shape, generator=self.generator) < self.drop
+        return torch.where(remaining.to(x.device), x, rounded)
 
     def harden(self) -> None:
         """Give the quantizer the scales that were learned."""

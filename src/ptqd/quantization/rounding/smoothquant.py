@@ -49,7 +49,7 @@ def search_smoothing(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, a
     axes = [axis for axis in range(x.ndim) if axis != layer.axis % x.ndim]
     seen = x.abs().amax(axes).cpu()
     weight = weight.detach()
-    want = layer.product(x, weight)
+    want = layer.matmul(x, weight)
     best, choice = float("inf"), torch.ones_like(layer.smooth_scale)
     if alpha is None:
         best = _error(layer, weight, x, want)
@@ -68,12 +68,12 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
     quantizer.observe()
     quantizer(smoothed)
     quantizer.freeze()
-    rows = layer.target(weight)
+    rows = layer.target_weight(weight)
     spec = (
         layer.weights if layer.weights.range == "minmax" else replace(layer.weights, range="minmax")
     )  # one try is quick
     rounded = WeightGrid.find(rows, spec).rounded(rows).view(layer.shape).to(weight)
-    return float((layer.product(quantizer(smoothed), rounded) - want).float().square().sum())
+    return float((layer.matmul(quantizer(smoothed), rounded) - want).float().square().sum())
 
 
 def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, method: Smooth) -> None:
@@ -85,7 +85,7 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
     def smooth(layer: Any, args: Any, name: str) -> None:
         weight = full_weight(full, name, layer)
         search_smoothing(layer, weight, args[0].detach(), method.alpha)
-        layer.prepare(weight)
+        layer.use_float(weight)
 
     hooks = [
         layer.register_forward_pre_hook(partial(smooth, name=name))

@@ -12,7 +12,7 @@ def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
         return
     down, up = (torch.zeros(size) for size in ((layer.rank, layer.columns), (layer.shape[0], layer.rank)))
     layer.set_low_rank(down, up)
-    rows = layer.target(weight)
+    rows = layer.target_weight(weight)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(rows, min(layer.rank + 8, *rows.shape), niter=4)
@@ -25,4 +25,4 @@ def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer) and layer.rank:
             split_low_rank(layer, full_weight(full, name, layer), seed)
-            layer.prepare(full_weight(full, name, layer))
+            layer.use_float(full_weight(full, name, layer))

@@ -36,7 +36,7 @@ def fit_temporal(model: nn.Module, full: nn.Module, profile: ActivationProfile, 
             if layer.input.ranges > 1:
                 layer.input.set_static_range(x)
             rounded = _rounded_by_step(layer, x)
-            fit_exactly(layer, layer.target(full_weight(full, name, layer)), exact, rounded, DAMPING)
+            fit_exactly(layer, layer.target_weight(full_weight(full, name, layer)), exact, rounded, DAMPING)
         left = [name for name in left if name not in alike]
 
 
@@ -65,12 +65,12 @@ def fit_exactly(layer: QuantLayer, rows: torch.Tensor, x: torch.Tensor, seen: to
     """
     gram = (seen.T @ seen).double()
     ridge = gram + damping * float(gram.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(gram), dtype=torch.float64)
-    wanted = x @ rows.T  # T,O
-    missing = seen.T.double() @ (wanted - seen @ rows.T).double()  # I,O
+    required = x @ rows.T  # T,O
+    missing = seen.T.double() @ (required - seen @ rows.T).double()  # I,O
     better = rows + torch.linalg.solve(ridge, missing).T.float()
     grid = grid_on_cpu(layer)
     rounded = gptq(better, gram.float(), grid, order=True, damping=damping)
     layer.write(grid, grid.codes(rounded))
     if layer.bias is not None:
         with torch.no_grad():
-            layer.bias += (wanted - seen @ rounded.T).mean(0).to(layer.bias)
+            layer.bias += (required - seen @ rounded.T).mean(0).to(layer.bias)
