@@ -31,7 +31,7 @@ def main() -> None:
     pipe = ptqd.load("fashion-ldm")
     qpipe = ptqd.quantize(pipe, "w4a8", RUN)
     stats = ptqd.measure(pipe, qpipe, RUN)
-    corrected, joint = ptqd.correct(qpipe, stats), ptqd.correct(qpipe, stats, ["joint"])
+    corrected, joint = ptqd.correct(qpipe, stats, ("cnc", "bc", "vsc")), ptqd.correct(qpipe, stats, ["joint"])
     wide = ptqd.quantize(pipe, "w4a4+8", RUN)
     rule = ptqd.paper_plan(ptqd.measure_widths(pipe, wide, RUN))
     planned = ptqd.apply_plan(wide, rule.replace(bits=((4,), (8,)) * (rule.steps // 2)))  # a switch at every step

@@ -60,7 +60,7 @@ def test_each_method_changes_what_it_should(qpipe: Any, run: Sampling, stats: No
 
 
 def test_a_corrected_scheduler_is_still_the_users_own(qpipe: Any, stats: NoiseStats) -> None:
-    scheduler = correct(qpipe, stats).scheduler
+    scheduler = correct(qpipe, stats, ("cnc", "bc", "vsc")).scheduler
     assert isinstance(scheduler, DDIMScheduler)
     assert type(scheduler).__name__ == "CorrectedDDIMScheduler"
     assert inspect.signature(scheduler.step) == inspect.signature(qpipe.scheduler.step)
@@ -87,7 +87,10 @@ def test_vsc_changes_the_drawn_noise(kind: Any, pipe: Any, qpipe: Any, run: Samp
     plain, noisy = (with_components(p, scheduler=kind.from_config(scheduler.config)) for p in (pipe, qpipe))
     stats = measure(plain, noisy, run)
     assert torch.equal(latents(correct(noisy, stats, ()), run), latents(noisy, run))
-    shrunk, kept = latents(correct(noisy, stats), run), latents(correct(noisy, stats, ("cnc", "bc")), run)
+    shrunk, kept = (
+        latents(correct(noisy, stats, ("cnc", "bc", "vsc")), run),
+        latents(correct(noisy, stats, ("cnc", "bc")), run),
+    )
     assert not torch.equal(shrunk, kept)
 
 
@@ -120,19 +123,19 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
 def test_other_steps_eta_model_and_schedule_are_refused(
     pipe: Any, qpipe: Any, run: Sampling, stats: NoiseStats
 ) -> None:
-    corrected = correct(qpipe, stats)
+    corrected = correct(qpipe, stats, ("cnc", "bc", "vsc"))
     with pytest.raises(MismatchError, match="measured on 4 steps"):
         latents(corrected, run.replace(steps=5))
     with pytest.raises(MismatchError, match=r"measured at eta 1, the pipeline runs at 0\.5"):
         latents(corrected, run.replace(eta=0.5))
     with pytest.raises(MismatchError, match="another unet"):
-        correct(pipe, stats)
+        correct(pipe, stats, ("cnc", "bc", "vsc"))
     ddpm = with_components(qpipe, scheduler=DDPMScheduler.from_config(qpipe.scheduler.config))
     with pytest.raises(MismatchError, match="another scheduler"):
-        correct(ddpm, stats)
+        correct(ddpm, stats, ("cnc", "bc", "vsc"))
     other = with_components(qpipe, scheduler=DDIMScheduler.from_config(qpipe.scheduler.config, beta_end=0.02))
     with pytest.raises(MismatchError, match="another scheduler"):
-        correct(other, stats)
+        correct(other, stats, ("cnc", "bc", "vsc"))
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -149,7 +152,7 @@ def test_schedulers_that_draw_nothing_are_corrected_in_the_mean_alone(
     )
     stats = measure(plain, noisy, run)
     with caplog.at_level("WARNING"):
-        correct(noisy, stats)
+        correct(noisy, stats, ("cnc", "bc", "vsc"))
     assert f"vsc changes nothing here: {kind.__name__} draws no noise" in caplog.text
     want = latents(plain, run)
     error = (latents(correct(noisy, stats, ("cnc", "bc")), run) - want).abs().max()
@@ -187,7 +190,7 @@ def test_methods_and_fits_that_make_no_sense_are_named(stats: NoiseStats) -> Non
 
 
 def test_a_step_that_was_not_measured_is_refused(qpipe: Any, stats: NoiseStats) -> None:
-    scheduler = correct(qpipe, stats).scheduler
+    scheduler = correct(qpipe, stats, ("cnc", "bc", "vsc")).scheduler
     scheduler.set_timesteps(4)
     x = torch.randn(1, 4, 8, 8)
     with pytest.raises(MismatchError, match="knows no step at timestep 7 here"):
@@ -198,7 +201,7 @@ def test_noise_that_the_caller_draws_is_calibrated_too(qpipe: Any, stats: NoiseS
     x = torch.randn(1, 4, 8, 8)
     results = []
     for given in (True, False):
-        scheduler = correct(qpipe, stats).scheduler
+        scheduler = correct(qpipe, stats, ("cnc", "bc", "vsc")).scheduler
         scheduler.set_timesteps(4)
         generator = torch.Generator().manual_seed(0)
         source = {"variance_noise": torch.randn(x.shape, generator=generator)} if given else {"generator": generator}
@@ -288,7 +291,7 @@ def test_a_scheduler_with_an_eta_of_its_own(qpipe: Any, pipe: Any, run: Sampling
     run = run.replace(eta=0.3)
     stats = measure(plain, noisy, run)
     assert stats.measured_on.eta == pytest.approx(0.3)
-    latents(correct(noisy, stats), run)
+    latents(correct(noisy, stats, ("cnc", "bc", "vsc")), run)
 
 
 def test_names_resolve_for_schedulers_only() -> None:

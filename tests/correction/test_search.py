@@ -150,9 +150,9 @@ def test_statistics_of_other_steps_are_interpolated_and_flagged(
     assert carried.scheduler.correction.measured_on.interpolated_from == 25
     want, bad, got = (latents(p, run) for p in (exact, noisy, carried))
     assert ((got - want) ** 2).mean() < 0.15 * ((bad - want) ** 2).mean()
-    assert correct(noisy, many, steps=25).scheduler.correction == fit_correction(many)
+    assert correct(noisy, many, ("cnc", "bc", "vsc"), steps=25).scheduler.correction == fit_correction(many)
     with pytest.raises(MismatchError, match=r"carry the statistics over: ptqd\.correct\(\.\.\., steps=12\)"):
-        latents(correct(noisy, many), run)
+        latents(correct(noisy, many, ("cnc", "bc", "vsc")), run)
 
 
 def test_statistics_are_carried_over_only_within_a_schedule(stats: NoiseStats) -> None:
@@ -162,7 +162,7 @@ def test_statistics_are_carried_over_only_within_a_schedule(stats: NoiseStats) -
         stats.at(ddpm)
     noisy = gaussian_pipeline(**NOISE)
     with pytest.raises(InputError, match="the noise schedule of DDIMScheduler is not known; measure these steps"):
-        correct(noisy, dataclasses.replace(stats, levels=None), steps=5)
+        correct(noisy, dataclasses.replace(stats, levels=None), ("cnc", "bc", "vsc"), steps=5)
 
 
 def test_carried_over_statistics_take_as_much_noise_away_as_measured_ones() -> None:
@@ -225,7 +225,7 @@ def test_closed_loop_statistics_do_not_take_the_correction_for_clipping(stats: N
 
 
 def test_another_guidance_scale_is_refused(pipe: Any, qpipe: Any, run: Sampling, tmp_path: Path) -> None:
-    corrected = correct(qpipe, measure(pipe, qpipe, run))
+    corrected = correct(qpipe, measure(pipe, qpipe, run), ("cnc", "bc", "vsc"))
     call = {"class_labels": [1], "num_inference_steps": run.steps, "eta": run.eta, "output_type": "latent"}
     assert corrected(**call, guidance_scale=2.0).images.shape == (1, 4, 8, 8)
     with pytest.raises(MismatchError, match="measured at guidance scale 2, the pipeline runs at 3"):

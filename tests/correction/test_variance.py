@@ -54,10 +54,10 @@ RUNS = [
 @pytest.mark.parametrize(("name", "prediction"), RUNS)
 @pytest.mark.parametrize("method", ["dns", "qdrift", "stepbaq"])
 def test_without_a_residual_nothing_changes(name: str, prediction: str, method: str) -> None:
-    from ptqd.correction.fit import VARIANCE
+    from ptqd.correction.registry import VARIANCE_METHODS
 
     _, residuals = deterministic(name, prediction, v=0.0)
-    reshaped = VARIANCE[method](residuals)
+    reshaped = VARIANCE_METHODS[method](residuals)
     assert torch.allclose(reshaped.gain, torch.ones_like(reshaped.gain), atol=1e-4)
     assert reshaped.sample.abs().max() < 1e-4
     if method == "stepbaq":
@@ -72,9 +72,9 @@ def noise_to_signal(residuals: ResidualNoise, method: str) -> tuple[torch.Tensor
     The network is exact for data that is one point: x_0 = 0 in truth, so the sample is noise alone, and its signal is
     followed apart, from an image of ones.
     """
-    from ptqd.correction.fit import VARIANCE
+    from ptqd.correction.registry import VARIANCE_METHODS
 
-    reshaped = VARIANCE[method](residuals)
+    reshaped = VARIANCE_METHODS[method](residuals)
     levels = residuals.levels
     assert levels is not None
     told = torch.tensor(reshaped.model_timesteps, dtype=torch.float64) if reshaped.model_timesteps else None

@@ -101,7 +101,7 @@ def test_what_cannot_be_recorded_is_named(scheduler: Any, message: str, pipe: An
     with pytest.raises(InputError, match=message):
         measure(pipe, qwithout, run)
     with pytest.raises(InputError, match=message):
-        correct(qwithout, stats)
+        correct(qwithout, stats, ("cnc", "bc", "vsc"))
 
 
 def test_a_step_that_was_replaced_on_the_instance_is_neither_recorded_nor_lost(
@@ -125,7 +125,7 @@ def test_a_step_that_was_replaced_on_the_instance_is_neither_recorded_nor_lost(
     with pytest.raises(InputError, match=message):
         measure(patched, qpatched, run)
     with pytest.raises(InputError, match=message):
-        correct(qpatched, stats)
+        correct(qpatched, stats, ("cnc", "bc", "vsc"))
     assert patched.scheduler.step is step
     del patched.scheduler.step
     with record(patched) as again:

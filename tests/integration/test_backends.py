@@ -166,7 +166,7 @@ def test_what_another_library_quantized_is_measured_and_corrected(
     want = latents(corrected, run)
     assert torch.equal(want, latents(correct(qpipe, stats, ["bc"]), run))
     with pytest.raises(MismatchError, match="another transformer"):
-        correct(flux, stats)
+        correct(flux, stats, ("cnc", "bc", "vsc"))
 
     corrected.scheduler.save_pretrained(tmp_path / "scheduler")  # where the model itself cannot be saved
     scheduler = type(corrected.scheduler).from_pretrained(tmp_path / "scheduler")

@@ -286,15 +286,15 @@ def test_corrections_are_measured_for_the_plan_as_it_runs(
     # step 3 is at 8 bits in both groups, and is asked about the same samples
     assert torch.equal(stats.moments[:, 3], widths[8].moments[:, 3])
     assert not torch.equal(stats.moments[:, 0], widths[8].moments[:, 0])
-    corrected = correct(planned, stats)
+    corrected = correct(planned, stats, ("cnc", "bc", "vsc"))
     want = sampled(corrected, run)
     assert not torch.equal(want, sampled(planned, run))
     corrected.save_pretrained(tmp_path)
     assert torch.equal(sampled(load(tmp_path), run), want)
     with pytest.raises(MismatchError, match="at other activation bits"):
-        correct(wide, stats)
+        correct(wide, stats, ("cnc", "bc", "vsc"))
     with pytest.raises(MismatchError, match="at other activation bits"):
-        correct(planned, widths[8])
+        correct(planned, widths[8], ("cnc", "bc", "vsc"))
     config = tmp_path / "unet" / "config.json"
     config.write_text(config.read_text().replace('"1: t 501, bits 4 6"', '"1: t 501, bits 4 4"'))
     with pytest.raises(InputError, match="the plan was changed after the correction was measured"):

@@ -14,7 +14,7 @@ found by :func:`ptqd.correction.search.search_correction`.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,8 @@ import torch
 from ptqd.correction.correction import Correction, rows
 from ptqd.correction.gate import gated
 from ptqd.correction.methods.cnc_bc import cnc_bc
-from ptqd.correction.methods.d2 import d2
-from ptqd.correction.methods.dns import dns
 from ptqd.correction.methods.joint import joint
-from ptqd.correction.methods.qdrift import qdrift
-from ptqd.correction.methods.stepbaq import stepbaq
-from ptqd.correction.methods.tac import tac
-from ptqd.correction.methods.vsc import vsc
+from ptqd.correction.registry import MEAN_METHODS, VARIANCE_METHODS
 from ptqd.correction.variance import ResidualNoise, StepRescaling
 from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
@@ -40,13 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT = ("cnc", "bc", "vsc")
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
 CLIPPING = 0.99  # below this a step clips
-VARIANCE: Mapping[str, Callable[[ResidualNoise], StepRescaling]] = {
-    "vsc": vsc,
-    "dns": dns,
-    "qdrift": qdrift,
-    "stepbaq": stepbaq,
-}
-METHODS = ("cnc", "bc", "tac", "d2", "joint", *VARIANCE)
+METHODS = ("cnc", "bc", *MEAN_METHODS, "joint", *VARIANCE_METHODS)
 
 
 def fit_correction(stats: NoiseStats, methods: Sequence[str] = DEFAULT) -> Correction:
@@ -79,8 +68,8 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     for method in methods:
         if method not in METHODS:
             raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
-    mean = tuple(m for m in METHODS if m in methods and m not in VARIANCE)
-    variance = [m for m in VARIANCE if m in methods]
+    mean = tuple(m for m in METHODS if m in methods and m not in VARIANCE_METHODS)
+    variance = [m for m in VARIANCE_METHODS if m in methods]
     if len(mean) > 1 and set(mean) != {"cnc", "bc"}:
         raise InputError(f"{' and '.join(mean)} are each a whole correction of the mean; give one of them")
     if len(variance) > 1:
@@ -89,11 +78,10 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def mean_estimator(mean: Sequence[str]) -> Estimator:
-    """The estimator of some of cnc and bc, or none of them; of tac; or of d2."""
-    if "tac" in mean:
-        return tac()
-    if "d2" in mean:
-        return d2
+    """The estimator of some of cnc and bc, or none of them; or of another method of the mean."""
+    for name in mean:
+        if name in MEAN_METHODS:
+            return MEAN_METHODS[name]()
     return cnc_bc("cnc" in mean, "bc" in mean)
 
 
@@ -131,7 +119,7 @@ def compose(
         if not stats.response.one_step and (config.get("clip_sample") or config.get("thresholding")):
             logger.warning("%s clips and remembers: what that takes of the residual is not known", residuals.scheduler)
         try:
-            reshaped = VARIANCE[variance](residuals)
+            reshaped = VARIANCE_METHODS[variance](residuals)
         except InputError as error:
             if variance != "vsc":
                 raise

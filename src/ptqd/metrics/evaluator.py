@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import ptqd.metrics.paired  # noqa: F401  # registers metrics
 from ptqd.errors import InputError
 from ptqd.files import opened_tensors
 from ptqd.metrics.bootstrap import Metric, Statistic, intervals
@@ -19,6 +20,7 @@ from ptqd.metrics.image_quality import WINDOW, mean_statistic, psnr, share_metri
 from ptqd.metrics.kernel import kernel_statistic
 from ptqd.metrics.moments import ROWS
 from ptqd.metrics.precision_recall import density_coverage, precision_recall
+from ptqd.metrics.registry import PAIRED_METRICS
 from ptqd.metrics.scores import clip_scores, inception_statistic
 
 NEAREST = 6  # samples on either side, from which on neighbours can be counted
@@ -129,6 +131,7 @@ def extract_features(
         mine, full = (x.permute(0, 3, 1, 2) / 255 for x in (images, same_seed))
         if min(mine.shape[2:]) >= WINDOW:
             values["ssim"] = ssim(mine, full)
+        values |= {name: metric(mine, full).double() for name, metric in PAIRED_METRICS.items()}
         if judge.lpips is not None and min(mine.shape[2:]) >= SMALLEST:
             values["lpips"] = judge.lpips.distances(2 * mine - 1, 2 * full - 1).cpu().double()
     if images.ndim != 4 and (judge.extractor or judge.clip):

@@ -1,1 +1,7 @@
-"""The correction methods, one a file."""
+"""The correction methods, one a file; each file here is imported, and registers what it holds."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

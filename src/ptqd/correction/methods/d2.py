@@ -8,9 +8,11 @@ The best linear estimate of the noise from eps_q alone; it is taken away. The re
 
 import torch
 
+from ptqd.correction.registry import mean_method
 from ptqd.noise.second_moments import Layout, OutputEstimate, covariance
 
 
+@mean_method("d2")
 def d2(table: torch.Tensor, layout: Layout) -> OutputEstimate:
     """The regression from mean tables (..., G, K, K)."""
     own = torch.arange(layout.channels)

@@ -14,9 +14,11 @@ any overshoot can take up, it goes as far as lowers the ratio. The last step, on
 
 import torch
 
+from ptqd.correction.registry import variance_method
 from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 
 
+@variance_method("dns")
 def dns(residuals: ResidualNoise) -> StepRescaling:
     """The overshoot, as outputs for the scheduler's own step.
 

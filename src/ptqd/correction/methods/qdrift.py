@@ -9,9 +9,11 @@ for flow: there the increment is the velocity's, the signal goes further with th
 
 import torch
 
+from ptqd.correction.registry import variance_method
 from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 
 
+@variance_method("qdrift")
 def qdrift(residuals: ResidualNoise) -> StepRescaling:
     """The longer increments, as outputs for the scheduler's own step.
 

@@ -12,11 +12,13 @@ with ``P`` and ``R`` of the prediction type at tau. Works without drawn noise.
 import diffusers
 import torch
 
+from ptqd.correction.registry import variance_method
 from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
 from ptqd.diffusion.noise_schedule import Levels, timesteps_at
 from ptqd.errors import InputError
 
 
+@variance_method("stepbaq")
 def stepbaq(residuals: ResidualNoise) -> StepRescaling:
     """Scaled samples, the timesteps that the network is told, and the steps from there.
 

@@ -8,6 +8,7 @@ The pull towards 1 keeps the gain of a step whose noise says little about the ou
 
 import torch
 
+from ptqd.correction.registry import mean_method
 from ptqd.errors import InputError
 from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate
 
@@ -37,3 +38,6 @@ def tac(pull: float = PULL) -> Estimator:
         return result
 
     return estimate
+
+
+mean_method("tac")(tac())

@@ -9,11 +9,13 @@ negative: then more is drawn.
 
 import torch
 
+from ptqd.correction.registry import variance_method
 from ptqd.correction.variance import ResidualNoise, StepRescaling
 from ptqd.diffusion.scheduler_response import noise_scales
 from ptqd.errors import InputError
 
 
+@variance_method("vsc")
 def vsc(residuals: ResidualNoise) -> StepRescaling:
     """The noise that is left to draw.
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from ptqd.experiments.compare import ComparedRow
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
-    METRICS,
     correction_label,
     cost_cells,
     metric_cell,
@@ -19,6 +18,7 @@ from ptqd.experiments.report.table import (
     metric_title,
 )
 from ptqd.experiments.results import Interval, by_settings
+from ptqd.metrics.registry import METRICS
 
 NOTE = (
     "Second lines: the paired difference to the row in brackets and its 95 % interval over the same seeds; "
@@ -51,7 +51,7 @@ def sections(rows: Sequence[ComparedRow], *, details: bool = False) -> tuple[lis
     head = ["run"] * several + [
         "recipe",
         "correction",
-        *(f"{metric_title(name, inception=inception)} ({METRICS[name][1]})" for name in metrics),
+        *(f"{metric_title(name, inception=inception)} ({METRICS[name].better})" for name in metrics),
         *COST_COLUMNS,
     ]
     parts = []
@@ -79,7 +79,7 @@ def _compared(row: ComparedRow, name: str) -> Cell:
     ends = (metric.value, metric.low, metric.high)
     shift, *interval = (metric_cell(Interval(end, None, None), name)[0] for end in ends)
     difference = f"{'' if shift.startswith('-') else '+'}{shift} [{', '.join(interval)}]{'*' if clear else ''}"
-    better = (metric.value < 0) == (METRICS[name][1] == "lower")
+    better = (metric.value < 0) == (METRICS[name].better == "lower")
     return Cell(value, difference, ("better" if better else "worse") if clear else "")
 
 

@@ -10,7 +10,6 @@ from ptqd.experiments.report.speed import COLUMNS as SPEED_COLUMNS
 from ptqd.experiments.report.speed import speed_cells
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
-    METRICS,
     correction_label,
     cost_cells,
     metric_cell,
@@ -20,6 +19,7 @@ from ptqd.experiments.report.table import (
 from ptqd.experiments.results import PAGE, Report, Row, by_settings
 from ptqd.experiments.sharding import load_images
 from ptqd.files import replacing, write_text
+from ptqd.metrics.registry import METRICS
 
 
 def write_page(report: Report, folder: Path) -> Path:
@@ -56,7 +56,7 @@ def write_page(report: Report, folder: Path) -> Path:
         judge=report.judge,
         inception=inception,
         groups=[(text, _lines(group, metrics)) for text, group in by_settings(rows)],
-        columns=[(metric_title(name, inception=inception), METRICS[name][1]) for name in metrics],
+        columns=[(metric_title(name, inception=inception), METRICS[name].better) for name in metrics],
         published=[(line, metric_title(line.metric, inception=line.inception)) for line in report.published],
         notes=report.notes,
         speed=report.speed,

@@ -14,9 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from ptqd.experiments.report.table import METRICS, correction_label
+from ptqd.experiments.report.table import correction_label
 from ptqd.experiments.results import ChoiceRow, PlanPoint, PlanRow, Row, StepRow, by_settings
 from ptqd.files import read_tensors
+from ptqd.metrics.registry import METRICS
 
 QUANTITIES = {
     "k": ("k (correlated part)", "linear"),
@@ -117,7 +118,7 @@ def quality_against_cost(rows: Sequence[Row]) -> bytes | None:
             )
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("times fewer bit operations than FP32")
-        axis.set_ylabel(METRICS[name][0])
+        axis.set_ylabel(METRICS[name].title)
         axis.margins(x=0.15, y=0.2)
         axis.grid(alpha=0.3)
         if axis.has_data():

@@ -6,37 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptqd.experiments.results import Interval, Row, by_settings
-
-METRICS = {
-    "frechet_distance": ("Frechet", "lower"),
-    "extrapolated_frechet_distance": ("Frechet, N to infinity", "lower"),
-    "spatial_frechet_distance": ("spatial Frechet", "lower"),
-    "kernel_distance": ("kernel x 1000", "lower"),
-    "frechet_distance_to_full_precision": ("Frechet to FP", "lower"),
-    "class_agreement": ("class agreement %", "higher"),
-    "psnr": ("PSNR to FP dB", "higher"),
-    "ssim": ("SSIM to FP", "higher"),
-    "lpips": ("LPIPS to FP", "lower"),
-    "latent_distance": ("latents to FP", "lower"),
-    "inception_score": ("classes' score", "higher"),
-    "precision": ("precision %", "higher"),
-    "recall": ("recall %", "higher"),
-    "density": ("density", "higher"),
-    "coverage": ("coverage %", "higher"),
-    "clip_score": ("CLIP score", "higher"),
-}
-DETAILS = ("inception_score", "precision", "recall", "density", "coverage")  # in pages and JSON, where there is room
-INCEPTION = {  # names that only distances in Inception's features have
-    "frechet_distance": "FID",
-    "extrapolated_frechet_distance": "FID, N to infinity",
-    "spatial_frechet_distance": "sFID",
-    "kernel_distance": "KID x 1000",
-    "frechet_distance_to_full_precision": "FID to FP",
-    "inception_score": "Inception score",
-}
-_FACTOR = {"kernel_distance": 1000.0, "class_agreement": 100.0, "precision": 100.0, "recall": 100.0, "coverage": 100.0}
-_DIGITS = {"class_agreement": 1, "frechet_distance_to_full_precision": 3, "ssim": 3, "lpips": 3, "latent_distance": 4}
-_DIGITS |= {"precision": 1, "recall": 1, "coverage": 1}
+from ptqd.metrics.registry import METRICS
 
 
 def correction_label(correction: str) -> str:
@@ -49,23 +19,22 @@ def correction_label(correction: str) -> str:
 
 
 def metric_columns(rows: Sequence[Row], *, details: bool = False) -> list[str]:
-    """The metrics that at least one row has, in the table's order; :data:`DETAILS` only if wanted."""
-    shown = [name for name in METRICS if details or name not in DETAILS or any(row.inception for row in rows)]
+    """The metrics that at least one row has, in the table's order; details only if wanted."""
+    shown = [name for name, spec in METRICS.items() if details or not spec.detail or any(row.inception for row in rows)]
     return [name for name in shown if any(name in row.metrics for row in rows)]
 
 
 def metric_title(name: str, *, inception: bool) -> str:
     """A column's title: FID, sFID and KID only of Inception's features."""
-    title = METRICS[name][0]
-    return INCEPTION.get(name, title) if inception else title
+    spec = METRICS[name]
+    return spec.inception_title or spec.title if inception else spec.title
 
 
 def metric_cell(metric: Interval | None, name: str) -> tuple[str, str]:
     """A metric's value and the half width of its 95 % interval, as text."""
     if metric is None or metric.value is None:
         return "-", ""
-    factor = _FACTOR.get(name, 1.0)
-    digits = _DIGITS.get(name, 2)
+    factor, digits = METRICS[name].factor, METRICS[name].digits
     value = f"{metric.value * factor:.{digits}f}"
     if metric.low is None or metric.high is None:
         return value, ""
