@@ -1,18 +1,26 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow format hooks
+.PHONY: demo test checks tests coverage test-slow format hooks
 
 demo: $(VENV)/.installed
 	$(BIN)/ptqd demo
 
-test: $(VENV)/.installed-dev
+test: checks tests
+
+checks: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed-dev
+	$(TESTS)
+
+coverage: $(VENV)/.installed-dev
+	$(TESTS) --cov
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -28,7 +36,7 @@ hooks: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[engines]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[report,engines]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

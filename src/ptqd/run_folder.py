@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -38,7 +38,7 @@ class RunFolder:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         processes.wait()
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool = False) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool = False) -> Path:
         """The result of a stage, made now if it is missing or was made from other inputs.
 
         Of several processes the main one makes it, and the others wait. Of several runs in one folder the first makes
@@ -60,7 +60,7 @@ class RunFolder:
     def value(
         self,
         name: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         build: "Callable[[Path, Path], T | None]",
         load: "Callable[[Path], T]",
         *,
@@ -95,7 +95,7 @@ class RunFolder:
         with FileLock(lock):
             yield
 
-    def _stage(self, name: str, inputs: Mapping[str, Any], build: Build, *, shared: bool) -> Path:
+    def _stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool) -> Path:
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         if processes.agreed(key) != key:
             raise InputError(

@@ -190,7 +190,7 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder} holds other things than a pipeline; choose an empty or a new folder")
 
 
-def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: Any, run: "Sampling") -> Path:
+def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: object, run: "Sampling") -> Path:
     """A folder for unfinished work on a pipeline, and another or plain values, that survives a kill."""
     from hashlib import sha256
 
@@ -202,7 +202,7 @@ def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: Any, run: "Sampl
     return out.parent / f".{out.name}.{key}"
 
 
-def show(*tables: Any, width: int = 100) -> None:
+def show(*tables: object, width: int = 100) -> None:
     """Print rich tables; as wide as the terminal, or as ``width`` where there is none."""
     import sys
 

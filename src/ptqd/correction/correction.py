@@ -171,7 +171,7 @@ def rows(values: torch.Tensor) -> Any:
     return _tuples(values.tolist(), digits=9)
 
 
-def _tuples(value: Any, digits: int | None = None) -> Any:
+def _tuples(value: object, digits: int | None = None) -> Any:
     """Nested lists as tuples; numbers as they are (a schedule's timesteps are compared), or to some digits."""
     if isinstance(value, list | tuple):
         return tuple(_tuples(v, digits) for v in value)

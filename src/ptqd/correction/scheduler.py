@@ -37,7 +37,7 @@ _PREFIX = "Corrected"
 _noise_share: ContextVar[float] = ContextVar("noise_share", default=1.0)  # of the step that is being taken
 
 
-def _draw_share(*shape: Any, **how: Any) -> Any:
+def _draw_share(*shape: object, **how: object) -> Any:
     """As much of the noise as the step being taken is to draw."""
     return _noise_share.get() * randn_tensor(*shape, **how)
 

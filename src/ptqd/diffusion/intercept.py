@@ -47,7 +47,7 @@ def stepping(pipe: DiffusionPipeline, step: Any) -> Iterator[None]:
 
 
 @contextmanager
-def stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
+def stepping_as(scheduler: object, step: object) -> Iterator[None]:
     """Let a scheduler have another ``step`` for the block's time: a subclass that is otherwise its own class."""
     kind: Any = type(scheduler)
     scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
@@ -60,7 +60,7 @@ def stepping_as(scheduler: Any, step: Any) -> Iterator[None]:
 Draw = Callable[..., torch.Tensor]
 
 
-def step_with_noise(step: Any, draw: Draw) -> Any:
+def step_with_noise(step: object, draw: Draw) -> Any:
     """A scheduler's ``step`` that draws its noise from ``draw`` instead of diffusers' ``randn_tensor``.
 
     It is the same code with its own globals: nothing shared with other schedulers or threads is touched.

@@ -69,7 +69,7 @@ def from_configuration(kind: Any, config: Mapping[str, Any]) -> Any:
     return nn.Module.to(model, "meta").eval()  # some parameters are made on the CPU all the same
 
 
-def call_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
+def call_macs(model: nn.Module, *args: object, **kwargs: object) -> dict[str, int]:
     """Multiply-accumulates of one call by layer, on whatever device model and arguments are, such as meta."""
     return _counted(model, args, kwargs)[1]
 
@@ -172,11 +172,11 @@ def count_steps(pipe: DiffusionPipeline, run: Sampling) -> int:
     return steps[0]
 
 
-def _counting(model: Any, count: Callable[[Mapping[str, int]], None]) -> Any:
+def _counting(model: object, count: Callable[[Mapping[str, int]], None]) -> Any:
     """Let a denoiser count its calls; changed in place."""
     kind: Any = type(model)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: object, *args: object, **kwargs: object) -> Any:
         answer, macs = _as_itself(self, kind, args, kwargs)
         count(macs)
         return answer
@@ -212,7 +212,7 @@ def meta_proxy(
     kind: Any = type(model)
     known: dict[str, tuple[Any, dict[str, int]]] = {}  # calls with the same shapes take the same
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: object, *args: object, **kwargs: object) -> Any:
         moved = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         shapes = repr(tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.dtype), moved))
         if shapes not in known:

@@ -79,7 +79,7 @@ def find_channel_axis(model: nn.Module, output: torch.Tensor, sample: torch.Tens
     return usual
 
 
-def with_components(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+def with_components(pipe: DiffusionPipeline, **components: object) -> DiffusionPipeline:
     """A pipeline like ``pipe`` that shares all its components but the named ones."""
     clone = copy.copy(pipe)
     clone.register_modules(**components)

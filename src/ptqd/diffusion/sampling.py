@@ -99,7 +99,7 @@ class Sampling:
         return {name: _plain(value) for name, value in shared.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A value for JSON: pictures and arrays by a digest, other objects by their type's name."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

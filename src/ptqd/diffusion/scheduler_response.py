@@ -80,9 +80,9 @@ class Response:
 
 def linear_response(
     scheduler: SchedulerMixin,
-    step: Any,
+    step: object,
     timesteps: Sequence[torch.Tensor],
-    keywords: Mapping[str, Any],
+    keywords: Mapping[str, object],
     *,
     learned_variance: bool = False,
     device: torch.device | str = "cpu",
@@ -115,9 +115,9 @@ class _StepRefusedError(Exception):
 
 def _probe(
     scheduler: SchedulerMixin,
-    step: Any,
+    step: object,
     timesteps: Sequence[torch.Tensor],
-    keywords: Mapping[str, Any],
+    keywords: Mapping[str, object],
     learned_variance: bool,
     device: torch.device,
 ) -> Response:
@@ -148,7 +148,7 @@ def _probe(
                 except _FOREIGN as refusal:
                     raise _StepRefusedError from refusal
 
-            def draw(shape: Any, z: torch.Tensor = z, **_: Any) -> torch.Tensor:
+            def draw(shape: object, z: torch.Tensor = z, **_: object) -> torch.Tensor:
                 return z
 
             try:

@@ -8,7 +8,6 @@ would go on calling the original.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ class StepState:
             model.register_forward_pre_hook(state, with_kwargs=True)
         return state
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Before each call of the denoiser."""
         timesteps = model_timesteps(model, args, kwargs)
         if timesteps is None:

@@ -27,7 +27,7 @@ def call_parameters(model: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
+def _parameters(call: Callable[..., object]) -> tuple[str, ...]:
     return tuple(inspect.signature(call).parameters)[1:]
 
 
@@ -47,7 +47,7 @@ def model_timesteps(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     return rows
 
 
-def model_timestep(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+def model_timestep(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> float | None:
     """The largest of the timesteps among the arguments of a denoiser's call; None where it takes none."""
     timestep = model_timesteps(model, args, kwargs)
     return None if timestep is None else max(timestep)

@@ -174,7 +174,7 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
     kind: Any = type(scheduler)
 
     @functools.wraps(kind.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(self: object, *args: object, **kwargs: object) -> Any:
         result = kind.step(self, *args, **kwargs)
         if self is scheduler:
             last[:] = [next_sample(result)]

@@ -101,7 +101,7 @@ class _Expansion:
         weights = numpy_helper.to_array(self.initializers[gamma])
         spread_out = self._constant(f"{y}/members", members * weights)
 
-        def make(kind: str, inputs: Sequence[str], what: str, width: int = groups, **attributes: Any) -> str:
+        def make(kind: str, inputs: Sequence[str], what: str, width: int = groups, **attributes: object) -> str:
             name = self._emit(kind, inputs, f"{y}/{what}", **attributes)
             self._value(name, TensorProto.FLOAT, [None, width])
             return name

@@ -35,7 +35,7 @@ class Fidelity:
     layers: Mapping[str, float]
 
 
-def fidelity(simulated: nn.Module, engine: EngineModule, *args: Any, **kwargs: Any) -> Fidelity:
+def fidelity(simulated: nn.Module, engine: EngineModule, *args: object, **kwargs: object) -> Fidelity:
     """Compare an exported denoiser with the one it was exported from, on one call.
 
     Args:

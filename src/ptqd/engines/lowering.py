@@ -212,7 +212,7 @@ class _Lowering:
         self._put(node, turned + rest)
         return True
 
-    def _put(self, node: onnx.NodeProto, inputs: Sequence[str], **attributes: Any) -> None:
+    def _put(self, node: onnx.NodeProto, inputs: Sequence[str], **attributes: object) -> None:
         """A node with other inputs, whose output has its channels last."""
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
@@ -338,7 +338,7 @@ class _Lowering:
         shape: Shape,
         after: Shape,
         kernel: Sequence[int],
-        facts: dict[str, Any],
+        facts: dict[str, object],
     ) -> bool:
         """A convolution of tokens, or of samples, with ranges of their own."""
         _, c, h, w = (int(d or 0) for d in shape)

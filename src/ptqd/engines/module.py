@@ -46,7 +46,7 @@ class _Held:
 
     session: Session
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Held":
         return self
 
 
@@ -133,15 +133,15 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if config.get("plan") is not None:
             set_plan(self, PrecisionPlan.from_dict(config["plan"], "the saved plan"))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """What the component that it stands for returns for the same arguments."""
         return self._run("forward", args, kwargs)
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
+    def decode(self, *args: object, **kwargs: object) -> Any:
         """The images of latents, of an autoencoder's decoder."""
         return self._run("decode", args, kwargs)
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
+    def encode(self, *args: object, **kwargs: object) -> Any:
         """Not exported.
 
         Raises:
@@ -149,7 +149,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """
         raise InputError("an autoencoder's encoder is not exported; take the one of the pipeline in full precision")
 
-    def _run(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         inputs, like = self._inputs(method, args, kwargs)
         tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
         if like.is_floating_point():
@@ -158,7 +158,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
             return tuple(tensors)
         return _output_class(self.facts["returns"])(**dict(zip(self.facts["outputs"], tensors, strict=True)))
 
-    def codes(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def codes(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
         names = [name for name in self.facts["codes"] if name not in self.facts["as_they_come"]]
         shown = [f"{CODES}{name}" for name in names]
@@ -169,7 +169,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         return dict(zip(names, map(torch.from_numpy, output[len(self.facts["outputs"]) :]), strict=True))
 
     def _inputs(
-        self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The graph's inputs of a call, and the tensor of it that its outputs are like."""
         kind = self.facts["component"].rpartition(".")[2]
@@ -232,7 +232,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         return self._vectors[key]
 
     @classmethod
-    def from_config(cls, config: Any = None, **kwargs: Any) -> "EngineModule":
+    def from_config(cls, config: object = None, **kwargs: object) -> "EngineModule":
         """Not possible: a graph is more than a configuration.
 
         Raises:
@@ -240,7 +240,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """
         raise InputError("a network that an engine runs cannot be made anew; use the pipeline it was exported from")
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Copy the graph and what is known of it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
                 shutil.copyfile(self.folder / name, folder / name)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "EngineModule":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> "EngineModule":
         """Load what :func:`write_component` wrote."""
         return cls(Path(pretrained_model_name_or_path))
 
@@ -312,7 +312,7 @@ def _elements(graph: Graph) -> int:
     return max(sizes)
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -83,7 +83,7 @@ def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, metho
     """
     original, seen = getattr(component, method), []
 
-    def record(*args: Any, **kwargs: Any) -> Any:
+    def record(*args: object, **kwargs: object) -> Any:
         seen.append(arguments_of(component, method, args, kwargs))
         raise _Seen
 
@@ -100,7 +100,7 @@ def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, metho
     return seen[0]
 
 
-def arguments_of(component: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+def arguments_of(component: nn.Module, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
     """A call's arguments by their names, those in dictionaries one by one.
 
     Raises:
@@ -125,14 +125,14 @@ def arguments_of(component: nn.Module, method: str, args: Sequence[Any], kwargs:
     return Call(parameters, tensors, constants, batch)
 
 
-def timesteps_of(told: Any, batch: int) -> torch.Tensor:
+def timesteps_of(told: object, batch: int) -> torch.Tensor:
     """A timestep, a number or one for all or one a sample, as a graph takes it: one a sample (N,), float32."""
     values: torch.Tensor = torch.as_tensor(told).detach().cpu().float()
     return values.reshape(1).expand(batch).clone() if values.numel() == 1 else values
 
 
 def flat_arguments(
-    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+    parameters: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Iterator[tuple[str, Any]]:
     """Names and values of a call's arguments; None and what changes no number of a result are left out."""
     for name, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
@@ -480,7 +480,7 @@ class _Product(nn.Module):
             self.register_buffer("down", down.half())
             self.register_buffer("up", up.half())
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         layer = self.layer[0]
         x = layer.smoothed(x)
         output = self._multiplied(self.rounding(x))

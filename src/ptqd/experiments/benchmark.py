@@ -298,7 +298,7 @@ class _Worker:
     def __init__(self, process: "subprocess.Popen[str]", name: str) -> None:
         self.process, self.name = process, name
 
-    def ask(self, what: str | Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, what: str | Mapping[str, object]) -> dict[str, Any]:
         """Its answer.
 
         Raises:

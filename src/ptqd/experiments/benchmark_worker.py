@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def main() -> None:
     timestep = json.loads(sys.stdin.readline())
     answers, sys.stdout = sys.stdout, sys.stderr
 
-    def answer(**facts: Any) -> None:
+    def answer(**facts: object) -> None:
         answers.write(json.dumps(facts) + "\n")
         answers.flush()
 

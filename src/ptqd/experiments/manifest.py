@@ -204,7 +204,7 @@ def _setting_facts(run: Sampling) -> dict[str, Any]:
     return {"run": run.to_dict(), "shared": [n for n, v in run.call.items() if isinstance(v, tuple)], "opaque": opaque}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, str | int | float | torch.Tensor)
@@ -220,7 +220,7 @@ def _setting(facts: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**facts["run"], "call": call})
 
 
-def _same(what: str, found: Any, wanted: Any, remedy: str) -> None:
+def _same(what: str, found: object, wanted: object, remedy: str) -> None:
     if found != wanted:
         raise InputError(f"{what}: {found} instead of the manifest's {wanted}; {remedy}")
 

@@ -74,7 +74,7 @@ def _component(source: str, name: str, library: str | None, class_name: str | No
     return meta_proxy(part, torch.device("cpu"), torch.float32)
 
 
-def bare_denoiser(config: Mapping[str, Any]) -> Any:
+def bare_denoiser(config: Mapping[str, object]) -> Any:
     """A denoiser on the meta device, from its configuration.
 
     Raises:

@@ -190,7 +190,7 @@ class PlanFigures:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PlanFigures":
+    def from_dict(cls, values: Mapping[str, object]) -> "PlanFigures":
         """From plain values, strict about their types.
 
         Raises:

@@ -300,7 +300,7 @@ class Report:
 def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A report of version 1: rows had labels, and how they were sampled stood in their stages' records."""
 
-    def settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(entry: Mapping[str, object]) -> dict[str, Any]:
         return {name: value for name, value in entry.items() if name != "setting"} | {"settings": entry["setting"]}
 
     rows = []

@@ -150,7 +150,7 @@ class Stages:
 
         return self._value(name, inputs, build, lambda path: CorrectionSearch.from_dict(read_json(path)))
 
-    def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, Any]) -> str:
+    def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, object]) -> str:
         """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""
         run, keep = self.sampling, self.keep_images
         name = self.layout.samples(key)
@@ -263,7 +263,7 @@ class Stages:
     def _value(
         self,
         name: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         build: Callable[[Path, Path], T | None],
         read: Callable[[Path], T],
         *,
@@ -283,6 +283,6 @@ class Stages:
         return {**self.sampling.to_dict(), "samples": samples}
 
 
-def _at(estimate: Estimate, index: Any) -> Interval:
+def _at(estimate: Estimate, index: object) -> Interval:
     value, low, high = (torch.as_tensor(getattr(estimate, name)[index]).item() for name in ("value", "low", "high"))
     return Interval(value, low, high)

@@ -1,12 +1,12 @@
 """Reference statistics from images, ADM's .npz files, or a file of our own; what images give is kept by content."""
 
-import os
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 
 from ptqd import processes
 from ptqd.errors import InputError
@@ -49,7 +49,7 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
 
 def cache_folder(what: str) -> Path:
     """Where ptqd keeps something for the user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqd" / what
+    return user_cache_path("ptqd", appauthor=False) / what
 
 
 def _of_images(images: ImageSet, extractor: Extractor, cache: Path) -> Reference:

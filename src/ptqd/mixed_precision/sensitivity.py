@@ -109,7 +109,7 @@ def _calls(pipe: DiffusionPipeline, count: int, trajectory: Trajectory) -> Itera
     """What the denoiser is called with at some steps, evenly spread over the run."""
     calls: list[Call] = []
 
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         step, total = len(trajectory.timesteps), len(pipe.scheduler.timesteps)
         if step in np.linspace(0, total - 1, min(count, total)).round():
             calls.append((step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
@@ -161,7 +161,7 @@ class _Probe:
         self.rows = 1
 
     def add(
-        self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int, axis: int, seed: int
+        self, step: int, args: tuple[object, ...], kwargs: Mapping[str, object], channels: int, axis: int, seed: int
     ) -> None:
         """One call's energies; its output's first ``channels`` along ``axis`` count, a learned variance does not.
 

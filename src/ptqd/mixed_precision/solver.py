@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -161,7 +160,7 @@ def _ends(problem: Problem) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
     return cheapest, best
 
 
-def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, Any]) -> PrecisionPlan:
+def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, object]) -> PrecisionPlan:
     rows = [tuple(problem.widths[i] for i in row) for row in choice.tolist()]
     groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
     chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))

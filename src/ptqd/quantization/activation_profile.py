@@ -53,7 +53,7 @@ class ActivationProfiler:
     def watching(self, trajectory: Trajectory, samples: int) -> Iterator[None]:
         """Note what each layer gets at each step of a trajectory of some samples, and the first call."""
 
-        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self._call is None:
                 self._call = _of_one_sample(args, kwargs, samples)
 
@@ -132,7 +132,7 @@ def _all_alike(x: torch.Tensor, known: torch.Tensor) -> bool:
     return torch.allclose(x.detach().float().cpu(), known.expand(x.shape), rtol=1e-4, atol=1e-6)
 
 
-def _of_one_sample(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Call:
+def _of_one_sample(args: tuple[object, ...], kwargs: dict[str, object], samples: int) -> Call:
     """The rows of one sample of a call's arguments."""
     sample = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim)
     batch = len(sample)
@@ -152,7 +152,7 @@ def _timestep_of(model: nn.Module, call: Call) -> Any:
     return kwargs[name] if name in kwargs else args[position]
 
 
-def _with_timestep(model: nn.Module, call: Call, timestep: Any) -> Call:
+def _with_timestep(model: nn.Module, call: Call, timestep: object) -> Call:
     """The same call at another timestep."""
     argument = timestep_argument(model)
     assert argument is not None

@@ -39,7 +39,7 @@ def _last(blocks: Any) -> Any:
     return blocks[-1] if blocks else None
 
 
-def _width(block: Any) -> int:
+def _width(block: object) -> int:
     """The channels that a residual block, or the last one of a block, gives; 0 where there is none."""
     block = _last(getattr(block, "resnets", None)) or block
     return int(getattr(block, "out_channels", 0) or 0)

@@ -182,7 +182,7 @@ def calibrate(
 def _numbering(model: nn.Module, trajectory: Trajectory, index: StepIndex) -> contextlib.AbstractContextManager[None]:
     """Inside the block an index is the number of the step."""
 
-    def number(module: Any, args: Any) -> None:
+    def number(module: object, args: object) -> None:
         index.index = len(trajectory.timesteps)
 
     return hooked(model.register_forward_pre_hook(number))
@@ -236,7 +236,7 @@ def _listening(
 
 
 def _with_timesteps_by_row(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, device: torch.device
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], batch: int, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
     argument = timestep_argument(model)

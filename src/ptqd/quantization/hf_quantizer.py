@@ -68,9 +68,9 @@ class PtqdConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        recipe: dict[str, Any],
-        plan: dict[str, Any] | None = None,
-        ranges: dict[str, Any] | None = None,
+        recipe: dict[str, object],
+        plan: dict[str, object] | None = None,
+        ranges: dict[str, object] | None = None,
         quant_method: str = "ptqd",
     ) -> None:
         self.quant_method = _Method(quant_method)
@@ -108,7 +108,7 @@ class PtqdQuantizer(DiffusersQuantizer):
             raise InputError(f"the saved model lacks {missing_keys[0]!r}; the file is damaged or of another model")
         return missing_keys
 
-    def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
+    def check_if_quantized_param(self, *args: object, **kwargs: object) -> bool:
         """False: codes and scales are ordinary buffers."""
         return False
 
@@ -128,7 +128,7 @@ class PtqdQuantizer(DiffusersQuantizer):
             set_plan(model, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
-    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
         for module in model.modules():
             if isinstance(module, QuantLayer):
                 module.refresh(model.dtype)

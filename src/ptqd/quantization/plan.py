@@ -120,7 +120,7 @@ class PrecisionPlan:
         return {**plain, "made": dict(self.made)}
 
     @classmethod
-    def from_dict(cls, values: Any, where: str = "the plan") -> "PrecisionPlan":
+    def from_dict(cls, values: object, where: str = "the plan") -> "PrecisionPlan":
         """The inverse of :meth:`to_dict`, strict.
 
         Raises:
@@ -201,14 +201,14 @@ def _float(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether JSON and TOML both hold it."""
     if isinstance(value, list | tuple):
         return all(_is_plain(v) and not isinstance(v, list | tuple) for v in value)
     return isinstance(value, str | int | float)
 
 
-def _groups(lines: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _groups(lines: object) -> tuple[tuple[str, tuple[str, ...]], ...]:
     result: list[tuple[str, tuple[str, ...]]] = []
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise InputError("'groups' must be a list of lines like 'down: down_blocks.* time_embedding.*'")

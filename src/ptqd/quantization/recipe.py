@@ -231,7 +231,7 @@ class Recipe:
         return cls.from_dict(values, f"recipe file {path}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
+    def from_dict(cls, values: dict[str, object], where: str = "recipe") -> "Recipe":
         """A recipe from plain values, as :meth:`to_dict` gives them; unknown keys are errors."""
         return build(cls, values, where)
 

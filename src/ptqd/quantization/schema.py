@@ -10,7 +10,7 @@ from ptqd.errors import InputError
 T = TypeVar("T")
 
 
-def build(cls: type[T], values: Any, where: str) -> T:
+def build(cls: type[T], values: object, where: str) -> T:
     """A dataclass from plain values: nested, strict about keys and types."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a table; got {values!r}")
@@ -28,7 +28,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
         raise InputError(f"{where}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911  # a case for each kind of hint
+def _convert(hint: object, value: object, where: str) -> Any:  # noqa: PLR0911  # a case for each kind of hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]

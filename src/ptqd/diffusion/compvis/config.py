@@ -195,7 +195,7 @@ def _read_stage(node: "_Node") -> Stage:
 class _Node:
     """One ``target`` with its ``params``, or plain parameters; what is not asked for in the end is an error."""
 
-    def __init__(self, path: Path, name: str, values: Any) -> None:
+    def __init__(self, path: Path, name: str, values: object) -> None:
         if not isinstance(values, dict):
             raise InputError(f"{path}: {name} is no mapping")
         self.path, self.name, self.values, self.target = path, name, dict(values), ""
@@ -213,7 +213,7 @@ class _Node:
         """A part."""
         return _Node(self.path, name, self.take(name, dict))
 
-    def take(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
+    def take(self, name: str, kind: type, default: object = dataclasses.MISSING) -> Any:
         """One value."""
         value = self.values.pop(name, default)
         if value is dataclasses.MISSING:
@@ -227,7 +227,7 @@ class _Node:
             raise InputError(f"{self.path}: {name} in {self.name} should be whole numbers above 0; it is {value!r}")
         return value
 
-    def refuse_unless(self, name: str, wanted: Any, why: str) -> None:
+    def refuse_unless(self, name: str, wanted: object, why: str) -> None:
         """A value that only one is supported of."""
         value = self.values.pop(name, wanted)
         if value != wanted:

@@ -70,7 +70,7 @@ def blank(config: Path) -> DiffusionPipeline:
     return LatentClassPipeline(vae, unet, build_embedder(model), build_scheduler(model))
 
 
-def _built(config: Path, build: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+def _built(config: Path, build: Callable[[], tuple[object, object]]) -> tuple[Any, Any]:
     """Networks that diffusers builds, if it takes what the YAML says."""
     try:
         return build()

@@ -232,7 +232,7 @@ class ActivationQuantizer(nn.Module):
         else:
             self.observers[index].update(x)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
 

@@ -120,7 +120,7 @@ class QuantLayer(nn.Module, ABC):
         """Of its 16-bit branch; 0 where it has none."""
         return 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
         x = self.smoothed(x)
         y = self.matmul(self.input(x), self.weight, self.bias)
@@ -222,7 +222,7 @@ class QuantLayer(nn.Module, ABC):
         weight = self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
         self.weight = weight.to(dtype or self.weight.dtype)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
 

@@ -43,7 +43,7 @@ class Captured:
             picked.append(leaf if factor == 0 else torch.from_numpy(leaf[index.numpy()]).flatten(0, 1).to(dtype))
         return picked
 
-    def tree(self, leaves: list[Any]) -> Any:
+    def tree(self, leaves: list[object]) -> Any:
         """Leaves as they were given or made."""
         return tree_unflatten(leaves, self.structure)
 
@@ -98,7 +98,7 @@ def _plain(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.float() if leaf.is_floating_point() else leaf
 
 
-def _factors(two: Any, three: Any) -> list[int]:
+def _factors(two: object, three: object) -> list[int]:
     """How many entries of each leaf a row has, from calls with two and with three rows."""
     result = []
     for a, b in zip(tree_flatten(two)[0], tree_flatten(three)[0], strict=True):
@@ -118,14 +118,14 @@ def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: slice, ou
     return remaining[0], remaining[1] if outputs else ()
 
 
-def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> AbstractContextManager[None]:
-    def before(module: Any, args: Any, kwargs: Any) -> None:
+def _reaching(module: nn.Module, kept: list[object], outputs: bool) -> AbstractContextManager[None]:
+    def before(module: object, args: object, kwargs: object) -> None:
         if not kept:
             kept.append((args, kwargs))
             if not outputs:
                 raise _Stop
 
-    def after(module: Any, args: Any, output: Any) -> None:
+    def after(module: object, args: object, output: object) -> None:
         if len(kept) == 1:
             kept.append(output)
             raise _Stop
@@ -133,10 +133,10 @@ def _reaching(module: nn.Module, kept: list[Any], outputs: bool) -> AbstractCont
     return hooked(module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
 
 
-def run_until(model: nn.Module, unit: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+def run_until(model: nn.Module, unit: str, call: tuple[tuple[object, ...], dict[str, object]]) -> None:
     """Run a denoiser with a call's arguments up to the end of one of its modules, and no further."""
 
-    def stop(module: Any, args: Any, output: Any) -> None:
+    def stop(module: object, args: object, output: object) -> None:
         raise _Stop
 
     args, kwargs = call
@@ -155,7 +155,7 @@ def reached_in_order(model: nn.Module, names: list[str], inputs: CalibrationInpu
     """The named modules that a call reaches, in the order it first does."""
     order: list[str] = []
 
-    def note(module: Any, args: Any, name: str) -> None:
+    def note(module: object, args: object, name: str) -> None:
         if name not in order:
             order.append(name)
 
