@@ -15,13 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptqd.experiments import Report, StepRow, judged
 from ptqd.experiments.report.pictures import step_plots
-from ptqd.experiments.results import Report, StepRow
-from ptqd.experiments.sharding import judged
-from ptqd.metrics.bootstrap import Statistic, intervals
+from ptqd.metrics import FashionClassifier, Statistic, intervals, load_reference
 from ptqd.metrics.evaluator import Evaluator
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.metrics.references import load_reference
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
 METRICS = {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptqd.diffusion.compvis.pipeline import convert, save_converted
+from ptqd.diffusion.compvis import convert, save_converted
 from ptqd.loading import load
 from ptqd.zoo import CONFIGS
 

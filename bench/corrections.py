@@ -19,14 +19,12 @@ import torch
 from grid import distance, drawn, features
 
 import ptqd
+from ptqd.correction import compose, gated, joint, joint_estimators
 from ptqd.correction.correction import Correction
-from ptqd.correction.fit import compose, joint_estimators
-from ptqd.correction.gate import gated
-from ptqd.correction.methods.joint import joint
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiments.experiment import MEASURED
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.noise.second_moments import Layout, OutputEstimate, mean_table
+from ptqd.experiments import MEASURED
+from ptqd.metrics import FashionClassifier
+from ptqd.noise import Layout, OutputEstimate, mean_table
 from ptqd.noise.stats import NoiseStats
 from ptqd.zoo import CLASSIFIER
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from ptqd.diffusion.macs import PRODUCTS, Macs, call_macs, on_meta
-from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, one_call
-from ptqd.quantization.bops import cost_of
+from ptqd.diffusion import PRODUCTS, Macs, call_macs, on_meta
+from ptqd.experiments import bare_denoiser, denoiser_config, one_call
+from ptqd.quantization import cost_of, insert_quantizers
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.swap import insert_quantizers
 
 PUBLISHED = {"ldm4-imagenet": (400.9, 102.20), "ldm4-bedrooms": (274.1, None), "ldm8-churches": (295.0, None)}
 

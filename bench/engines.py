@@ -29,19 +29,14 @@ from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, D
 from rich.console import Console
 
 import ptqd
-from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.engines.cpu import processor_name
+from ptqd.diffusion import denoiser_name, run_batch, with_components
+from ptqd.engines import captured, processor_name
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
-from ptqd.engines.onnx_graph import captured
-from ptqd.experiments.benchmark import candidates, run_benchmark, speed_report
+from ptqd.experiments import candidates, judged, labels_of, observe_images, run_benchmark, sample_images, speed_report
 from ptqd.experiments.report.speed import speed_table
-from ptqd.experiments.sharding import judged, labels_of, observe_images, sample_images
+from ptqd.metrics import FashionClassifier, load_reference, open_images
 from ptqd.metrics.evaluator import Evaluator
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.metrics.images import open_images
-from ptqd.metrics.references import load_reference
 from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 
@@ -146,7 +141,7 @@ if what == "torch":
             model(torch.from_numpy(sample), torch.from_numpy(t))
 else:
     from pathlib import Path
-    from ptqd.engines.sessions import open_session
+    from ptqd.engines.sessions import (open_session)
     session = open_session(Path(path) / "model.onnx", what, threads=2, rows=5)  # as the pipeline has it
     for _ in range(3):
         session.run({"sample": sample, "timestep": t})

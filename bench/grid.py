@@ -22,11 +22,10 @@ import diffusers
 import torch
 
 import ptqd
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.experiments.experiment import MEASURED
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.metrics.frechet import frechet_distance
+from ptqd.diffusion import run_batch, with_components
+from ptqd.diffusion.sampling import Sampling
+from ptqd.experiments import MEASURED
+from ptqd.metrics import FashionClassifier, frechet_distance
 from ptqd.zoo import CLASSIFIER
 
 SAMPLES = 250

@@ -25,9 +25,7 @@ import torch
 from safetensors import safe_open
 
 from ptqd.files import write_tensors
-from ptqd.metrics.bootstrap import Metric
-from ptqd.metrics.frechet import extrapolated_frechet, frechet_distance, frechet_statistic
-from ptqd.metrics.moments import ROWS, Moments
+from ptqd.metrics import ROWS, Metric, Moments, extrapolated_frechet, frechet_distance, frechet_statistic
 
 REPETITIONS, WIDTH, CLASSES = 200, 16, 10
 

@@ -17,7 +17,7 @@ def measured(samples: int) -> None:
     import torch
 
     import ptqd
-    from ptqd.experiments.sharding import measure_shards
+    from ptqd.experiments import measure_shards
 
     call = {"class_labels": list(range(10)), "guidance_scale": 3.0}
     run = ptqd.Sampling(10, 0.0, samples, 64, 0, call)

@@ -17,13 +17,8 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from ptqd.metrics.features.inception import Inception
-from ptqd.metrics.features.lpips import Lpips
-from ptqd.metrics.frechet import frechet_distance
-from ptqd.metrics.kernel import kernel_distance
-from ptqd.metrics.moments import Moments
-from ptqd.metrics.precision_recall import density_coverage, precision_recall
-from ptqd.metrics.scores import inception_score
+from ptqd.metrics import Inception, Lpips, Moments, density_coverage, frechet_distance, inception_score, kernel_distance
+from ptqd.metrics.precision_recall import precision_recall
 
 for missing in ("", ".datasets", ".transforms", ".transforms.functional", ".models"):
     sys.modules[f"torchvision{missing}"] = MagicMock()

@@ -23,7 +23,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ptqd import Sampling, sample
-from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion import denoiser_name, with_components
 
 Inputs = dict[str, Tensor]  # a denoiser's tensor arguments by name, the batch first in each
 Run = Callable[[Sequence[Tensor]], Tensor]

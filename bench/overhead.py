@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 import ptqd
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.step_state import StepState
+from ptqd.diffusion import StepState, run_batch
 
 ROUNDS = 9
 RUN = ptqd.Sampling(10, 1.0, 32, 32, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})

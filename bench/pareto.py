@@ -21,14 +21,12 @@ import torch
 from grid import drawn
 
 import ptqd
-from ptqd.diffusion.macs import run_macs
+from ptqd.diffusion import run_macs
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiments.experiment import MEASURED
+from ptqd.experiments import MEASURED
+from ptqd.mixed_precision import planning_problem, solve
 from ptqd.mixed_precision.contributions import contributions
-from ptqd.mixed_precision.problem import planning_problem
-from ptqd.mixed_precision.solver import solve
-from ptqd.quantization.apply_plan import at_width
-from ptqd.quantization.bops import cost_of
+from ptqd.quantization import at_width, cost_of
 
 SAMPLES = 250
 CALL = {"class_labels": list(range(10))}

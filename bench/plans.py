@@ -20,19 +20,23 @@ import torch
 
 import ptqd
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiments.experiment import MEASURED
-from ptqd.experiments.sharding import load_images, sample_images
+from ptqd.experiments import MEASURED, load_images, sample_images
 from ptqd.files import read_json, write_json
-from ptqd.metrics.bootstrap import Metric, Statistic
-from ptqd.metrics.features.extractor import Reference, extract
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.metrics.frechet import frechet_statistic, paired_frechet_statistic
-from ptqd.metrics.image_quality import mean_metric, psnr
+from ptqd.metrics import (
+    FashionClassifier,
+    Metric,
+    Reference,
+    Statistic,
+    extract,
+    frechet_statistic,
+    mean_metric,
+    paired_frechet_statistic,
+    psnr,
+)
 from ptqd.mixed_precision.paper_rule import paper_plan
 from ptqd.mixed_precision.solver import search_plan
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.apply_plan import plan_of
-from ptqd.quantization.bops import run_cost
+from ptqd.quantization import plan_of, run_cost
 from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE
 

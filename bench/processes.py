@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file
 from torch import equal
 
-from ptqd.experiments.manifest import load_manifest
+from ptqd.experiments import load_manifest
 
 RUN = ["run", "fashion-ldm", "--recipe", "w4a8", "--steps", "4", "--samples", "24", "--batch", "4", "--measured", "8"]
 RUN += ["--methods", "bc", "--guidance", "1.5"]

@@ -27,15 +27,20 @@ from plans import above, plus_minus
 
 import ptqd
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiments.sharding import load_images, sample_images
+from ptqd.experiments import load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.loading import with_scheduler
-from ptqd.metrics.features.extractor import Reference, extract
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
-from ptqd.metrics.frechet import frechet_statistic, paired_frechet_statistic
-from ptqd.metrics.image_quality import mean_metric, psnr
+from ptqd.metrics import (
+    FashionClassifier,
+    Reference,
+    extract,
+    frechet_statistic,
+    mean_metric,
+    paired_frechet_statistic,
+    psnr,
+)
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.bops import run_cost
+from ptqd.quantization import run_cost
 from ptqd.quantization.recipe import Recipe, Rule
 from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, REFERENCE

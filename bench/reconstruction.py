@@ -26,15 +26,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import ptqd
-from ptqd.diffusion.macs import call_macs, from_configuration
+from ptqd.diffusion import call_macs, from_configuration
 from ptqd.diffusion.sampling import Sampling
 from ptqd.pipelines.latent_class import LatentClassPipeline
-from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import CalibrationInputs
-from ptqd.quantization.methods import Brecq
+from ptqd.quantization import Brecq, CalibrationInputs, find_units, insert_quantizers, learn, quant_modules
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.rounding.adaround_brecq import learn
-from ptqd.quantization.swap import insert_quantizers, quant_modules
 from ptqd.zoo import ARCHITECTURES
 
 RUN = Sampling(20, 0.0, 64, 32, call={"class_labels": list(range(10)), "guidance_scale": 1.5})

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import ptqd
+from ptqd.diffusion import final_samples
 from ptqd.diffusion.sampling import Sampling
-from ptqd.diffusion.trajectory import final_samples
 from ptqd.noise.stats import NoiseStats
 
 SAMPLES = 200

@@ -9,9 +9,9 @@ layer's share of the multiply-accumulates.
 import torch
 
 import ptqd
-from ptqd.diffusion.macs import run_macs
+from ptqd.diffusion import run_macs
 from ptqd.diffusion.sampling import Sampling
-from ptqd.mixed_precision.sensitivity import measure_sensitivity
+from ptqd.mixed_precision import measure_sensitivity
 
 RUN = Sampling(50, 1.0, 64, 64, 0, {"class_labels": list(range(10)), "guidance_scale": 1.5})
 SHOWN = 8

@@ -14,7 +14,7 @@ import torch
 
 import ptqd
 from ptqd.diffusion.sampling import Sampling
-from ptqd.noise.second_moments import Layout, covariance, inverse, mean_table
+from ptqd.noise import Layout, covariance, inverse, mean_table
 from ptqd.noise.stats import NoiseStats
 
 mpl.use("Agg")

@@ -8,10 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from ptqd import LatentClassPipeline, NoiseStats, Sampling
-from ptqd.diffusion.scheduler_response import Response
-from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.second_moments import fold_sums, joint_moments
-from ptqd.noise.stats import cross_moments, paired_moments
+from ptqd.diffusion import Response
+from ptqd.noise import MeasuredOn, cross_moments, fold_sums, joint_moments, paired_moments
 from ptqd.pipelines.latent_class import ClassEmbedder
 
 SCHEDULE: dict[str, Any] = {

@@ -17,16 +17,14 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from ptqd.diffusion.fingerprints import pipeline_fingerprint
+from ptqd.diffusion import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
+from ptqd.experiments import load_images, sample_images
 from ptqd.experiments.report.pictures import grid
-from ptqd.experiments.sharding import load_images, sample_images
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler
-from ptqd.metrics.bootstrap import Metric
+from ptqd.metrics import FashionClassifier, Features, Metric, Reference, extract
 from ptqd.metrics.evaluator import Evaluator, evaluate
-from ptqd.metrics.features.extractor import Features, Reference, extract
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.run_folder import RunFolder
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
 from training import fashion_mnist

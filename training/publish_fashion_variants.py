@@ -20,10 +20,8 @@ from ptqd.diffusion.sampling import Sampling
 from ptqd.experiments.report.pictures import grid
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
-from ptqd.metrics.bootstrap import Metric
+from ptqd.metrics import FashionClassifier, Metric, Reference
 from ptqd.metrics.evaluator import Evaluator, evaluate
-from ptqd.metrics.features.extractor import Reference
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
 from training import fashion_mnist
 from training.publish_fashion_ldm import draw_losses, sampled, save_half, text_of, to_bytes

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
+from ptqd.metrics import FashionClassifier
 from ptqd.pipelines.latent_class import ClassEmbedder, LatentClassPipeline
 from training import fashion_mnist
 

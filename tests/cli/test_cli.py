@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_with_the_same_images(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ptqd.diffusion.sampling
-    from ptqd.experiments.sharding import load_images
+    from ptqd.experiments import load_images
 
     command = ["run", str(model), "--recipe", str(recipe), "--measured", "16", *SMALL, "--ablation", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
@@ -346,7 +346,7 @@ def test_a_plan_from_the_shell(
 ) -> None:
     import ptqd.diffusion.sampling
     from ptqd import PrecisionPlan, load
-    from ptqd.quantization.apply_plan import plan_of
+    from ptqd.quantization import plan_of
 
     quantized, planned = tmp_path / "q", tmp_path / "planned"
     assert main(["quantize", str(model), "--recipe", str(wide), "--out", str(quantized), *QUANTIZE]) == 0

@@ -18,14 +18,9 @@ from diffusers import (
 
 from conftest import stats_of, tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
-from ptqd.correction.fit import compose, joint_estimators
-from ptqd.correction.gate import gated
-from ptqd.correction.scheduler import corrected_class
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.scheduler_response import added_variance, linear_response, noise_scales
-from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
+from ptqd.correction import compose, corrected_class, gated, joint_estimators
+from ptqd.diffusion import added_variance, linear_response, noise_scales, run_batch, with_components
+from ptqd.noise import MeasuredOn, fold_of, fold_sums, joint_moments
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +298,7 @@ def test_names_resolve_for_schedulers_only() -> None:
 
 
 def test_models_of_one_shape_have_fingerprints_of_their_own() -> None:
-    from ptqd.diffusion.fingerprints import fingerprint
+    from ptqd.diffusion import fingerprint
 
     assert fingerprint(tiny_pipeline(0).unet) == fingerprint(tiny_pipeline(0).unet)
     assert fingerprint(tiny_pipeline(0).unet) != fingerprint(tiny_pipeline(1).unet)

@@ -23,8 +23,8 @@ from ptqd import (
     sample,
     search_correction,
 )
-from ptqd.correction.search import describe, distribution_distance, features
-from ptqd.diffusion.sampling import run_batch
+from ptqd.correction import describe, distribution_distance, features
+from ptqd.diffusion import run_batch
 
 RUN = Sampling(steps=8, eta=0.0, samples=64, batch=64, seed=3)
 NOISE: dict[str, Any] = {"k": 0.1, "bias": (0.05, -0.03), "v": 0.001, "c": 0.1}
@@ -187,7 +187,7 @@ def test_statistics_of_a_schedule_that_the_call_sets_are_not_carried_over(stats:
 
 
 def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptqd.diffusion.trajectory import final_samples as plain
+    from ptqd.diffusion import final_samples as plain
 
     def overflow(pipe: Any, run: Any, indices: Any) -> torch.Tensor:
         ends = plain(pipe, run, indices)

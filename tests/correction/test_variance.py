@@ -10,11 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gaussian import SCHEDULE, SHAPE, GaussianPipeline, gaussian_pipeline
 from ptqd import InputError, NoiseStats, Sampling, correct, fit_correction, measure, sample
-from ptqd.correction.methods.dns import overshoot
-from ptqd.correction.methods.stepbaq import x0_coefficients
-from ptqd.correction.variance import ResidualNoise
-from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at
-from ptqd.diffusion.scheduler_response import linear_response
+from ptqd.correction import ResidualNoise, overshoot, x0_coefficients
+from ptqd.diffusion import Levels, linear_response, noise_levels, timesteps_at
 
 V = 0.02
 
@@ -54,7 +51,7 @@ RUNS = [
 @pytest.mark.parametrize(("name", "prediction"), RUNS)
 @pytest.mark.parametrize("method", ["dns", "qdrift", "stepbaq"])
 def test_without_a_residual_nothing_changes(name: str, prediction: str, method: str) -> None:
-    from ptqd.correction.registry import VARIANCE_METHODS
+    from ptqd.correction import VARIANCE_METHODS
 
     _, residuals = deterministic(name, prediction, v=0.0)
     reshaped = VARIANCE_METHODS[method](residuals)
@@ -72,7 +69,7 @@ def noise_to_signal(residuals: ResidualNoise, method: str) -> tuple[torch.Tensor
     The network is exact for data that is one point: x_0 = 0 in truth, so the sample is noise alone, and its signal is
     followed apart, from an image of ones.
     """
-    from ptqd.correction.registry import VARIANCE_METHODS
+    from ptqd.correction import VARIANCE_METHODS
 
     reshaped = VARIANCE_METHODS[method](residuals)
     levels = residuals.levels
@@ -125,7 +122,7 @@ def test_stepbaqs_shift_is_the_papers(family: str) -> None:
     """``a_bar_tau = a_bar / (1 + s^2)``, the sample scaled by ``1 / sqrt(1 + s^2)``."""
     name, prediction = ("DDIMScheduler", "epsilon") if family == "vp" else ("FlowMatchEulerDiscreteScheduler", "flow")
     scheduler, residuals = deterministic(name, prediction)
-    from ptqd.correction.methods.stepbaq import stepbaq
+    from ptqd.correction import stepbaq
 
     told = torch.tensor(stepbaq(residuals).model_timesteps, dtype=torch.float64)
     levels, s2 = residuals.levels, residuals.added[:-1]
@@ -158,8 +155,7 @@ def test_an_overshoot_solves_its_equation() -> None:
 
 
 def test_to_first_order_dns_is_qdrift() -> None:
-    from ptqd.correction.methods.dns import dns
-    from ptqd.correction.methods.qdrift import qdrift
+    from ptqd.correction import dns, qdrift
 
     _, residuals = deterministic("EulerDiscreteScheduler", "epsilon", steps=200, v=1e-4)
     a, b = dns(residuals).gain[20:150] - 1, qdrift(residuals).gain[20:150] - 1
@@ -171,7 +167,7 @@ def test_to_first_order_dns_is_qdrift() -> None:
 
 def test_qdrift_in_flow_scales_the_velocity() -> None:
     """As published; the signal goes further with it, so that on flow the variance does not come back, as with DNS."""
-    from ptqd.correction.methods.qdrift import qdrift
+    from ptqd.correction import qdrift
 
     _, residuals = deterministic("FlowMatchEulerDiscreteScheduler", "flow")
     reshaped, levels = qdrift(residuals), residuals.levels
@@ -242,8 +238,7 @@ def test_without_drawn_noise_the_variance_comes_back(
 
 def test_methods_that_rewrite_a_step_say_where_they_cannot() -> None:
     _, residuals = deterministic("LMSDiscreteScheduler", "epsilon")
-    from ptqd.correction.methods.dns import dns
-    from ptqd.correction.methods.stepbaq import stepbaq
+    from ptqd.correction import dns, stepbaq
 
     with pytest.raises(InputError, match="LMSDiscreteScheduler remembers others"):
         dns(residuals)

@@ -14,7 +14,7 @@ from torch import nn
 
 import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
-from ptqd.diffusion.compvis.pipeline import convert, save_converted
+from ptqd.diffusion.compvis import convert, save_converted
 from ptqd.zoo import CONFIGS
 from ptqd_cli.main import main
 

@@ -10,15 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptqd import InputError, PrecisionPlan, QuantSpec, Recipe, Sampling, apply_plan
-from ptqd.diffusion.macs import Macs, call_macs, run_macs
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion import Macs, call_macs, run_batch, run_macs, with_components
+from ptqd.experiments import bare_denoiser, denoiser_config, one_call
 from ptqd.experiments.count_cost import count_cost
-from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, meta_pipeline, one_call
-from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
-from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
-from ptqd.quantization.swap import insert_quantizers
+from ptqd.experiments.meta_pipeline import meta_pipeline
+from ptqd.quantization import Bits, Cost, cost_of, disk_bytes, insert_quantizers, layer_bits, memory_bytes, run_cost
+from ptqd.quantization.modules import QuantAttnProcessor, QuantConv, QuantLinear
 from tiny import CASES
 
 

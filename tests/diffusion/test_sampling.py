@@ -8,8 +8,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from PIL import Image
 
 from ptqd import InputError, Sampling, sample
-from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import run_batch, sample_generator
+from ptqd.diffusion import denoiser_name, run_batch, sample_generator
 
 
 def images(pipe: Any, run: Sampling) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ptqd.diffusion.scheduler_response import Response, added_variance, linear_response, noise_scales
+from ptqd.diffusion import Response, added_variance, linear_response, noise_scales
 
 BETAS: dict[str, Any] = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 STEPS = 12

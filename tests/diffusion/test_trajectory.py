@@ -15,9 +15,7 @@ from diffusers import (
 from torch import nn
 
 from ptqd import InputError, LatentClassPipeline, MismatchError, Sampling, correct, measure
-from ptqd.diffusion.pipeline_parts import find_channel_axis, with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.trajectory import record, replay
+from ptqd.diffusion import find_channel_axis, record, replay, run_batch, with_components
 
 
 def test_recording_changes_nothing(pipe: Any, run: Sampling) -> None:

@@ -27,18 +27,23 @@ from ptqd import (
     measure,
     quantize,
 )
-from ptqd.diffusion.fingerprints import pipeline_fingerprint
-from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import run_batch
-from ptqd.engines import sessions
-from ptqd.engines.cpu import Processor, overflows
-from ptqd.engines.export import Exported, export, for_engine
+from ptqd.diffusion import denoiser_name, pipeline_fingerprint, run_batch
+from ptqd.engines import (
+    EngineModule,
+    Exported,
+    OnnxRuntimeSession,
+    OpenVinoSession,
+    Processor,
+    captured,
+    for_engine,
+    lowered,
+    overflows,
+    read_graph,
+    sessions,
+)
+from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
-from ptqd.engines.lowering import lowered
-from ptqd.engines.module import EngineModule
-from ptqd.engines.onnx_graph import captured
-from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
-from ptqd.quantization.modules.linear_conv import QuantLinear
+from ptqd.quantization.modules import QuantLinear
 from ptqd_cli.main import main
 from tiny import CASES
 

@@ -10,13 +10,12 @@ from rich.console import Console
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
+from ptqd.experiments import Interval, load_images, named_recipes
 from ptqd.experiments.compare import compare_runs
-from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
+from ptqd.experiments.experiment import Experiment, run_experiment
 from ptqd.experiments.report import comparison
-from ptqd.experiments.results import Interval
-from ptqd.experiments.sharding import load_images
+from ptqd.metrics import Features, Reference, extract
 from ptqd.metrics.evaluator import Evaluator
-from ptqd.metrics.features.extractor import Features, Reference, extract
 from ptqd_cli.main import main
 
 CALL = {"class_labels": [0, 1], "guidance_scale": 2.0}

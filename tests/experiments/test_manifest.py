@@ -9,9 +9,8 @@ import torch
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.experiments.experiment import Experiment, named_recipes
-from ptqd.experiments.manifest import load_manifest, reproduce, run_with_manifest
-from ptqd.experiments.plan_request import PlanRequest
+from ptqd.experiments import PlanRequest, load_manifest, named_recipes, reproduce, run_with_manifest
+from ptqd.experiments.experiment import Experiment
 from ptqd.loading import with_scheduler
 from ptqd_cli.main import main
 

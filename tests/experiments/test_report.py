@@ -7,11 +7,11 @@ from PIL import Image
 from rich.console import Console
 
 from ptqd import InputError
-from ptqd.correction.gate import StepGate
+from ptqd.correction import StepGate
+from ptqd.experiments import ChoiceRow, Interval, Report, Row, RowKey, SamplerSettings, StepRow
 from ptqd.experiments.report.page import summary
 from ptqd.experiments.report.pictures import choice_plots, grid, png, quality_against_cost, step_plots
 from ptqd.experiments.report.table import terminal_table
-from ptqd.experiments.results import ChoiceRow, Interval, Report, Row, RowKey, SamplerSettings, StepRow
 from ptqd.files import write_json
 
 SETTINGS = SamplerSettings("DDIMScheduler", 20, 0.0, 3.0)

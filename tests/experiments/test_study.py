@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ptqd import InputError
-from ptqd.experiments.study import Study, compare_with_published, estimate
+from ptqd.experiments import Study, compare_with_published, estimate
 from ptqd_cli.main import main
 
 FOLDER = Path(__file__).parent.parent.parent / "reproduce"

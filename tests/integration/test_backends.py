@@ -27,9 +27,7 @@ from torch import nn
 
 from conftest import SCHEDULE
 from ptqd import LatentClassPipeline, MismatchError, NoiseStats, Sampling, correct, load, measure
-from ptqd.diffusion.fingerprints import fingerprint
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
+from ptqd.diffusion import fingerprint, run_batch, with_components
 from ptqd.pipelines.latent_class import ClassEmbedder
 
 pytestmark = [

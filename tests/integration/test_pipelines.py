@@ -11,10 +11,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, load, measure, quantize, search_correction
-from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.trajectory import record, replay
-from ptqd.noise.regression import POWERS
+from ptqd.diffusion import denoiser_name, record, replay, run_batch, with_components
+from ptqd.noise import POWERS
 from tiny import CASES, PROMPTS, Case
 
 SETTINGS = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import processes
-from ptqd.experiments.manifest import load_manifest
+from ptqd.experiments import load_manifest
 from ptqd_cli.main import main
 
 SAMPLE = ["--steps", "3", "--samples", "24", "--batch", "2", "--guidance", "2"]

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from ptqd import NoiseStats, PrecisionPlan, Sampling, correct, load
-from ptqd.diffusion.sampling import run_batch
-from ptqd.experiments.results import FULL_PRECISION, Report, RowKey
+from ptqd.diffusion import run_batch
+from ptqd.experiments import FULL_PRECISION, Report, RowKey
 
 STORED = Path(__file__).parent.parent / "data" / "stored"
 RUN = Sampling(steps=2, eta=1.0, samples=2, batch=2, call={"class_labels": [0, 1], "guidance_scale": 2.0})

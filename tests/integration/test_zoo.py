@@ -10,9 +10,8 @@ from training import fashion_mnist
 from conftest import SCHEDULE
 from ptqd import InputError, LatentClassPipeline, Sampling, load, sample
 from ptqd.loading import with_scheduler
+from ptqd.metrics import FashionClassifier, Reference
 from ptqd.metrics.evaluator import Evaluator, evaluate
-from ptqd.metrics.features.extractor import Reference
-from ptqd.metrics.features.fashion_classifier import FashionClassifier
 from ptqd.zoo import CLASSIFIER, MODELS, REFERENCE
 
 

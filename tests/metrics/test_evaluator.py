@@ -13,18 +13,28 @@ from torch import nn
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
+from ptqd.experiments import load_images, named_recipes
 from ptqd.experiments.compare import compare_runs
-from ptqd.experiments.experiment import Experiment, named_recipes, run_experiment
-from ptqd.experiments.sharding import load_images
+from ptqd.experiments.experiment import Experiment, run_experiment
 from ptqd.files import join_tensors, read_tensors, write_tensors
-from ptqd.metrics.evaluator import Evaluator, ImageFeatures, evaluate, extract_features, latent_statistic, statistics
+from ptqd.metrics import (
+    Features,
+    ImageEncoder,
+    ImageFeatures,
+    Inception,
+    Lpips,
+    Pixels,
+    Reference,
+    extract,
+    extract_features,
+    latent_statistic,
+    load_reference,
+    open_images,
+    resized,
+    statistics,
+)
+from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.features import inception, lpips
-from ptqd.metrics.features.extractor import Features, Reference, extract
-from ptqd.metrics.features.image_encoder import ImageEncoder
-from ptqd.metrics.features.inception import Inception, resized
-from ptqd.metrics.features.lpips import Lpips
-from ptqd.metrics.images import Pixels, open_images
-from ptqd.metrics.references import load_reference
 from ptqd_cli.main import main
 
 NOWHERE = "http://127.0.0.1:9"
@@ -284,7 +294,7 @@ def test_what_is_kept_says_all_that_the_images_would(tmp_path: Path) -> None:
 
 
 def test_influence_on_an_inception_score() -> None:
-    from ptqd.metrics.scores import inception_score, inception_statistic
+    from ptqd.metrics import inception_score, inception_statistic
 
     logits = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = inception_statistic(logits)

@@ -10,14 +10,28 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from ptqd import InputError
+from ptqd.metrics import (
+    Features,
+    Moments,
+    Reference,
+    clip_scores,
+    density_coverage,
+    extract,
+    extrapolated_frechet,
+    frechet_distance,
+    frechet_statistic,
+    inception_score,
+    kernel_distance,
+    kernel_statistic,
+    mean_metric,
+    mean_statistic,
+    paired_frechet_statistic,
+    psnr,
+    share_metric,
+    ssim,
+)
 from ptqd.metrics.evaluator import Evaluator, evaluate
-from ptqd.metrics.features.extractor import Features, Reference, extract
-from ptqd.metrics.frechet import extrapolated_frechet, frechet_distance, frechet_statistic, paired_frechet_statistic
-from ptqd.metrics.image_quality import mean_metric, mean_statistic, psnr, share_metric, ssim
-from ptqd.metrics.kernel import kernel_distance, kernel_statistic
-from ptqd.metrics.moments import Moments
-from ptqd.metrics.precision_recall import density_coverage, precision_recall
-from ptqd.metrics.scores import clip_scores, inception_score
+from ptqd.metrics.precision_recall import precision_recall
 
 
 def features(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

@@ -9,11 +9,8 @@ from PIL import Image
 
 from ptqd import InputError
 from ptqd.files import write_tensors
+from ptqd.metrics import Features, ImageEncoder, Moments, Reference, extract, load_reference
 from ptqd.metrics.evaluator import Evaluator, evaluate
-from ptqd.metrics.features.extractor import Features, Reference, extract
-from ptqd.metrics.features.image_encoder import ImageEncoder
-from ptqd.metrics.moments import Moments
-from ptqd.metrics.references import load_reference
 from ptqd_cli.main import main
 
 

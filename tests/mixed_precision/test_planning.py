@@ -26,19 +26,23 @@ from ptqd import (
     sample,
     search_plan,
 )
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.mixed_precision.contributions import contributions, final_coefficients
-from ptqd.mixed_precision.paper_rule import forward_snr
-from ptqd.mixed_precision.problem import Problem, planning_problem
-from ptqd.mixed_precision.sensitivity import _Probe, measure_sensitivity
-from ptqd.mixed_precision.solver import pareto, priced, rated, solve, uniform
-from ptqd.quantization.apply_plan import at_width
-from ptqd.quantization.bops import run_cost
-from ptqd.quantization.numerics.affine import fake_quantize
-from ptqd.quantization.numerics.weight_grid import rounded_weight
-from ptqd.quantization.sites import layer_quantizers
-from ptqd.quantization.swap import insert_quantizers
+from ptqd.diffusion import run_batch, with_components
+from ptqd.mixed_precision import (
+    Problem,
+    final_coefficients,
+    forward_snr,
+    measure_sensitivity,
+    pareto,
+    planning_problem,
+    priced,
+    rated,
+    solve,
+    uniform,
+)
+from ptqd.mixed_precision.contributions import contributions
+from ptqd.mixed_precision.sensitivity import _Probe
+from ptqd.quantization import at_width, insert_quantizers, layer_quantizers, run_cost
+from ptqd.quantization.numerics import fake_quantize, rounded_weight
 from tiny import CASES
 
 

@@ -3,18 +3,15 @@ import pytest
 import torch
 
 from ptqd import InputError
-from ptqd.correction.correction import Correction, rows
-from ptqd.correction.methods.cnc_bc import cnc_bc
-from ptqd.correction.methods.d2 import d2
-from ptqd.correction.methods.joint import joint
-from ptqd.correction.methods.tac import tac
-from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.second_moments import (
+from ptqd.correction import cnc_bc, d2, joint, rows, tac
+from ptqd.correction.correction import Correction
+from ptqd.noise import (
     FOLDS,
     MAX_CHANNELS,
     MAX_NEIGHBOUR_CHANNELS,
     Estimator,
     Layout,
+    MeasuredOn,
     OutputEstimate,
     excess_variance,
     fold_of,

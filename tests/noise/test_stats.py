@@ -13,12 +13,8 @@ from scipy import stats as scipy_stats
 
 from conftest import stats_of
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, measure
-from ptqd.diffusion.fingerprints import fingerprint
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.regression import POWERS, normality_p_value
-from ptqd.noise.stats import paired_moments, per_sample
+from ptqd.diffusion import fingerprint, run_batch, with_components
+from ptqd.noise import POWERS, MeasuredOn, normality_p_value, paired_moments, per_sample
 
 
 def pair(n: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ptqd import InputError
-from ptqd.quantization.numerics.affine import (
+from ptqd.quantization.numerics import (
     Grid,
     affine_parameters,
     dequantize_affine,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ptqd import Recipe
-from ptqd.quantization.blocks import SKIPS, concatenations, find_units
-from ptqd.quantization.swap import insert_quantizers
+from ptqd.quantization import SKIPS, concatenations, find_units, insert_quantizers
 
 SMALL: dict[str, Any] = {"norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
 
@@ -169,7 +168,7 @@ def transformers() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["dit", "sd3", "flux", "pixart"])
 def test_units_of_a_transformer_are_its_blocks(kind: str) -> None:
-    from ptqd.quantization.modules.linear_conv import QuantLayer
+    from ptqd.quantization.modules import QuantLayer
 
     model = quantized(transformers()[kind])
     units = find_units(model)

@@ -4,17 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqd import InputError, QuantSpec
-from ptqd.quantization.numerics.formats import (
+from ptqd.quantization.numerics import (
     BLOCKS,
     Format,
+    WeightGrid,
     block_codes,
     block_scales,
     fake_blocks,
     float_codes,
     float_values,
+    groups_of,
     round_float,
+    rounded_weight,
 )
-from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of, rounded_weight
 
 FORMATS: tuple[Format, ...] = ("e4m3", "e5m2", "mxfp4", "nvfp4")
 

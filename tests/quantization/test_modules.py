@@ -5,9 +5,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd import InputError, QuantSpec
-from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.modules import ActivationQuantizer, QuantAttnProcessor, QuantConv, QuantLayer, QuantLinear
 
 W4 = QuantSpec(4, symmetric=True, range="minmax")
 W4_AFFINE = QuantSpec(4, symmetric=False, range="minmax")

@@ -22,12 +22,9 @@ from ptqd import (
     measure_widths,
     quantize,
 )
-from ptqd.diffusion.pipeline_parts import with_components
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.step_state import StepState
-from ptqd.quantization.apply_plan import at_width, plan_of
-from ptqd.quantization.modules.activation import BitWidth
-from ptqd.quantization.plan_steps import PlanSteps
+from ptqd.diffusion import StepState, run_batch, with_components
+from ptqd.quantization import PlanSteps, at_width, plan_of
+from ptqd.quantization.modules import BitWidth
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,9 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
-from ptqd.diffusion.fingerprints import fingerprint
-from ptqd.diffusion.sampling import run_batch
-from ptqd.quantization.bops import disk_bytes, run_cost
-from ptqd.quantization.hf_quantizer import coverage_of
-from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear
-from ptqd.quantization.swap import quant_modules
+from ptqd.diffusion import fingerprint, run_batch
+from ptqd.quantization import coverage_of, disk_bytes, quant_modules, run_cost
+from ptqd.quantization.modules import QuantAttnProcessor, QuantConv, QuantLinear
 
 
 def recipe(text: str = "w4a8", **changes: Any) -> Recipe:

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from ptqd import InputError
-from ptqd.quantization.numerics.affine import Grid, affine_parameters, fake_quantize
-from ptqd.quantization.numerics.observer import Observer
-from ptqd.quantization.numerics.range_search import RangeMethod, find_range
+from ptqd.quantization.numerics import Grid, Observer, RangeMethod, affine_parameters, fake_quantize, find_range
 
 AFFINE = Grid(4, symmetric=False)
 

@@ -8,18 +8,23 @@ import torch
 from torch import nn
 
 from ptqd import InputError, QuantSpec, Recipe, Sampling, load, quantize
-from ptqd.diffusion.fingerprints import fingerprint
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.trajectory import record, replay
-from ptqd.quantization.modules.linear_conv import LayerOptions, QuantConv, QuantLayer, QuantLinear
-from ptqd.quantization.numerics.weight_grid import WeightGrid
+from ptqd.diffusion import fingerprint, record, replay, run_batch
+from ptqd.quantization import (
+    LearnedScale,
+    Soft,
+    Straight,
+    annealed,
+    fit_exactly,
+    gptq,
+    hessian_inputs,
+    insert_quantizers,
+    search_smoothing,
+    smoothing,
+    split_low_rank,
+)
+from ptqd.quantization.modules import LayerOptions, QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
-from ptqd.quantization.rounding.gptq import gptq, hessian_inputs
-from ptqd.quantization.rounding.learned_parameters import LearnedScale, Soft, Straight, annealed
-from ptqd.quantization.rounding.smoothquant import search_smoothing, smoothing
-from ptqd.quantization.rounding.svdquant import split_low_rank
-from ptqd.quantization.rounding.time_embedding import fit_exactly
-from ptqd.quantization.swap import insert_quantizers
 
 W4, A8 = QuantSpec(4), QuantSpec(8, symmetric=False)
 

@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from ptqd import InputError, QuantSpec, Recipe, Sampling, load, quantize
-from ptqd.diffusion.fingerprints import fingerprint
-from ptqd.diffusion.sampling import run_batch
-from ptqd.diffusion.step_state import StepIndex
-from ptqd.diffusion.trajectory import record
-from ptqd.quantization.calibration import draw_inputs, step_weights
-from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.numerics.observer import Observer
-from ptqd.quantization.step_ranges import RangeSteps, StepRanges, group_steps, range_steps_of
+from ptqd.diffusion import StepIndex, fingerprint, record, run_batch
+from ptqd.quantization import RangeSteps, StepRanges, draw_inputs, group_steps, range_steps_of, step_weights
+from ptqd.quantization.modules import ActivationQuantizer
+from ptqd.quantization.numerics import Observer
 
 
 def squared(logs: torch.Tensor, cuts: tuple[int, ...]) -> float:

@@ -26,3 +26,22 @@ the weights' bits to choose as well, cost is bilinear: bits of a layer's weight 
 For any price of a bit operation the best pair is found exactly, group by group; the price that meets the budget gives
 the weights, the knapsack then the activations, and the dual bound says how far from the optimum that can be.
 """
+
+from ptqd.mixed_precision.contributions import final_coefficients
+from ptqd.mixed_precision.paper_rule import forward_snr
+from ptqd.mixed_precision.problem import Problem, planning_problem
+from ptqd.mixed_precision.sensitivity import measure_sensitivity
+from ptqd.mixed_precision.solver import pareto, priced, rated, solve, uniform
+
+__all__ = [
+    "Problem",
+    "final_coefficients",
+    "forward_snr",
+    "measure_sensitivity",
+    "pareto",
+    "planning_problem",
+    "priced",
+    "rated",
+    "solve",
+    "uniform",
+]
