@@ -29,8 +29,9 @@ import ptqd
 from ptqd.diffusion import call_macs, from_configuration
 from ptqd.diffusion.sampling import Sampling
 from ptqd.pipelines.latent_class import LatentClassPipeline
-from ptqd.quantization import Brecq, CalibrationInputs, find_units, insert_quantizers, learn, quant_modules
+from ptqd.quantization import Brecq, CalibrationInputs, find_units, insert_quantizers, learn
 from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.sites import quantized_sites
 from ptqd.zoo import ARCHITECTURES
 
 RUN = Sampling(20, 0.0, 64, 32, call={"class_labels": list(range(10)), "guidance_scale": 1.5})
@@ -92,12 +93,12 @@ def block(name: str) -> dict[str, Any]:
 
 def learned(full: nn.Module, quantized: nn.Module, pool: CalibrationInputs) -> dict[str, Any]:
     _, pool.structure = tree_flatten(((pool.leaves[0], pool.leaves[1]), {}))
-    for module in quant_modules(quantized):
+    for module in [site.module for site in quantized_sites(quantized)]:
         module.observe()
     args, kwargs = pool.call(slice(0, ROWS))
     with torch.no_grad():
         quantized(*args, **kwargs)
-    for module in quant_modules(quantized):
+    for module in [site.module for site in quantized_sites(quantized)]:
         module.freeze()
     count = 4
     with TemporaryDirectory() as folder:

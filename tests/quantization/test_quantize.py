@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.diffusion import fingerprint, run_batch
-from ptqd.quantization import coverage_of, disk_bytes, quant_modules, run_cost
+from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.modules import QuantAttnProcessor, QuantConv, QuantLinear
+from ptqd.quantization.sites import quantized_sites
 
 
 def recipe(text: str = "w4a8", **changes: Any) -> Recipe:
@@ -48,7 +49,7 @@ def test_size_on_disk_is_the_claimed_size(pipe: Any, qpipe: Any, tmp_path: Path)
 def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: Any) -> None:
     before = fingerprint(tiny_pipeline().unet)
     assert fingerprint(pipe.unet) == before
-    names = {type(m) for m in quant_modules(qpipe.unet)}
+    names = {type(m) for m in [site.module for site in quantized_sites(qpipe.unet)]}
     assert names == {QuantConv, QuantLinear, QuantAttnProcessor}
     assert not [m for m in qpipe.unet.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
     assert qpipe.unet.conv_in.weights.bits == 8

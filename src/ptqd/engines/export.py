@@ -14,16 +14,16 @@ from torch import nn
 
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling, sample
+from ptqd.engines.calls import captured
 from ptqd.engines.module import FACTS, EngineModule, write_component
-from ptqd.engines.onnx_graph import Graph, Products, captured, changing_quantizers, trace
+from ptqd.engines.onnx_graph import Graph, Products, changing_quantizers, trace
 from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
 from ptqd.files import read_json, replacing, write_json
-from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.swap import insert_quantizers, quant_modules
+from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
+from ptqd.quantization.swap import insert_quantizers
 
 TORCHAO = "torchao"
 DECODERS, ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -165,12 +165,12 @@ def _in_8_bits(pipe: DiffusionPipeline, run: Sampling, name: str, method: str) -
     model = copy.deepcopy(getattr(pipe, name))
     part = model.decoder if method == "decode" else model
     insert_quantizers(part, Recipe.parse("w8a8"))
-    for module in quant_modules(part):
-        module.observe()
+    for site in quantized_sites(part):
+        site.module.observe()
     for _ in sample(with_components(pipe, **{name: model}), run.with_seed_for(name).replace(samples=CALIBRATED)):
         pass
-    for module in quant_modules(part):
-        module.freeze()
+    for site in quantized_sites(part):
+        site.module.freeze()
     return model  # type: ignore[no-any-return]
 
 
@@ -180,17 +180,17 @@ def _check_symmetric(model: nn.Module) -> None:
     Raises:
         InputError: it does not.
     """
-    for name, quantizer in model.named_modules():
-        if isinstance(quantizer, QuantLayer) and (quantizer.zero_point is not None or quantizer.scale.ndim != 1):
+    for name, layer in quantized_layers(model):
+        if layer.zero_point is not None or layer.scale.ndim != 1:
             raise InputError(
                 f"{name} has weights with zero points or groups, which TensorRT does not multiply; quantize with "
                 "[weights] symmetric = true and group = 0, or export for cuda"
             )
-        if isinstance(quantizer, ActivationQuantizer):
-            changing = quantizer.spec.dynamic or len(quantizer.widths) > 1 or quantizer.ranges > 1
-            what = "a range that changes" if changing else None if quantizer.spec.symmetric else "a zero point"
-            if what is not None:
-                raise InputError(
-                    f"{name} has {what}, which TensorRT does not multiply; quantize with a recipe of one width, with "
-                    "attention = false and [activations] symmetric = true and dynamic = false, or export for cuda"
-                )
+    for name, quantizer in activation_quantizers(model):
+        changing = quantizer.spec.dynamic or len(quantizer.widths) > 1 or quantizer.ranges > 1
+        what = "a range that changes" if changing else None if quantizer.spec.symmetric else "a zero point"
+        if what is not None:
+            raise InputError(
+                f"{name} has {what}, which TensorRT does not multiply; quantize with a recipe of one width, with "
+                "attention = false and [activations] symmetric = true and dynamic = false, or export for cuda"
+            )

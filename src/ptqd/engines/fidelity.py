@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.sites import activation_quantizers
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,9 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: object, **kwargs
     """
     kwargs["return_dict"] = False
     mine: dict[str, tuple[torch.Tensor, int]] = {}
-    hooks = []
-    for name, quantizer in simulated.named_modules():
-        if isinstance(quantizer, ActivationQuantizer):
-            hooks.append(quantizer.register_forward_hook(_keeping(mine, name)))
-    try:
-        with torch.no_grad():
-            expected = simulated(*args, **kwargs)[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [q.register_forward_hook(_keeping(mine, name)) for name, q in activation_quantizers(simulated)]
+    with hooked(*hooks), torch.no_grad():
+        expected = simulated(*args, **kwargs)[0]
     result = engine(*args, **kwargs)[0]
     differences = {}
     for name, theirs in engine.codes(*args, **kwargs).items():

@@ -22,7 +22,8 @@ from torch import nn
 
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
-from ptqd.engines.onnx_graph import CODES, RANGES, Graph, flat_arguments, timesteps_of
+from ptqd.engines.calls import CODES, flat_arguments, timesteps_of
+from ptqd.engines.onnx_graph import RANGES, Graph
 from ptqd.engines.sessions import Provider, Session, open_session, required
 from ptqd.errors import InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
@@ -31,6 +32,7 @@ from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import QuantSpec
+from ptqd.quantization.sites import activation_quantizers
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage
 
@@ -369,7 +371,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         "outputs": list(graph.outputs),
         "returns": graph.kind,
         "codes": [o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)],
-        "as_they_come": [name for name, q in modules.items() if isinstance(q, ActivationQuantizer) and q.spec.dynamic],
+        "as_they_come": [name for name, q in activation_quantizers(model) if q.spec.dynamic],
         "elements": _elements(graph),
         "integer": list(graph.products.integer),
         "floating": dict(graph.products.floating),

@@ -8,140 +8,29 @@ least and largest values are inputs of the graph, one vector each; else they are
 
 import ast
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.pipeline_parts import copy_module
-from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.engines.calls import CODES, Call
+from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE
+from ptqd.quantization.sites import activation_quantizers, quantized_sites
 from ptqd.quantization.swap import put_layer
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
-TRACED = 3  # samples of the traced call; a size that no other dimension is likely to have
-FOUR_BITS = 4
-CODES = "codes."  # before the name of a quantizer: what it makes of an activation
 OUT = "out."  # before the names of outputs, which an input may have too
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a pipeline calls a component.
-
-    Attributes:
-        parameters: the names of the call's arguments, in order.
-        tensors: the arguments that are tensors, those in a dictionary under ``"NAME.KEY"``.
-        constants: the others that are not None.
-        batch: rows of those tensors that have one for each sample.
-    """
-
-    parameters: tuple[str, ...]
-    tensors: Mapping[str, torch.Tensor]
-    constants: Mapping[str, Any]
-    batch: int
-
-    def arguments(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """The call's arguments, with these tensors for its own, in their order."""
-        given: dict[str, Any] = {}
-        for name, value in [*zip(self.tensors, tensors, strict=True), *self.constants.items()]:
-            outer, dot, inner = name.partition(".")
-            if dot:
-                given.setdefault(outer, {})[inner] = value
-            else:
-                given[name] = value
-        return given
-
-    @property
-    def by_sample(self) -> tuple[str, ...]:
-        """The tensors with a row for each sample."""
-        return tuple(name for name, value in self.tensors.items() if value.ndim and len(value) == self.batch)
-
-
-class _Seen(Exception):  # noqa: N818  # no error: the call that was waited for
-    pass
-
-
-def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, method: str = "forward") -> Call:
-    """The first call that a pipeline makes of a component, when it samples as ``run`` says.
-
-    Raises:
-        InputError: it makes none, or one with arguments that a graph cannot have.
-    """
-    original, seen = getattr(component, method), []
-
-    def record(*args: object, **kwargs: object) -> Any:
-        seen.append(arguments_of(component, method, args, kwargs))
-        raise _Seen
-
-    setattr(component, method, record)
-    try:
-        run_batch(pipe, run.replace(samples=TRACED, batch=TRACED), range(TRACED))
-    except _Seen:
-        pass
-    finally:
-        delattr(component, method)
-        assert getattr(component, method) == original
-    if not seen:
-        raise InputError(f"{type(pipe).__name__} does not call its {type(component).__name__}; nothing to export")
-    return seen[0]
-
-
-def arguments_of(component: nn.Module, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
-    """A call's arguments by their names, those in dictionaries one by one.
-
-    Raises:
-        InputError: an argument that is a list of tensors, or no plain value.
-    """
-    parameters = tuple(inspect.signature(getattr(type(component), method)).parameters)[1:]
-    tensors: dict[str, torch.Tensor] = {}
-    constants: dict[str, Any] = {}
-    for name, value in flat_arguments(parameters, args, kwargs):
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif isinstance(value, bool | int | float | str):
-            constants[name] = value
-        else:
-            kind = type(component).__name__
-            raise InputError(f"{kind} is given a {type(value).__name__} as {name!r}, which no graph takes")
-    batch = next((len(value) for value in tensors.values() if value.ndim), 1)
-    argument = timestep_argument(component) if method == "forward" else None
-    if argument is not None and {argument[0]} & {*tensors, *constants}:
-        timestep = constants.pop(argument[0], tensors.get(argument[0]))
-        tensors[argument[0]] = timesteps_of(timestep, batch)
-    return Call(parameters, tensors, constants, batch)
-
-
-def timesteps_of(told: object, batch: int) -> torch.Tensor:
-    """A timestep, a number or one for all or one a sample, as a graph takes it: one a sample (N,), float32."""
-    values: torch.Tensor = torch.as_tensor(told).detach().cpu().float()
-    return values.reshape(1).expand(batch).clone() if values.numel() == 1 else values
-
-
-def flat_arguments(
-    parameters: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]
-) -> Iterator[tuple[str, Any]]:
-    """Names and values of a call's arguments; None and what changes no number of a result are left out."""
-    for name, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
-        if value is None or name in ("return_dict", "generator"):
-            continue
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{key}", item) for key, item in value.items() if item is not None)
-        else:
-            yield name, value
 
 
 @dataclass(frozen=True)
@@ -263,58 +152,6 @@ class _Called(nn.Module):
         return tuple(result.values())
 
 
-def _pack_four_bits(proto: Any, bits: Mapping[str, int]) -> None:
-    """Store codes of 4 bits and less, and their zero points, as 4-bit integers."""
-    import onnx
-
-    for tensor in proto.graph.initializer:
-        layer, _, what = tensor.name.rpartition(".")
-        if what not in ("codes", "zero") or bits.get(layer, MAX_BITS) > FOUR_BITS:
-            continue
-        values = onnx.numpy_helper.to_array(tensor)
-        kind = onnx.TensorProto.INT4 if values.dtype == "int8" else onnx.TensorProto.UINT4
-        pairs = np.append(values.flatten(), np.zeros(values.size % 2, values.dtype)).astype(np.uint8).reshape(-1, 2)
-        packed = (pairs[:, 0] & 0xF) | (pairs[:, 1] << FOUR_BITS)  # the first is low
-        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, packed.tobytes(), raw=True))
-
-
-def _name_codes(proto: Any) -> None:
-    """Call the codes of activations ``"codes.QUANTIZER"``, and drop what else the exporter tells of nodes."""
-    result: dict[str, str] = {}
-    for node in proto.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
-        inside = ast.literal_eval(scopes)[-2:-1]
-        name = str(*inside).removeprefix("model.")
-        if node.op_type == "DequantizeLinear" and name.endswith((".rounding", *_Attention.OPERANDS)):
-            name = f"{CODES}{name.removesuffix('.rounding') + '.input' if name.endswith('.rounding') else name}"
-            if name not in result.values():
-                result[node.input[0]] = name
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for node in proto.graph.node:
-        for names in (node.input, node.output):
-            names[:] = [result.get(name, name) for name in names]
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        value.name = result.get(value.name, value.name)
-        del value.metadata_props[:]
-    for tensor in proto.graph.initializer:
-        del tensor.metadata_props[:]
-
-
-def _drop_squeezes(proto: Any) -> None:
-    """Squeezing a size that is not 1 does nothing in torch, and is an error in ONNX."""
-    import onnx
-
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.value_info}
-    axes = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT64}
-    for node in proto.graph.node:
-        if node.op_type == "Squeeze" and len(node.input) == 2 and node.input[1] in axes and node.input[0] in sizes:
-            squeezed = onnx.numpy_helper.to_array(axes[node.input[1]]).reshape(-1)
-            if any(sizes[node.input[0]][axis] not in (0, 1) for axis in squeezed):
-                node.op_type = "Identity"
-                del node.input[1]
-
-
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without what the exporter logs about operators of libraries that are not there."""
@@ -344,28 +181,24 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     )
     places = {id(q): i for i, q in enumerate(changing.values())}
     integer, floating = [], []
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, QuantLayer | QuantAttnProcessor):
-            reason = _why_not(name, module)
-            if reason is None:
-                integer.append(name)
-            else:
-                floating.append((name, reason))
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, QuantAttnProcessor):
-            quantizers = [_Rounding(q, places.get(id(q)), table, signed) for q in module.quantizers]
-            put_layer(twin, name, _Attention(module, *quantizers))
-        elif isinstance(module, QuantLayer):
-            put_layer(
-                twin, name, _Product(module, _Rounding(module.input, places.get(id(module.input)), table, signed))
-            )
+    for site in list(quantized_sites(twin)):
+        path = site.name if site.weight is not None else f"{site.name}.processor"
+        reason = _why_not(path, site.module)
+        if reason is None:
+            integer.append(path)
+        else:
+            floating.append((path, reason))
+        quantizers = [_Rounding(q, places.get(id(q)), table, signed) for q in site.activations]
+        if isinstance(site.module, QuantLayer):
+            put_layer(twin, path, _Product(site.module, *quantizers))
+        else:
+            put_layer(twin, path, _Attention(site.module, *quantizers))
     return twin, Products(tuple(integer), tuple(floating), tuple(changing)), table
 
 
 def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """By name, the activation quantizers whose range depends on the step."""
-    result = {name: q for name, q in model.named_modules() if isinstance(q, ActivationQuantizer)}
-    return {name: q for name, q in result.items() if len(q.widths) > 1 or q.ranges > 1}
+    return {name: q for name, q in activation_quantizers(model) if len(q.widths) > 1 or q.ranges > 1}
 
 
 def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
@@ -520,3 +353,26 @@ class _Attention(QuantAttnProcessor):
             scores = scores + mask
         probabilities: torch.Tensor = scores.softmax(-1)
         return probabilities
+
+
+def _name_codes(proto: Any) -> None:
+    """Call the codes of activations ``"codes.QUANTIZER"``, and drop what else the exporter tells of nodes."""
+    result: dict[str, str] = {}
+    for node in proto.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        inside = ast.literal_eval(scopes)[-2:-1]
+        name = str(*inside).removeprefix("model.")
+        if node.op_type == "DequantizeLinear" and name.endswith((".rounding", *_Attention.OPERANDS)):
+            name = f"{CODES}{name.removesuffix('.rounding') + '.input' if name.endswith('.rounding') else name}"
+            if name not in result.values():
+                result[node.input[0]] = name
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [result.get(name, name) for name in names]
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        value.name = result.get(value.name, value.name)
+        del value.metadata_props[:]
+    for tensor in proto.graph.initializer:
+        del tensor.metadata_props[:]

@@ -11,13 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling
-from ptqd.engines.onnx_graph import FOUR_BITS, Call, Products, captured
+from ptqd.engines.calls import FOUR_BITS, Call, captured
+from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
+from ptqd.quantization.sites import quantized_layers
 
 Layout = Literal["int8", "int4"]
 GROUP = 128  # of inputs that share a scale in int4's kernels; here all groups of a row have the row's
@@ -75,14 +78,10 @@ def _ranks(model: nn.Module, call: Call) -> dict[str, int]:
 
         return hook
 
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLayer) and m.kind == "linear"]
+    layers = [(path, layer) for path, layer in quantized_layers(model) if layer.kind == "linear"]
     hooks = [module.register_forward_pre_hook(keep(path)) for path, module in layers]
-    try:
-        with torch.no_grad():
-            model(**call.arguments(list(call.tensors.values())))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(*hooks), torch.no_grad():
+        model(**call.arguments(list(call.tensors.values())))
     return ranks
 
 

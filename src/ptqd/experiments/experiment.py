@@ -16,8 +16,9 @@ from ptqd.correction.search import CorrectionSearch
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
+from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import PlanRequest
-from ptqd.experiments.results import FULL_PRECISION, ChoiceRow, PlanRow, Report, Row, RowKey, RunLayout
+from ptqd.experiments.results import FULL_PRECISION, ChoiceRow, PlanRow, Report, Row, RowKey
 from ptqd.experiments.sharding import few_samples
 from ptqd.experiments.stages import Stages
 from ptqd.files import read_json

@@ -14,6 +14,7 @@ from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, guidance_of
+from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
     PlanFigures,
     PlanRequest,
@@ -22,7 +23,7 @@ from ptqd.experiments.plan_request import (
     plan_figures,
     trajectory_images,
 )
-from ptqd.experiments.results import FULL_PRECISION, Interval, Row, RowKey, RunLayout, SamplerSettings, StepRow
+from ptqd.experiments.results import FULL_PRECISION, Interval, Row, RowKey, SamplerSettings, StepRow
 from ptqd.experiments.sharding import (
     judged,
     labels_of,

@@ -20,10 +20,9 @@ from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
+from ptqd.quantization.sites import quantized_sites
 from ptqd.quantization.swap import names_of
 
 Floats = NDArray[np.float64]
@@ -273,15 +272,12 @@ def planning_problem(
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     layers: dict[str, LayerBits] = {}
     model = getattr(qpipe, denoiser_name(qpipe))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            rule = recipe.rule_for(names_of(name), module.kind)
-            free = len(module.input.widths) > 1
-            fixed = rule is not None and rule.weight_bits is not None
-            layers[name] = LayerBits(module.weights.bits, None if free else module.input.bits, fixed)
-        elif isinstance(module, QuantAttnProcessor):
-            free = len(module.query.widths) > 1
-            layers[name.removesuffix(".processor")] = LayerBits(0, None if free else module.query.bits)
+    for site in quantized_sites(model):
+        quantizer = site.activations[0]
+        bits = None if len(quantizer.widths) > 1 else quantizer.bits
+        rule = recipe.rule_for(names_of(site.name), site.kind)
+        fixed = site.weight is not None and rule is not None and rule.weight_bits is not None
+        layers[site.name] = LayerBits(0 if site.weight is None else site.weight.weights.bits, bits, fixed)
     if all(own.activations is not None for own in layers.values()):
         raise InputError("the recipe fixes the activations' bits of every layer by a rule; there is nothing to plan")
     free_weights = [name for name, own in layers.items() if own.weights and not own.fixed]

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
 from ptqd.diffusion.trajectory import Trajectory, record
@@ -32,7 +33,7 @@ from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.weight_grid import rounded_weight
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.sites import layer_quantizers
+from ptqd.quantization.sites import activation_quantizers, layer_quantizers, quantized_layers
 from ptqd.quantization.swap import insert_quantizers
 
 PROBED_STEPS = 10
@@ -114,11 +115,8 @@ def _calls(pipe: DiffusionPipeline, count: int, trajectory: Trajectory) -> Itera
         if step in np.linspace(0, total - 1, min(count, total)).round():
             calls.append((step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
 
-    hook = getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with hooked(getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)):
         yield calls
-    finally:
-        hook.remove()
 
 
 class _Tap(nn.Module):
@@ -142,14 +140,14 @@ class _Probe:
         self.model = copy_module(full, lambda tensor: tensor.detach())
         self.model.requires_grad_(False)
         insert_quantizers(self.model, recipe)
-        named = [(n, m) for n, m in quantized.named_modules() if isinstance(m, ActivationQuantizer)]
+        named = list(activation_quantizers(quantized))
         self.layers = tuple(dict.fromkeys(name for name, q in layer_quantizers(quantized) if len(q.widths) > 1))
         self.widths, self.weight_bits = recipe.widths, tuple(weight_bits)
         for (place, quantizer), (layer, _) in zip(named, layer_quantizers(quantized), strict=True):
             parent, _, leaf = place.rpartition(".")
             tap = nn.Identity() if layer not in self.layers else _Tap(partial(self._activation, layer, quantizer))
             setattr(self.model.get_submodule(parent), leaf, tap)
-        weighted = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantLayer)} if weight_bits else {}
+        weighted = dict(quantized_layers(self.model)) if weight_bits else {}
         self.weighted = tuple(weighted)
         self.relative: dict[str, torch.Tensor] = {}  # squared error of the weights against that at the fewest bits (B,)
         for name, module in weighted.items():

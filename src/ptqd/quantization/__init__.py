@@ -13,9 +13,9 @@ from ptqd.quantization.rounding.learned_parameters import LearnedScale, Soft, St
 from ptqd.quantization.rounding.smoothquant import search_smoothing, smoothing
 from ptqd.quantization.rounding.svdquant import split_low_rank
 from ptqd.quantization.rounding.time_embedding import fit_exactly
-from ptqd.quantization.sites import layer_quantizers
+from ptqd.quantization.sites import layer_quantizers, quantized_sites
 from ptqd.quantization.step_ranges import RangeSteps, StepRanges, group_steps, range_steps_of
-from ptqd.quantization.swap import insert_quantizers, quant_modules
+from ptqd.quantization.swap import insert_quantizers
 
 __all__ = [
     "SKIPS",
@@ -47,7 +47,7 @@ __all__ = [
     "learn",
     "memory_bytes",
     "plan_of",
-    "quant_modules",
+    "quantized_sites",
     "range_steps_of",
     "run_cost",
     "search_smoothing",

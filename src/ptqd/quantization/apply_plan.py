@@ -13,11 +13,11 @@ from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_sche
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
-from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.modules.linear_conv import full_weight
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import remove_plan, set_plan
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.sites import layer_quantizers
+from ptqd.quantization.sites import layer_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import range_steps_of
 from ptqd.quantization.swap import names_of, put_layer
 
@@ -42,7 +42,7 @@ def apply_plan(
     source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
-    layers = {layer: module for layer, module in model.named_modules() if isinstance(module, QuantLayer)}
+    layers = dict(quantized_layers(model))
     planned = with_weights(recipe, plan, {layer: module.kind for layer, module in layers.items()})
     for layer, old in layers.items():
         bits = planned.quantizers_for(planned.rule_for(names_of(layer), old.kind))[0].bits
@@ -90,7 +90,7 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
     model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
     if source.quantization_config.plan is not None:  # its weights stay
-        kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+        kinds = {layer: module.kind for layer, module in quantized_layers(model)}
         recipe = with_weights(recipe, plan_of(qpipe), kinds)
     remove_plan(model)
     for _, quantizer in layer_quantizers(model):

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import PRODUCTS, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
@@ -18,6 +19,7 @@ from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import QuantSpec, Recipe
+from ptqd.quantization.sites import quantized_sites
 from ptqd.quantization.step_ranges import range_of, range_steps_of
 from ptqd.quantization.swap import HALVES, names_of
 
@@ -69,20 +71,18 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) ->
     errors = _errors(pipe, full, model, run, len(macs.counts))
     temporal = getattr(getattr(range_steps_of(model), "ranges", None), "temporal", ())
     reports = []
-    for layer, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            quantizer, weights, count = module.input, _format(module.weights), counts.get(layer, 0)
-            rule = recipe.rule_for(names_of(layer), module.kind)
+    for site in quantized_sites(model):
+        layer, quantizer = site.name, site.activations[0]
+        if site.weight is not None:
+            weights, count = _format(site.weight.weights), counts.get(layer, 0)
+            rule = recipe.rule_for(names_of(layer), site.kind)
             without = () if rule is None else rule.without
             methods = tuple(m.name for m in recipe.methods if m.name not in without)
             if layer in temporal:
                 methods = (*(m for m in methods if m in ("smooth", "svd")), "exact")
-        elif isinstance(module, QuantAttnProcessor):
-            layer = layer.removesuffix(".processor")  # noqa: PLW2901
-            quantizer, weights, methods = module.query, "", ()
-            count = sum(counts.get(layer + product, 0) for product in PRODUCTS)
         else:
-            continue
+            weights, methods = "", ()
+            count = sum(counts.get(layer + product, 0) for product in PRODUCTS)
         fixed = range_of(quantizer) if quantizer.is_static and quantizer.spec.format == "int" else None
         report = (layer, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
         reports.append(LayerReport(*report, quantizer.ranges, errors.get(layer, float("nan"))))
@@ -144,8 +144,5 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
         for name, module in quantized.items()
         if required(module) and not name.endswith(HALVES)
     ]
-    try:
+    with hooked(*hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -12,11 +12,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.errors import InputError
-from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
+from ptqd.quantization.sites import activation_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
 
@@ -129,11 +128,10 @@ class PtqdQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
-        for module in model.modules():
-            if isinstance(module, QuantLayer):
-                module.refresh(model.dtype)
-            elif isinstance(module, ActivationQuantizer):
-                module.refresh()
+        for _, layer in quantized_layers(model):
+            layer.refresh(model.dtype)
+        for _, quantizer in activation_quantizers(model):
+            quantizer.refresh()
 
     @property
     def is_serializable(self) -> bool:

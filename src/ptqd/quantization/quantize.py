@@ -30,9 +30,9 @@ from ptqd.quantization.methods import Gptq, Learned, LowRank, Smooth
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding import adaround_brecq, gptq, smoothquant, svdquant, time_embedding
-from ptqd.quantization.sites import layer_quantizers, quantized_layers
+from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
-from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of, quant_modules
+from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of
 
 OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
 BATCH = 64  # rows at once
@@ -245,5 +245,5 @@ class _Quantizing:
                 for rows in track(list(calibration.inputs.batches(BATCH)), self._title("observing")):
                     args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
-        for module in track(quant_modules(model), self._title("finding ranges")):
-            module.freeze()
+        for site in track(list(quantized_sites(model)), self._title("finding ranges")):
+            site.module.freeze()

@@ -1,22 +1,59 @@
 """The places of a denoiser where something is rounded: the one scan for them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.recipe import LayerType
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where something is rounded.
+
+    Attributes:
+        name: dotted name of the layer, halves of split ones each, or of the attention.
+        kind: of layer, as rules of a recipe name it.
+        module: what stands there.
+        weight: the layer, of one that has a quantized weight; None of attention products.
+        activations: quantizers of its operands.
+    """
+
+    name: str
+    kind: LayerType
+    module: QuantLayer | QuantAttnProcessor
+    weight: QuantLayer | None
+    activations: tuple[ActivationQuantizer, ...]
+
+
+def quantized_sites(model: nn.Module) -> Iterator[Site]:
+    """Its quantized layers and attention products, in the order of its modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield Site(name, module.kind, module, module, (module.input,))
+        elif isinstance(module, QuantAttnProcessor):
+            yield Site(name.removesuffix(".processor"), "attention", module, None, module.quantizers)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Its quantized convolutions and linear layers by name."""
+    for site in quantized_sites(model):
+        if site.weight is not None:
+            yield site.name, site.weight
+
+
+def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """Its activation quantizers by their own dotted names, those that stand without a layer included."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield name, module
 
 
 def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
     """Its activation quantizers with the name of the layer, or of the attention, whose operands they round."""
-    for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            yield name.rsplit(".processor." if ".processor." in name else ".", 1)[0], module
-
-
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """Its quantized convolutions and linear layers, halves of split ones each, by their dotted names."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            yield name, module
+    for name, quantizer in activation_quantizers(model):
+        yield name.rsplit(".processor." if ".processor." in name else ".", 1)[0], quantizer

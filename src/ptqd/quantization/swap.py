@@ -187,11 +187,6 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def quant_modules(model: nn.Module) -> list[QuantLayer | QuantAttnProcessor]:
-    """Its quantized layers and attention products."""
-    return [m for m in model.modules() if isinstance(m, QuantLayer | QuantAttnProcessor)]
-
-
 def check_weights(model: nn.Module, name: str) -> None:
     """Raise InputError, naming the first, if parameters are NaN or infinite."""
     for key, value in model.named_parameters():

@@ -25,10 +25,10 @@ from ptqd.progress import track
 from ptqd.quantization.blocks import find_units
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Learned
-from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, full_weight
 from ptqd.quantization.rounding.capture import capture, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
+from ptqd.quantization.sites import activation_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import range_steps_of
 
 CHECKPOINT = 50  # iterations between two checkpoints
@@ -71,7 +71,7 @@ def learn(
     pool = pool.first(method.inputs)
     for number, unit in enumerate(track(units_of(quantized, method, pool), progress)):
         done = scratch / f"{method.name}-{number:04d}.safetensors"
-        layers = {name: m for name, m in quantized.get_submodule(unit).named_modules() if isinstance(m, QuantLayer)}
+        layers = dict(quantized_layers(quantized.get_submodule(unit)))
         if not any(_full_name(unit, name) not in fixed for name in layers):
             continue
         if not done.is_file():
@@ -122,12 +122,13 @@ class _Unit:
         kind: Any = Straight if whole else Soft
         self.weights: dict[str, LearnedWeight] = {}
         self.scales: dict[str, LearnedScale] = {}
-        for name, module in self.module.named_modules():
-            known = _full_name(unit, name)
-            if isinstance(module, QuantLayer) and known not in fixed:
-                self.weights[name] = kind(module, module.target_weight(full_weight(full, known, module)))
-            elif isinstance(module, ActivationQuantizer) and known.removesuffix(".input") not in fixed:
-                self.scales[name] = LearnedScale(module, method.drop)
+        for name, layer in quantized_layers(self.module):
+            path = _full_name(unit, name)
+            if path not in fixed:
+                self.weights[name] = kind(layer, layer.target_weight(full_weight(full, path, layer)))
+        for name, quantizer in activation_quantizers(self.module):
+            if _full_name(unit, name).removesuffix(".input") not in fixed:
+                self.scales[name] = LearnedScale(quantizer, method.drop)
 
     def learn(self, done: Path, seed: int) -> None:
         """Learn, and write the unit's tensors."""

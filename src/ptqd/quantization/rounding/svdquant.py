@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.sites import quantized_layers
 
 
 def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
@@ -22,7 +23,7 @@ def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
 
 def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
     """Give every layer that has room for it its branch."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLayer) and layer.rank:
+    for name, layer in quantized_layers(model):
+        if layer.rank:
             split_low_rank(layer, full_weight(full, name, layer), seed)
             layer.use_float(full_weight(full, name, layer))
