@@ -9,9 +9,34 @@ from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
 
+SMOOTHED = 64  # rows that smoothing is searched on
+OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
+
 
 @dataclass(frozen=True)
-class Smooth:
+class Method:
+    """Base of the options of every method; a subclass with a name is known to recipes by it.
+
+    Attributes:
+        name: in recipes.
+        changes_layers: whether it changes what is quantized, before ranges are fixed; others choose codes.
+    """
+
+    name: ClassVar[str] = ""
+    changes_layers: ClassVar[bool] = False
+    registered: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            Method.registered[cls.name] = cls
+
+    def rows(self, *, dynamic: bool) -> int:
+        """How many rows of the denoiser's calls it needs, where activations' ranges are dynamic or not."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Smooth(Method):
     """SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): move outliers from activations to weights.
 
     Attributes:
@@ -20,15 +45,20 @@ class Smooth:
     """
 
     name: ClassVar[str] = "smooth"
+    changes_layers: ClassVar[bool] = True
     alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be between 0 and 1; got {self.alpha}")
 
+    def rows(self, *, dynamic: bool) -> int:
+        """A batch; and what static ranges are observed on again, behind the smoothing."""
+        return SMOOTHED if dynamic else OBSERVED
+
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Method):
     """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize.
 
     Attributes:
@@ -36,6 +66,7 @@ class LowRank:
     """
 
     name: ClassVar[str] = "svd"
+    changes_layers: ClassVar[bool] = True
     rank: int = 16
 
     def __post_init__(self) -> None:
@@ -44,7 +75,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Method):
     """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): round column by column, the rest makes up for it.
 
     Attributes:
@@ -63,9 +94,13 @@ class Gptq:
             raise InputError(f"damping must be positive; got {self.damping}")
         _check_count("inputs", self.inputs)
 
+    def rows(self, *, dynamic: bool) -> int:
+        """The inputs that Hessians are taken on."""
+        return self.inputs
+
 
 @dataclass(frozen=True)
-class _Learned:
+class Learned(Method):
     """What learned rounding is told.
 
     Attributes:
@@ -97,9 +132,13 @@ class _Learned:
         if self.batch > self.inputs:
             raise InputError(f"a batch of {self.batch} needs as many inputs; there are {self.inputs}")
 
+    def rows(self, *, dynamic: bool) -> int:
+        """The inputs that are learned from."""
+        return self.inputs
+
 
 @dataclass(frozen=True)
-class AdaRound(_Learned):
+class AdaRound(Learned):
     """AdaRound (Nagel et al., arXiv 2004.10568, eq. 21 to 25): learn each weight's rounding, layer by layer."""
 
     name: ClassVar[str] = "adaround"
@@ -109,7 +148,7 @@ class AdaRound(_Learned):
 
 
 @dataclass(frozen=True)
-class Brecq(_Learned):
+class Brecq(Learned):
     """BRECQ (Li et al., arXiv 2102.05426) with QDrop: the same, block by block, and activations' scales with it."""
 
     name: ClassVar[str] = "brecq"
@@ -117,7 +156,7 @@ class Brecq(_Learned):
 
 
 @dataclass(frozen=True)
-class Distill(_Learned):
+class Distill(Learned):
     """The whole denoiser at once, taught by its full-precision self, through straight-through rounding.
 
     Weights move from where they were rounded; scales of weights and activations (LSQ, Esser et al., arXiv 1902.08153)
@@ -134,10 +173,7 @@ class Distill(_Learned):
     drop: float = 0.0
 
 
-Method = Smooth | LowRank | Gptq | AdaRound | Brecq | Distill
-Learned = AdaRound | Brecq | Distill
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Smooth, LowRank, Gptq, AdaRound, Brecq, Distill)}
-FIRST = (Smooth, LowRank)
+METHODS = Method.registered
 
 
 def check_order(methods: tuple[Method, ...]) -> None:
@@ -151,7 +187,7 @@ def check_order(methods: tuple[Method, ...]) -> None:
         if names.count(name) > 1:
             raise InputError(f"the method {name!r} is named twice; name it once")
     for before, after in itertools.pairwise(methods):
-        if isinstance(after, FIRST) and not isinstance(before, FIRST):
+        if after.changes_layers and not before.changes_layers:
             raise InputError(f"{after.name!r} changes what {before.name!r} quantizes; name it before")
     if "svd" in names and "smooth" in names and names.index("svd") < names.index("smooth"):
         raise InputError("'smooth' changes what 'svd' splits; name it before")

@@ -26,15 +26,15 @@ from ptqd.quantization.calibration import (
     step_weights,
 )
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
-from ptqd.quantization.methods import Gptq, Learned, LowRank, Smooth
+from ptqd.quantization.methods import OBSERVED, Method
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.rounding import adaround_brecq, gptq, smoothquant, svdquant, time_embedding
+from ptqd.quantization.rounding import time_embedding
+from ptqd.quantization.rounding.registry import Task, apply_method
 from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of
 
-OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
 BATCH = 64  # rows at once
 
 
@@ -85,23 +85,16 @@ class _Quantizing:
         quantized, coverage = self._inserted(ranges)
         model = getattr(quantized, self.name)
         self._take_over(model, observed, ranges)
-        self._prepare(model, calibration.inputs)
+        for method in self.recipe.methods:
+            if method.changes_layers:
+                self._apply(method, model, calibration.inputs)
         self._find_ranges(model, calibration, ranges)
         temporal = frozenset(ranges.temporal) if ranges is not None else frozenset[str]()
         if temporal and calibration.profile is not None:
             time_embedding.fit_temporal(model, self.full, calibration.profile, temporal)
         for method in self.recipe.methods:
-            exempt = temporal | self._exempt(model, method.name)
-            if isinstance(method, Gptq):
-                assert calibration.inputs is not None
-                inputs = calibration.inputs.first(method.inputs)
-                gptq.fit_gptq(model, self.full, inputs, method, exempt, self._title(method.name))
-            elif isinstance(method, Learned):
-                assert calibration.inputs is not None
-                remaining, title = self.scratch / method.name, self._title(method.name)
-                adaround_brecq.learn(
-                    model, self.full, calibration.inputs, method, exempt, remaining, seed=self.run.seed, progress=title
-                )
+            if not method.changes_layers:
+                self._apply(method, model, calibration.inputs, temporal)
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
         return quantized
@@ -148,13 +141,8 @@ class _Quantizing:
 
     def _rows(self) -> int:
         """How many rows of the denoiser's calls the recipe needs."""
-        required = [0]
-        for method in self.recipe.methods:
-            if isinstance(method, Smooth):
-                required.append(BATCH if self.recipe.activations.dynamic else OBSERVED)
-            elif not isinstance(method, LowRank):
-                required.append(method.inputs)
-        return max(required + [OBSERVED] * self.drawn)
+        dynamic = self.recipe.activations.dynamic
+        return max([method.rows(dynamic=dynamic) for method in self.recipe.methods] + [OBSERVED * self.drawn])
 
     def _errors(self) -> torch.Tensor:
         """What plain rounding changes at each step (T,)."""
@@ -211,14 +199,13 @@ class _Quantizing:
         rules = {name: self.recipe.rule_for(names_of(name), layer.kind) for name, layer in quantized_layers(model)}
         return frozenset(name for name, rule in rules.items() if rule is not None and method in rule.without)
 
-    def _prepare(self, model: nn.Module, inputs: CalibrationInputs | None) -> None:
-        """What changes weights before they are rounded: smoothing and low-rank branches."""
-        for method in self.recipe.methods:
-            if isinstance(method, Smooth):
-                assert inputs is not None
-                smoothquant.fit_smoothing(model, self.full, inputs.first(BATCH), method)
-            elif isinstance(method, LowRank):
-                svdquant.fit_low_rank(model, self.full, self.run.seed)
+    def _apply(
+        self, method: Method, model: nn.Module, inputs: CalibrationInputs | None, exempt: frozenset[str] = frozenset()
+    ) -> None:
+        """Let a method do what it does."""
+        kept, title = self.scratch / method.name, self._title(method.name)
+        exempt |= self._exempt(model, method.name)
+        apply_method(Task(model, self.full, inputs, exempt, kept, self.run.seed, title), method)
 
     def _find_ranges(self, model: nn.Module, calibration: Calibration, ranges: StepRanges | None) -> None:
         """Fix ranges and round weights to nearest.

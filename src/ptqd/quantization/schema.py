@@ -30,6 +30,8 @@ def build(cls: type[T], values: object, where: str) -> T:
 
 def _convert(hint: object, value: object, where: str) -> Any:  # noqa: PLR0911  # a case for each kind of hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hasattr(hint, "registered"):  # a base class whose subclasses are known by name
+        return _one_of(hint.registered, value, where)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:

@@ -28,6 +28,7 @@ from ptqd.quantization.methods import Learned
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, full_weight
 from ptqd.quantization.rounding.capture import capture, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
+from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import activation_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import range_steps_of
 
@@ -235,3 +236,10 @@ def _resume(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.opti
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["iteration"])
+
+
+@handles(Learned)
+def handle_learned(task: Task, method: Learned) -> None:
+    """Learn by AdaRound, BRECQ or distillation."""
+    inputs = task.rows(method.inputs)
+    learn(task.model, task.full, inputs, method, task.exempt, task.scratch, seed=task.seed, progress=task.title)

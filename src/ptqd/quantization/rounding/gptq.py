@@ -20,6 +20,7 @@ from ptqd.quantization.methods import Gptq
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
 from ptqd.quantization.rounding.capture import BATCH, run_until, units_in_order
+from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
 _BLOCK = 128  # columns whose updates of the rest are made at once
@@ -129,3 +130,9 @@ def grid_on_cpu(layer: QuantLayer) -> WeightGrid:
     """A layer's grid, on the CPU: not every device has float64 and Cholesky factors."""
     grid = layer.grid()
     return replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())
+
+
+@handles(Gptq)
+def handle_gptq(task: Task, method: Gptq) -> None:
+    """Round by GPTQ."""
+    fit_gptq(task.model, task.full, task.rows(method.inputs), method, task.exempt, task.title)

@@ -9,10 +9,11 @@ from torch import nn
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.quantization.calibration import CalibrationInputs
-from ptqd.quantization.methods import Smooth
+from ptqd.quantization.methods import SMOOTHED, Smooth
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid
+from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -95,3 +96,9 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
     with hooked(*hooks), torch.no_grad():
         args, kwargs = inputs.call(slice(0, len(inputs)))
         model(*args, **kwargs)
+
+
+@handles(Smooth)
+def handle_smooth(task: Task, method: Smooth) -> None:
+    """Smooth by SmoothQuant."""
+    fit_smoothing(task.model, task.full, task.rows(SMOOTHED), method)

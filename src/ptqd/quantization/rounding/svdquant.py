@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from ptqd.quantization.methods import LowRank
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
 
@@ -27,3 +29,9 @@ def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
         if layer.rank:
             split_low_rank(layer, full_weight(full, name, layer), seed)
             layer.use_float(full_weight(full, name, layer))
+
+
+@handles(LowRank)
+def handle_low_rank(task: Task, method: LowRank) -> None:
+    """Split off SVDQuant's branch."""
+    fit_low_rank(task.model, task.full, task.seed)

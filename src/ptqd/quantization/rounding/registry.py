@@ -1,0 +1,60 @@
+"""What a method of a recipe does: a handler by the class of its options."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.methods import Method
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given.
+
+    Attributes:
+        model: the quantized denoiser, changed in place. A method that changes layers finds its quantizers bypassed; one
+            that chooses codes finds ranges fixed and weights rounded to nearest.
+        full: the same denoiser in full precision.
+        inputs: rows of its calls; None where no method of the recipe asks for any.
+        exempt: layers that stay as they are.
+        scratch: a folder of the method's own that survives a kill.
+        seed: of all that is drawn.
+        title: of a progress bar; None for none.
+    """
+
+    model: nn.Module
+    full: nn.Module
+    inputs: CalibrationInputs | None
+    exempt: frozenset[str]
+    scratch: Path
+    seed: int
+    title: str | None
+
+    def rows(self, count: int) -> CalibrationInputs:
+        """The first rows of the inputs, which are in random order."""
+        assert self.inputs is not None
+        return self.inputs.first(count)
+
+
+Options = TypeVar("Options", bound=Method)
+HANDLERS: dict[type[Method], Callable[[Task, Method], None]] = {}
+
+
+def handles(kind: type[Options]) -> Callable[[Callable[[Task, Options], None]], Callable[[Task, Options], None]]:
+    """Register what a method does, by the class of its options; subclasses have the same handler."""
+
+    def register(handler: Callable[[Task, Options], None]) -> Callable[[Task, Options], None]:
+        HANDLERS[kind] = handler  # type: ignore[assignment]  # it is called with these options alone
+        return handler
+
+    return register
+
+
+def apply_method(task: Task, method: Method) -> None:
+    """Let a method do what it does."""
+    kind = next(base for base in type(method).__mro__ if base in HANDLERS)
+    HANDLERS[kind](task, method)
