@@ -22,6 +22,26 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
+MARKERS = {  # by the path that a test is in
+    "tests/cli": "cli",
+    "tests/engines": "engines",
+    "tests/integration/test_backends": "backends",
+    "tests/integration/test_pipelines": "pipelines",
+    "tests/integration/test_processes": "processes",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by where they are; the pipelines of one name share what is built for them, and so a process."""
+    for item in items:
+        for path, marker in MARKERS.items():
+            if path in item.nodeid or f"/{path.removeprefix('tests/')}" in item.path.as_posix():
+                item.add_marker(marker)
+        case = getattr(item, "callspec", None)
+        name = case.params.get("name") if case is not None and "test_pipelines" in item.nodeid else None
+        item.add_marker(pytest.mark.xdist_group(str(name or item.path.stem)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Neither what a user keeps there nor what tests make is seen by the other."""

@@ -363,7 +363,6 @@ def test_plan_steps_from_the_outside(pipe: Any, wide: Any, run: Sampling, stats:
         search_plan(pipe, wide, run, elsewhere, budget=20.0)
 
 
-@pytest.mark.slow
 def test_a_second_order_sampler_is_planned_and_runs(pipe: Any, run: Sampling) -> None:
     """Heun asks the network twice at a timestep: those steps share their bits."""
     heun = with_components(pipe, scheduler=HeunDiscreteScheduler.from_config(pipe.scheduler.config))

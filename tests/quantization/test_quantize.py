@@ -59,7 +59,6 @@ def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: A
     assert isinstance(qpipe, LatentClassPipeline)
 
 
-@pytest.mark.slow
 def test_more_bits_are_closer_to_full_precision(pipe: Any, run: Sampling) -> None:
     eight, four, two = (
         measure(pipe, quantize(pipe, recipe(text, calibration_samples=10), run), run).fit().snr.value
@@ -154,7 +153,6 @@ def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> No
     assert by_name["up_blocks.0.attentions.0.transformer_blocks.0.attn1"].weights == ""
 
 
-@pytest.mark.slow
 def test_a_split_pipeline_costs_the_same_and_a_low_rank_branch_costs_more(pipe: Any, run: Sampling) -> None:
     costs = {}
     for recipe in ("w4a4", "w4a4-split", "w4a4-svd8"):

@@ -221,12 +221,10 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
     "methods",
     [
         [{"name": "gptq", "inputs": 64}],
-        pytest.param([{"name": "adaround", **SHORT}], marks=pytest.mark.slow),
-        pytest.param([{"name": "brecq", **SHORT}], marks=pytest.mark.slow),
+        [{"name": "adaround", **SHORT, "iterations": 80}],
+        [{"name": "brecq", **SHORT}],
         [{"name": "distill", **SHORT}],
-        pytest.param(
-            [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}], marks=pytest.mark.slow
-        ),
+        [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}],
     ],
     ids=lambda methods: "+".join(m["name"] for m in methods),
 )
@@ -241,16 +239,13 @@ def test_methods_lower_the_error_and_are_saved(methods: Any, pipe: Any, run: Sam
     assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(made, run, range(2), "latent"))
 
 
-@pytest.mark.slow
 def test_distillation_at_eight_bits_does_not_lose_what_rounding_kept(pipe: Any, run: Sampling) -> None:
-    methods = {"name": "distill", **SHORT}
+    methods = {"name": "distill", **SHORT, "iterations": 80}
     nearest, made = (quantize(pipe, quick(*chosen, recipe="w8a8"), run) for chosen in ([], [methods]))
     assert output_error(pipe, made, run) < output_error(pipe, nearest, run)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("brecq", marks=pytest.mark.slow), pytest.param("distill", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["brecq", "distill"])
 def test_a_kill_between_or_inside_units_changes_nothing(
     name: str, pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +275,6 @@ def test_a_kill_between_or_inside_units_changes_nothing(
     assert not list(tmp_path.rglob("*.bin"))  # inputs are not left behind
 
 
-@pytest.mark.slow
 def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:
     rules = [{"match": "*", "type": "linear", "without": ["gptq", "smooth"]}]
     made = quantize(pipe, quick({"name": "smooth"}, {"name": "gptq"}, rules=rules), run)
@@ -314,7 +308,6 @@ def test_half_a_split_layer_cannot_be_skipped(pipe: Any) -> None:
         insert_quantizers(copy.deepcopy(pipe.unet), recipe)
 
 
-@pytest.mark.slow
 def test_an_activation_that_never_varies_and_a_weight_that_is_zero(run: Sampling) -> None:
     from conftest import tiny_pipeline
 
@@ -370,7 +363,6 @@ def test_smoothing_is_fitted_on_full_precision_inputs(
     assert torch.allclose(seen[0], want[0], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_smoothed_time_embeddings_are_fitted_to_the_inputs_they_get(pipe: Any, run: Sampling) -> None:
     recipe = dataclasses.replace(Recipe.parse("w4a8-smooth-time"), calibration_samples=4)
     quantized = quantize(pipe, recipe, run)
@@ -399,7 +391,7 @@ def test_a_second_method_starts_where_the_first_ended() -> None:
     assert (made.integer_weight().flatten(1) == moved).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("w4a8-smooth-qdiffusion", marks=pytest.mark.slow), "w4a8-time-steps2"])
+@pytest.mark.parametrize("recipe", ["w4a8-smooth-qdiffusion", "w4a8-time-steps2"])
 def test_half_precision_pipelines(recipe: str, run: Sampling) -> None:
     from conftest import tiny_pipeline
 

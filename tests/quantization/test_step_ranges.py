@@ -106,7 +106,6 @@ def few(recipe: str, **changes: Any) -> Recipe:
     return Recipe.from_dict({**Recipe.parse(recipe).to_dict(), "calibration_samples": 4, **changes})
 
 
-@pytest.mark.slow
 def test_ranges_by_step_lower_the_error_and_are_saved(pipe: Any, run: Sampling, tmp_path: Path) -> None:
     plain, stepped = quantize(pipe, few("w8a4"), run), quantize(pipe, few("w8a4-steps4-time"), run)
     clock = range_steps_of(stepped.unet)
@@ -155,7 +154,7 @@ def test_step_weights() -> None:
     assert step_weights("error", 3, torch.zeros(3)).tolist() == pytest.approx([1 / 3] * 3)
 
 
-@pytest.mark.parametrize("kind", ["ptq4dm", pytest.param("error", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ptq4dm", "error"])
 def test_ranges_are_found_on_drawn_steps(kind: str, pipe: Any, run: Sampling) -> None:
     drawn = quantize(pipe, few("w8a8", calibration_steps=kind), run)
     assert fingerprint(drawn.unet) != fingerprint(quantize(pipe, few("w8a8"), run).unet)

@@ -69,7 +69,7 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
         if method not in METHODS:
             raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
     mean = tuple(m for m in METHODS if m in methods and m not in VARIANCE_METHODS)
-    variance = [m for m in VARIANCE_METHODS if m in methods]
+    variance = [m for m in dict.fromkeys(methods) if m in VARIANCE_METHODS]
     if len(mean) > 1 and set(mean) != {"cnc", "bc"}:
         raise InputError(f"{' and '.join(mean)} are each a whole correction of the mean; give one of them")
     if len(variance) > 1:

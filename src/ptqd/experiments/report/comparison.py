@@ -1,14 +1,13 @@
 """Compared runs as a table: for the terminal, Markdown, HTML and LaTeX."""
 
-import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from ptqd.experiments.compare import ComparedRow
+from ptqd.experiments.report.rendering import environment
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
     correction_label,
@@ -120,30 +119,9 @@ def markdown(rows: Sequence[ComparedRow]) -> str:
 
 def page(rows: Sequence[ComparedRow]) -> str:
     """A page of its own."""
-
-    def text(cell: Cell) -> str:
-        below = f'<br><span class="{cell.verdict}">{html.escape(cell.difference)}</span>' if cell.difference else ""
-        return html.escape(cell.value) + below
-
     head, parts = sections(rows, details=True)
-    lines = [_html_row(head, "th", html.escape)]
-    for section in parts:
-        lines.append(f'<tr><th class="setting" colspan="{len(head)}">{html.escape(section.title)}</th></tr>')
-        lines += [_html_row(row, "td", text) for row in section.rows]
-    style = (
-        "body{font:15px system-ui,sans-serif;margin:2rem}table{border-collapse:collapse}"
-        "td,th{padding:.35rem .8rem;text-align:left;border-bottom:1px solid #ddd;vertical-align:top;white-space:nowrap}"
-        ".setting{padding-top:1.2rem}.better{color:#087a2e}.worse{color:#b3261e}"
-    )
-    body = f"<h1>Compared</h1>\n<table>\n{chr(10).join(lines)}\n</table>\n<p>{NOTE}</p>"
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Compared</title><style>{style}</style>'
-        f"<body>{body}</body></html>\n"
-    )
-
-
-def _html_row(cells: Sequence[Any], tag: str, text: Callable[[Any], str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{text(cell)}</{tag}>' for cell in cells)}</tr>"
+    text: str = environment().get_template("comparison.html").render(head=head, sections=parts, note=NOTE)
+    return text + "\n"
 
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -168,9 +146,9 @@ def latex(rows: Sequence[ComparedRow]) -> str:
         return rf"\makecell[l]{{{escaped(cell.value)}\\{below}}}"
 
     head, parts = sections(rows)
-    lines = [rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", " & ".join(map(escaped, head)) + r" \\"]
-    for section in parts:
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\textbf{{{escaped(section.title)}}}}} \\"]
-        lines += [" & ".join(text(cell) for cell in row) + r" \\" for row in section.rows]
-    lines += [r"\bottomrule", r"\end{tabular}", f"% {NOTE}"]
-    return "\n".join(lines) + "\n"
+    own = environment(
+        block_start_string="<%", block_end_string="%>", variable_start_string="<<", variable_end_string=">>"
+    )
+    own.filters |= {"latex": escaped, "cell": text}
+    table: str = own.get_template("comparison.tex").render(head=head, sections=parts, note=NOTE)
+    return table + "\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqd.errors import MissingDependencyError
+from ptqd.experiments.report.rendering import environment
 from ptqd.experiments.report.speed import COLUMNS as SPEED_COLUMNS
 from ptqd.experiments.report.speed import speed_cells
 from ptqd.experiments.report.table import (
@@ -32,23 +33,18 @@ def write_page(report: Report, folder: Path) -> Path:
         MissingDependencyError: jinja2 or matplotlib is not installed.
         InputError: samples that the report names are gone.
     """
+    templates = environment()
     try:
-        from jinja2 import Environment, PackageLoader
-
         from ptqd.experiments.report import pictures
     except ImportError as error:
         raise MissingDependencyError(
-            f"the page needs {error.name}, which is not installed: pip install 'ptqd[report]'"
+            f"plots need {error.name}, which is not installed: pip install 'ptqd[report]'"
         ) from error
-
     rows = report.rows
     metrics, inception = metric_columns(rows, details=True), all(row.inception for row in rows)
-    environment = Environment(
-        loader=PackageLoader("ptqd.experiments.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    templates.filters["data"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     strips, plans = pictures.setting_strips(rows, load_images, folder), pictures.plan_plots(report.plans, folder)
-    page = environment.get_template("page.html").render(
+    page = templates.get_template("page.html").render(
         model=rows[0].model,
         sentences=summary(rows),
         overview=pictures.quality_against_cost(rows),
