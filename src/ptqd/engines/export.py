@@ -46,6 +46,7 @@ class Exported:
     components: tuple[str, ...]
 
 
+# above 60 lines: half of them say what the arguments are; the rest is one loop over components
 def export(
     pipe: DiffusionPipeline,
     run: Sampling,

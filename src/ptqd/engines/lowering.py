@@ -74,6 +74,7 @@ def lowered(model: onnx.ModelProto, processor: Processor) -> onnx.ModelProto:
     return _Lowering(expanded(model), processor).go()
 
 
+# above 400 lines: one pass over a graph, with a method an operator; they share what is known of each tensor
 class _Lowering:
     """One graph, node by node. A name can be there as it was, channels last, or not yet."""
 

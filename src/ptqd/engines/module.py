@@ -330,6 +330,7 @@ def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
     model._modules[last] = leaf
 
 
+# above 60 lines: one record, written key by key, and its reader above has the same keys in the same order
 def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, provider: Provider = "cpu") -> None:
     """Write a traced component to a folder that :class:`EngineModule` reads.
 

@@ -23,9 +23,9 @@ def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str,
     )
 
 
-RECIPES = ("w4a8", "w8a8", "w4a4")
+RECIPES = ("w8a8", "w4a8", "w4a4")
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {"samples": 100, "stochastic_steps": 50, "measured": 32, "recipes": ("w4a8",)},
-    "standard": {"samples": 250, "stochastic_steps": 50, "measured": 64, "recipes": RECIPES},
+    "standard": {"samples": 250, "stochastic_steps": 50, "measured": 64, "recipes": ("w4a8", "w4a4")},
     "full": {"samples": 5000, "stochastic_steps": 250, "measured": 256, "recipes": RECIPES},
 }

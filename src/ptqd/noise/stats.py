@@ -151,6 +151,7 @@ class NoiseStats:
         noise = self.moments[..., _COLUMN[0, 2]].mean((0, 2))
         return self.response.outputs.diagonal() ** 2 * noise * self.samples
 
+    # above 60 lines: every field of the statistics is carried over here, and nowhere else
     def at(self, scheduler: SchedulerMixin) -> "NoiseStats":
         """The same statistics on the steps of another run, interpolated over log-SNR.
 
