@@ -86,8 +86,8 @@ def test_quality_is_drawn_against_cost() -> None:
     assert Image.open(io.BytesIO(picture)).width > 500
     assert quality_against_cost([row("w4a8")]) is None
     assert summary(rows) == [
-        "DDIM, 20 steps, eta 0, guidance 3: w4a8 takes 19.9 times fewer bit operations than FP32; corrected (auto), "
-        "PSNR to FP dB is 25.00 ±0.10, uncorrected 20.00."
+        "DDIM, 20 steps, eta 0, guidance 3: w4a8 takes 19.9 times fewer bit operations than FP32; PSNR to FP dB "
+        "25.00 ±0.10 with the correction (auto), 20.00 without."
     ]
 
 

@@ -96,9 +96,9 @@ def summary(rows: list[Row]) -> list[str]:
         sentence = f"{heading}: {best.key.quantized} takes {best.bops_ratio:.1f} times fewer bit operations than FP32"
         if best.key.methods:
             before = metric_cell(plain.metrics.get(name), name)[0]
-            sentence += f"; corrected ({best.key.correction}), {title} is {value}, uncorrected {before}"
+            sentence += f"; {title} {value} with the correction ({best.key.correction}), {before} without"
         else:
-            sentence += f"; {title} is {value}"
+            sentence += f"; {title} {value}"
         sentences.append(f"{sentence}.")
     return sentences
 
