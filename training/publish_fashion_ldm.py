@@ -20,7 +20,7 @@ from torch import nn
 from ptqd.diffusion import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiments import load_images, sample_images
-from ptqd.experiments.report.pictures import grid
+from ptqd.experiments.report.grids import grid
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load, with_scheduler
 from ptqd.metrics import FashionClassifier, Features, Metric, Reference, extract

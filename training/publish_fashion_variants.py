@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.sampling import Sampling
-from ptqd.experiments.report.pictures import grid
+from ptqd.experiments.report.grids import grid
 from ptqd.files import read_json, replacing, write_json, write_text
 from ptqd.loading import load
 from ptqd.metrics import FashionClassifier, Metric, Reference

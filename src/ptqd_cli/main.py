@@ -102,7 +102,7 @@ def _with_values(words: Sequence[str]) -> list[str]:
     complete: list[str] = []
     for word, following in zip_longest(words, words[1:]):
         complete.append(word)
-        if word == "--lpips" and (following is None or following.startswith("--")):
+        if word == "--lpips" and (following is None or following.startswith("-")):
             complete.append("hub")
     return complete
 
@@ -118,14 +118,14 @@ def _run(options: Any, diagnostics: Diagnostics) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and verb not in SHARED:
             raise InputError(f"this verb is for one process; processes share {', '.join(SHARED)}")
         return options.run() or 0
-    except PtqdError as error:
-        message = " ".join(str(error).split())
     except KeyboardInterrupt:
         print("ptqd: interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}; check the disk and the path"
-    if diagnostics.traceback:
-        traceback.print_exc()
-    print(f"ptqd: {message}", file=sys.stderr)
-    return 2
+    except (PtqdError, OSError) as error:
+        if diagnostics.traceback:
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        if isinstance(error, OSError) and not isinstance(error, PtqdError):
+            message = f"{error.filename or 'a file'}: {error.strerror or error}; check the disk and the path"
+        print(f"ptqd: {message}", file=sys.stderr)
+        return 2

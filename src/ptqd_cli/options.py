@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ptqd.metrics.evaluator import Evaluator
 
 MODEL_HELP = "fashion-ldm, -ddpm, -dit or -flow, a diffusers pipeline's folder, or a hub id"
-METHODS_HELP = "auto, or for the mean cnc,bc, tac, d2 or joint; and for the variance vsc, dns, qdrift or stepbaq"
+METHODS_HELP = (
+    "auto, or by name, for the mean cnc,bc, tac, d2 or joint, and for the variance vsc, dns, qdrift or stepbaq; or one "
+    "that you registered"
+)
 DEVICE_HELP = "cuda, mps or cpu (default: the first there is)"
 SAMPLING = Group("Sampling", sort_key=2)
 JUDGING = Group("Judging", sort_key=3)
@@ -190,14 +193,14 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder} holds other things than a pipeline; choose an empty or a new folder")
 
 
-def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: object, run: "Sampling") -> Path:
+def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: object, sampling: "Sampling") -> Path:
     """A folder for unfinished work on a pipeline, and another or plain values, that survives a kill."""
     from hashlib import sha256
 
     from ptqd.diffusion.fingerprints import pipeline_fingerprint
 
     other_facts = other if isinstance(other, dict) else pipeline_fingerprint(other)
-    inputs = [pipeline_fingerprint(pipe), other_facts, run.to_dict()]
+    inputs = [pipeline_fingerprint(pipe), other_facts, sampling.to_dict()]
     key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return out.parent / f".{out.name}.{key}"
 

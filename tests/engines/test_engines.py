@@ -36,13 +36,13 @@ from ptqd.engines import (
     Processor,
     captured,
     for_engine,
-    lowered,
     overflows,
     read_graph,
     sessions,
 )
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
+from ptqd.engines.lowering import lowered
 from ptqd.quantization.modules import QuantLinear
 from ptqd_cli.main import main
 from tiny import CASES

@@ -9,8 +9,9 @@ from rich.console import Console
 from ptqd import InputError
 from ptqd.correction import StepGate
 from ptqd.experiments import ChoiceRow, Interval, Report, Row, RowKey, SamplerSettings, StepRow
+from ptqd.experiments.report.grids import grid, png
 from ptqd.experiments.report.page import summary
-from ptqd.experiments.report.pictures import choice_plots, grid, png, quality_against_cost, step_plots
+from ptqd.experiments.report.pictures import choice_plots, quality_against_cost, step_plots
 from ptqd.experiments.report.table import terminal_table
 from ptqd.files import write_json
 

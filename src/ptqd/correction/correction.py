@@ -63,7 +63,7 @@ class Correction:
         """The inverse of :meth:`to_dict`, also after JSON made lists of its tuples.
 
         Raises:
-            InputError: it was written by another version.
+            ArtifactError: it was written by another version.
         """
         names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
         if set(values) != set(names):

@@ -128,14 +128,14 @@ class CorrectionSearch:
 
 
 def search_correction(
-    qpipe: DiffusionPipeline, stats: NoiseStats, run: Sampling, *, batch: int | None = None, progress: bool = False
+    qpipe: DiffusionPipeline, stats: NoiseStats, sampling: Sampling, *, batch: int | None = None, progress: bool = False
 ) -> CorrectionSearch:
     """Find the correction that helps most, or none.
 
     Args:
         qpipe: the pipeline the statistics were measured on.
         stats: of at least 16 samples or so; fewer give the trajectories nothing to be checked against.
-        run: how it samples, as it was measured.
+        sampling: how it samples, as it was measured.
         batch: samples at once, if not the run's.
         progress: show a bar.
 
@@ -144,13 +144,13 @@ def search_correction(
             seeds or arguments of the call.
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
-    apart = run.with_seed_for("measuring")
+    apart = sampling.with_seed_for("measuring")
     check_measured_on(qpipe, stats.measured_on)
     required = {
         "seed": apart.seed,
-        "steps": run.steps,
-        "guidance": guidance_of(qpipe, run),
-        "inputs": run.inputs_digest,
+        "steps": sampling.steps,
+        "guidance": guidance_of(qpipe, sampling),
+        "inputs": sampling.inputs_digest,
     }
     if stats.measured_on.interpolated_from is not None:
         raise InputError("statistics carried over to other steps have no full-precision samples to check against")
@@ -171,7 +171,7 @@ def search_correction(
         raise InputError(
             f"{len(indices)} full-precision samples to check against are too few; measure at least 16, in open loop"
         )
-    return _Search(qpipe, stats, apart, indices, batch or run.batch, progress).best()
+    return _Search(qpipe, stats, apart, indices, batch or sampling.batch, progress).best()
 
 
 class _Search:
@@ -179,12 +179,12 @@ class _Search:
         self,
         qpipe: DiffusionPipeline,
         stats: NoiseStats,
-        run: Sampling,
+        sampling: Sampling,
         indices: list[int],
         batch: int,
         progress: bool,
     ) -> None:
-        self.qpipe, self.stats, self.run, self.progress = qpipe, stats, run, progress
+        self.qpipe, self.stats, self.run, self.progress = qpipe, stats, sampling, progress
         self.batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
         self.reference = stats.finals.double()
         axis = stats.measured_on.channel_axis

@@ -59,7 +59,7 @@ class StepRescaling:
         gain: (T,).
         sample: (T,).
         noise: share of the drawn noise's standard deviation that is left to draw (T,); empty for all of it.
-        model_timesteps: timesteps that the model_timesteps is told (T,); empty for its own.
+        model_timesteps: timesteps that the denoiser gets (T,); empty for its own.
     """
 
     gain: torch.Tensor

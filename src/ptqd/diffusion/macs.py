@@ -110,7 +110,7 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
     return layers
 
 
-def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
+def run_macs(pipe: DiffusionPipeline, sampling: Sampling) -> Macs:
     """Multiply-accumulates of one sample, step by step.
 
     A denoiser that looks at numbers, as some do at a mask's, is counted while it really samples one.
@@ -119,16 +119,16 @@ def run_macs(pipe: DiffusionPipeline, run: Sampling) -> Macs:
         InputError: such a denoiser without its weights.
     """
     try:
-        return _run_macs(pipe, run, meta=True)
+        return _run_macs(pipe, sampling, meta=True)
     except RuntimeError as error:  # torch's, for a look at numbers that are not there
         model = getattr(pipe, denoiser_name(pipe))
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{type(pipe).__name__} cannot be counted without its weights: {reason}") from error
-        return _run_macs(pipe, run, meta=False)
+        return _run_macs(pipe, sampling, meta=False)
 
 
-def _run_macs(pipe: DiffusionPipeline, run: Sampling, *, meta: bool) -> Macs:
+def _run_macs(pipe: DiffusionPipeline, sampling: Sampling, *, meta: bool) -> Macs:
     name = denoiser_name(pipe)
     denoiser = getattr(pipe, name)
     steps: list[dict[str, int]] = [{}]
@@ -148,11 +148,11 @@ def _run_macs(pipe: DiffusionPipeline, run: Sampling, *, meta: bool) -> Macs:
         model = _counting(copy_module(denoiser, lambda tensor: tensor), count)
     counted = with_components(pipe, **{name: model})
     with stepping(counted, step):
-        run_batch(counted, run, range(1), "latent")
+        run_batch(counted, sampling, range(1), "latent")
     return Macs.of([step for step in steps if step])
 
 
-def count_steps(pipe: DiffusionPipeline, run: Sampling) -> int:
+def count_steps(pipe: DiffusionPipeline, sampling: Sampling) -> int:
     """How often the scheduler steps in a run: of a network without numbers, or of a real one that looks at them."""
     name, steps = denoiser_name(pipe), [0]
     denoiser = getattr(pipe, name)
@@ -164,11 +164,11 @@ def count_steps(pipe: DiffusionPipeline, run: Sampling) -> int:
     try:
         empty = with_components(pipe, **{name: meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype)})
         with stepping(empty, step):
-            run_batch(empty, run, range(1), "latent")
+            run_batch(empty, sampling, range(1), "latent")
     except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
         steps[0] = 0
         with stepping(pipe, step):
-            run_batch(pipe, run, range(1), "latent")
+            run_batch(pipe, sampling, range(1), "latent")
     return steps[0]
 
 

@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
 
-REFUSING = ("diffusers.pipelines", "diffusers.schedulers", "ptqd.pipelines")  # whose errors are of what they are given
+# whose errors are of what they are given
+REFUSING = ("diffusers", "transformers", "ptqd.pipelines")
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def _plain(value: object) -> Any:
     return name if array.dtype == object else f"{name} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
 
-def guidance_of(pipe: DiffusionPipeline, run: Sampling) -> float | None:
+def guidance_of(pipe: DiffusionPipeline, sampling: Sampling) -> float | None:
     """The guidance scale a run is at, the pipeline's own where it says none; None where there is no guidance."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    return None if parameter is None else run.call.get("guidance_scale", parameter.default)
+    return None if parameter is None else sampling.call.get("guidance_scale", parameter.default)
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
@@ -127,7 +128,7 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
 
 
 def run_batch(
-    pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int], output: Literal["np", "latent"] = "np"
+    pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[int], output: Literal["np", "latent"] = "np"
 ) -> Any:
     """Run the pipeline for some samples.
 
@@ -137,28 +138,28 @@ def run_batch(
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {
-        "num_inference_steps": run.steps,
-        "eta": run.eta,
-        "generator": [sample_generator(run.seed, i) for i in indices],
+        "num_inference_steps": sampling.steps,
+        "eta": sampling.eta,
+        "generator": [sample_generator(sampling.seed, i) for i in indices],
         "output_type": output,
         "batch_size": len(indices),
         "return_dict": True,
     }
-    call = run.call_for(indices)
+    call = sampling.call_for(indices)
     for name in call:
         if name not in accepted:
             raise InputError(
                 f"{type(pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(accepted)[1:])}"
             )
-    if run.eta > 0 and "eta" not in accepted:
+    if sampling.eta > 0 and "eta" not in accepted:
         raise InputError(f"{type(pipe).__name__} takes no eta; leave it at 0")
     check_guidance = getattr(getattr(pipe, "scheduler", None), "check_guidance", None)
     if check_guidance is not None:  # of a scheduler that corrects
-        check_guidance(guidance_of(pipe, run))
+        check_guidance(guidance_of(pipe, sampling))
     given = {k: v for k, v in arguments.items() if k in accepted} | call
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
-    seed = sample_generator(run.seed, indices[0]).initial_seed()
+    seed = sample_generator(sampling.seed, indices[0]).initial_seed()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
@@ -182,7 +183,7 @@ def run_batch(
 
 def sample(
     pipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     *,
     output: Literal["np", "latent"] = "np",
     start: int = 0,
@@ -192,7 +193,7 @@ def sample(
 
     Args:
         pipe: any diffusers pipeline.
-        run: how.
+        sampling: how.
         output: ``"np"`` decodes to images (n, H, W, C) in [0, 1]; ``"latent"`` saves the decoding.
         start: first sample, to resume.
         progress: title of a progress bar.
@@ -200,8 +201,8 @@ def sample(
     Yields:
         Sample indices, and the batch.
     """
-    for indices in track(list(run.batches(start)), progress):
-        yield indices, run_batch(pipe, run, indices, output)
+    for indices in track(list(sampling.batches(start)), progress):
+        yield indices, run_batch(pipe, sampling, indices, output)
 
 
 def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:

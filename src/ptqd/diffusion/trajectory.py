@@ -186,10 +186,10 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
         remaining.append(whole_samples(last[0], samples).detach().cpu())
 
 
-def final_samples(pipe: DiffusionPipeline, run: Sampling, indices: Sequence[int]) -> torch.Tensor:
+def final_samples(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[int]) -> torch.Tensor:
     """The samples after the last step (n, ...), of a pipeline run for some samples without decoding them."""
     with last_samples(pipe, len(indices)) as result:
-        run_batch(pipe, run, indices, "latent")
+        run_batch(pipe, sampling, indices, "latent")
     if not result:
         raise InputError(f"the samples of {type(pipe).__name__} cannot be followed through its scheduler")
     return result[0]

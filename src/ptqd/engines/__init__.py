@@ -3,7 +3,6 @@
 from ptqd.engines.calls import captured
 from ptqd.engines.cpu import Processor, overflows, processor_name
 from ptqd.engines.export import Exported, for_engine
-from ptqd.engines.lowering import lowered
 from ptqd.engines.module import EngineModule
 from ptqd.engines.sessions import OnnxRuntimeSession, OpenVinoSession, read_graph
 
@@ -15,7 +14,6 @@ __all__ = [
     "Processor",
     "captured",
     "for_engine",
-    "lowered",
     "overflows",
     "processor_name",
     "read_graph",

@@ -53,8 +53,8 @@ class _Seen(Exception):  # noqa: N818  # no error: the call that was waited for
     pass
 
 
-def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, method: str = "forward") -> Call:
-    """The first call that a pipeline makes of a component, when it samples as ``run`` says.
+def captured(pipe: DiffusionPipeline, sampling: Sampling, component: nn.Module, method: str = "forward") -> Call:
+    """The first call that a pipeline makes of a component, when it samples as ``sampling`` says.
 
     Raises:
         InputError: it makes none, or one with arguments that a graph cannot have.
@@ -67,7 +67,7 @@ def captured(pipe: DiffusionPipeline, run: Sampling, component: nn.Module, metho
 
     setattr(component, method, record)
     try:
-        run_batch(pipe, run.replace(samples=TRACED, batch=TRACED), range(TRACED))
+        run_batch(pipe, sampling.replace(samples=TRACED, batch=TRACED), range(TRACED))
     except _Seen:
         pass
     finally:

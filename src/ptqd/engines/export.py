@@ -49,7 +49,7 @@ class Exported:
 # above 60 lines: half of them say what the arguments are; the rest is one loop over components
 def export(
     pipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     engine: str,
     folder: Path,
     *,
@@ -64,7 +64,7 @@ def export(
 
     Args:
         pipe: quantized by ptqd, or in full precision.
-        run: how it samples: its calls show what the networks are given.
+        sampling: how it samples: its calls show what the networks are given.
         engine: ``"onnxruntime"``, ``"openvino"``, or ``"torchao"``, which leaves other networks as they are.
         folder: written over.
         others: decoders and text encoders: in full precision, as int8, or left to torch (``"none"``).
@@ -87,7 +87,7 @@ def export(
         raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = pipe.to("cpu")
     if engine == TORCHAO:
-        output, products = to_torchao(pipe, run, layout)
+        output, products = to_torchao(pipe, sampling, layout)
         with replacing(folder) as temporary:
             output.save_pretrained(temporary)
         return Exported(output, products, (name,))
@@ -101,13 +101,13 @@ def export(
                 "decoders in 8 bits have zero points, which TensorRT does not multiply; take --others fp32"
             )
     with replacing(folder) as temporary:
-        graph = _written(pipe, run, name, "forward", temporary, engine, provider)
+        graph = _written(pipe, sampling, name, "forward", temporary, engine, provider)
         components = [name]
         for component, method in _others(pipe) if others != "none" else ():
             source = pipe
             if others == "int8":
-                source = with_components(pipe, **{component: _in_8_bits(pipe, run, component, method)})
-            _written(source, run, component, method, temporary, engine, provider)
+                source = with_components(pipe, **{component: _in_8_bits(pipe, sampling, component, method)})
+            _written(source, sampling, component, method, temporary, engine, provider)
             components.append(component)
         loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in components})
         loaded.save_pretrained(temporary)
@@ -152,23 +152,23 @@ def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
 
 
 def _written(
-    pipe: DiffusionPipeline, run: Sampling, name: str, method: str, folder: Path, engine: str, provider: Provider
+    pipe: DiffusionPipeline, sampling: Sampling, name: str, method: str, folder: Path, engine: str, provider: Provider
 ) -> Graph:
     """Trace one component as the pipeline calls it, and write it."""
     model = getattr(pipe, name)
-    graph = trace(model, captured(pipe, run, model, method), method, signed=provider == "tensorrt")
+    graph = trace(model, captured(pipe, sampling, model, method), method, signed=provider == "tensorrt")
     write_component(folder / name, graph, model, engine, provider)
     return graph
 
 
-def _in_8_bits(pipe: DiffusionPipeline, run: Sampling, name: str, method: str) -> nn.Module:
+def _in_8_bits(pipe: DiffusionPipeline, sampling: Sampling, name: str, method: str) -> nn.Module:
     """A decoder or text encoder of 8-bit weights and activations, calibrated on what the pipeline gives it."""
     model = copy.deepcopy(getattr(pipe, name))
     part = model.decoder if method == "decode" else model
     insert_quantizers(part, Recipe.parse("w8a8"))
     for site in quantized_sites(part):
         site.module.observe()
-    for _ in sample(with_components(pipe, **{name: model}), run.with_seed_for(name).replace(samples=CALIBRATED)):
+    for _ in sample(with_components(pipe, **{name: model}), sampling.with_seed_for(name).replace(samples=CALIBRATED)):
         pass
     for site in quantized_sites(part):
         site.module.freeze()

@@ -165,7 +165,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         names = [name for name in self.facts["codes"] if name not in self.facts["as_they_come"]]
         shown = [f"{CODES}{name}" for name in names]
         session = open_session(self.folder / GRAPH, self.engine, threads=torch.get_num_threads(), shown=shown)
-        for hook in self._forward_pre_hooks.values():  # clocks
+        for hook in self._forward_pre_hooks.values():  # its step state
             hook(self, args, kwargs)
         output = session.run(self._inputs("forward", args, kwargs)[0])
         return dict(zip(names, map(torch.from_numpy, output[len(self.facts["outputs"]) :]), strict=True))

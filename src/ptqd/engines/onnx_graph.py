@@ -171,7 +171,7 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
         InputError: a number format that no ONNX engine multiplies.
     """
     twin = copy_module(model, lambda tensor: tensor)
-    for hook in list(twin._forward_pre_hooks):  # clocks: the ranges come from outside
+    for hook in list(twin._forward_pre_hooks):  # its step state: the ranges come from outside
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
     changing = changing_quantizers(twin)

@@ -26,12 +26,12 @@ Layout = Literal["int8", "int4"]
 GROUP = 128  # of inputs that share a scale in int4's kernels; here all groups of a row have the row's
 
 
-def to_torchao(pipe: DiffusionPipeline, run: Sampling, layout: Layout) -> tuple[DiffusionPipeline, Products]:
+def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> tuple[DiffusionPipeline, Products]:
     """A pipeline whose denoiser is diffusers' own, with torchao's tensors as the weights of its linear layers.
 
     Args:
         pipe: quantized by ptqd.
-        run: how it samples: its calls show of how many dimensions each layer's input is.
+        sampling: how it samples: its calls show of how many dimensions each layer's input is.
         layout: ``"int8"`` (``Int8Tensor``, float32) or ``"int4"`` (``Int4Tensor``, bfloat16, needs ``mslk`` to run).
 
     Returns:
@@ -40,7 +40,7 @@ def to_torchao(pipe: DiffusionPipeline, run: Sampling, layout: Layout) -> tuple[
     required("torchao")
     name = denoiser_name(pipe)
     model = getattr(pipe, name)
-    ranks = _ranks(model, captured(pipe, run, model))
+    ranks = _ranks(model, captured(pipe, sampling, model))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     plain = type(model).from_config(config).eval().to(torch.bfloat16 if layout == "int4" else torch.float32)
     integer, floating = [], []

@@ -84,7 +84,7 @@ class Timing:
 def candidates(
     full: DiffusionPipeline,
     quantized: Mapping[str, DiffusionPipeline],
-    run: Sampling,
+    sampling: Sampling,
     folder: RunFolder,
     engines: Sequence[str] | None = None,
     *,
@@ -96,7 +96,7 @@ def candidates(
     Args:
         full: the pipeline in full precision.
         quantized: pipelines by ptqd, with their corrections and plans, by what their numbers are called.
-        run: how all sample.
+        sampling: how all sample.
         folder: where pipelines are kept, under ``engines/``; one that is there already is taken as it is.
         engines: ``"torch"`` (the simulation), ``"torch.compile"``, ``"onnxruntime"``, ``"openvino"``; by default all.
         others: decoders and text encoders of quantized pipelines in engines; see
@@ -115,7 +115,7 @@ def candidates(
         raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join(known)}")
     full = with_components(full, scheduler=plain_scheduler(next(iter(quantized.values())).scheduler))
     everything = {FULL: full, **quantized}
-    makers = _Makers(folder, run, others, progress)
+    makers = _Makers(folder, sampling, others, progress)
     size = disk_bytes(getattr(full, denoiser_name(full)))
     result = [Candidate(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
@@ -141,8 +141,8 @@ def candidates(
 class _Makers:
     """Pipelines in folders, each made once."""
 
-    def __init__(self, folder: RunFolder, run: Sampling, others: Others, progress: bool) -> None:
-        self.folder, self.run, self.others, self.progress = folder, run, others, progress
+    def __init__(self, folder: RunFolder, sampling: Sampling, others: Others, progress: bool) -> None:
+        self.folder, self.run, self.others, self.progress = folder, sampling, others, progress
         self.first = ""  # the engine that graphs are traced for; others read the same
 
     def saved(self, name: str, pipe: DiffusionPipeline) -> Path:
@@ -171,7 +171,7 @@ class _Makers:
 
 def run_benchmark(
     found: Sequence[Candidate],
-    run: Sampling,
+    sampling: Sampling,
     *,
     repeats: int = REPEATS,
     threads: int = 0,
@@ -182,7 +182,7 @@ def run_benchmark(
 
     Args:
         found: the first is full precision, which the others' images are compared with.
-        run: how they sample; its batch is what is timed.
+        sampling: how they sample; its batch is what is timed.
         repeats: after a first one that is not counted.
         threads: of the CPU; as many as torch would take where it is 0.
         device: where pipelines run.
@@ -196,7 +196,7 @@ def run_benchmark(
     """
     if repeats < 1 or threads < 0:
         raise InputError(f"repeats and threads must be positive; got {repeats} and {threads}")
-    run = run.replace(samples=run.batch)
+    sampling = sampling.replace(samples=sampling.batch)
     threads = threads or torch.get_num_threads()
     refused: dict[str, str] = {}
     seconds: dict[int, list[float]] = {}
@@ -204,7 +204,9 @@ def run_benchmark(
         workers: dict[int, _Worker] = {}
         for i, candidate in enumerate(track(found, "loading pipelines" if progress else None)):
             try:
-                workers[i] = stack.enter_context(_worker(candidate, run, threads, device, Path(temporary) / f"{i}.npy"))
+                workers[i] = stack.enter_context(
+                    _worker(candidate, sampling, threads, device, Path(temporary) / f"{i}.npy")
+                )
                 workers[i].ask("run")
             except InputError as error:
                 refused[f"{candidate.engine} {candidate.precision}"] = str(error)
@@ -213,7 +215,7 @@ def run_benchmark(
             order = sorted(workers, key=lambda i: (i + repeat) % len(found))
             for i in order:
                 try:
-                    seconds.setdefault(i, []).append(workers[i].ask("run")["seconds"] / run.batch)
+                    seconds.setdefault(i, []).append(workers[i].ask("run")["seconds"] / sampling.batch)
                 except InputError as error:
                     refused[f"{found[i].engine} {found[i].precision}"] = str(error)
                     del workers[i]
@@ -231,7 +233,7 @@ def run_benchmark(
 def time_engines(
     full: DiffusionPipeline,
     quantized: Mapping[str, DiffusionPipeline],
-    run: Sampling,
+    sampling: Sampling,
     folder: Path,
     keep: Path | None = None,
     *,
@@ -246,7 +248,7 @@ def time_engines(
     Args:
         full: the pipeline in full precision.
         quantized: pipelines by ptqd, by what their numbers are called.
-        run: how all sample; its batch is what is timed.
+        sampling: how all sample; its batch is what is timed.
         folder: a run folder, whose report keeps what is measured; or another.
         keep: of another folder: where exported pipelines are kept, for the next time.
         engines: as for :func:`candidates`.
@@ -258,9 +260,11 @@ def time_engines(
     is_run = (folder / REPORT).is_file()
     with TemporaryDirectory() as temporary:
         remaining = RunFolder(folder if is_run else keep or Path(temporary))
-        result, refused = candidates(full, quantized, run, remaining, engines, others=others, progress=True)
-        timings, failed = run_benchmark(result, run, repeats=repeats, threads=threads, device=device, progress=True)
-    speed = speed_report(timings, refused | failed, run, threads, device)
+        result, refused = candidates(full, quantized, sampling, remaining, engines, others=others, progress=True)
+        timings, failed = run_benchmark(
+            result, sampling, repeats=repeats, threads=threads, device=device, progress=True
+        )
+    speed = speed_report(timings, refused | failed, sampling, threads, device)
     if is_run:
         report = Report.load(folder)
         report.speed = speed
@@ -269,7 +273,7 @@ def time_engines(
 
 
 def speed_report(
-    timings: Sequence[Timing], without: Mapping[str, str], run: Sampling, threads: int, device: str
+    timings: Sequence[Timing], without: Mapping[str, str], sampling: Sampling, threads: int, device: str
 ) -> SpeedReport:
     """What was measured, with ratios: how many times as fast as torch and as the fastest, both in full precision."""
     first = timings[0]
@@ -290,7 +294,7 @@ def speed_report(
         for timing in timings
     )
     shown = f"{threads or torch.get_num_threads()} threads" if device == "cpu" else device
-    title = f"the whole pipeline, {run.steps} steps, batch {run.batch}, {shown}, {processor_name()}"
+    title = f"the whole pipeline, {sampling.steps} steps, batch {sampling.batch}, {shown}, {processor_name()}"
     return SpeedReport(title, rows, dict(without))
 
 
@@ -322,7 +326,7 @@ class _Worker:
 
 
 @contextmanager
-def _worker(candidate: Candidate, run: Sampling, threads: int, device: str, images: Path) -> Iterator[_Worker]:
+def _worker(candidate: Candidate, sampling: Sampling, threads: int, device: str, images: Path) -> Iterator[_Worker]:
     """A process with a candidate's pipeline."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "ptqd.experiments.benchmark_worker"]
@@ -337,7 +341,7 @@ def _worker(candidate: Candidate, run: Sampling, threads: int, device: str, imag
                     "compiled": candidate.compiled,
                     "threads": threads,
                     "device": device,
-                    "run": run.to_dict(),
+                    "run": sampling.to_dict(),
                     "images": str(images),
                 }
             )

@@ -107,8 +107,8 @@ def _compared(entries: list[_Entry], judge: Evaluator, against: str | None) -> l
     compared = []
     for entry, mine in zip(entries, statistics, strict=True):
         paired = {name: mine[name].minus(base[name]) for name in mine if name in base and entry is not chosen}
-        metrics = {name: Interval(**asdict(metric)) for name, metric in with_intervals(mine, strata).items()}
-        differences = {name: Interval(**asdict(metric)) for name, metric in intervals(paired, strata).items()}
+        metrics = {name: Interval.of(**asdict(metric)) for name, metric in with_intervals(mine, strata).items()}
+        differences = {name: Interval.of(**asdict(metric)) for name, metric in intervals(paired, strata).items()}
         row = replace(entry.row, metrics=metrics, inception=judge.inception)
         compared.append(ComparedRow(row, entry.run, differences, chosen.name, entry is chosen))
     return compared
@@ -138,11 +138,11 @@ def _observed(entry: _Entry, full: _Entry | None, judge: Evaluator, scratch: Pat
 
 
 def _check_seeds(entries: list[_Entry]) -> None:
-    first = entries[0].row.sampling
+    first = entries[0].row.as_sampled().to_dict()
     for entry in entries[1:]:
         for name in SEEDS:
-            if entry.row.sampling[name] != first[name]:
+            if (mine := entry.row.as_sampled().to_dict())[name] != first[name]:
                 raise InputError(
-                    f"{entry.folder} and {entries[0].folder} cannot be paired: {name} is {entry.row.sampling[name]} in "
+                    f"{entry.folder} and {entries[0].folder} cannot be paired: {name} is {mine[name]} in "
                     f"one and {first[name]} in the other; sample both alike"
                 )

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ptqd import processes
 from ptqd.correction.fit import METHODS
 from ptqd.correction.scheduler import apply_correction
-from ptqd.correction.search import CorrectionSearch
+from ptqd.correction.search import MIN_CHECKED, CorrectionSearch
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
@@ -98,13 +98,19 @@ def run_experiment(
         The report, as also written to ``folder/report.json``: rows, per-step statistics, stages' seconds, versions.
 
     Raises:
-        InputError: an unknown correction, a plan that does not fit, or no images and nothing that looks at them.
+        InputError: an unknown correction, too few samples for a search, a plan that does not fit, or no images and
+            nothing that looks at them.
     """
     judge = judge or Evaluator()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
     for methods in experiment.corrections:
         check_methods(methods)
+    if AUTO in experiment.corrections and experiment.measured < 2 * MIN_CHECKED:
+        raise InputError(
+            f"auto checks half of the measured samples on whole trajectories, and {experiment.measured} are too few; "
+            f"measure at least {2 * MIN_CHECKED}, or name methods, such as cnc,bc"
+        )
     run_folder = RunFolder(folder)
     hardware: dict[str, str | int] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
     versions: dict[str, str | int] = {name: version(name) for name in PACKAGES}
@@ -179,11 +185,12 @@ def pipeline_of(folder: Path, row: Row) -> DiffusionPipeline:
     if row.key.is_full_precision:
         return load(row.model)
     layout = RunLayout(row.settings)
-    remaining = [name for name in (layout.planned(row.key), layout.quantized(row.key)) if (folder / name).is_dir()]
-    if not remaining:
-        missing = Path(folder / layout.quantized(row.key)).parent
-        raise InputError(f"{missing} holds no quantized pipeline; run it again with 'ptqd run'")
-    pipe, methods = load(folder / remaining[0]), row.key.methods
+    path = folder / (layout.quantized(row.key) if row.key.plan is None else layout.planned(row.key))
+    if row.key.plan is None and not path.is_dir():
+        path = folder / layout.planned(row.key)  # of a report of version 1, whose labels have the plan in the recipe
+    if not path.is_dir():
+        raise InputError(f"{path.parent} holds no quantized pipeline; run it again with 'ptqd run'")
+    pipe, methods = load(path), row.key.methods
     if methods == AUTO:
         return apply_correction(pipe, CorrectionSearch.from_dict(read_json(folder / layout.search(row.key))).correction)
     return apply_correction(pipe, NoiseStats.load(folder / layout.noise(row.key)), methods) if methods else pipe

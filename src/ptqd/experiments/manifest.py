@@ -198,10 +198,14 @@ def reproduce(
     return Reproduction(tuple(figures), tuple(_changes(manifest, again)))
 
 
-def _setting_facts(run: Sampling) -> dict[str, Any]:
+def _setting_facts(sampling: Sampling) -> dict[str, Any]:
     """A setting in JSON: which arguments are one value for all samples, and which it cannot hold, stand beside."""
-    opaque = [name for name, value in run.call.items() if not _is_plain(value)]
-    return {"run": run.to_dict(), "shared": [n for n, v in run.call.items() if isinstance(v, tuple)], "opaque": opaque}
+    opaque = [name for name, value in sampling.call.items() if not _is_plain(value)]
+    return {
+        "run": sampling.to_dict(),
+        "shared": [n for n, v in sampling.call.items() if isinstance(v, tuple)],
+        "opaque": opaque,
+    }
 
 
 def _is_plain(value: object) -> bool:

@@ -1,6 +1,6 @@
 """Pipelines and denoisers without weights: what they cost can be counted before anything large is loaded.
 
-A skeleton is a real pipeline of the real class. Its networks are on the meta device, made from their configurations,
+They are real pipelines of the real class. Their networks are on the meta device, made from their configurations,
 and answer with zeros (:func:`ptqd.diffusion.macs.meta_proxy`); tokenizers and scheduler are the real ones.
 """
 

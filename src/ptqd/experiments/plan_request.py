@@ -139,7 +139,7 @@ def load_widths(folder: Path) -> dict[int, NoiseStats]:
 def make_plan(
     pipe: DiffusionPipeline,
     quantized: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     request: PlanRequest,
     stats: Mapping[int, NoiseStats],
     *,
@@ -150,7 +150,7 @@ def make_plan(
     Args:
         pipe: full precision.
         quantized: with ranges for several widths.
-        run: how it samples.
+        sampling: how it samples.
         request: which plan.
         stats: by width; of a plan that is given, none are needed.
         progress: show bars.
@@ -163,7 +163,7 @@ def make_plan(
     if request.kind == "paper":
         return paper_plan(stats), None
     bits, groups = request.weight_bits, request.groups
-    problem = planning_problem(pipe, quantized, run, stats, weight_bits=bits, groups=groups, progress=progress)
+    problem = planning_problem(pipe, quantized, sampling, stats, weight_bits=bits, groups=groups, progress=progress)
     return solve(problem, budget=request.budget, floor=request.floor).plan, problem
 
 
@@ -238,13 +238,13 @@ def _point(solution: Solution) -> PlanPoint:
 
 
 @torch.no_grad()
-def trajectory_images(pipe: DiffusionPipeline, run: Sampling) -> torch.Tensor | None:
+def trajectory_images(pipe: DiffusionPipeline, sampling: Sampling) -> torch.Tensor | None:
     """The first sample at some of its steps, evenly spread, as uint8 images (n, H, W, C); None where it is no picture.
 
     A latent sample is decoded by the pipeline's own autoencoder.
     """
     with record(pipe) as trajectory:
-        run_batch(pipe, run, range(1), "latent")
+        run_batch(pipe, sampling, range(1), "latent")
     steps = len(trajectory.timesteps)
     required = np.linspace(0, steps - 1, min(PICTURED, steps)).round().astype(int).tolist()
     pictures = []

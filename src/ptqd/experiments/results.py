@@ -3,6 +3,7 @@
 ``report.json`` has a version; the rows of version 1, which had a label where version 2 has a key, are still read.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ class Interval:
     value: float | None
     low: float | None
     high: float | None
+
+    @classmethod
+    def of(cls, value: float | None, low: float | None, high: float | None) -> "Interval":
+        """With None for what is infinite or NaN, as JSON has it."""
+        return cls(*(x if x is not None and math.isfinite(x) else None for x in (value, low, high)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,13 @@ class Row:
     observed: str
 
     def as_sampled(self) -> Sampling:
-        """How it was sampled."""
+        """How it was sampled.
+
+        Raises:
+            ArtifactError: an old report, whose stages' records are gone, does not say.
+        """
+        if not self.sampling:
+            raise ArtifactError(f"how {self.images} was sampled is not known any more; run 'ptqd run' again")
         return Sampling(**self.sampling)
 
 
@@ -311,6 +323,12 @@ def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         key = {"recipe": row["recipe"], "plan": None, "methods": methods}
         remaining = {name: value for name, value in settings(row).items() if name not in ("recipe", "correction")}
         rows.append({"observed": "", "inception": False} | remaining | {"key": key, "sampling": sampling})
+    speed = plain.get("speed")
+    if speed is not None:
+        renamed = [
+            {"precision" if name == "numbers" else name: value for name, value in row.items()} for row in speed["rows"]
+        ]
+        plain = {**plain, "speed": {**speed, "rows": renamed}}
     lists = {name: list(map(settings, plain[name])) for name in ("steps", "choices", "plans")}
     return {**plain, **lists, "rows": rows, "version": VERSION}
 

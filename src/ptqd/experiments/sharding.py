@@ -37,7 +37,7 @@ SHOWN = 100  # images that are kept for people where the others are not
 def measure_shards(
     pipe: DiffusionPipeline,
     quantized: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     path: Path,
     scratch: Path,
     *,
@@ -48,12 +48,12 @@ def measure_shards(
     Returns:
         The statistics in the main process, which wrote them.
     """
-    measurement = PairedMeasurement(pipe, {0: quantized}, run)
+    measurement = PairedMeasurement(pipe, {0: quantized}, sampling)
 
     def write(indices: range, shard: Path) -> None:
         measurement.batch(indices)[0].save(shard)
 
-    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    shards = make_shards(list(sampling.batches()), scratch, write, title=title)
     if not processes.is_main():
         return None
     stats = _merged(shards)
@@ -64,14 +64,14 @@ def measure_shards(
 def measure_width_shards(
     pipe: DiffusionPipeline,
     quantized: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     folder: Path,
     scratch: Path,
     *,
     title: str | None,
 ) -> None:
     """Measure every width into ``folder/BITS.safetensors``, as :func:`measure_shards` does one."""
-    measurement = widths_measurement(pipe, quantized, run)
+    measurement = widths_measurement(pipe, quantized, sampling)
 
     def write(indices: range, shard: Path) -> None:
         parts = measurement.batch(indices)
@@ -79,7 +79,7 @@ def measure_width_shards(
             stats.save(_of_width(shard, bits))
         write_tensors(shard, {"widths": torch.tensor(list(parts))}, {})  # all are there
 
-    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    shards = make_shards(list(sampling.batches()), scratch, write, title=title)
     if processes.is_main():
         for bits in read_tensors(shards[0])[0]["widths"].tolist():
             parts = [_of_width(shard, bits) for shard in shards]
@@ -100,7 +100,7 @@ def _merged(shards: Sequence[Path]) -> NoiseStats:
 
 def sample_images(
     pipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     path: Path,
     scratch: Path,
     *,
@@ -112,7 +112,7 @@ def sample_images(
 
     Args:
         pipe: any whose output is images.
-        run: how.
+        sampling: how.
         path: a safetensors file of ``images``, uint8 (N, H, W, C), and, of a pipeline that does not diffuse pixels,
             ``latents``, the samples after the last step (N, ...).
         scratch: a folder that survives a kill.
@@ -123,21 +123,21 @@ def sample_images(
 
     def write(indices: range, shard: Path) -> None:
         with last_samples(pipe, len(indices)) as latents:
-            images = torch.from_numpy(np.rint(run_batch(pipe, run, indices) * 255).astype(np.uint8))
+            images = torch.from_numpy(np.rint(run_batch(pipe, sampling, indices) * 255).astype(np.uint8))
         tensors = {"images": images}
         in_pixels = images.ndim == 4 and latents and latents[0].shape[1:] == images.permute(0, 3, 1, 2).shape[1:]
         if latents and not in_pixels:
             tensors["latents"] = latents[0].float()
         if judge is not None:
-            tensors |= extract_features(images, judge, texts=texts_of(run, indices)).tensors()
+            tensors |= extract_features(images, judge, texts=texts_of(sampling, indices)).tensors()
         if not keep:
             tensors["images"] = images[: max(0, SHOWN - indices.start)]
         write_tensors(shard, tensors, {"ptqd.samples": scratch.name})
 
-    shards = make_shards(list(run.batches()), scratch, write, title=title)
+    shards = make_shards(list(sampling.batches()), scratch, write, title=title)
     if processes.is_main():
         networks = {} if judge is None else {"ptqd.networks": judge.networks_key}
-        join_tensors(path, shards, {"ptqd.samples": str(run.samples), **networks})
+        join_tensors(path, shards, {"ptqd.samples": str(sampling.samples), **networks})
 
 
 def load_images(path: Path) -> torch.Tensor:
@@ -155,7 +155,7 @@ def load_images(path: Path) -> torch.Tensor:
 def observe_images(
     images: ImageSet,
     judge: Evaluator,
-    run: Sampling,
+    sampling: Sampling,
     path: Path,
     scratch: Path,
     *,
@@ -175,17 +175,17 @@ def observe_images(
 
     def write(indices: range, shard: Path) -> None:
         full = None if same_seed is None else same_seed.part(indices)
-        seen = extract_features(images.part(indices), judge, same_seed=full, texts=texts_of(run, indices))
+        seen = extract_features(images.part(indices), judge, same_seed=full, texts=texts_of(sampling, indices))
         write_tensors(shard, seen.tensors(), {"ptqd.observed": scratch.name})
 
-    required = list(run.replace(samples=len(images)).batches())
+    required = list(sampling.replace(samples=len(images)).batches())
     shards = make_shards(required, scratch, write, title=title)
     if processes.is_main():
         join_tensors(path, shards, {"ptqd.networks": judge.networks_key})
 
 
 def observed_samples(
-    path: Path, against: Path | None, judge: Evaluator, run: Sampling, *, title: str | None
+    path: Path, against: Path | None, judge: Evaluator, sampling: Sampling, *, title: str | None
 ) -> tuple[int, dict[str, Metric]]:
     """Metrics of any images, by what a judge sees of them, or saw as they were sampled.
 
@@ -194,7 +194,7 @@ def observed_samples(
             :func:`sample_images` kept of them.
         against: the same of full-precision images of the same seeds.
         judge: of all.
-        run: the classes or prompts they were asked for.
+        sampling: the classes or prompts they were asked for.
         title: of a progress bar.
 
     Returns:
@@ -213,11 +213,11 @@ def observed_samples(
             continue
         images, same_seed = _images(file, judge), _images(files[1], judge) if full else None
         digests = [x.digest() for x in (images, same_seed) if x is not None] if processes.is_main() else []
-        inputs = {"images": processes.agreed(digests), "networks": judge.networks_key, "asked": run.to_dict()}
+        inputs = {"images": processes.agreed(digests), "networks": judge.networks_key, "asked": sampling.to_dict()}
         name = sha256(f"{inputs} {version('ptqd')}".encode()).hexdigest()[:32]
 
         def build(seen: Path, scratch: Path, images: Any = images, same_seed: Any = same_seed) -> None:
-            observe_images(images, judge, run, seen, scratch, title=title, same_seed=same_seed)
+            observe_images(images, judge, sampling, seen, scratch, title=title, same_seed=same_seed)
 
         output.append((folder.stage(f"{name}.safetensors", inputs, build, shared=True), file))
     if not processes.is_main():
@@ -225,7 +225,7 @@ def observed_samples(
     with opened_tensors(output[0][0]) as opened:
         names = [name for name in opened.keys() if name not in ("images", "latents")]  # noqa: SIM118
         count = opened.get_slice(names[0]).get_shape()[0] if names else 0
-    labels = labels_of(run, count)
+    labels = labels_of(sampling, count)
     return count, with_intervals(judged(*output[0], judge, labels, output[1] if len(output) > 1 else None), labels)
 
 
@@ -288,18 +288,18 @@ def _latents(path: Path) -> torch.Tensor | None:
         return file.get_tensor("latents") if "latents" in file.keys() else None  # noqa: SIM118
 
 
-def labels_of(run: Sampling, count: int) -> torch.Tensor | None:
+def labels_of(sampling: Sampling, count: int) -> torch.Tensor | None:
     """The classes that the first samples of a run were asked for (N,); None where it names none."""
-    labels = run.call.get("class_labels")
+    labels = sampling.call.get("class_labels")
     if labels is None:
         return None
     labels = [labels] if isinstance(labels, int) else labels
     return torch.tensor([labels[i % len(labels)] for i in range(count)])
 
 
-def texts_of(run: Sampling, indices: Sequence[int]) -> list[str] | None:
+def texts_of(sampling: Sampling, indices: Sequence[int]) -> list[str] | None:
     """The prompts that some samples of a run were asked for; None where it has none."""
-    prompt = run.call_for(indices).get("prompt")
+    prompt = sampling.call_for(indices).get("prompt")
     return [prompt] * len(indices) if isinstance(prompt, str) else prompt
 
 

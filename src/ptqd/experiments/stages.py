@@ -235,9 +235,8 @@ class Stages:
                     self.folder.folder / observed, self.folder.folder / images, self.judge, labels, paths
                 )
                 intervals = with_intervals(statistics, labels)
-            metrics = {name: asdict(metric) for name, metric in intervals.items()}
-            write_json(path, metrics)
-            return {name: Interval(**metric) for name, metric in metrics.items()}
+            write_json(path, {name: asdict(metric) for name, metric in intervals.items()})
+            return {name: Interval.of(**asdict(metric)) for name, metric in intervals.items()}
 
         def read(path: Path) -> dict[str, Interval]:
             return {name: Interval(**metric) for name, metric in read_json(path).items()}
@@ -275,7 +274,8 @@ class Stages:
         return value
 
     def _load_pipeline(self, path: Path) -> DiffusionPipeline:
-        return load(path).to(self.pipe.device)
+        dtype = getattr(self.pipe, denoiser_name(self.pipe)).dtype
+        return load(path, dtype=dtype).to(self.pipe.device)
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None
@@ -286,4 +286,4 @@ class Stages:
 
 def _at(estimate: Estimate, index: object) -> Interval:
     value, low, high = (torch.as_tensor(getattr(estimate, name)[index]).item() for name in ("value", "low", "high"))
-    return Interval(value, low, high)
+    return Interval.of(value, low, high)

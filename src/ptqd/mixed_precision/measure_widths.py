@@ -12,7 +12,7 @@ from ptqd.quantization.recipe import Recipe
 
 
 def measure_widths(
-    pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling, *, progress: str | bool = False
+    pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling, *, progress: str | bool = False
 ) -> dict[int, NoiseStats]:
     """Measure every activation width that a pipeline has ranges for: what a :class:`ptqd.PrecisionPlan` is made from.
 
@@ -21,7 +21,7 @@ def measure_widths(
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
-        run: as for :func:`ptqd.measure`.
+        sampling: as for :func:`ptqd.measure`.
         progress: show a bar, with that title.
 
     Returns:
@@ -30,12 +30,12 @@ def measure_widths(
     Raises:
         InputError: the pipeline has one width only, or was not quantized by ptqd.
     """
-    return widths_measurement(pipe, qpipe, run).all(progress=progress)
+    return widths_measurement(pipe, qpipe, sampling).all(progress=progress)
 
 
-def widths_measurement(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> PairedMeasurement:
+def widths_measurement(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> PairedMeasurement:
     """What measures every width, batch by batch; see :func:`measure_widths`."""
     widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
     if len(widths) < 2:
         raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
-    return PairedMeasurement(pipe, {bits: at_width(qpipe, bits) for bits in widths}, run)
+    return PairedMeasurement(pipe, {bits: at_width(qpipe, bits) for bits in widths}, sampling)

@@ -49,7 +49,7 @@ def quantized_snr(stats: NoiseStats) -> torch.Tensor:
 
 
 def model_timesteps(stats: Mapping[int, NoiseStats]) -> tuple[float, ...]:
-    """What the denoiser was told at each step, which is what its clock will see.
+    """The timestep that the denoiser got at each step, which is what its plan will be looked up by.
 
     Raises:
         InputError: it takes no timestep, or the statistics are of another schedule.

@@ -247,7 +247,7 @@ def _grouped(sensitivity: Sensitivity, macs: Macs, groups: int) -> tuple[tuple[s
 def planning_problem(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     stats: Mapping[int, NoiseStats],
     *,
     weight_bits: Sequence[int] = (),
@@ -259,7 +259,7 @@ def planning_problem(
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths.
-        run: how it samples.
+        sampling: how it samples.
         stats: by width, of this schedule itself.
         weight_bits: as for :func:`ptqd.search_plan`.
         groups: as for :func:`ptqd.search_plan`.
@@ -285,14 +285,14 @@ def planning_problem(
     if weight_bits and free_weights:
         fewer = dict.fromkeys(free_weights, min(weight_bits))
         plan = PrecisionPlan.uniform(model_timesteps(stats), recipe.widths[-1]).replace(weights=fewer)
-        half = run.replace(samples=max(run.samples // 2, 16))
+        half = sampling.replace(samples=max(sampling.samples // 2, 16))
         title = "measuring weights" if progress else False
         fewest = measure(pipe, apply_plan(qpipe, plan, pipe), half, progress=title)
     known = sorted({*(own.weights for own in layers.values() if own.weights), *weight_bits})
     return make_problem(
         stats,
-        by_halves(run_macs(pipe, run), model),
-        measure_sensitivity(pipe, qpipe, run, weight_bits=known, progress=progress),
+        by_halves(run_macs(pipe, sampling), model),
+        measure_sensitivity(pipe, qpipe, sampling, weight_bits=known, progress=progress),
         layers,
         softmax_bits=recipe.softmax_bits,
         weight_bits=weight_bits,

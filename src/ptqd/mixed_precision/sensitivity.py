@@ -65,7 +65,7 @@ class Sensitivity:
 def measure_sensitivity(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     *,
     weight_bits: Sequence[int] = (),
     steps: int = PROBED_STEPS,
@@ -77,7 +77,7 @@ def measure_sensitivity(
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd, with a recipe of several widths.
-        run: how it samples.
+        sampling: how it samples.
         weight_bits: widths to measure weights at; none leaves ``weights`` empty.
         steps: of the run that are looked at, evenly spread; those between are interpolated.
         samples: that are looked at.
@@ -89,7 +89,7 @@ def measure_sensitivity(
     name = denoiser_name(pipe)
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     probe = _Probe(getattr(pipe, name), getattr(qpipe, name), recipe, sorted(weight_bits))
-    apart = run.with_seed_for("sensitivity").replace(
+    apart = sampling.with_seed_for("sensitivity").replace(
         samples=samples, batch=PROBED_BATCH
     )  # whatever the run's: the same result
     for indices in track(list(apart.batches()), "finding each layer's share" if progress else None):

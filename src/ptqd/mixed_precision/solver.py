@@ -21,7 +21,7 @@ TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
 def search_plan(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     stats: Mapping[int, NoiseStats],
     *,
     budget: float | None = None,
@@ -35,7 +35,7 @@ def search_plan(
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
-        run: how it samples.
+        sampling: how it samples.
         stats: of every width, as :func:`ptqd.measure_widths` gives them.
         budget: how many times fewer bit operations than FP32, at least: 19.9.
         floor: signal-to-noise ratio of the final sample against full precision in dB, at least.
@@ -51,7 +51,7 @@ def search_plan(
     Raises:
         InputError: no plan meets the budget or the floor; the nearest that can be met is named.
     """
-    problem = planning_problem(pipe, qpipe, run, stats, weight_bits=weight_bits, groups=groups, progress=progress)
+    problem = planning_problem(pipe, qpipe, sampling, stats, weight_bits=weight_bits, groups=groups, progress=progress)
     return solve(problem, budget=budget, floor=floor).plan
 
 

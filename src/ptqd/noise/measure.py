@@ -28,7 +28,7 @@ from ptqd.progress import track
 def measure(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     *,
     start: int = 0,
     closed_loop: bool = False,
@@ -39,8 +39,8 @@ def measure(
     Args:
         pipe: full precision.
         qpipe: the same pipeline, quantized by any means; with a plan, each step at its own bits.
-        run: how it samples; ``run.samples`` are measured, one batch's trajectory is in memory at a time. Their seeds
-            are derived from the run's, and are not those of its images.
+        sampling: how it samples; ``sampling.samples`` are measured, one batch's trajectory is in memory at a time.
+            Their seeds are derived from the run's, and are not those of its images.
         start: first sample, to share the work among several calls whose statistics are then merged.
         closed_loop: measure along the trajectory of ``qpipe``, as it is corrected or not, instead of that of
             ``pipe``. Whole trajectories cannot be checked with such statistics.
@@ -50,7 +50,7 @@ def measure(
         MismatchError: the two pipelines do not take the same steps.
         InputError: the denoiser's output is NaN or infinite at some step, or the run has no samples.
     """
-    return PairedMeasurement(pipe, {0: qpipe}, run, closed_loop=closed_loop).all(start, progress)[0]
+    return PairedMeasurement(pipe, {0: qpipe}, sampling, closed_loop=closed_loop).all(start, progress)[0]
 
 
 class PairedMeasurement:
@@ -69,12 +69,12 @@ class PairedMeasurement:
         self,
         pipe: DiffusionPipeline,
         quantized: Mapping[int, DiffusionPipeline],
-        run: Sampling,
+        sampling: Sampling,
         *,
         closed_loop: bool = False,
     ) -> None:
         self.pipe, self.quantized, self.closed_loop = pipe, quantized, closed_loop
-        self.run = run.with_seed_for("measuring")
+        self.run = sampling.with_seed_for("measuring")
         model = fingerprint(getattr(pipe, denoiser_name(pipe)))
         self.measured_on = {key: self._measured_on(qpipe, model) for key, qpipe in quantized.items()}
         self._first: dict[int, NoiseStats] = {}  # whose scheduler was asked how it steps

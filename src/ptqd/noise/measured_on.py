@@ -67,6 +67,8 @@ class MeasuredOn:
         Raises:
             ArtifactError: it says what this version does not know.
         """
+        if not isinstance(values, Mapping):
+            raise ArtifactError(f"what statistics were measured on must be a table; got {values!r}: measure again")
         names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
         unknown = set(values) - set(names)
         if unknown:

@@ -280,7 +280,7 @@ class NoiseStats:
             **sums,
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors |= {name: getattr(self.response, name.removeprefix("response_")) for name in RESPONSE}
@@ -288,16 +288,16 @@ class NoiseStats:
         if self.levels is not None:
             tensors |= {"alpha": self.levels.alpha, "sigma": self.levels.sigma}
             facts["family"] = self.levels.family
-        write_tensors(path, tensors, {"ptqd.noise": json.dumps(facts, sort_keys=True)})
+        write_tensors(Path(path), tensors, {"ptqd.noise": json.dumps(facts, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: Path) -> "NoiseStats":
+    def load(cls, path: str | Path) -> "NoiseStats":
         """Read what :meth:`save` wrote.
 
         Raises:
             InputError: the file is missing, truncated, or something else.
         """
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(Path(path))
         if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise ArtifactError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
         facts = json.loads(metadata["ptqd.noise"])

@@ -108,7 +108,7 @@ def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None
     new = copy_module(old, lambda tensor: tensor)
     new.set_bits(bits)
     new.encode(weight)
-    clock = range_steps_of(model)
-    if clock is not None and name in clock.ranges.temporal:  # its bias was fitted to its old codes
+    by_step = range_steps_of(model)
+    if by_step is not None and name in by_step.ranges.temporal:  # its bias was fitted to its old codes
         new.bias = full.get_submodule(name).bias
     put_layer(model, name, new)

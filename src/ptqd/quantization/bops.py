@@ -18,7 +18,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import QuantAttnProcessor
 from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv
-from ptqd.quantization.plan_steps import plan_steps_of
+from ptqd.quantization.plan_steps import PlanSteps, plan_steps_of
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Cost:
         return self.macs.total * FULL_BITS**2 / self.total
 
 
-def run_cost(pipe: DiffusionPipeline, run: Sampling) -> Cost:
+def run_cost(pipe: DiffusionPipeline, sampling: Sampling) -> Cost:
     """The cost of one sample of a pipeline, as it is quantized and planned; see the module's docstring.
 
     Raises:
-        InputError: the pipeline cannot run on stand-ins, because it looks at its denoiser's numbers.
+        InputError: the pipeline cannot run without numbers, because it looks at its denoiser's numbers.
     """
     model = getattr(pipe, denoiser_name(pipe))
-    macs = run_macs(pipe, run)
+    macs = run_macs(pipe, sampling)
     return cost_of(model, macs)
 
 
@@ -111,9 +111,9 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
     Raises:
         InputError: its plan is for another number of steps.
     """
-    clock, steps = plan_steps_of(model), len(macs.counts)
-    if clock is not None and clock.plan.steps != steps:
-        raise InputError(f"the plan is for {clock.plan.steps} steps, the run takes {steps}; make a plan for these")
+    planned, steps = plan_steps_of(model), len(macs.counts)
+    if planned is not None and planned.plan.steps != steps:
+        raise InputError(f"the plan is for {planned.plan.steps} steps, the run takes {steps}; make a plan for these")
     left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)
     beside = torch.zeros(len(macs.layers), dtype=torch.float64)
     modules = dict(model.named_modules())
@@ -123,22 +123,22 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
         processor = getattr(attention, "processor", None)
         if isinstance(result, QuantLayer):
             left[:, n] = result.weights.bits
-            right[:, n] = _by_step(result.input, clock, steps)
+            right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * LOW_RANK_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
             first, second = (0, 1) if product == "qk" else (2, 3)
-            left[:, n] = _by_step(processor.quantizers[first], clock, steps)
-            right[:, n] = _by_step(processor.quantizers[second], clock, steps)
+            left[:, n] = _by_step(processor.quantizers[first], planned, steps)
+            right[:, n] = _by_step(processor.quantizers[second], planned, steps)
     return Bits(left, right, beside)
 
 
-def _by_step(quantizer: ActivationQuantizer, clock: Any, steps: int) -> torch.Tensor:
+def _by_step(quantizer: ActivationQuantizer, planned: PlanSteps | None, steps: int) -> torch.Tensor:
     """A quantizer's bits at each step (T,)."""
-    if clock is None or quantizer.active not in clock.groups:
+    if planned is None or quantizer.active not in planned.groups:
         return torch.full((steps,), float(quantizer.bits), dtype=torch.float64)
-    group = clock.groups.index(quantizer.active)
-    return torch.tensor([float(row[group]) for row in clock.plan.bits], dtype=torch.float64)
+    group = planned.groups.index(quantizer.active)
+    return torch.tensor([float(row[group]) for row in planned.plan.bits], dtype=torch.float64)
 
 
 def disk_bytes(model: nn.Module) -> int:

@@ -86,14 +86,14 @@ def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None
     return flat
 
 
-def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> torch.Tensor:
+def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> torch.Tensor:
     """What quantization changes at each step: the sum over samples of the squared change of the next sample (T,)."""
     totals: list[float] = []
-    for indices in run.batches():
+    for indices in sampling.batches():
         with record(pipe) as trajectory:
-            run_batch(pipe, run, indices, "latent")
+            run_batch(pipe, sampling, indices, "latent")
         with replay(qpipe, trajectory) as answer:
-            run_batch(qpipe, run, indices, "latent")
+            run_batch(qpipe, sampling, indices, "latent")
         moved = [value * len(indices) for value in answer.step_changes]
         totals = moved if not totals else [a + b for a, b in zip(totals, moved, strict=True)]
     return torch.tensor(totals, dtype=torch.float64)
@@ -113,13 +113,18 @@ class Calibration:
 
 
 def draw_inputs(
-    pipe: DiffusionPipeline, run: Sampling, rows: int, weights: np.ndarray[Any, Any], *, progress: str | None = None
+    pipe: DiffusionPipeline,
+    sampling: Sampling,
+    rows: int,
+    weights: np.ndarray[Any, Any],
+    *,
+    progress: str | None = None,
 ) -> "CalibrationInputs":
-    """Draw rows of the denoiser's calls from ``run``'s trajectories; in random order.
+    """Draw rows of the denoiser's calls from ``sampling``'s trajectories; in random order.
 
     Args:
         pipe: in full precision, or one whose quantizers do not round yet.
-        run: its samples are drawn from.
+        sampling: its samples are drawn from.
         rows: wanted; fewer where the run has fewer.
         weights: probability of each step (T,).
         progress: title of a bar.
@@ -127,14 +132,14 @@ def draw_inputs(
     Raises:
         InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
     """
-    inputs = calibrate(pipe, run, rows=rows, weights=weights, progress=progress).inputs
+    inputs = calibrate(pipe, sampling, rows=rows, weights=weights, progress=progress).inputs
     assert inputs is not None
     return inputs
 
 
 def calibrate(
     pipe: DiffusionPipeline,
-    run: Sampling,
+    sampling: Sampling,
     *,
     rows: int = 0,
     weights: np.ndarray[Any, Any] | None = None,
@@ -146,7 +151,7 @@ def calibrate(
 
     Args:
         pipe: in full precision, or one whose quantizers do not round yet.
-        run: the trajectories.
+        sampling: the trajectories.
         rows: of the denoiser's calls to draw.
         weights: probability that a row is drawn from each step (T,), where some are.
         profile: find the layers that see nothing but the step.
@@ -157,25 +162,25 @@ def calibrate(
         InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
     """
     if not rows and not profile and index is None:  # nothing that needs the steps told apart
-        for _ in sample(pipe, run, output="latent", progress=progress):
+        for _ in sample(pipe, sampling, output="latent", progress=progress):
             pass
         return Calibration(None, None)
     model = getattr(pipe, denoiser_name(pipe))
-    count = -(-rows // run.samples)
+    count = -(-rows // sampling.samples)
     taken: list[_Taken] = []
     profiler = ActivationProfiler(model) if profile else None
-    for indices in track(list(run.batches()), progress):
+    for indices in track(list(sampling.batches()), progress):
         with record(pipe) as trajectory, contextlib.ExitStack() as stack:
             if weights is not None:
-                required = [_steps_of(run.seed, i, count, weights) for i in indices]
+                required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
                 stack.enter_context(_listening(model, trajectory, indices, required, taken))
             if index is not None:
                 stack.enter_context(_numbering(model, trajectory, index))
             if profiler is not None:
                 stack.enter_context(profiler.watching(trajectory, len(indices)))
-            run_batch(pipe, run, indices, "latent")
+            run_batch(pipe, sampling, indices, "latent")
     taken.sort(key=lambda part: (part.sample, part.step))
-    inputs = _stack(taken, rows, run.seed) if weights is not None else None
+    inputs = _stack(taken, rows, sampling.seed) if weights is not None else None
     return Calibration(inputs, None if profiler is None else profiler.result(trajectory.model_timesteps))
 
 

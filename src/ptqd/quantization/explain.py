@@ -52,13 +52,13 @@ class LayerReport:
     error: float
 
 
-def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) -> list[LayerReport]:
+def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> list[LayerReport]:
     """Report on each layer that a recipe quantized, worst first.
 
     Args:
         pipe: full precision.
         qpipe: quantized by ptqd from it.
-        run: how it samples.
+        sampling: how it samples.
 
     Raises:
         InputError: ptqd did not quantize ``qpipe``.
@@ -66,9 +66,9 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, run: Sampling) ->
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     name = denoiser_name(pipe)
     full, model = getattr(pipe, name), getattr(qpipe, name)
-    macs = by_halves(run_macs(pipe, run), model)
+    macs = by_halves(run_macs(pipe, sampling), model)
     counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
-    errors = _errors(pipe, full, model, run, len(macs.counts))
+    errors = _errors(pipe, full, model, sampling, len(macs.counts))
     temporal = getattr(getattr(range_steps_of(model), "ranges", None), "temporal", ())
     reports = []
     for site in quantized_sites(model):
@@ -95,16 +95,18 @@ def _format(spec: QuantSpec) -> str:
     return text + (" dynamic" if spec.dynamic else "")
 
 
-def _errors(pipe: DiffusionPipeline, full: nn.Module, model: nn.Module, run: Sampling, steps: int) -> dict[str, float]:
+def _errors(
+    pipe: DiffusionPipeline, full: nn.Module, model: nn.Module, sampling: Sampling, steps: int
+) -> dict[str, float]:
     """Relative squared error of each layer's output."""
-    few = run.with_seed_for("explaining").replace(samples=16, batch=16)
+    few = sampling.with_seed_for("explaining").replace(samples=16, batch=16)
     inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", steps))
     sums: dict[str, list[float]] = {}
     with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
         args, kwargs = inputs.call(slice(0, len(inputs)))
-        clock = range_steps_of(model)
-        if clock is not None:
-            clock.set(inputs.steps.tolist())
+        by_step = range_steps_of(model)
+        if by_step is not None:
+            by_step.set(inputs.steps.tolist())
         full(*args, **kwargs)
     return {name: wrong / energy if energy > 0 else wrong for name, (wrong, energy) in sums.items()}
 

@@ -39,7 +39,12 @@ BATCH = 64  # rows at once
 
 
 def quantize(
-    pipe: DiffusionPipeline, recipe: str | Recipe, run: Sampling, *, scratch: Path | None = None, progress: bool = False
+    pipe: DiffusionPipeline,
+    recipe: str | Recipe,
+    sampling: Sampling,
+    *,
+    scratch: Path | None = None,
+    progress: bool = False,
 ) -> DiffusionPipeline:
     """Quantize a pipeline's denoiser.
 
@@ -50,7 +55,7 @@ def quantize(
     Args:
         pipe: any diffusers pipeline with a UNet or transformer; it is left untouched.
         recipe: a shorthand such as ``"w4a8"``, a TOML file, or a Recipe.
-        run: how it samples.
+        sampling: how it samples.
         scratch: a folder that keeps what was learned over a kill: the same call goes on from there, with the same
             result. It belongs to this pipeline, recipe and run, and is left to the caller to delete.
         progress: show a bar.
@@ -65,18 +70,29 @@ def quantize(
     """
     recipe = Recipe.parse(recipe)
     with tempfile.TemporaryDirectory() as temporary:
-        return _Quantizing(pipe, recipe, run, scratch or Path(temporary), progress).go()
+        return _Quantizing(pipe, recipe, sampling, scratch or Path(temporary), progress).go()
+
+
+BUCKETS = 64  # of steps, at most, whose activations are observed apart: a histogram each
+
+
+def _observers_by_step(steps: int) -> list[Observer]:
+    """An observer for each step; of long runs, neighbouring steps share one."""
+    buckets = [Observer() for _ in range(min(steps, BUCKETS))]
+    return [buckets[step * len(buckets) // steps] for step in range(steps)]
 
 
 class _Quantizing:
     """One call of :func:`quantize`: its parts, in the order they come."""
 
-    def __init__(self, pipe: DiffusionPipeline, recipe: Recipe, run: Sampling, scratch: Path, progress: bool) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, recipe: Recipe, sampling: Sampling, scratch: Path, progress: bool
+    ) -> None:
         self.pipe, self.recipe, self.scratch, self.progress = pipe, recipe, scratch, progress
         self.name = denoiser_name(pipe)
         self.full: nn.Module = getattr(pipe, self.name)
         check_weights(self.full, self.name)
-        self.run = run.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
+        self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
         self.drawn = recipe.calibration_steps != "uniform"  # ranges are found on drawn rows
 
     def go(self) -> DiffusionPipeline:
@@ -125,7 +141,7 @@ class _Quantizing:
         quantizers = [quantizer for _, quantizer in layer_quantizers(getattr(quantized, self.name))]
         index = StepIndex()
         for quantizer in quantizers:
-            quantizer.observe([Observer() for _ in range(steps)] if by_step else None)
+            quantizer.observe(_observers_by_step(steps) if by_step and quantizer.is_static else None)
             if by_step:
                 quantizer.step = index
         calibration = calibrate(
@@ -182,14 +198,13 @@ class _Quantizing:
         for (name, quantizer), seen in zip(layer_quantizers(model), observed, strict=True):
             if quantizer.is_static:
                 grouped = seen
-                if len(seen) > 1 and ranges is not None:  # by step
-                    numbers = range(len(seen)) if name in ranges.temporal else ranges.groups
-                    remaining = numbers if quantizer.ranges > 1 else [0] * len(seen)
-                    grouped = [
-                        Observer.merged([o for o, group in zip(seen, remaining, strict=True) if group == g])
-                        for g in range(quantizer.ranges)
-                    ]
-                elif quantizer.ranges > len(seen):  # of a layer with a range for every step, which is not observed
+                if len(seen) > 1 and ranges is not None and name not in ranges.temporal:  # by step
+                    groups = ranges.groups if quantizer.ranges > 1 else (0,) * len(seen)
+                    members: list[dict[int, Observer]] = [{} for _ in range(quantizer.ranges)]
+                    for observer, group in zip(seen, groups, strict=True):
+                        members[group][id(observer)] = observer  # neighbouring steps may share one
+                    grouped = [Observer.merged(list(member.values())) for member in members]
+                elif quantizer.ranges > 1 or len(seen) > 1:  # a range for every step, which is not observed
                     grouped = []
                 quantizer.observe(grouped)
             quantizer.bypass()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.step_state import StepIndex, StepState, StepTable
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.sites import layer_quantizers
 
@@ -53,8 +53,15 @@ class StepRanges:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StepRanges":
-        """From plain values."""
-        return cls(*(tuple(values[name]) for name in ("timesteps", "groups", "temporal")))
+        """From plain values.
+
+        Raises:
+            ArtifactError: some are missing, or no lists.
+        """
+        try:
+            return cls(*(tuple(values[name]) for name in ("timesteps", "groups", "temporal")))
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"saved ranges by step are damaged ({error}); quantize again") from error
 
 
 class RangeSteps(StepTable):

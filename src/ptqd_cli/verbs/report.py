@@ -21,6 +21,7 @@ class Report:
         """Render the report that is there."""
         from ptqd import processes
         from ptqd.experiments import results
+        from ptqd.experiments.report.page import write_page
         from ptqd.experiments.report.table import markdown_table
         from ptqd_cli.show_report import show_report
 
@@ -28,6 +29,7 @@ class Report:
             return
         report = results.Report.load(self.folder)
         if self.markdown:
+            write_page(report, self.folder)
             print(markdown_table(report.rows))
         else:
             show_report(report, self.folder, wide=self.wide)

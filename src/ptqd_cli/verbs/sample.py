@@ -33,7 +33,7 @@ class Sample:
         from ptqd import processes
         from ptqd.diffusion.fingerprints import pipeline_fingerprint
         from ptqd.errors import InputError
-        from ptqd.experiments.report.pictures import grid
+        from ptqd.experiments.report.grids import grid
         from ptqd.experiments.sharding import labels_of, load_images, sample_images
         from ptqd.files import replacing
         from ptqd.metrics.images import write_npz

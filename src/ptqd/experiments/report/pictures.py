@@ -7,13 +7,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from ptqd.experiments.report.grids import grid, png
 from ptqd.experiments.report.table import correction_label
 from ptqd.experiments.results import ChoiceRow, PlanPoint, PlanRow, Row, StepRow, by_settings
 from ptqd.files import read_tensors
@@ -27,32 +27,6 @@ QUANTITIES = {
     "autocorrelation": ("residual's correlation with the step before", "linear"),
     "kurtosis": ("residual's excess kurtosis", "symlog"),
 }
-
-
-def grid(rows: Sequence[torch.Tensor], scale: int = 2, gap: int = 2) -> Image.Image:
-    """Images side by side.
-
-    Args:
-        rows: each uint8 (n, H, W, C), all of one shape.
-        scale: enlargement, by whole pixels.
-        gap: white pixels between images.
-    """
-    n, height, width, channels = rows[0].shape
-    sheet = np.full((len(rows) * (height + gap) - gap, n * (width + gap) - gap, channels), 255, np.uint8)
-    for i, images in enumerate(rows):
-        for j, image in enumerate(images.numpy()):
-            sheet[i * (height + gap) : i * (height + gap) + height, j * (width + gap) : j * (width + gap) + width] = (
-                image
-            )
-    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def png(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def setting_strips(

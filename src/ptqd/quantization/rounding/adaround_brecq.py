@@ -113,7 +113,7 @@ class _Unit:
         folder: Path,
     ) -> None:
         self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
-        self.clock = range_steps_of(quantized)
+        self.step_ranges = range_steps_of(quantized)
         self.device = next(quantized.buffers()).device
         whole = method.unit == "model"
         self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True)
@@ -210,8 +210,8 @@ class _Unit:
             scale.generator = random
         for name, weight in self.weights.items():
             self.module.get_submodule(name).weight = weight.weight()
-        if self.clock is not None:
-            self.clock.set(self.pool.steps[rows].tolist())
+        if self.step_ranges is not None:
+            self.step_ranges.set(self.pool.steps[rows].tolist())
         output = tree_flatten(self.module(*args, **kwargs))[0]
         error = torch.zeros((), device=self.device)
         for out, target, factor in zip(output, self.targets.rows(rows), self.targets.factors, strict=True):

@@ -1,4 +1,4 @@
-"""What a unit of a denoiser is given and what it makes of it, for every row of a inputs.
+"""What a unit of a denoiser is given and what it makes of it, for every row of calibration inputs.
 
 The model runs batch by batch up to the unit and stops there. What is kept goes to files that are mapped into memory, so
 that what lies in memory is a batch.
@@ -51,7 +51,7 @@ class Captured:
 def capture(
     model: nn.Module, unit: str, inputs: CalibrationInputs, folder: Path, *, outputs: bool = False, batch: int = BATCH
 ) -> tuple[Captured, Captured | None]:
-    """The inputs, and if asked for the outputs, of a unit for every row of a inputs.
+    """The inputs, and if asked for the outputs, of a unit for every row of calibration inputs.
 
     Args:
         model: the denoiser.
@@ -133,15 +133,32 @@ def _reaching(module: nn.Module, kept: list[object], outputs: bool) -> AbstractC
     return hooked(module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
 
 
-def run_until(model: nn.Module, unit: str, call: tuple[tuple[object, ...], dict[str, object]]) -> None:
-    """Run a denoiser with a call's arguments up to the end of one of its modules, and no further."""
+def run_until(model: nn.Module, unit: str, call: tuple[tuple[object, ...], dict[str, object]], times: int = 1) -> None:
+    """Run a denoiser with a call's arguments until one of its modules was called so many times, and no further."""
+    left = [times]
 
     def stop(module: object, args: object, output: object) -> None:
-        raise _Stop
+        left[0] -= 1
+        if not left[0]:
+            raise _Stop
 
     args, kwargs = call
     with hooked(model.get_submodule(unit).register_forward_hook(stop)), suppress(_Stop):
         model(*args, **kwargs)
+
+
+def times_called(model: nn.Module, names: list[str], inputs: CalibrationInputs) -> dict[str, int]:
+    """How often one call of a denoiser calls each of some of its modules."""
+    times = dict.fromkeys(names, 0)
+
+    def count(module: object, args: object, name: str) -> None:
+        times[name] += 1
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(count, name=name)) for name in names]
+    args, kwargs = inputs.call(slice(0, 2))
+    with hooked(*hooks), torch.no_grad():
+        model(*args, **kwargs)
+    return times
 
 
 def units_in_order(model: nn.Module, names: list[str], inputs: CalibrationInputs) -> list[str]:

@@ -19,7 +19,7 @@ from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Gptq
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
-from ptqd.quantization.rounding.capture import BATCH, run_until, units_in_order
+from ptqd.quantization.rounding.capture import BATCH, run_until, times_called, units_in_order
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
@@ -101,7 +101,9 @@ def fit_gptq(
         exempt: layers that stay as they are.
         title: of a progress bar.
     """
-    for unit in track(units_in_order(model, find_units(model), inputs), title):
+    units = units_in_order(model, find_units(model), inputs)
+    times = times_called(model, units, inputs)
+    for unit in track(units, title):
         layers = {
             name: layer
             for name, layer in quantized_layers(model)
@@ -119,7 +121,7 @@ def fit_gptq(
         hooks = [layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items()]
         with hooked(*hooks), torch.no_grad():
             for rows in inputs.batches(BATCH):
-                run_until(model, unit, inputs.call(rows))
+                run_until(model, unit, inputs.call(rows), times[unit])
         for name, hessian in hessians.items():
             layer = layers[name]
             grid, target = grid_on_cpu(layer), layer.target_weight(full_weight(full, name, layer))

@@ -82,8 +82,12 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
 
     A layer is smoothed when its input comes, and goes on with the smoothed weight, which changes nothing of its output.
     """
+    smoothed: set[str] = set()  # a layer may be called again
 
     def smooth(layer: Any, args: Any, name: str) -> None:
+        if name in smoothed:
+            return
+        smoothed.add(name)
         weight = full_weight(full, name, layer)
         search_smoothing(layer, weight, args[0].detach(), method.alpha)
         layer.use_float(weight)
