@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -16,8 +15,8 @@ from ptqd.diffusion.macs import Macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
-from ptqd.errors import ArtifactError, InputError
-from ptqd.experiments.results import PlanPoint
+from ptqd.errors import InputError
+from ptqd.experiments.results import PlanFigures, PlanPoint
 from ptqd.mixed_precision.paper_rule import forward_snr, paper_plan, quantized_snr
 from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
 from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
@@ -165,41 +164,6 @@ def make_plan(
     bits, groups = request.weight_bits, request.groups
     problem = planning_problem(pipe, quantized, sampling, stats, weight_bits=bits, groups=groups, progress=progress)
     return solve(problem, budget=request.budget, floor=request.floor).plan, problem
-
-
-@dataclass(frozen=True)
-class PlanFigures:
-    """What the report shows of a plan; see :class:`ptqd.experiments.results.PlanRow`."""
-
-    made: dict[str, Any]
-    timesteps: tuple[float, ...]
-    widths: tuple[int, ...]
-    snr: dict[str, tuple[float | None, ...]]
-    forward_snr: tuple[float | None, ...] | None
-    groups: tuple[str, ...]
-    bits: tuple[tuple[int, ...], ...]
-    weights: dict[str, int]
-    share: tuple[float, ...]
-    ratio: float
-    pareto: tuple[PlanPoint, ...]
-    uniform: tuple[PlanPoint, ...]
-    paper: PlanPoint | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> "PlanFigures":
-        """From plain values, strict about their types.
-
-        Raises:
-            ArtifactError: they do not fit.
-        """
-        try:
-            return msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
-            raise ArtifactError(f"a plan's figures are damaged ({error}); run 'ptqd run' again") from error
 
 
 def plan_figures(

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -193,12 +193,9 @@ class PlanPoint:
 
 
 @dataclass(frozen=True)
-class PlanRow:
+class PlanFigures:
     """A plan, and what it was chosen among; lists over steps, but for ``groups`` and the points."""
 
-    settings: SamplerSettings
-    recipe: str
-    pictures: str
     made: dict[str, Any]
     timesteps: tuple[float, ...]
     widths: tuple[int, ...]
@@ -212,6 +209,31 @@ class PlanRow:
     pareto: tuple[PlanPoint, ...]
     uniform: tuple[PlanPoint, ...]
     paper: PlanPoint | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "PlanFigures":
+        """From plain values, strict about their types.
+
+        Raises:
+            ArtifactError: they do not fit.
+        """
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise ArtifactError(f"a plan's figures are damaged ({error}); run 'ptqd run' again") from error
+
+
+@dataclass(frozen=True)
+class PlanRow(PlanFigures):
+    """A plan of a recipe, and where the pictures of its sample's steps are in the run folder."""
+
+    settings: SamplerSettings
+    recipe: str
+    pictures: str
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
-    PlanFigures,
     PlanRequest,
     load_widths,
     make_plan,
     plan_figures,
     trajectory_images,
 )
-from ptqd.experiments.results import FULL_PRECISION, Interval, Row, RowKey, SamplerSettings, StepRow
+from ptqd.experiments.results import FULL_PRECISION, Interval, PlanFigures, Row, RowKey, SamplerSettings, StepRow
 from ptqd.experiments.sharding import (
     judged,
     labels_of,
