@@ -106,11 +106,6 @@ def run_experiment(
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
     for methods in experiment.corrections:
         check_methods(methods)
-    if AUTO in experiment.corrections and experiment.measured < 2 * MIN_CHECKED:
-        raise InputError(
-            f"auto checks half of the measured samples on whole trajectories, and {experiment.measured} are too few; "
-            f"measure at least {2 * MIN_CHECKED}, or name methods, such as cnc,bc"
-        )
     run_folder = RunFolder(folder)
     hardware: dict[str, str | int] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
     versions: dict[str, str | int] = {name: version(name) for name in PACKAGES}
@@ -136,6 +131,11 @@ def _rows(experiment: Experiment, stages: Stages, report: Report) -> Iterator[Ro
     for recipe in experiment.recipes.values():
         if experiment.plan is not None:
             experiment.plan.check(recipe, len(stages.macs.counts))
+    if AUTO in experiment.corrections and experiment.measured < 2 * MIN_CHECKED:
+        raise InputError(
+            f"auto checks half of the measured samples on whole trajectories, and {experiment.measured} are too few; "
+            f"measure at least {2 * MIN_CHECKED}, or name methods, such as cnc,bc"
+        )
     reference = stages.samples(FULL_PRECISION, stages.pipe, {})
     yield stages.row(experiment.model, FULL_PRECISION, stages.pipe, reference, stages.full_bops)
     for name, recipe in experiment.recipes.items():
