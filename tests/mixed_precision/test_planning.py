@@ -201,6 +201,24 @@ def test_sensitivities_of_a_pipeline(pipe: Any, wide: Any, run: Sampling) -> Non
     assert torch.equal(found.activations, again.activations)
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (RuntimeError("no formula"), InputError, "cannot be differentiated .*no formula"),
+    ],
+)
+def test_only_a_denoiser_without_gradients_is_the_users_to_mend(
+    pipe: Any, wide: Any, run: Sampling, monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: Any, words: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(torch.autograd, "backward", fail)
+    with pytest.raises(expected, match=words):
+        measure_sensitivity(pipe, wide, run, weight_bits=(8, 4), steps=2, samples=2)
+
+
 def random_problem(seed: int, steps: int = 3, groups: int = 2, weights: int = 0) -> Problem:
     """Errors that fall with bits, by layer and step as chance has it; the same MACs at every step."""
     rng = np.random.default_rng(seed)

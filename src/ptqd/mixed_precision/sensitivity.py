@@ -177,6 +177,8 @@ class _Probe:
                 random = torch.Generator().manual_seed(seed)
                 signs = torch.randint(0, 2, remaining.shape, generator=random).to(remaining) * 2 - 1
                 torch.autograd.backward(remaining, signs)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             kind, reason = type(self.model).__name__, " ".join(str(error).split())[:160]
             raise InputError(f"{kind} cannot be differentiated to share its noise among layers: {reason}") from error

@@ -230,7 +230,7 @@ def _resume(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.opti
     """Go on from a checkpoint; the iteration it was written after, 0 where there is none."""
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state["parameters"][name])
