@@ -240,7 +240,7 @@ def quality(folder: Path) -> None:
     run = CASES["fashion-ldm, batch 32"][1].replace(samples=SAMPLES, batch=64)
     extractor = FashionClassifier.from_pretrained(CLASSIFIER).float().eval()
     judge = Evaluator(extractor, load_reference(REFERENCE, extractor))
-    labels = labels_of(run, run.samples)
+    labels = labels_of(run, range(run.samples))
     place = place_of(folder, "fashion-ldm, batch 32")
     print(f"fashion-ldm, {run.samples} samples, {run.steps} steps, guidance 3: engine less simulation, paired, 95 %")
     with tempfile.TemporaryDirectory() as temporary:

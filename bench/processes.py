@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file
 from torch import equal
 
-from ptqd.experiments import load_manifest
+from ptqd.experiments import Manifest
 
 RUN = ["run", "fashion-ldm", "--recipe", "w4a8", "--steps", "4", "--samples", "24", "--batch", "4", "--measured", "8"]
 RUN += ["--methods", "bc", "--guidance", "1.5"]
@@ -44,8 +44,8 @@ def finish(command: list[str], threads: int) -> float:
 
 def agree(folder: Path, other: Path) -> bool:
     """Whether two run folders hold the same numbers, samples and statistics, and nothing half-written."""
-    a, b = load_manifest(folder), load_manifest(other)
-    same = a["figures"] == b["figures"] and a["statistics"] == b["statistics"]
+    a, b = Manifest.load(folder), Manifest.load(other)
+    same = a.figures == b.figures and a.statistics == b.statistics
     for path in other.rglob("samples.safetensors"):
         same &= equal(load_file(path)["images"], load_file(folder / path.relative_to(other))["images"])
     return same and not list(folder.rglob("*.tmp")) and not list((folder / ".partial").iterdir())

@@ -6,9 +6,12 @@
             UnsupportedError                a pipeline, scheduler or engine that ptqd cannot follow
             MissingDependencyError(ImportError)
         MismatchError                       two things that must belong together do not
+        ResourceError                       the machine has not enough memory, disk or file handles
 
 Every message names the thing and the remedy. The command line prints it in one line and exits with 2.
 """
+
+import errno
 
 
 class PtqdError(Exception):
@@ -33,6 +36,51 @@ class MissingDependencyError(InputError, ImportError):
 
 class MismatchError(PtqdError):
     """Two things that must belong together do not: statistics and a model, a plan and a schedule."""
+
+
+class ResourceError(PtqdError):
+    """The machine has not enough memory, disk or file handles; the message says what to do about it."""
+
+
+MEMORY = (
+    "not enough memory; lower --batch (in Python: Sampling's batch), close other programs, or take a larger machine"
+)
+HANDLES = "too many open files; raise the limit with 'ulimit -n 4096'"
+_LACK_OF_MEMORY = (  # of torch, the C++ library, Linux' loader, NumPy, ONNX Runtime and OpenVINO
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "memory allocation",
+    "bad_alloc",
+    "bad allocation",
+    "failed to map segment",
+    "failed to allocate",
+    "can't start new thread",
+)
+
+
+def lack_of(error: BaseException | None) -> ResourceError | None:
+    """What the machine lacked where that is the reason of an error; None where it is not.
+
+    >>> str(lack_of(MemoryError())).split(";")[0], lack_of(ValueError("no"))
+    ('not enough memory', None)
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        number = error.errno if isinstance(error, OSError) else None
+        text = str(error).lower()
+        of_input = isinstance(error, PtqdError)  # whose text may quote names
+        if isinstance(error, ResourceError):
+            return error
+        if isinstance(error, MemoryError) or number == errno.ENOMEM:
+            return ResourceError(MEMORY)
+        if number in (errno.EMFILE, errno.ENFILE) or (not of_input and "too many open files" in text):
+            return ResourceError(HANDLES)
+        if not of_input and any(words in text for words in _LACK_OF_MEMORY):
+            return ResourceError(MEMORY)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def raised_by(error: BaseException, *packages: str) -> bool:

@@ -1,17 +1,24 @@
 """Files: written under a temporary name and renamed, read without pickle."""
 
 import ctypes
+import errno
+import itertools
 import json
 import math
 import mmap
 import os
 import pickle
+import platform
 import re
 import shutil
+import stat
 import sys
+import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ptqd.errors import ArtifactError, InputError
+from ptqd.errors import ArtifactError, InputError, lack_of
 
+LARGEST_TEXT = 1 << 28  # bytes of a JSON or TOML file
 _MADV_PAGEOUT = 21  # of linux/mman.h
 _DTYPES = {
     torch.bool: "BOOL",
@@ -38,29 +46,193 @@ _BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes it, file or folder, when the block ends well.
 
+    What is written is on the disk before it has the name, so that a loss of power leaves the old or the new one. A
+    device, a pipe or a socket is written to; a link keeps its name, and what it leads to is replaced.
+
     Raises:
         InputError: the disk is full or the folder not writable; nothing is left behind.
     """
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    try:
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder, explained(path):
+            yield Path(folder) / "written"
+            with (Path(folder) / "written").open("rb") as written, path.open("wb") as stream:
+                shutil.copyfileobj(written, stream)
+        return
+    path = Path(os.path.realpath(path))
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
-            path.replace(old)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+        tidy(path)
+        temporary, old = temporary_name(path), temporary_name(path, ".old.tmp")
+        try:
+            yield temporary
+            settle(temporary)
+            if path.is_dir() and temporary.is_dir():
+                path.replace(old)
+            try:
+                temporary.replace(path)
+            except OSError as error:
+                if error.errno != errno.EBUSY or not temporary.is_file():
+                    raise
+                shutil.copyfile(temporary, path)  # a mount point: its name cannot be given away
+            _sync(path.parent)
+        finally:
+            if old.exists() and not path.exists():
+                old.replace(path)
+            for leftover in (temporary, old):
+                remove(leftover)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether writing to a path means a device, a pipe, a socket or an open file, and not a file of its name."""
+    text = str(path.absolute())
+    if text.startswith(("/dev/fd/", "/proc/")) or text in ("/dev/stdout", "/dev/stderr", "/dev/stdin"):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say of what the disk refuses what it is and what to do.
+
+    Raises:
+        InputError: the disk is full, or does not let something be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}; {_REFUSALS[error.errno]}") from error
+
+
+_SPACE = "free some space or choose another folder"
+_REFUSALS: dict[int | None, str] = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EIO: _SPACE,
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another folder, or ask who owns it",
+    errno.EPERM: "choose another folder, or ask who owns it",
+    errno.ENOTDIR: "a part of the path is no folder; choose another",
+    errno.EISDIR: "choose another name",
+    errno.EEXIST: "choose another name",
+    errno.EBUSY: "choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter one",
+    errno.ELOOP: "its links go in a circle; choose another",
+}
+
+
+def temporary_name(path: Path, suffix: str = ".tmp") -> Path:
+    """A name beside ``path`` that only this process gives, and that tells others which process on which machine."""
+    return path.with_name(f"{_prefix(path.name)}{os.getpid()}-{next(_COUNT)}{suffix}")
+
+
+def _prefix(name: str) -> str:
+    kept = name if len(name.encode(errors="replace")) <= 100 else sha256(name.encode(errors="replace")).hexdigest()[:32]
+    return f".{kept.removeprefix('.')}.ptqd-{_HOST}-"
+
+
+def tidy(path: Path) -> None:
+    """Remove what processes of this machine that are no more left of ``path``; put back what one was replacing."""
+    prefix = _prefix(path.name)
+    with os.scandir(path.parent) as entries:
+        leftovers = [Path(entry) for entry in entries if entry.name.startswith(prefix)]
+    tidy_up(leftovers, path)
+
+
+def tidy_up(leftovers: Sequence[Path], path: Path | None = None) -> None:
+    """Remove temporary files and folders of this machine's dead processes; see :func:`tidy`."""
+    for leftover in leftovers:
+        named = _TEMPORARY.fullmatch(leftover.name)
+        if named is None or _is_alive(int(named["pid"])):
+            continue
+        if named["old"] and path is not None and not path.exists():
+            leftover.replace(path)
+        remove(leftover)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that :func:`temporary_name` gives, here or elsewhere."""
+    return re.fullmatch(r"\..*\.ptqd-[0-9a-f]{8}-[0-9]+-[0-9]+(\.old)?\.tmp", name) is not None
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+_HOST = sha256(platform.node().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\..*\.ptqd-{_HOST}-(?P<pid>[0-9]+)-[0-9]+(?P<old>\.old)?\.tmp")
+_COUNT = itertools.count()
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """Bring a file, or all of a folder, to the disk, with the rights that the user's umask gives."""
+    parts = [path]
+    if path.is_dir():
+        parts += [Path(root) / name for root, folders, files in os.walk(path) for name in (*folders, *files)]
+    for part in parts:
+        if not part.is_symlink():
+            part.chmod((0o777 if part.is_dir() else 0o666) & ~_UMASK)
+            _sync(part)
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # no right to read it
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     finally:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        for leftover in (temporary, old):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes that the disk has: one that is written through a map could not say that it is full.
+
+    Raises:
+        OSError: the disk has not so much.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+            return
+        except AttributeError:  # macOS and Windows
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        zeros = bytes(1 << 20)
+        for start in range(0, size, len(zeros)):
+            file.write(zeros[: size - start])
 
 
 def make_folder(path: Path) -> None:
@@ -78,12 +250,17 @@ def make_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically; what is infinite or NaN becomes null."""
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, to_json(value) + "\n")
+
+
+def to_json(value: object) -> str:
+    """JSON, indented; what is infinite or NaN becomes null, which JSON has no numbers for."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def _finite(value: object) -> Any:
@@ -94,16 +271,96 @@ def _finite(value: object) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_readable(path: Path, largest: int | None = None) -> None:
+    """Refuse what cannot be read as a file of its own.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
+
+    Raises:
+        InputError: it is missing, no file, not this user's to read, or too large.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise InputError(f"{path} does not exist") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path} is a folder; give a file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: Permission denied; ask who owns it")
+    if largest is not None and status.st_size > largest:
+        raise InputError(f"{path} has {status.st_size:,} bytes, more than the {largest:,} that such a file may have")
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of at most :data:`LARGEST_TEXT` bytes, in UTF-8, with a byte order mark or without.
+
+    Raises:
+        InputError: it is missing, larger, not this user's to read, or no text.
+    """
+    check_readable(path, LARGEST_TEXT)
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: the file is missing or no JSON.
+        InputError: the file is missing or cannot be read.
+        ArtifactError: it is no JSON.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; its numbers are finite.
+
+    Raises:
+        ArtifactError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+        return json.loads(text, parse_constant=_no_number, parse_float=_float)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} cannot be read as JSON: {str(error) or 'it is nested too deep'}") from error
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def read_toml(path: Path, what: str = "") -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+        what: it is, for messages: ``"the plan "``.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}{path} cannot be read as TOML: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -120,8 +377,7 @@ def read_pickle(path: Path) -> Any:
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    check_readable(path)
     mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -134,6 +390,8 @@ def read_pickle(path: Path) -> Any:
             "save its state_dict alone"
         ) from error
     except Exception as error:  # a damaged pickle fails in any way
+        if lack_of(error) is not None:
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is no whole checkpoint ({reason}); get it again") from error
 
@@ -224,13 +482,20 @@ def opened_tensors(path: Path) -> Iterator[Any]:
     Raises:
         InputError: the file is missing, truncated, or no safetensors file.
     """
+    check_readable(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} is no file that can be mapped; copy it to a disk first")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if lack_of(error) is not None:
+            raise
         raise ArtifactError(f"{path} is no whole safetensors file ({error}); write it again") from error
+    with opened as file:
+        try:
+            yield file
+        except SafetensorError as error:  # a tensor that it lacks
+            raise ArtifactError(f"{path} is no whole safetensors file ({error}); write it again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

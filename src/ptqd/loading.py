@@ -17,7 +17,7 @@ from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.engines.module import EngineModule
-from ptqd.errors import InputError, PtqdError, raised_by
+from ptqd.errors import InputError, PtqdError, lack_of, raised_by
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import plan_of
@@ -72,7 +72,7 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         ImportError,
         SafetensorError,
     ) as error:
-        if raised_by(error, "ptqd"):
+        if raised_by(error, "ptqd") or lack_of(error) is not None:
             raise
         raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
@@ -131,13 +131,44 @@ def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeli
     Raises:
         InputError: diffusers has none of that name.
     """
-    if name is None:
+    scheduler: Any = scheduler_class(name)
+    if scheduler is None:
         return pipe
+    make: Any = scheduler.from_config
+    return with_components(pipe, scheduler=make(pipe.scheduler.config))
+
+
+def scheduler_class(name: str | None) -> type | None:
+    """A scheduler of diffusers by its name; None of None.
+
+    Raises:
+        InputError: diffusers has none of that name.
+    """
+    if name is None:
+        return None
     scheduler: Any = getattr(diffusers, name, None)
     if not isinstance(scheduler, type) or diffusers.SchedulerMixin not in scheduler.__mro__:
         raise InputError(f"diffusers has no scheduler {name!r}; name one such as DDIMScheduler or DDPMScheduler")
-    make: Any = scheduler.from_config  # type: ignore[attr-defined]
-    return with_components(pipe, scheduler=make(pipe.scheduler.config))
+    return scheduler
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that torch does not know, or that this machine lacks.
+
+    Raises:
+        InputError: so it is.
+    """
+    if device is None:
+        return
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if lack_of(error) is not None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device {device!r} cannot be used: {reason}; take cuda, mps or cpu") from error
 
 
 def best_device() -> str:

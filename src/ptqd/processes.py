@@ -4,24 +4,73 @@ Many are started by ``accelerate launch``, or by ``torchrun``, also where there 
 there is one process, and nothing waits.
 """
 
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+from ptqd.errors import InputError
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)  # others wait while the main process quantizes
+TOLD_AFTER = 10.0  # seconds that a launcher's processes are waited for in silence
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+
+
+def check_launcher() -> int:
+    """How many processes a launcher started, 1 without one; empty variables that it left over are removed.
+
+    Raises:
+        InputError: some of the launcher's variables are missing, or are no numbers.
+    """
+    for name in LAUNCHER:
+        if name in os.environ and not os.environ[name].strip():
+            del os.environ[name]
+    given = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    remedy = "unset what is left over, or start with torchrun or accelerate launch"
+    for name in _NUMBERS:
+        if name in given and not (given[name].isascii() and given[name].isdigit()):
+            raise InputError(f"{name}={given[name]!r} in the environment is no number; {remedy}")
+    size = int(given.get("WORLD_SIZE", "1"))
+    missing = [name for name in LAUNCHER if name not in given]
+    if size > 1 and missing:
+        raise InputError(f"WORLD_SIZE={size} in the environment is a launcher's, but {missing[0]} is missing; {remedy}")
+    if size < 1 or int(given.get("RANK", "0")) >= size:
+        raise InputError(f"RANK={given.get('RANK')} of WORLD_SIZE={size} in the environment cannot be; {remedy}")
+    return size
 
 
 @cache
 def _state() -> Any:
+    size = check_launcher()
+    told = threading.Timer(TOLD_AFTER, _tell, (size,))
+    told.daemon = True
+    if size > 1:
+        told.start()
     import torch
     from accelerate import PartialState
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, **InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs())
+    try:
+        return PartialState(cpu=cpu, **InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs())
+    finally:
+        told.cancel()
+
+
+def _tell(size: int) -> None:
+    at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    print(
+        f"ptqd: waiting for {size} processes at {at}, as WORLD_SIZE={size} says; if no launcher started this command, "
+        f"stop it and unset {', '.join(LAUNCHER)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def is_main() -> bool:

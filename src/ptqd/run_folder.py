@@ -4,39 +4,82 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from filelock import FileLock
+import msgspec
 
 from ptqd import processes
-from ptqd.errors import InputError
-from ptqd.files import make_folder, read_json, replacing, write_json
+from ptqd.errors import ArtifactError, InputError
+from ptqd.files import is_temporary, make_folder, opened_tensors, read_json, remove, replacing, tidy_up, write_json
+from ptqd.names import inside
+from ptqd.outputs import MARK, Kind, Mark, claim, lock, say
 from ptqd.progress import track
 
 Build = Callable[[Path, Path], None]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """What ``.stages/NAME.json`` says of a finished stage.
+
+    Attributes:
+        key: hash of its inputs.
+        inputs: everything that it was made from, plain.
+        seconds: it took.
+        sizes: bytes of each of its files, by their paths inside it; none in records of earlier versions.
+    """
+
+    key: str
+    inputs: dict[str, Any]
+    seconds: float
+    sizes: dict[str, int] | None = None
+
+
 class RunFolder:
     """Results of named stages, each beside a record of the inputs it was made from.
 
-    ``NAME`` is the result; ``.stages/NAME.json`` holds the hash of its inputs and the seconds it took;
-    ``.partial/NAME-HASH`` is where an unfinished stage keeps what it has, for the next start.
+    ``NAME`` is the result; ``.stages/NAME.json`` holds the hash of its inputs, the seconds it took and its files'
+    sizes; ``.partial/NAME-HASH`` is where an unfinished stage keeps what it has, for the next start.
+
+    What a kill or a loss of power left unfinished or unreadable, a record, a part or a result, is made again.
+
+    Args:
+        folder: a new or an empty one, or one of the same kind.
+        kind: of folder, for its mark.
+
+    Raises:
+        InputError: the folder is another's, or not writable.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        make_folder(folder)
+    def __init__(self, folder: Path, kind: Kind = "run") -> None:
+        self.folder = Path(os.path.realpath(folder))
         if processes.is_main():
-            for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
-                if not _is_written(leftover):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            mark = claim(folder, kind)
+            make_folder(self.folder)
+            if not (self.folder / MARK).is_file():
+                mark.save(self.folder)
+            tidy_up([path for path in _walk(self.folder) if is_temporary(path.name)])
         processes.wait()
+
+    def own(self, names: Sequence[str], *, only: bool = False) -> None:
+        """Note in the mark which files that are no stages ptqd writes here, before it does.
+
+        Args:
+            names: paths inside the folder.
+            only: remove those that are noted and not among them: they were made of results that are no more.
+        """
+        mark = Mark.load(self.folder)
+        known = set() if mark is None else set(mark.files)
+        for name in known - set(names) if only else ():
+            inside(self.folder, name, MARK).unlink(missing_ok=True)
+        files = set(names) if only else known | set(names)
+        if mark is not None and files != known:
+            Mark(mark.kind, tuple(sorted(files))).save(self.folder)
 
     def stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool = False) -> Path:
         """The result of a stage, made now if it is missing or was made from other inputs.
@@ -54,8 +97,7 @@ class RunFolder:
         Returns:
             The path of the result.
         """
-        with self._alone(name):
-            return self._stage(name, inputs, build, shared=shared)
+        return self._stage(name, inputs, build, shared=shared)
 
     def value(
         self,
@@ -82,7 +124,41 @@ class RunFolder:
 
         path = self.stage(name, inputs, keep, shared=shared)
         value = built[0] if built else None
-        return load(path) if value is None else value
+        if value is not None:
+            return value
+        try:
+            return load(path)
+        except ArtifactError as error:  # of the right size, and damaged all the same
+            if built or processes.count() > 1:
+                raise
+            say(f"{error}; it is made again")
+            self.unmake(name)
+            path = self.stage(name, inputs, keep, shared=shared)
+            value = built[0] if built else None
+            return load(path) if value is None else value
+
+    def _stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool) -> Path:
+        plain = json.loads(json.dumps(inputs, sort_keys=True, default=str))
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        if processes.agreed(key) != key:
+            raise InputError(
+                f"{name}: this process was started with other arguments than the main one; start all alike"
+            )
+        target = inside(self.folder, name, "a stage")
+        if processes.agreed(processes.is_main() and self._is_made(name, key)):
+            return target
+        scratch = self.folder / ".partial" / f"{_flat(name)}-{key[:16]}"
+        with self._alone(name):
+            if processes.agreed(processes.is_main() and self._is_made(name, key)):
+                return target  # another run made it meanwhile
+            if processes.is_main():
+                self._say_what_changed(name, plain, key)
+                self._make(name, StageRecord(key, plain, 0.0), build, scratch)
+            elif shared:
+                make_folder(scratch)
+                build(target, scratch)
+            processes.wait()
+        return target
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -90,59 +166,126 @@ class RunFolder:
         if not processes.is_main():
             yield
             return
-        lock = self.folder / ".locks" / f"{name.replace('/', '-')}.lock"
-        make_folder(lock.parent)
-        with FileLock(lock):
+        with lock(self.folder / ".locks" / f"{_flat(name)}.lock", f"{self.folder}, {name}"):
             yield
 
-    def _stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool) -> Path:
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-        if processes.agreed(key) != key:
-            raise InputError(
-                f"{name}: this process was started with other arguments than the main one; start all alike"
-            )
-        target, record = self.folder / name, self._record(name)
-        if processes.agreed(target.exists() and record.exists() and read_json(record).get("key") == key):
-            return target
-        scratch = self.folder / ".partial" / f"{name.replace('/', '-')}-{key[:16]}"
-        if shared or processes.is_main():
-            make_folder(scratch)
-        if not processes.is_main():
-            if shared:
-                build(target, scratch)
-            processes.wait()
-            return target
+    def _make(self, name: str, record: StageRecord, build: Build, scratch: Path) -> None:
+        target, path = self.folder / name, self._record(name)
+        make_folder(scratch)
         spent = scratch / "seconds.json"
-        before = _seconds_in(spent)
-        started = time.monotonic()
-        record.unlink(missing_ok=True)  # from here on, what is there counts for nothing
+        before, started = _seconds_in(spent), time.monotonic()
+        path.unlink(missing_ok=True)  # from here on, what is there counts for nothing
         try:
             with replacing(target) as temporary:
                 build(temporary, scratch)
         except BaseException:
-            with contextlib.suppress(InputError):
+            with contextlib.suppress(InputError, OSError):
                 write_json(spent, before + time.monotonic() - started)
             raise
-        write_json(record, {"key": key, "inputs": inputs, "seconds": before + time.monotonic() - started})
-        shutil.rmtree(scratch)
-        processes.wait()
-        return target
+        seconds = before + time.monotonic() - started
+        write_json(path, msgspec.to_builtins(StageRecord(record.key, record.inputs, seconds, _sizes(target))))
+        remove(scratch)
+
+    def _is_made(self, name: str, key: str) -> bool:
+        """Whether a result is there, whole, of the inputs that a key stands for."""
+        record = self._read_record(name)
+        target = self.folder / name
+        if record is None or record.key != key or not target.exists():
+            return False
+        return record.sizes is None or _sizes(target) == record.sizes
+
+    def _say_what_changed(self, name: str, inputs: Mapping[str, Any], key: str) -> None:
+        record = self._read_record(name)
+        if record is None or record.key == key or not (self.folder / name).exists():
+            return
+        changes = [
+            f"{what} {_brief(before)} before, {_brief(after)} now"
+            for what, before, after in _changes(record.inputs, inputs)
+        ]
+        say(f"{self.folder / name} is made again, and what was there is replaced: {', '.join(changes[:4])}")
+
+    def unmake(self, name: str) -> None:
+        """Forget that a stage is finished, so that it is made again."""
+        self._record(name).unlink(missing_ok=True)
 
     def seconds(self, name: str) -> float:
         """How long the stage took when it was made; 0 for one that never was."""
-        record = self._record(name)
-        return float(read_json(record)["seconds"]) if record.exists() else 0.0
+        record = self._read_record(name)
+        return 0.0 if record is None else record.seconds
 
     def key(self, name: str) -> str:
-        """The hash of a finished stage's inputs, for stages that depend on it."""
-        return str(read_json(self._record(name))["key"])
+        """The hash of a finished stage's inputs, for stages that depend on it.
+
+        Raises:
+            ArtifactError: it is not finished, or its record is damaged.
+        """
+        record = self._read_record(name)
+        if record is None:
+            raise ArtifactError(f"{self._record(name)} is damaged or missing; start the same command again")
+        return record.key
+
+    def inputs(self, name: str) -> dict[str, Any]:
+        """What a finished stage was made from; nothing of one that is not."""
+        record = self._read_record(name)
+        return {} if record is None else record.inputs
+
+    def _read_record(self, name: str) -> StageRecord | None:
+        return read_record(self.folder, name)
 
     def _record(self, name: str) -> Path:
-        return self.folder / ".stages" / f"{name}.json"
+        return inside(self.folder, f".stages/{name}.json", "a stage")
+
+
+def read_record(folder: Path, name: str) -> StageRecord | None:
+    """The record of a stage, also in a folder that is only read; None where there is none that is whole."""
+    path = inside(folder, f".stages/{name}.json", "a stage")
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.convert(read_json(path), StageRecord)
+    except (ArtifactError, msgspec.ValidationError):  # after a loss of power
+        return None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything in a folder; links are not followed."""
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(root) / name
+
+
+def _sizes(target: Path) -> dict[str, int]:
+    files = [target] if target.is_file() else [path for path in _walk(target) if path.is_file()]
+    return {path.relative_to(target).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def _flat(name: str) -> str:
+    """A stage's name as that of one file, short enough for any disk."""
+    flat = name.replace("/", "-")
+    return flat if len(flat) <= 120 else f"{flat[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new)
+        elif old != new:
+            yield name, old, new
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def make_shards(
-    batches: Sequence[range], scratch: Path, write: Callable[[range, Path], None], *, title: str | None
+    batches: Sequence[range],
+    scratch: Path,
+    write: Callable[[range, Path], None],
+    *,
+    title: str | None,
+    whole: Callable[[Path], bool] | None = None,
 ) -> list[Path]:
     """The results of batches, each its own file, each process its share; what is there already is kept.
 
@@ -151,6 +294,7 @@ def make_shards(
         scratch: a folder that survives a kill.
         write: called with a batch and the file, to be written atomically.
         title: of a progress bar.
+        whole: whether a file is there and whole; by default :func:`is_whole`.
 
     Returns:
         All files, in order, once all processes have written theirs.
@@ -161,7 +305,7 @@ def make_shards(
     make_folder(scratch)
     shards = {indices: scratch / f"{indices.start:08d}.safetensors" for indices in batches}
     for indices in track(processes.share(batches), title):
-        if not shards[indices].exists():
+        if not (whole or is_whole)(shards[indices]):
             write(indices, shards[indices])
     processes.wait()
     missing = [shard for shard in shards.values() if not shard.exists()] if processes.is_main() else []
@@ -173,22 +317,19 @@ def make_shards(
     return list(shards.values())
 
 
-def _is_written(temporary: Path) -> bool:
-    """Whether the process that a temporary name belongs to is still there."""
-    result = re.search(r"\.(\d+)(?:\.old)?\.tmp$", temporary.name)
-    if result is None or int(result[1]) == os.getpid():
+def is_whole(path: Path) -> bool:
+    """Whether a file of safetensors is there and whole; after a loss of power it may not be."""
+    if not path.is_file():
         return False
     try:
-        os.kill(int(result[1]), 0)
-    except ProcessLookupError:
+        with opened_tensors(path):
+            return True
+    except ArtifactError:
         return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _seconds_in(path: Path) -> float:
     try:
-        return float(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError):
+        return float(read_json(path))
+    except (InputError, TypeError, ValueError):
         return 0.0

@@ -1,11 +1,14 @@
 """The entry point: parses, runs one verb, and says what went wrong in one line."""
 
 import importlib
+import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from itertools import zip_longest
 from typing import Annotated, Any
@@ -29,6 +32,7 @@ VERBS = (
     "reproduce",
     "demo",
 )
+BROKEN_PIPE = 141  # as of what SIGPIPE ends
 SHARED = ("run", "demo", "reproduce", "measure", "plan", "sample", "evaluate")  # by several processes
 
 
@@ -84,17 +88,40 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for anything the user can mend, said in one line."""
-    words = _with_values(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that has not all letters
+    try:
+        status = _main(_with_values(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read has enough
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is anything said as Python ends
+        return BROKEN_PIPE
+    return status
+
+
+def _main(words: list[str]) -> int:
     verb = words[0] if words and words[0] in VERBS else None
     if words in ([], ["-h"]):
         words = ["--help"]
+    for before, word in zip(("", *words), words, strict=False):
+        if not word or re.fullmatch(r"--[a-z-]+=", word):
+            option = word.rstrip("=") or before or "the first argument"
+            return _refuse(f"the value of {option} is empty; is a variable unset?")
     try:
         app = application(VERBS if verb is None else (verb,))
         result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        print(f"ptqd: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     return result if isinstance(result, int) else 0
+
+
+def _refuse(message: str) -> int:
+    from ptqd.names import shown
+
+    print(f"ptqd: {shown(' '.join(message.split()))}", file=sys.stderr)
+    return 2
 
 
 def _with_values(words: Sequence[str]) -> list[str]:
@@ -107,25 +134,55 @@ def _with_values(words: Sequence[str]) -> list[str]:
     return complete
 
 
-def _run(options: Any, diagnostics: Diagnostics) -> int:
-    from ptqd.errors import InputError, PtqdError
+class _Log(logging.Formatter):
+    """What is logged, on one line, whatever names are in it."""
 
-    logging.basicConfig(
-        level=logging.INFO if diagnostics.verbose else logging.WARNING, format="%(name)s: %(message)s", force=True
-    )
-    verb = type(options).__name__.lower()
+    def format(self, record: logging.LogRecord) -> str:
+        from ptqd.names import shown_lines
+
+        return shown_lines(super().format(record))
+
+
+def _run(options: Any, diagnostics: Diagnostics) -> int:
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and verb not in SHARED:
-            raise InputError(f"this verb is for one process; processes share {', '.join(SHARED)}")
-        return options.run() or 0
-    except KeyboardInterrupt:
-        print("ptqd: interrupted; the same command resumes where it stopped", file=sys.stderr)
-        return 130
-    except (PtqdError, OSError) as error:
+        from ptqd.errors import InputError
+        from ptqd.processes import check_launcher
+    except (ImportError, OSError, MemoryError) as error:
         if diagnostics.traceback:
             traceback.print_exc()
-        message = " ".join(str(error).split())
-        if isinstance(error, OSError) and not isinstance(error, PtqdError):
-            message = f"{error.filename or 'a file'}: {error.strerror or error}; check the disk and the path"
-        print(f"ptqd: {message}", file=sys.stderr)
-        return 2
+        return _refuse(
+            f"torch or diffusers cannot be loaded ({error}); is there memory enough, are they installed whole?"
+        )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Log("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if diagnostics.verbose else logging.WARNING, handlers=[handler], force=True)
+    verb = type(options).__name__.lower()
+    try:
+        if check_launcher() > 1 and verb not in SHARED:
+            raise InputError(f"this verb is for one process; processes share {', '.join(SHARED)}")
+        return options.run() or 0
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        return _refuse("interrupted; the same command resumes where it stopped") and 130
+    except Exception as error:
+        if diagnostics.traceback:
+            traceback.print_exc()
+        return _refuse(_explained(error))
+
+
+def _explained(error: Exception) -> str:
+    """What a person can do about an error; a bug is called one."""
+    from ptqd.errors import PtqdError, lack_of
+
+    lack = lack_of(error)
+    if lack is not None:
+        return str(lack)
+    if isinstance(error, PtqdError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}; check the disk and the path"
+    return (
+        f"a bug in ptqd, or in a library it calls: {type(error).__name__}: {error}; --traceback shows where; please "
+        "report it"
+    )

@@ -1,6 +1,5 @@
 """Options that several verbs share. Nothing here imports torch before a verb runs."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,6 +45,23 @@ class ScheduleOptions:
         tuple[str, ...], Parameter(help="NAME=JSON, a further argument of the pipeline's call; may be given again")
     ] = ()
 
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what cannot be.
+
+        Raises:
+            InputError: a number, a name or an argument of the call that is none.
+        """
+        from ptqd.errors import InputError
+        from ptqd.loading import scheduler_class
+
+        if self.guidance is not None and not -1e6 < self.guidance < 1e6:
+            raise InputError(f"--guidance must be a finite number; got {self.guidance}")
+        call = call_arguments(self.call)
+        if self.guidance is not None and "guidance_scale" in call:
+            raise InputError("--guidance and --call guidance_scale are one thing; give one of them")
+        self.sampling(None)
+        scheduler_class(self.scheduler)
+
     def sampling(
         self, pipe: "DiffusionPipeline | None", *, samples: int = 1, batch: int = 1, seed: int = 0
     ) -> "Sampling":
@@ -66,6 +82,18 @@ class SamplingOptions(ScheduleOptions):
     batch: Annotated[int, Parameter(help="at once; never changes results")] = 64
     seed: Annotated[int, Parameter(help="sample i's seed comes from this and i")] = 0
     device: Device = None
+
+    def check_all(self, samples: int = 1) -> None:
+        """Refuse, before anything is loaded, what cannot be; see :meth:`check`.
+
+        Raises:
+            InputError: so it is.
+        """
+        from ptqd.loading import check_device
+
+        self.check()
+        self.sampling(None, samples=samples, batch=self.batch, seed=self.seed)
+        check_device(self.device)
 
     def of(self, pipe: "DiffusionPipeline", samples: int) -> "Sampling":
         """How a pipeline is run for so many samples."""
@@ -144,18 +172,21 @@ class PlanOptions:
 
 def call_arguments(texts: tuple[str, ...]) -> dict[str, Any]:
     """Arguments of a pipeline's call, from ``NAME=JSON``."""
-    from ptqd.errors import InputError
+    from ptqd.errors import ArtifactError, InputError
+    from ptqd.files import parse_json
 
     call: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not name.isidentifier():
             raise InputError(f"--call {text!r} must be NAME=VALUE, the value in JSON")
+        if name in call:
+            raise InputError(f"--call {name} is given twice; give it once")
         try:
-            call[name] = json.loads(value)
-        except json.JSONDecodeError as error:
+            call[name] = parse_json(value, f"--call {name}: {value!r}")
+        except ArtifactError as error:
             raise InputError(
-                f"--call {name}: {value!r} is not JSON ({error}); quote strings, as in '\"a cat\"'"
+                f"--call {name}: {value!r} is not JSON ({error.__cause__}); quote strings, as in '\"a cat\"'"
             ) from error
     return call
 
@@ -163,14 +194,11 @@ def call_arguments(texts: tuple[str, ...]) -> dict[str, Any]:
 def load_pipeline(model: str | Path, scheduler: str | None, device: str | None) -> "DiffusionPipeline":
     """A pipeline, with the wanted scheduler, on the wanted device or the process' own."""
     from ptqd import processes
-    from ptqd.errors import InputError
-    from ptqd.loading import best_device, load, with_scheduler
+    from ptqd.loading import best_device, check_device, load, scheduler_class, with_scheduler
 
-    pipe = with_scheduler(load(model), scheduler)
-    try:
-        return pipe.to(processes.device() or device or best_device())
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
+    scheduler_class(scheduler)
+    return with_scheduler(load(model), scheduler).to(processes.device() or device or best_device())
 
 
 def correction_methods(text: str) -> tuple[str, ...]:
@@ -185,32 +213,35 @@ def correction_methods(text: str) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method in given)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Only a pipeline's folder, or an empty one, is written over."""
-    from ptqd.errors import InputError
-
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} holds other things than a pipeline; choose an empty or a new folder")
-
-
-def scratch_beside(out: Path, pipe: "DiffusionPipeline", other: object, sampling: "Sampling") -> Path:
-    """A folder for unfinished work on a pipeline, and another or plain values, that survives a kill."""
-    from hashlib import sha256
-
+def work_key(pipe: "DiffusionPipeline", other: object, sampling: "Sampling") -> list[object]:
+    """What unfinished work on a pipeline, and another or plain values, depends on."""
     from ptqd.diffusion.fingerprints import pipeline_fingerprint
 
     other_facts = other if isinstance(other, dict) else pipeline_fingerprint(other)
-    inputs = [pipeline_fingerprint(pipe), other_facts, sampling.to_dict()]
-    key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    return out.parent / f".{out.name}.{key}"
+    return [pipeline_fingerprint(pipe), other_facts, sampling.to_dict()]
+
+
+def tell(text: str, *, end: str = "\n") -> None:
+    """Print lines for people; names in them cannot move the cursor or hide anything."""
+    from ptqd.names import shown_lines
+
+    print(shown_lines(text), end=end)
 
 
 def show(*tables: object, width: int = 100) -> None:
-    """Print rich tables; as wide as the terminal, or as ``width`` where there is none."""
+    """Print rich tables; as wide as the terminal, or as ``width`` where there is none; never so narrow that a figure
+    would be cut.
+    """
     import sys
 
     from rich.console import Console
+    from rich.measure import Measurement
 
-    console = Console(width=None if sys.stdout.isatty() else width)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the process
+            raise BrokenPipeError
+
+    console = Output(width=None if sys.stdout.isatty() else width, emoji=False)
     for table in tables:
-        console.print(table)
+        least = Measurement.get(console, console.options.update(max_width=10_000), table).minimum  # type: ignore[arg-type]
+        console.print(table, width=max(console.width, least) if least > console.width else None, soft_wrap=False)

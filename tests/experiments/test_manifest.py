@@ -1,16 +1,19 @@
-import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from conftest import tiny_pipeline
 from ptqd import InputError, Sampling
-from ptqd.experiments import PlanRequest, load_manifest, named_recipes, reproduce, run_with_manifest
+from ptqd.experiments import Manifest, PlanRequest, named_recipes, reproduce, run_with_manifest
 from ptqd.experiments.experiment import Experiment
+from ptqd.experiments.manifest import JudgeFacts, SettingFacts
+from ptqd.files import read_json
 from ptqd.loading import with_scheduler
 from ptqd_cli.main import main
 
@@ -35,60 +38,59 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_manifest_names_all_that_figures_follow_from(written: Path) -> None:
-    manifest = load_manifest(written)
-    assert manifest == load_manifest(written / "manifest.json")
-    assert manifest["recipes"]["small"]["weights"]["bits"] == 4
-    assert manifest["settings"][0]["run"]["seed"] == 0
-    assert manifest["scheduler"]["class"] == "DDIMScheduler"
-    assert manifest["packages"]["torch"] == torch.__version__
-    assert manifest["hardware"]["device"] == "cpu"
-    assert len(manifest["code"]) == 64
-    assert [len(value) for value in manifest["statistics"].values()] == [64]
-    assert [row["correction"] for row in manifest["figures"]] == ["none", "none", "bc"]
+    manifest = Manifest.load(written)
+    assert manifest == Manifest.load(written / "manifest.json")
+    assert manifest.recipes["small"]["weights"]["bits"] == 4
+    assert manifest.settings[0].run["seed"] == 0
+    assert manifest.scheduler.kind == "DDIMScheduler"
+    assert manifest.packages["torch"] == torch.__version__
+    assert manifest.hardware["device"] == "cpu"
+    assert len(manifest.code) == 64
+    assert [len(value) for value in manifest.statistics.values()] == [64]
+    assert [row.correction for row in manifest.figures] == ["none", "none", "bc"]
 
 
 def test_figures_come_out_again(written: Path, tmp_path: Path) -> None:
-    manifest = load_manifest(written)
+    manifest = Manifest.load(written)
     found = reproduce(manifest, tiny_pipeline(), tmp_path / "again", None, progress=False)
     assert [figure.verdict for figure in found.figures] == ["the same"] * 6
     assert found.changed == ()
-    assert load_manifest(tmp_path / "again")["statistics"] == manifest["statistics"]
+    assert Manifest.load(tmp_path / "again").statistics == manifest.statistics
 
 
 def test_what_differs_is_said(written: Path, tmp_path: Path) -> None:
-    manifest = copy.deepcopy(load_manifest(written))
+    manifest = read_json(written / "manifest.json")
     psnr = manifest["figures"][1]["metrics"]["psnr"]
     psnr["value"] += (psnr["high"] - psnr["value"]) / 2
     other = manifest["figures"][2]["metrics"]["psnr"]
     other |= {"value": other["value"] + 20, "low": other["low"] + 20, "high": other["high"] + 20}
     manifest["packages"]["torch"], manifest["code"] = "2.0.0", "0"
     manifest["hardware"]["threads"] = 999
-    found = reproduce(manifest, tiny_pipeline(), tmp_path / "again", None, progress=False)
+    found = reproduce(msgspec.convert(manifest, Manifest), tiny_pipeline(), tmp_path / "again", None, progress=False)
     assert [figure.verdict for figure in found.figures if figure.metric == "psnr"] == ["agrees", "DIFFERS"]
     assert len(found.changed) == 3
     assert any("instead of 2.0.0" in change for change in found.changed)
 
 
 def test_another_pipeline_is_refused(written: Path, tmp_path: Path) -> None:
-    manifest = load_manifest(written)
+    manifest = Manifest.load(written)
     with pytest.raises(InputError, match=r"weights: .* instead of the manifest's"):
         reproduce(manifest, tiny_pipeline(seed=1), tmp_path, None, progress=False)
     other: Any = with_scheduler(tiny_pipeline(), "DDPMScheduler")
     with pytest.raises(InputError, match="run it with --scheduler DDIMScheduler"):
         reproduce(manifest, other, tmp_path, None, progress=False)
     with pytest.raises(InputError, match="judge: None instead of"):
-        reproduce({**manifest, "judge": {"key": "x"}}, tiny_pipeline(), tmp_path, None, progress=False)
+        judged = dataclasses.replace(manifest, judge=JudgeFacts("x", "x", {}))
+        reproduce(judged, tiny_pipeline(), tmp_path, None, progress=False)
 
 
 def test_arguments_for_all_samples_stay_so_and_pictures_are_refused(written: Path, tmp_path: Path) -> None:
-    from ptqd.experiments import manifest as module
-
     shared = Sampling(call={"sigmas": (1.0, 0.5), "class_labels": [0, 1]})
-    facts = json.loads(json.dumps(module._setting_facts(shared)))
-    assert module._setting(facts) == shared
-    facts = module._setting_facts(Sampling(call={"image": np.zeros((4, 4))}))
+    facts = msgspec.convert(json.loads(msgspec.json.encode(SettingFacts.of(shared))), SettingFacts)
+    assert facts.sampling() == shared
+    facts = SettingFacts.of(Sampling(call={"image": np.zeros((4, 4))}))
     with pytest.raises(InputError, match="cannot hold image"):
-        module._setting(facts)
+        facts.sampling()
 
 
 def test_plans_are_kept_whole() -> None:
@@ -100,16 +102,16 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
     with pytest.raises(InputError, match="is no manifest"):
-        load_manifest(path)
+        Manifest.load(path)
     path.write_text('{"figures": [], "format": 99}')
     with pytest.raises(InputError, match="format 99"):
-        load_manifest(path)
+        Manifest.load(path)
 
 
 def test_the_verb_says_it_by_its_status(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", str(written), "--out", str(tmp_path / "again")]) == 0
     assert "6 of 6 figures agree" in capsys.readouterr().out
-    manifest = load_manifest(written)
+    manifest = read_json(written / "manifest.json")
     metric = manifest["figures"][1]["metrics"]["psnr"]
     metric |= {"value": metric["value"] + 20, "low": metric["low"] + 20}
     path = tmp_path / "other.json"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import tiny_pipeline
 from ptqd import processes
-from ptqd.experiments import load_manifest
+from ptqd.experiments import Manifest
 from ptqd_cli.main import main
 
 SAMPLE = ["--steps", "3", "--samples", "24", "--batch", "2", "--guidance", "2"]
@@ -48,10 +48,10 @@ def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Pat
     made = subprocess.run(shared, capture_output=True, text=True, check=False, env=environment())
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.count("report.json") == 1  # the main process alone
-    one, two = (load_manifest(tmp_path / name) for name in ("one", "two"))
-    assert two["hardware"]["processes"] == 2
-    assert two["figures"] == one["figures"]
-    assert two["statistics"] == one["statistics"]
+    one, two = (Manifest.load(tmp_path / name) for name in ("one", "two"))
+    assert two.hardware["processes"] == 2
+    assert two.figures == one.figures
+    assert two.statistics == one.statistics
     samples = [sorted((tmp_path / name).rglob("samples.safetensors")) for name in ("one", "two")]
     assert len(samples[0]) == 3
     for a, b in zip(*samples, strict=True):
@@ -60,7 +60,7 @@ def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Pat
     for found in samples[1]:  # what two have left undone, one finishes
         found.unlink()
     assert main([*command, "--out", str(tmp_path / "two")]) == 0
-    assert load_manifest(tmp_path / "two")["figures"] == one["figures"]
+    assert Manifest.load(tmp_path / "two").figures == one.figures
 
 
 @pytest.mark.parametrize("kilobytes", [1, 8], ids=["a batch does not fit", "the whole does not fit"])

@@ -11,6 +11,7 @@ from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.errors import ArtifactError
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import CROSS
+from ptqd.schema import numbers, shape_of, typed
 
 Rows = tuple[tuple[float, ...], ...]
 Matrix = tuple[Rows, ...]
@@ -19,6 +20,10 @@ _STORED = {
     "model_timesteps": "network",
     "measured_on": "source",
 }  # names in scheduler_config.json that are other than the fields'
+_TABLES = {name: name for name in ("timesteps", "output", "sample", "bias", "noise", "eta")} | {
+    "network": "model_timesteps"
+}
+_AGAIN = "fit it again with 'ptqd correct'"
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,29 @@ class Correction:
             ArtifactError: it was written by another version.
         """
         names = {_STORED.get(f.name, f.name): f.name for f in fields(cls)}
-        if set(values) != set(names):
+        if not isinstance(values, Mapping) or set(values) != set(names):
             raise ArtifactError(
                 "the correction was written by another version of ptqd; fit it again with 'ptqd correct'"
             )
-        plain = {names[key]: _tuples(value) for key, value in values.items() if key != "source"}
-        return cls(**plain, measured_on=MeasuredOn.from_dict(values["source"]))
+        where = "the correction"
+        methods = typed(values["methods"], tuple[str, ...], where, _AGAIN)
+        tables = {names[key]: numbers(values[key], f"{where}'s {key}") for key in _TABLES}
+        correction = cls(methods, **tables, measured_on=MeasuredOn.from_dict(values["source"]))
+        correction._check()
+        return correction
+
+    def _check(self) -> None:
+        """Refuse numbers of other shapes than the attributes say."""
+        steps = (len(self.timesteps),)
+        shapes = {name: shape_of(getattr(self, name)) for name in (*_TABLES.values(), "timesteps")}
+        per_step = ("output", "sample", "bias", "noise", "model_timesteps")
+        ranks = {"output": (2, 3), "sample": (2, 3), "bias": (2,)}
+        fits = len(shapes["timesteps"]) == 1 and steps != (0,) and shapes["eta"] == () and self.eta >= 0
+        fits &= all(len(shapes[name]) in ranks.get(name, (1,)) for name in per_step if shapes[name] != (0,))
+        fits &= all(shapes[name][:1] == steps for name in per_step if shapes[name] != (0,))
+        channels = {shapes[name][1] for name in ("output", "sample", "bias") if len(shapes[name]) > 1}
+        if not fits or len(channels) > 1 or not all(0 <= share <= 1e3 for share in self.noise):
+            raise ArtifactError(f"the correction's numbers do not fit its {steps[0]} steps; {_AGAIN}")
 
     def axis(self, sample: torch.Tensor) -> int:
         """Where a step's channels are: as measured, else where they usually are."""

@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +35,12 @@ from ptqd.correction.scheduler import apply_correction, check_measured_on
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.diffusion.trajectory import final_samples
-from ptqd.errors import InputError, MismatchError, PtqdError
+from ptqd.errors import ArtifactError, InputError, MismatchError, PtqdError
+from ptqd.files import read_json
 from ptqd.noise.second_moments import Estimator
 from ptqd.noise.stats import NoiseStats
 from ptqd.progress import track
+from ptqd.schema import typed
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +122,29 @@ class CorrectionSearch:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CorrectionSearch":
         """The inverse of :meth:`to_dict`, also after JSON."""
-        return cls(
-            Correction.from_dict(values["correction"]),
-            tuple(Trial(**trial) for trial in values["trials"]),
-            tuple(StepGate(**step) for step in values["steps"]),
-            values["checked"],
-        )
+        plain = typed(values, _Stored, "the searched correction")
+        if not any(trial.kept for trial in plain.trials):
+            raise ArtifactError("the searched correction names no candidate that was taken; search it again")
+        return cls(Correction.from_dict(plain.correction), plain.trials, plain.steps, plain.checked)
+
+    @classmethod
+    def load(cls, path: Path) -> "CorrectionSearch":
+        """From a JSON file of :meth:`to_dict`.
+
+        Raises:
+            ArtifactError: it does not fit.
+        """
+        return cls.from_dict(read_json(path))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A search, as JSON has it."""
+
+    correction: dict[str, Any]
+    trials: tuple[Trial, ...]
+    steps: tuple[StepGate, ...]
+    checked: int
 
 
 def search_correction(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,15 @@ from diffusers import DiffusionPipeline
 from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
 
+MOST_STEPS, MOST_SAMPLES, MOST_SEEDS = 100_000, 10_000_000, 2**63  # beyond which a file or a hand is wrong
+OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
+    "num_inference_steps": "say it with --steps (in Python: Sampling's steps)",
+    "eta": "say it with --eta (in Python: Sampling's eta)",
+    "generator": "say --seed (in Python: Sampling's seed); every sample has a generator of its own",
+    "batch_size": "say it with --batch (in Python: Sampling's batch)",
+    "output_type": "leave it out",
+    "return_dict": "leave it out",
+}
 # whose errors are of what they are given
 REFUSING = ("diffusers", "transformers", "ptqd.pipelines")
 
@@ -46,13 +56,21 @@ class Sampling:
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("eta", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
+        for name, most in (("steps", MOST_STEPS), ("samples", MOST_SAMPLES), ("batch", MOST_SAMPLES)):
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(f"{name} must be at least 1; got {value}")
+            if value > most:
+                raise InputError(f"{name} must be at most {most:,}; got {value}")
+        if not 0 <= self.eta < math.inf:
+            raise InputError(f"eta must be at least 0, and finite; got {self.eta}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise InputError(f"seed must be at least 0, and below 2^63; got {self.seed}")
         for name, value in self.call.items():
+            if name in OWN:
+                raise InputError(f"the call's argument {name!r} is ptqd's own to set; {OWN[name]}")
+            if not _is_finite(value):
+                raise InputError(f"call argument {name!r} is NaN or infinite; got {value}")
             if isinstance(value, list | torch.Tensor) and len(value) == 0:
                 raise InputError(f"call argument {name!r} is an empty list; give one value a sample")
 
@@ -98,6 +116,16 @@ class Sampling:
         """The call's arguments that go to every batch; plain values, ready for JSON."""
         shared = {k: v for k, v in self.call.items() if not isinstance(v, list | torch.Tensor)}
         return {name: _plain(value) for name, value in shared.items()}
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list | tuple) else True
 
 
 def _plain(value: object) -> Any:

@@ -20,7 +20,8 @@ from ptqd.engines.onnx_graph import Graph, Products, changing_quantizers, trace
 from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
-from ptqd.files import read_json, replacing, write_json
+from ptqd.files import read_json, write_json
+from ptqd.outputs import OutputFolder, output_folder
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.swap import insert_quantizers
@@ -46,7 +47,6 @@ class Exported:
     components: tuple[str, ...]
 
 
-# above 60 lines: half of them say what the arguments are; the rest is one loop over components
 def export(
     pipe: DiffusionPipeline,
     sampling: Sampling,
@@ -66,19 +66,46 @@ def export(
         pipe: quantized by ptqd, or in full precision.
         sampling: how it samples: its calls show what the networks are given.
         engine: ``"onnxruntime"``, ``"openvino"``, or ``"torchao"``, which leaves other networks as they are.
-        folder: written over.
+        folder: a new or an empty one, or one that ptqd wrote.
         others: decoders and text encoders: in full precision, as int8, or left to torch (``"none"``).
         provider: of ONNX Runtime, that the graph is made for.
         layout: of torchao's weights.
 
     Raises:
-        InputError: a network that cannot be traced, number formats or operators that the engine or provider lacks, or
-            an engine that is not installed.
+        InputError: a folder that is not ptqd's to write, a network that cannot be traced, number formats or operators
+            that the engine or provider lacks, or an engine that is not installed.
+    """
+    check_engine(engine, provider, others)
+    with output_folder(folder) as out:
+        return _export(pipe, sampling, engine, out, others=others, provider=provider, layout=layout)
+
+
+def check_engine(engine: str, provider: Provider = "cpu", others: Others = "fp32") -> None:
+    """Refuse an engine that is not known or not installed, and what it has not.
+
+    Raises:
+        InputError: so it is.
     """
     if engine not in (*ENGINES, TORCHAO):
         raise InputError(f"unknown engine {engine!r}; known are {', '.join((*ENGINES, TORCHAO))}")
     if provider != "cpu" and engine != "onnxruntime":
         raise InputError(f"{provider} is a provider of onnxruntime; leave --provider out for {engine}")
+    for package in (engine,) if engine == TORCHAO else (engine, "onnx", "onnxscript"):
+        required(package)
+    if provider == "tensorrt" and others == "int8":
+        raise InputError("decoders in 8 bits have zero points, which TensorRT does not multiply; take --others fp32")
+
+
+def _export(
+    pipe: DiffusionPipeline,
+    sampling: Sampling,
+    engine: str,
+    out: OutputFolder,
+    *,
+    others: Others,
+    provider: Provider,
+    layout: Layout,
+) -> Exported:
     name = denoiser_name(pipe)
     model = getattr(pipe, name)
     if isinstance(model, EngineModule):
@@ -88,19 +115,13 @@ def export(
     pipe = pipe.to("cpu")
     if engine == TORCHAO:
         output, products = to_torchao(pipe, sampling, layout)
-        with replacing(folder) as temporary:
+        with out.replacing() as temporary:
             output.save_pretrained(temporary)
         return Exported(output, products, (name,))
-    for package in (engine, "onnx", "onnxscript"):
-        required(package)
     _check_ranges(engine, changing_quantizers(model))
     if provider == "tensorrt":
         _check_symmetric(model)
-        if others == "int8":
-            raise InputError(
-                "decoders in 8 bits have zero points, which TensorRT does not multiply; take --others fp32"
-            )
-    with replacing(folder) as temporary:
+    with out.replacing() as temporary:
         graph = _written(pipe, sampling, name, "forward", temporary, engine, provider)
         components = [name]
         for component, method in _others(pipe) if others != "none" else ():
@@ -111,7 +132,7 @@ def export(
             components.append(component)
         loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in components})
         loaded.save_pretrained(temporary)
-    engines = {component: EngineModule(folder / component) for component in components}
+    engines = {component: EngineModule(out.path / component) for component in components}
     return Exported(with_components(pipe, **engines), graph.products, tuple(components))
 
 

@@ -2,7 +2,7 @@
 
 from ptqd.experiments.benchmark import candidates, run_benchmark, speed_report
 from ptqd.experiments.experiment import MEASURED, named_recipes
-from ptqd.experiments.manifest import load_manifest, reproduce, run_with_manifest
+from ptqd.experiments.manifest import Manifest, reproduce, run_with_manifest
 from ptqd.experiments.meta_pipeline import bare_denoiser, denoiser_config, one_call
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import FULL_PRECISION, ChoiceRow, Interval, Report, Row, RowKey, SamplerSettings, StepRow
@@ -14,6 +14,7 @@ __all__ = [
     "MEASURED",
     "ChoiceRow",
     "Interval",
+    "Manifest",
     "PlanRequest",
     "Report",
     "Row",
@@ -29,7 +30,6 @@ __all__ = [
     "judged",
     "labels_of",
     "load_images",
-    "load_manifest",
     "measure_shards",
     "named_recipes",
     "observe_images",

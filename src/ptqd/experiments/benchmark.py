@@ -30,13 +30,16 @@ from ptqd.engines.export import Others, export, for_engine
 from ptqd.engines.sessions import ENGINES, required
 from ptqd.errors import InputError, PtqdError
 from ptqd.experiments.results import REPORT, Report, SpeedReport, SpeedRow
+from ptqd.names import folder_name
 from ptqd.progress import busy, track
 from ptqd.quantization.bops import disk_bytes
 from ptqd.run_folder import RunFolder
 
 EAGER, COMPILED, SIMULATED = "torch", "torch.compile", "torch, simulated"
 FULL = "FP32"
+KNOWN = (EAGER, COMPILED, *ENGINES)
 REPEATS = 5
+MOST = 10_000
 TINY = 1e-12  # squared error that counts as none: 120 dB
 
 
@@ -109,17 +112,14 @@ def candidates(
     Raises:
         InputError: an engine that is not known.
     """
-    known = (EAGER, COMPILED, *ENGINES)
-    unknown = set(engines or ()) - set(known)
-    if unknown:
-        raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join(known)}")
+    check_engines(engines or ())
     full = with_components(full, scheduler=plain_scheduler(next(iter(quantized.values())).scheduler))
     everything = {FULL: full, **quantized}
     makers = _Makers(folder, sampling, others, progress)
     size = disk_bytes(getattr(full, denoiser_name(full)))
     result = [Candidate(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
-    for engine in known if engines is None else [name for name in known if name in engines]:
+    for engine in KNOWN if engines is None else [name for name in KNOWN if name in engines]:
         if engine == EAGER:
             for name, pipe in quantized.items():
                 size = disk_bytes(getattr(pipe, denoiser_name(pipe)))
@@ -138,6 +138,19 @@ def candidates(
     return result, refused
 
 
+def check_engines(engines: Sequence[str], repeats: int = REPEATS, threads: int = 0) -> None:
+    """Refuse, before anything is loaded, what cannot be timed.
+
+    Raises:
+        InputError: an engine that is not known, or a number that is not positive.
+    """
+    unknown = set(engines) - set(KNOWN)
+    if unknown:
+        raise InputError(f"unknown engine {min(unknown)!r}; known are {', '.join(KNOWN)}")
+    if not (1 <= repeats <= MOST and 0 <= threads <= MOST):
+        raise InputError(f"repeats and threads must be positive, and below {MOST}; got {repeats} and {threads}")
+
+
 class _Makers:
     """Pipelines in folders, each made once."""
 
@@ -148,7 +161,9 @@ class _Makers:
     def saved(self, name: str, pipe: DiffusionPipeline) -> Path:
         """A pipeline as it is."""
         inputs = {"pipeline": pipeline_fingerprint(pipe)}
-        return self.folder.stage(f"engines/torch-{name}", inputs, lambda path, scratch: pipe.save_pretrained(path))
+        return self.folder.stage(
+            f"engines/torch-{folder_name(name)}", inputs, lambda path, scratch: pipe.save_pretrained(path)
+        )
 
     def exported(self, name: str, pipe: DiffusionPipeline, engine: str) -> Path:
         """A pipeline for an engine; the graph is traced once for all of them."""
@@ -163,10 +178,12 @@ class _Makers:
             with busy(f"exporting {name}" if self.progress else None):
                 export(pipe, self.run, self.first, path, others=others)
 
-        traced = self.folder.stage(f"engines/{self.first}-{name}", inputs, trace)
+        traced = self.folder.stage(f"engines/{self.first}-{folder_name(name)}", inputs, trace)
         if engine == self.first:
             return traced
-        return self.folder.stage(f"engines/{engine}-{name}", inputs, lambda path, _: for_engine(traced, engine, path))
+        return self.folder.stage(
+            f"engines/{engine}-{folder_name(name)}", inputs, lambda path, _: for_engine(traced, engine, path)
+        )
 
 
 def run_benchmark(
@@ -194,8 +211,7 @@ def run_benchmark(
     Raises:
         InputError: full precision cannot be timed, or a number that is not positive.
     """
-    if repeats < 1 or threads < 0:
-        raise InputError(f"repeats and threads must be positive; got {repeats} and {threads}")
+    check_engines((), repeats, threads)
     sampling = sampling.replace(samples=sampling.batch)
     threads = threads or torch.get_num_threads()
     refused: dict[str, str] = {}
@@ -259,7 +275,7 @@ def time_engines(
     """
     is_run = (folder / REPORT).is_file()
     with TemporaryDirectory() as temporary:
-        remaining = RunFolder(folder if is_run else keep or Path(temporary))
+        remaining = RunFolder(folder) if is_run else RunFolder(keep or Path(temporary), "engines")
         result, refused = candidates(full, quantized, sampling, remaining, engines, others=others, progress=True)
         timings, failed = run_benchmark(
             result, sampling, repeats=repeats, threads=threads, device=device, progress=True

@@ -7,11 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ptqd.errors import InputError
-from ptqd.experiments.results import Interval, Report, Row, SamplerSettings
+from ptqd.experiments.results import REPORT, Interval, Report, Row, SamplerSettings
 from ptqd.experiments.sharding import is_observed, judged, labels_of, observe_images
 from ptqd.metrics.bootstrap import Statistic, intervals
 from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
+from ptqd.names import inside
 
 SEEDS = ("seed", "samples", "call")  # what two rows have to share to be paired
 
@@ -54,7 +55,7 @@ class _Entry:
 
     @property
     def images(self) -> Path:
-        return self.folder / self.row.images
+        return inside(self.folder, self.row.images, str(self.folder / REPORT))
 
 
 def compare_runs(
@@ -103,7 +104,7 @@ def _compared(entries: list[_Entry], judge: Evaluator, against: str | None) -> l
             f"{chosen.name!r} is judged by nothing; compare with another row, or give a --judge other than none"
         )
     run = chosen.row.as_sampled()
-    strata = labels_of(run, run.samples)
+    strata = labels_of(run, range(run.samples))
     compared = []
     for entry, mine in zip(entries, statistics, strict=True):
         paired = {name: mine[name].minus(base[name]) for name in mine if name in base and entry is not chosen}
@@ -118,16 +119,17 @@ def _statistics(entry: _Entry, entries: list[_Entry], judge: Evaluator, scratch:
     """One row's; those to full precision are to its own run's."""
     full = next((e for e in entries if e.row.key.is_full_precision and e.folder == entry.folder), None)
     full = None if full is entry else full
-    labels = labels_of(entry.row.as_sampled(), entry.row.samples)
+    labels = labels_of(entry.row.as_sampled(), range(entry.row.samples))
     pair = None if full is None else (_observed(full, None, judge, scratch), full.images)
     return judged(_observed(entry, full, judge, scratch), entry.images, judge, labels, pair)
 
 
 def _observed(entry: _Entry, full: _Entry | None, judge: Evaluator, scratch: Path) -> Path:
     """The features of a row's images: what its run kept, else by looking at its images again."""
-    remaining = entry.folder / entry.row.observed
-    if entry.row.observed and is_observed(remaining, judge):
-        return remaining
+    if entry.row.observed:
+        kept = inside(entry.folder, entry.row.observed, str(entry.folder / REPORT))
+        if is_observed(kept, judge):
+            return kept
     output = scratch / f"{sha256(str(entry.images).encode()).hexdigest()}.safetensors"
     if not output.exists():
         images = [open_images(e.images, grey=False) for e in (entry, full) if e is not None]

@@ -10,20 +10,19 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd import processes
-from ptqd.correction.fit import METHODS
+from ptqd.correction.fit import METHODS, split_methods
 from ptqd.correction.scheduler import apply_correction
 from ptqd.correction.search import MIN_CHECKED, CorrectionSearch
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
-from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.sampling import MOST_SAMPLES, Sampling
 from ptqd.errors import InputError
-from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import PlanRequest
-from ptqd.experiments.results import FULL_PRECISION, ChoiceRow, PlanRow, Report, Row, RowKey
+from ptqd.experiments.results import FULL_PRECISION, REPORT, ChoiceRow, PlanRow, Report, Row, RowKey
 from ptqd.experiments.sharding import few_samples
-from ptqd.experiments.stages import Stages
-from ptqd.files import read_json
+from ptqd.experiments.stages import Stages, settings_of
 from ptqd.loading import load
 from ptqd.metrics.evaluator import Evaluator
+from ptqd.names import folder_name, inside
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.recipe import Recipe
 from ptqd.run_folder import RunFolder
@@ -58,6 +57,47 @@ class Experiment:
     plan: PlanRequest | None = None
     images: bool = True
 
+    def check(self) -> None:
+        """Refuse, before a model is loaded or anything is sampled, what cannot be run.
+
+        Raises:
+            InputError: an unknown correction or methods that do not go together, too few samples for a search, recipes
+                of one name, recipes or a plan that do not fit the steps, or nothing to run.
+        """
+        if not self.settings:
+            raise InputError("an experiment needs a way to sample; give one in settings")
+        check_names(list(self.recipes))
+        for methods in self.corrections:
+            check_methods(methods)
+        if self.measured < 1 or self.measured > MOST_SAMPLES:
+            raise InputError(f"--measured must be 1 to {MOST_SAMPLES:,}; got {self.measured}")
+        if AUTO in self.corrections and self.measured < 2 * MIN_CHECKED:
+            raise InputError(
+                f"auto checks half of the measured samples on whole trajectories, and {self.measured} are too few; "
+                f"measure at least {2 * MIN_CHECKED}, or name methods, such as cnc,bc"
+            )
+        if any(self.corrections) and self.measured < 2:
+            raise InputError("statistics of 1 sample give no correction; measure at least two samples")
+        for sampling in self.settings:
+            for name, recipe in self.recipes.items():
+                recipe.check_steps(sampling.steps, name)
+                if self.plan is not None:
+                    self.plan.check(recipe, None)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse recipes whose results would share a folder, on any disk.
+
+    Raises:
+        InputError: two names that are one, or differ in case alone, or one that full precision has.
+    """
+    taken = {"full-precision", FULL_PRECISION.recipe}
+    for name in names:
+        if name.casefold() in taken:
+            raise InputError(f"two recipes are called {name!r}; give their files names of their own")
+        folder_name(name)
+        taken.add(name.casefold())
+
 
 def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
     """Recipes from shorthand or TOML files, by what they are called.
@@ -65,13 +105,9 @@ def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
     Raises:
         InputError: two of one name, or a recipe that cannot be read.
     """
-    recipes: dict[str, Recipe] = {}
-    for text in texts:
-        name = Path(text).stem
-        if name in ("full-precision", "fp32", *recipes):
-            raise InputError(f"two recipes are called {name!r}; give their files names of their own")
-        recipes[name] = Recipe.parse(text)
-    return recipes
+    named = [(Path(text).stem, text) for text in texts]
+    check_names([name for name, _ in named])
+    return {name: Recipe.parse(text) for name, text in named}
 
 
 def run_experiment(
@@ -102,10 +138,15 @@ def run_experiment(
             nothing that looks at them.
     """
     judge = judge or Evaluator()
+    experiment.check()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
-    for methods in experiment.corrections:
-        check_methods(methods)
+    folders = [settings_of(pipe, sampling).folder for sampling in experiment.settings]
+    for name in folders:
+        if folders.count(name) > 1:
+            raise InputError(
+                f"two ways to sample would share the folder {name}; run them into run folders of their own"
+            )
     run_folder = RunFolder(folder)
     hardware: dict[str, str | int] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
     versions: dict[str, str | int] = {name: version(name) for name in PACKAGES}
@@ -131,11 +172,6 @@ def _rows(experiment: Experiment, stages: Stages, report: Report) -> Iterator[Ro
     for recipe in experiment.recipes.values():
         if experiment.plan is not None:
             experiment.plan.check(recipe, len(stages.macs.counts))
-    if AUTO in experiment.corrections and experiment.measured < 2 * MIN_CHECKED:
-        raise InputError(
-            f"auto checks half of the measured samples on whole trajectories, and {experiment.measured} are too few; "
-            f"measure at least {2 * MIN_CHECKED}, or name methods, such as cnc,bc"
-        )
     reference = stages.samples(FULL_PRECISION, stages.pipe, {})
     yield stages.row(experiment.model, FULL_PRECISION, stages.pipe, reference, stages.full_bops)
     for name, recipe in experiment.recipes.items():
@@ -184,24 +220,26 @@ def pipeline_of(folder: Path, row: Row) -> DiffusionPipeline:
     """
     if row.key.is_full_precision:
         return load(row.model)
-    layout = RunLayout(row.settings)
-    path = folder / (layout.quantized(row.key) if row.key.plan is None else layout.planned(row.key))
-    if row.key.plan is None and not path.is_dir():
-        path = folder / layout.planned(row.key)  # of a report of version 1, whose labels have the plan in the recipe
+    made = inside(folder, row.images, str(folder / REPORT)).parent.parent  # of this recipe, with its plan
+    path = made / "planned"
+    if not path.is_dir():
+        path = made / "quantized"
     if not path.is_dir():
         raise InputError(f"{path.parent} holds no quantized pipeline; run it again with 'ptqd run'")
     pipe, methods = load(path), row.key.methods
     if methods == AUTO:
-        return apply_correction(pipe, CorrectionSearch.from_dict(read_json(folder / layout.search(row.key))).correction)
-    return apply_correction(pipe, NoiseStats.load(folder / layout.noise(row.key)), methods) if methods else pipe
+        return apply_correction(pipe, CorrectionSearch.load(made / "auto.json").correction)
+    return apply_correction(pipe, NoiseStats.load(made / "noise.safetensors"), methods) if methods else pipe
 
 
 def check_methods(methods: Sequence[str]) -> None:
     """Corrections are known ones.
 
     Raises:
-        InputError: one that is not, or auto beside others.
+        InputError: one that is not, auto beside others, or methods that do not go together.
     """
     for method in methods:
         if method not in METHODS and tuple(methods) != AUTO:
             raise InputError(f"unknown correction {method!r}; known are auto, alone, and {', '.join(METHODS)}")
+    if tuple(methods) != AUTO:
+        split_methods(methods)

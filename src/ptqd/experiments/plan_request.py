@@ -15,7 +15,7 @@ from ptqd.diffusion.macs import Macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.experiments.results import PlanFigures, PlanPoint
 from ptqd.mixed_precision.paper_rule import forward_snr, paper_plan, quantized_snr
 from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
@@ -26,6 +26,7 @@ from ptqd.quantization.bops import cost_of
 from ptqd.quantization.numerics.affine import Grid
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
+from ptqd.schema import typed
 
 PICTURED = 20  # steps whose sample is shown
 
@@ -88,18 +89,34 @@ class PlanRequest:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "PlanRequest":
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: they do not fit.
+        """
         given = facts.get("given")
-        plain = {**facts, "weight_bits": tuple(facts["weight_bits"])}
-        return cls(**{**plain, "given": None if given is None else PrecisionPlan.from_dict(given)})
+        plain = {name: value for name, value in facts.items() if name != "given"}
+        request: PlanRequest = typed(plain, cls, "the manifest's plan")
+        known = [request.budget, request.floor]
+        bounded = all(value is None or 0 < value < math.inf for value in known) and request.groups >= 1
+        wanted = (request.budget is None) != (request.floor is None) if request.kind == "auto" else known == [None] * 2
+        if not (bounded and wanted) or (given is None) != (request.kind in ("auto", "paper")):
+            raise ArtifactError("the manifest's plan is none that can be asked for; copy the manifest again")
+        for bits in request.weight_bits:
+            Grid(bits, symmetric=True)
+        return request if given is None else dataclasses.replace(request, given=PrecisionPlan.from_dict(given))
 
     def to_dict(self) -> dict[str, Any]:
         """All that a plan depends on, as plain values."""
         plain = dataclasses.asdict(dataclasses.replace(self, given=None))
         return plain if self.given is None else {**plain, "given": self.given.to_dict()}
 
-    def check(self, recipe: Recipe, steps: int) -> None:
+    def check(self, recipe: Recipe, steps: int | None) -> None:
         """Refuse, before anything is sampled, what cannot come to a plan.
+
+        Args:
+            recipe: that the plan is of.
+            steps: of the run; None where that is not known yet.
 
         Raises:
             InputError: the recipe has one width, or the plan asks for others or is for other steps.
@@ -109,7 +126,7 @@ class PlanRequest:
             raise InputError(f"{recipe.name} has ranges for {only}-bit activations only; give a recipe such as w4a4+8")
         if self.given is None:
             return
-        if self.given.steps != steps:
+        if steps is not None and self.given.steps != steps:
             raise InputError(f"the plan {self.kind} is for {self.given.steps} steps, the run takes {steps}")
         missing = {bits for row in self.given.bits for bits in row} - set(recipe.widths)
         if missing:

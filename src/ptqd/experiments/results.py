@@ -16,6 +16,10 @@ from ptqd.correction.search import Trial
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, write_json
+from ptqd.metrics.registry import METRICS
+from ptqd.names import inside
+from ptqd.run_folder import read_record
+from ptqd.schema import check_version, read_as, typed
 
 VERSION = 2
 REPORT, PAGE, MANIFEST = "report.json", "report.html", "manifest.json"
@@ -54,8 +58,8 @@ class SamplerSettings:
     @property
     def folder(self) -> str:
         """A short name that is also a folder's."""
-        guidance = "" if self.guidance is None else f"-g{self.guidance:g}"
-        return f"{self.scheduler.removesuffix('Scheduler').lower()}{self.steps}-eta{self.eta:g}{guidance}"
+        guidance = "" if self.guidance is None else f"-g{_exact(self.guidance)}"
+        return f"{self.scheduler.removesuffix('Scheduler').lower()}{self.steps}-eta{_exact(self.eta)}{guidance}"
 
     @property
     def heading(self) -> str:
@@ -66,6 +70,12 @@ class SamplerSettings:
         """
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         return f"{self.scheduler.removesuffix('Scheduler')}, {self.steps} steps, eta {self.eta:g}{guidance}"
+
+
+def _exact(value: float) -> str:
+    """A number as short as tells it from others."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(float(value))
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,8 @@ class Row:
         """
         if not self.sampling:
             raise ArtifactError(f"how {self.images} was sampled is not known any more; run 'ptqd run' again")
-        return Sampling(**self.sampling)
+        sampling: Sampling = typed(self.sampling, Sampling, f"how {self.images} was sampled", "run 'ptqd run' again")
+        return sampling
 
 
 @dataclass(frozen=True)
@@ -215,16 +226,13 @@ class PlanFigures:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> "PlanFigures":
-        """From plain values, strict about their types.
+    def load(cls, path: Path) -> "PlanFigures":
+        """From a JSON file of :meth:`to_dict`.
 
         Raises:
-            ArtifactError: they do not fit.
+            ArtifactError: it does not fit.
         """
-        try:
-            return msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
-            raise ArtifactError(f"a plan's figures are damaged ({error}); run 'ptqd run' again") from error
+        return read_as(path, cls)
 
 
 @dataclass(frozen=True)
@@ -320,15 +328,40 @@ class Report:
         plain = read_json(path)
         if not isinstance(plain, dict) or not plain.get("rows"):
             raise InputError(f"{path} is no report with rows; write one with 'ptqd run'")
-        version = plain.get("version", 1)
-        if version not in (1, VERSION):
-            raise InputError(f"{path} is of version {version}; this ptqd reads up to {VERSION}: use a newer one")
-        try:
-            return msgspec.convert(_upgraded(plain, folder) if version == 1 else plain, cls)
-        except (msgspec.ValidationError, KeyError, TypeError) as error:
+        remedy = "run 'ptqd run' again: finished stages are kept"
+        if "version" in plain:
+            check_version(plain, VERSION, str(path))
+        if plain.get("version", 1) == 1:
+            try:
+                plain = _upgraded(plain, folder)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ArtifactError(f"{path} is damaged ({error!r}); {remedy}") from error
+        report: Report = typed(plain, cls, str(path), remedy)
+        report._check(folder)
+        return report
+
+    def _check(self, folder: Path) -> None:
+        """Refuse paths that lead out of the run folder, and plans whose lists do not fit together."""
+        where = str(folder / REPORT)
+        for row in self.rows:
+            inside(folder, row.images, where)
+            if row.observed:
+                inside(folder, row.observed, where)
+            for name in (row.key.recipe, row.key.plan, *row.key.methods):
+                if name is not None and not name:
+                    raise ArtifactError(f"{where} has a row without a name; run 'ptqd run' again")
+        for plan in self.plans:
+            inside(folder, plan.pictures, where)
+            steps, widths = len(plan.bits), [str(width) for width in plan.widths]
+            lists = [plan.timesteps, plan.share, plan.forward_snr, *plan.snr.values()]
+            fits = steps > 0 and all(values is None or len(values) == steps for values in lists)
+            if not fits or set(plan.snr) != set(widths) or {len(row) for row in plan.bits} != {len(plan.groups)}:
+                raise ArtifactError(f"{where}: the lists of the plan of {plan.recipe!r} differ in length")
+        unknown = {figure.metric for figure in self.published} - set(METRICS)
+        if unknown:
             raise ArtifactError(
-                f"{path} is damaged ({error}); run 'ptqd run' again: finished stages are kept"
-            ) from error
+                f"{where} has the metric {min(unknown)!r}, which this ptqd does not know; use a newer one"
+            )
 
 
 def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -339,8 +372,8 @@ def _upgraded(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     rows = []
     for row in plain["rows"]:
-        record = folder / ".stages" / f"{row['images']}.json"
-        sampling = read_json(record)["inputs"]["setting"] if record.is_file() else {}
+        record = read_record(folder, row["images"])
+        sampling = {} if record is None else record.inputs["setting"]
         methods = [] if row["correction"] == "none" else row["correction"].split("+")
         key = {"recipe": row["recipe"], "plan": None, "methods": methods}
         remaining = {name: value for name, value in settings(row).items() if name not in ("recipe", "correction")}

@@ -24,12 +24,12 @@ from ptqd.metrics.evaluator import (
     statistics,
     with_intervals,
 )
-from ptqd.metrics.images import ImageSet, open_images
-from ptqd.metrics.references import cache_folder
+from ptqd.metrics.images import ImageSet, check_paired, open_images
 from ptqd.mixed_precision.measure_widths import widths_measurement
 from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
-from ptqd.run_folder import RunFolder, make_shards
+from ptqd.outputs import cache_folder
+from ptqd.run_folder import RunFolder, is_whole, make_shards
 
 SHOWN = 100  # images that are kept for people where the others are not
 
@@ -79,7 +79,11 @@ def measure_width_shards(
             stats.save(_of_width(shard, bits))
         write_tensors(shard, {"widths": torch.tensor(list(parts))}, {})  # all are there
 
-    shards = make_shards(list(sampling.batches()), scratch, write, title=title)
+    def whole(shard: Path) -> bool:
+        widths = read_tensors(shard)[0]["widths"].tolist() if is_whole(shard) else []
+        return bool(widths) and all(is_whole(_of_width(shard, bits)) for bits in widths)
+
+    shards = make_shards(list(sampling.batches()), scratch, write, title=title, whole=whole)
     if processes.is_main():
         for bits in read_tensors(shards[0])[0]["widths"].tolist():
             parts = [_of_width(shard, bits) for shard in shards]
@@ -113,8 +117,8 @@ def sample_images(
     Args:
         pipe: any whose output is images.
         sampling: how.
-        path: a safetensors file of ``images``, uint8 (N, H, W, C), and, of a pipeline that does not diffuse pixels,
-            ``latents``, the samples after the last step (N, ...).
+        path: a safetensors file of ``images``, uint8 (N, H, W, C); of a pipeline that is given classes ``labels`` (N,);
+            and, of one that does not diffuse pixels, ``latents``, the samples after the last step (N, ...).
         scratch: a folder that survives a kill.
         title: of a progress bar.
         judge: what it sees is kept too.
@@ -125,6 +129,9 @@ def sample_images(
         with last_samples(pipe, len(indices)) as latents:
             images = torch.from_numpy(np.rint(run_batch(pipe, sampling, indices) * 255).astype(np.uint8))
         tensors = {"images": images}
+        labels = labels_of(sampling, indices)
+        if labels is not None:
+            tensors["labels"] = labels
         in_pixels = images.ndim == 4 and latents and latents[0].shape[1:] == images.permute(0, 3, 1, 2).shape[1:]
         if latents and not in_pixels:
             tensors["latents"] = latents[0].float()
@@ -165,27 +172,31 @@ def observe_images(
     """What a judge sees of images, into ``path``, each process its share of the batches, through ``scratch``.
 
     Raises:
-        InputError: images that cannot be read or are not alike, or others in number or size than those of the seeds.
+        InputError: images that cannot be read or are not alike, or others in number, names or size than those of the
+            seeds.
     """
-    if same_seed is not None and len(same_seed) != len(images):
-        raise InputError(
-            f"images and those of the same seeds differ in number: {len(images)} against {len(same_seed)}; sample both "
-            "alike"
-        )
+    if same_seed is not None:
+        check_paired(images, same_seed)
 
     def write(indices: range, shard: Path) -> None:
         full = None if same_seed is None else same_seed.part(indices)
         seen = extract_features(images.part(indices), judge, same_seed=full, texts=texts_of(sampling, indices))
         write_tensors(shard, seen.tensors(), {"ptqd.observed": scratch.name})
 
-    required = list(sampling.replace(samples=len(images)).batches())
+    required = list(sampling.replace(samples=max(1, len(images))).batches())
     shards = make_shards(required, scratch, write, title=title)
     if processes.is_main():
         join_tensors(path, shards, {"ptqd.networks": judge.networks_key})
 
 
 def observed_samples(
-    path: Path, against: Path | None, judge: Evaluator, sampling: Sampling, *, title: str | None
+    path: Path,
+    against: Path | None,
+    judge: Evaluator,
+    sampling: Sampling,
+    *,
+    title: str | None,
+    kept_labels: bool = True,
 ) -> tuple[int, dict[str, Metric]]:
     """Metrics of any images, by what a judge sees of them, or saw as they were sampled.
 
@@ -194,8 +205,9 @@ def observed_samples(
             :func:`sample_images` kept of them.
         against: the same of full-precision images of the same seeds.
         judge: of all.
-        sampling: the classes or prompts they were asked for.
+        sampling: the classes or prompts they were asked for; without classes, those that were kept with the images.
         title: of a progress bar.
+        kept_labels: False passes over classes that were kept with the images.
 
     Returns:
         How many there are, and, in the main process, their metrics.
@@ -204,7 +216,7 @@ def observed_samples(
         InputError: images that cannot be read, are not alike, or are not there any more.
     """
     files = [_samples_file(p) for p in (path, against) if p is not None]
-    folder = RunFolder(cache_folder("observed"))
+    folder = RunFolder(cache_folder("observed"), "cache")
     output: list[tuple[Path, Path]] = []
     for file in files:
         full = against is not None and file == files[0] and _has_images(files[1])
@@ -223,10 +235,29 @@ def observed_samples(
     if not processes.is_main():
         return 0, {}
     with opened_tensors(output[0][0]) as opened:
-        names = [name for name in opened.keys() if name not in ("images", "latents")]  # noqa: SIM118
+        names = [name for name in opened.keys() if name not in ("images", "latents", "labels")]  # noqa: SIM118
         count = opened.get_slice(names[0]).get_shape()[0] if names else 0
-    labels = labels_of(sampling, count)
+    labels = labels_of(sampling, range(count))
+    labels = _kept_labels(files[0], labels) if kept_labels else labels
     return count, with_intervals(judged(*output[0], judge, labels, output[1] if len(output) > 1 else None), labels)
+
+
+def _kept_labels(path: Path, given: torch.Tensor | None) -> torch.Tensor | None:
+    """The classes that images were asked for: what was kept with them, else what is given.
+
+    Raises:
+        InputError: both, and they differ.
+    """
+    kept: torch.Tensor | None = None
+    if path.suffix == ".safetensors" and path.is_file():
+        kept = read_tensors(path)[0].get("labels")
+    elif path.suffix == ".npz" and path.is_file():
+        kept = open_images(path, grey=False).labels
+    if kept is None or given is None:
+        return given if kept is None else kept
+    if not torch.equal(kept, given):
+        raise InputError(f"{path} was asked for other classes than --classes says; leave --classes out")
+    return kept
 
 
 def _samples_file(path: Path) -> Path:
@@ -288,13 +319,13 @@ def _latents(path: Path) -> torch.Tensor | None:
         return file.get_tensor("latents") if "latents" in file.keys() else None  # noqa: SIM118
 
 
-def labels_of(sampling: Sampling, count: int) -> torch.Tensor | None:
-    """The classes that the first samples of a run were asked for (N,); None where it names none."""
+def labels_of(sampling: Sampling, indices: range) -> torch.Tensor | None:
+    """The classes that some samples of a run were asked for (n,), int64; None where it names none by number."""
     labels = sampling.call.get("class_labels")
-    if labels is None:
-        return None
     labels = [labels] if isinstance(labels, int) else labels
-    return torch.tensor([labels[i % len(labels)] for i in range(count)])
+    if labels is None or not all(isinstance(label, int) for label in labels):
+        return None
+    return torch.tensor([labels[i % len(labels)] for i in indices])
 
 
 def texts_of(sampling: Sampling, indices: Sequence[int]) -> list[str] | None:

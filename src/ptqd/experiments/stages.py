@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ptqd.correction.search import CorrectionSearch, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
@@ -31,7 +31,7 @@ from ptqd.experiments.sharding import (
     observe_images,
     sample_images,
 )
-from ptqd.files import read_json, write_json, write_tensors
+from ptqd.files import write_json, write_tensors
 from ptqd.loading import load
 from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
@@ -44,8 +44,15 @@ from ptqd.quantization.bops import cost_of, disk_bytes
 from ptqd.quantization.quantize import quantize
 from ptqd.quantization.recipe import Recipe
 from ptqd.run_folder import RunFolder
+from ptqd.schema import read_as
 
 T = TypeVar("T")
+
+
+def settings_of(pipe: DiffusionPipeline, sampling: Sampling) -> SamplerSettings:
+    """How rows of a pipeline are sampled, as tables say it."""
+    scheduler = type(scheduler_of(pipe)).__name__
+    return SamplerSettings(scheduler, sampling.steps, sampling.eta, guidance_of(pipe, sampling))
 
 
 class Stages:
@@ -73,9 +80,7 @@ class Stages:
         self.pipe, self.sampling, self.folder, self.judge = pipe, sampling, folder, judge
         self.keep_images, self.progress = keep_images, progress
         self.made_from = {"pipeline": pipeline_fingerprint(pipe), "ptqd": version("ptqd")}
-        self.settings = SamplerSettings(
-            type(pipe.scheduler).__name__, sampling.steps, sampling.eta, guidance_of(pipe, sampling)
-        )
+        self.settings = settings_of(pipe, sampling)
         self.layout = RunLayout(self.settings)
         self.macs: Macs = run_macs(pipe, sampling)
         self.seconds: dict[str, float] = {}
@@ -115,7 +120,7 @@ class Stages:
             return planned, figures
 
         def read(path: Path) -> tuple[DiffusionPipeline, PlanFigures]:
-            return self._load_pipeline(path), PlanFigures.from_dict(read_json(path / "plan.json"))
+            return self._load_pipeline(path), PlanFigures.load(path / "plan.json")
 
         def picture(path: Path, scratch: Path) -> None:
             images = trajectory_images(self.pipe, run)
@@ -148,7 +153,7 @@ class Stages:
             write_json(path, choice.to_dict())
             return choice
 
-        return self._value(name, inputs, build, lambda path: CorrectionSearch.from_dict(read_json(path)))
+        return self._value(name, inputs, build, CorrectionSearch.load)
 
     def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, object]) -> str:
         """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""
@@ -227,7 +232,7 @@ class Stages:
         name = str(Path(images).with_name("metrics.json"))
 
         def build(path: Path, scratch: Path) -> dict[str, Interval]:
-            labels = labels_of(self.sampling, self.sampling.samples)
+            labels = labels_of(self.sampling, range(self.sampling.samples))
             paths = None if pair is None else (self.folder.folder / pair[0], self.folder.folder / pair[1])
             with busy(self._title(f"evaluating {Path(images).parent}")):
                 statistics = judged(
@@ -238,7 +243,7 @@ class Stages:
             return {name: Interval.of(**asdict(metric)) for name, metric in intervals.items()}
 
         def read(path: Path) -> dict[str, Interval]:
-            return {name: Interval(**metric) for name, metric in read_json(path).items()}
+            return read_as(path, dict[str, Interval])
 
         return observed, name, self._value(name, inputs, build, read)
 

@@ -1,7 +1,6 @@
 """A study: a published table row as a file, with the figures it is held against, and its twin on an embedded model."""
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from ptqd.diffusion.macs import on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
-from ptqd.experiments.experiment import Experiment, check_methods, named_recipes
+from ptqd.experiments.experiment import Experiment, named_recipes
 from ptqd.experiments.meta_pipeline import meta_pipeline, with_meta_proxies
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import PublishedRow, Row
+from ptqd.files import read_toml
 from ptqd.quantization.bops import cost_of, disk_bytes, memory_bytes
 from ptqd.quantization.schema import build
 from ptqd.quantization.swap import insert_quantizers
@@ -103,14 +103,8 @@ class Study:
         Raises:
             InputError: it is missing, no TOML, or has unknown or missing keys.
         """
-        try:
-            read = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{path} cannot be read as TOML: {error}") from error
-        study = build(cls, read, str(path))
-        named_recipes(study.recipes)
-        for methods in study.experiment("").corrections:
-            check_methods(methods)
+        study = build(cls, read_toml(path), str(path))
+        study.experiment("").check()
         return study
 
     def as_twin(self) -> "Study":

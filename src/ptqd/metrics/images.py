@@ -1,8 +1,11 @@
 """Sets of images, read batch by batch: from a folder, ADM's .npz, a dataset, or a file of ptqd's."""
 
+import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -13,17 +16,39 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ptqd.errors import InputError, MissingDependencyError
-from ptqd.files import read_tensors, replacing
+from ptqd import processes
+from ptqd.errors import InputError, MissingDependencyError, lack_of
+from ptqd.files import check_readable, read_tensors, replacing
+from ptqd.names import natural_key
+from ptqd.outputs import MARK, say
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")  # formats that Pillow knows by name, or through another program
 NAMED = 3  # of many broken images
 BATCH = 250
+DEEPEST = 65_535  # of 16 bits
+OURS = "grid.png"  # of 'ptqd sample', beside its images
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Those of the files that Pillow reads."""
+    Image.init()
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _STUBS
+    )
 
 
 class ImageSet(Protocol):
     """N images of one size."""
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """Asked-for classes (N,), where they were kept with the images."""
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """Of the images, without suffixes, where they have names."""
 
     def __len__(self) -> int:
         """N."""
@@ -44,18 +69,35 @@ def batches(images: ImageSet, size: int = BATCH) -> list[range]:
     return [range(first, min(first + size, len(images))) for first in range(0, len(images), size)]
 
 
+_LUMA = (19595, 38470, 7471)  # of 65536: ITU-R 601-2 as Pillow converts to grey
+
+
 @dataclass(frozen=True)
 class Pixels:
-    """Images in memory, or mapped from disk: uint8 (N, H, W, C)."""
+    """Images in memory, or mapped from disk: uint8 (N, H, W, C).
+
+    Attributes:
+        images: all of them.
+        grey: read as one channel.
+        labels: asked-for classes (N,).
+        names: none: they have an order alone.
+    """
 
     images: torch.Tensor
+    grey: bool = False
+    labels: torch.Tensor | None = None
+    names: None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def part(self, indices: range) -> torch.Tensor:
         """Some of them."""
-        return self.images[indices.start : indices.stop]
+        part = self.images[indices.start : indices.stop]
+        if not self.grey or part.ndim != 4 or part.shape[-1] != len(_LUMA):
+            return part
+        weighted = (part.to(torch.int64) * torch.tensor(_LUMA)).sum(-1, keepdim=True)
+        return ((weighted + (1 << 15)) >> 16).to(torch.uint8)
 
     def digest(self) -> str:
         """A hash of their content."""
@@ -73,11 +115,15 @@ class Pictures:
         sources: a path, or where and under what key a dataset's bytes are.
         grey: read as one channel instead of RGB.
         what: they are, in messages.
+        names: of files, without suffixes, from the folder on.
+        labels: none.
     """
 
     sources: Sequence["Path | _Row"]
     grey: bool
     what: str
+    names: Sequence[str] | None = None
+    labels: None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -87,7 +133,9 @@ class Pictures:
         try:
             pictures = [self._read(self.sources[i]) for i in indices]
             first = self._read(self.sources[0]).shape if indices.start else pictures[0].shape
-        except _UNREADABLE:
+        except _UNREADABLE as error:
+            if lack_of(error) is not None:
+                raise
             raise self._complaint() from None
         if any(picture.shape != first for picture in pictures):
             raise self._complaint()
@@ -103,28 +151,61 @@ class Pictures:
     def _read(self, source: "Path | _Row") -> np.ndarray:
         opened: Path | BinaryIO = source if isinstance(source, Path) else BytesIO(source.read_bytes())
         with Image.open(opened) as picture:
-            image = picture.convert("L" if self.grey else "RGB")
+            image = _in_8_bits(picture).convert("L" if self.grey else "RGB")
         return np.asarray(image).reshape(image.height, image.width, -1)
 
     def _complaint(self) -> InputError:
-        broken, others, size = [], [], None
+        broken, others, size = dict[str, list[str]](), [], None
         for source in self.sources:
             try:
                 height, width, _ = self._read(source).shape
-            except _UNREADABLE:
-                broken.append(source.name)
+            except _UnusableError as error:
+                broken.setdefault(str(error), []).append(source.name)
+                continue
+            except _UNREADABLE as error:
+                if lack_of(error) is not None:
+                    raise
+                denied = isinstance(error, PermissionError)
+                broken.setdefault("cannot be read" + ": Permission denied" * denied, []).append(source.name)
                 continue
             size = size or (width, height)
             if (width, height) != size:
                 others.append(source.name)
         if broken:
-            return InputError(f"{self._some(broken)} cannot be read; replace or remove them")
+            reason, names = next(iter(broken.items()))
+            return InputError(f"{self._some(names)} {reason}; replace or remove them")
         assert size is not None
         return InputError(f"{self._some(others)} are not {size[0]} x {size[1]} as the first is; resize them alike")
 
     def _some(self, names: Sequence[str]) -> str:
         shown = ", ".join(names[:NAMED])
         return f"{len(names)} of {len(self)} images in {self.what} ({shown}{', ...' if len(names) > NAMED else ''})"
+
+
+class _UnusableError(ValueError):
+    """A picture that Pillow reads, and that is no picture of 8 bits without holes."""
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture whose pixels are as they would be with 8 bits: a deep value g * 257 is g.
+
+    Raises:
+        _UnusableError: it has several frames, transparent pixels, or numbers whose range is not known.
+    """
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # a camera's, which has a small copy behind
+        raise _UnusableError(f"have several frames ({frames})")
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.asarray(picture)
+        if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
+            raise _UnusableError(f"have numbers of 32 bits (mode {picture.mode}), whose range is not known")
+        return Image.fromarray(((values.clip(0, DEEPEST).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        whole = picture.convert("RGBA")
+        if whole.getchannel("A").getextrema() != (255, 255):
+            raise _UnusableError("have transparent pixels, whose colour is not known: flatten them")
+        return whole.convert("RGB")
+    return picture
 
 
 @dataclass(frozen=True)
@@ -160,13 +241,17 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
     if path.is_dir() and (path / "samples.safetensors").is_file():
         path = path / "samples.safetensors"  # beside the same images as PNG files, perhaps
     if path.is_dir():
-        files = sorted(result for result in path.rglob("*") if result.suffix.lower() in SUFFIXES)
+        files, passed = _pictures_in(path)
         if files or not any(result.suffix in (".arrow", ".parquet") for result in path.rglob("*")):
+            if passed and processes.is_main():
+                say(f"{path}: passed over {passed}")
             if len(files) < 2:
                 raise InputError(
-                    f"{path} holds {len(files)} images; a set needs at least two ({', '.join(SUFFIXES)}), or a dataset"
+                    f"{path} holds {len(files)} images; a set needs at least two (PNG, JPEG, or what else Pillow "
+                    f"reads), or a dataset{f'; passed over: {passed}' if passed else ''}"
                 )
-            return Pictures(files, grey, str(path))
+            names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
+            return Pictures(files, grey, str(path), names)
         return _dataset(path, grey)
     if not path.is_file():
         folder = Path(str(path).partition(":")[0])
@@ -175,20 +260,107 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
                 f"{path} does not exist; give a folder of images, a dataset, an .npz or a .safetensors file"
             )
         return _dataset(path, grey)
+    check_readable(path)
     if path.suffix == ".npz":
-        arrays = read_npz(path, ("arr_0",))
-        if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim != 4:
-            raise InputError(f"{path} holds no arr_0 of uint8 images (N, H, W, C)")
-        return Pixels(torch.from_numpy(arrays["arr_0"]))
+        return _of_npz(path, grey)
     tensors, metadata = read_tensors(path)
-    if "ptqd.samples" not in metadata or "images" not in tensors:
+    count = metadata.get("ptqd.samples", "")
+    images = tensors.get("images")
+    if not (count.isascii() and count.isdigit()) or images is None or images.dtype != torch.uint8 or images.ndim < 2:
         raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
-    if len(tensors["images"]) < int(metadata["ptqd.samples"]):
+    if len(images) < int(count):
         raise InputError(
             f"{path} kept no images, only what a judge saw of them; give it that judge, or sample again without "
             "--no-images"
         )
-    return Pixels(tensors["images"])
+    return Pixels(images, grey, _labels(tensors.get("labels"), len(images), path))
+
+
+def _pictures_in(folder: Path) -> tuple[list[Path], str]:
+    """The pictures of a folder and those inside it, links followed, in natural order; and what was passed over."""
+    ours = (folder / MARK).is_file()
+    seen: set[str] = set()
+    files: list[Path] = []
+    passed: Counter[str] = Counter()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if name not in hidden]
+        passed["hidden folders"] += 0 if ours else len(hidden)
+        for name in names:
+            path = Path(root) / name
+            if name.startswith("."):
+                passed["hidden files"] += not ours
+            elif path.suffix.lower() not in suffixes() or not path.is_file():
+                passed[f"files of type {path.suffix.lower() or 'none'}"] += 1
+            elif ours and name == OURS:
+                passed[f"ptqd's {OURS}"] += 1
+            else:
+                files.append(path)
+    files.sort(key=lambda path: [natural_key(part) for part in path.relative_to(folder).parts])
+    return files, ", ".join(f"{count} {what}" for what, count in passed.items() if count)
+
+
+def _of_npz(path: Path, grey: bool) -> Pixels:
+    """Images as ADM's evaluation has them, and their labels.
+
+    Raises:
+        InputError: others, which are named with what they are.
+    """
+    arrays = read_npz(path, ("arr_0", "arr_1"))
+    if "arr_0" not in arrays:
+        raise InputError(f"{path} holds no arr_0 of uint8 images (N, H, W, C)")
+    images = arrays["arr_0"]
+    if images.ndim == 3:  # grey, without an axis for it
+        images = images[..., None]
+    is_named = images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        reason = f"it is {images.dtype} of shape {images.shape}"
+        if is_named:
+            reason += ", channels first (NCHW): write np.transpose(images, (0, 2, 3, 1))"
+        elif images.ndim == 4 and 4 in (images.shape[1], images.shape[3]):
+            reason += ", with an alpha channel (RGBA): write its RGB alone"
+        raise InputError(f"{path}: arr_0 must be uint8 images (N, H, W, C) of 1 or 3 channels; {reason}")
+    labels = torch.from_numpy(np.array(arrays["arr_1"])) if "arr_1" in arrays and arrays["arr_1"].ndim == 1 else None
+    return Pixels(torch.from_numpy(images), grey, _labels(labels, len(images), path))
+
+
+def _labels(labels: torch.Tensor | None, count: int, path: Path) -> torch.Tensor | None:
+    """Labels that were kept with images.
+
+    Raises:
+        InputError: they are no whole numbers, or of another count.
+    """
+    if labels is None:
+        return None
+    if labels.ndim != 1 or len(labels) != count or labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            f"{path}: its labels must be {count} whole numbers; they are {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    return labels.long()
+
+
+def check_paired(images: ImageSet, same_seed: ImageSet) -> None:
+    """Refuse two sets that are not of the same seeds, as far as their counts and names say.
+
+    Raises:
+        InputError: they differ in number, or in the names of their files.
+    """
+    if len(same_seed) != len(images):
+        raise InputError(
+            f"images and those of the same seeds differ in number: {len(images)} against {len(same_seed)}; sample both "
+            "alike"
+        )
+    if images.names is not None and same_seed.names is not None:
+        for mine, other in zip(images.names, same_seed.names, strict=True):
+            if mine != other:
+                raise InputError(
+                    f"images are paired by their files' names, and {mine!r} stands where the other folder has "
+                    f"{other!r}; give both the same names"
+                )
 
 
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -201,12 +373,15 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     Raises:
         InputError: it is damaged, or something else.
     """
+    check_readable(path)
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             result = {name: _mapped(path, file.zip, f"{name}.npy") for name in file.files if name in names}
             missing = {name: file[name] for name, array in result.items() if array is None}
             return {name: array for name, array in result.items() if array is not None} | missing
     except (OSError, ValueError, TypeError, EOFError, AttributeError, KeyError, BadZipFile, zlib.error) as error:
+        if lack_of(error) is not None:
+            raise
         raise InputError(f"{path} cannot be read as .npz: {error}") from error
 
 
@@ -238,7 +413,14 @@ def write_npz(path: Path, images: torch.Tensor, labels: torch.Tensor | None) -> 
         path: file to write, atomically.
         images: uint8 (N, H, W, C), mapped from disk perhaps; grey ones are written as RGB.
         labels: of classes.
+
+    Raises:
+        InputError: images of other than 1 or 3 channels.
     """
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise InputError(
+            f"images of shape {tuple(images.shape[1:])} are neither grey nor RGB; leave --npz and --png out"
+        )
     arrays = [images.expand(-1, -1, -1, 3).numpy()] + ([] if labels is None else [labels.numpy()])
     with replacing(path) as temporary, temporary.open("wb") as written:
         np.savez(written, *arrays)

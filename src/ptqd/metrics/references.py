@@ -6,13 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 
 from ptqd import processes
 from ptqd.errors import InputError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.metrics.features.extractor import Extractor, Features, Reference, Summing, extract
 from ptqd.metrics.images import ImageSet, batches, open_images, read_npz
+from ptqd.outputs import cache_folder
 from ptqd.run_folder import RunFolder, make_shards
 
 
@@ -47,11 +47,6 @@ def load_reference(path: Path, extractor: Extractor, cache: Path | None = None) 
                    sample=result.sample)  # fmt: skip
 
 
-def cache_folder(what: str) -> Path:
-    """Where ptqd keeps something for the user."""
-    return user_cache_path("ptqd", appauthor=False) / what
-
-
 def _of_images(images: ImageSet, extractor: Extractor, cache: Path) -> Reference:
     content = processes.agreed(images.digest() if processes.is_main() else "")
     inputs = {"images": content, "extractor": extractor.key, "ptqd": version("ptqd")}
@@ -70,7 +65,7 @@ def _of_images(images: ImageSet, extractor: Extractor, cache: Path) -> Reference
                 summing.add(Features(tensors["pooled"], tensors["spatial"], tensors["pooled"][:, :0]))
             summing.reference().save(path)
 
-    return Reference.load(RunFolder(cache).stage(f"{name}.safetensors", inputs, build, shared=True))
+    return Reference.load(RunFolder(cache, "cache").stage(f"{name}.safetensors", inputs, build, shared=True))
 
 
 def _moments_of(path: Path) -> Reference | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ptqd.errors import ArtifactError
+from ptqd.schema import typed
 
 _STORED = {"model_timesteps": "told"}  # names in files that are other than the fields'
 
@@ -75,10 +76,9 @@ class MeasuredOn:
             raise ArtifactError(
                 f"statistics say {min(unknown)!r}, which this version of ptqd does not know; measure again"
             )
-        plain = {names[key]: value for key, value in values.items()}
-        for name in ("corrected", "model_timesteps"):
-            plain[name] = tuple(plain.get(name, ()))
-        return cls(**plain)
+        plain = {names[key]: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        measured_on: MeasuredOn = typed(plain, cls, "what statistics were measured on", "measure again")
+        return measured_on
 
     def differences(self, other: "MeasuredOn") -> list[str]:
         """The names of what differs, in the order of the attributes."""

@@ -14,7 +14,7 @@ and the residual's skewness and kurtosis are known for any k.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from diffusers import SchedulerMixin
 from scipy import stats as scipy_stats
 
 from ptqd.diffusion.fingerprints import scheduler_facts
-from ptqd.diffusion.noise_schedule import Levels, noise_levels
+from ptqd.diffusion.noise_schedule import Family, Levels, noise_levels
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import ArtifactError, InputError, MismatchError
-from ptqd.files import read_tensors, write_tensors
+from ptqd.files import parse_json, read_tensors, write_tensors
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, regression
-from ptqd.noise.second_moments import FOLDS, Layout, between_tables, fold_of
+from ptqd.noise.second_moments import CROSS, FOLDS, Layout, between_tables, fold_of
+from ptqd.schema import check_tensors, typed
 
 CHECKED = 64  # final samples that are kept, to check whole trajectories against
 RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
@@ -300,13 +301,17 @@ class NoiseStats:
         tensors, metadata = read_tensors(Path(path))
         if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise ArtifactError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
-        facts = json.loads(metadata["ptqd.noise"])
+        plain = parse_json(metadata["ptqd.noise"], str(path))
+        facts: _Facts = typed(plain, _Facts, str(path), "measure again with 'ptqd measure'")
+        shapes = _SHAPES if facts.family is None else _SHAPES | {"alpha": ("T",), "sigma": ("T",)}
+        check_tensors(tensors, shapes, str(path))
+        _check_tables(tensors, facts, str(path))
         return cls(
             **{name: tensors[name] for name in _TENSORS},
-            elements=facts["elements"],
-            measured_on=MeasuredOn.from_dict(facts["source"]),
-            response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts["exact"]),
-            levels=Levels(facts["family"], tensors["alpha"], tensors["sigma"]) if "family" in facts else None,
+            elements=facts.elements,
+            measured_on=MeasuredOn.from_dict(facts.source),
+            response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts.exact),
+            levels=None if facts.family is None else Levels(facts.family, tensors["alpha"], tensors["sigma"]),
         )
 
 
@@ -315,6 +320,41 @@ def _in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows if bool((order[1:] > order[:-1]).all()) else rows[order]
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a file's metadata says."""
+
+    elements: int
+    exact: bool
+    source: dict[str, Any]
+    family: Family | None = None
+
+
+def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str) -> None:
+    """What shapes alone do not say: types, samples named once and in order, tables of one layout."""
+    steps, samples = len(tensors["timesteps"]), len(tensors["indices"])
+    square = dict.fromkeys(RESPONSE[:3], (steps, steps)) | {RESPONSE[3]: (steps,)}
+    check_tensors(tensors, square | {"cross": (2 * steps, 2 * steps)}, where, finite=facts.exact)
+    whole = all(tensors[name].dtype == torch.int64 for name in ("indices", "final_indices"))
+    double = all(tensors[name].dtype == torch.float64 for name in ("timesteps", "moments", *SUMS, *RESPONSE))
+    rising = all(bool((tensors[name].diff() > 0).all()) for name in ("indices", "final_indices"))
+    groups, size = tensors["joint"].shape[1 + 1], tensors["joint"].shape[3]
+    channels = tensors["moments"].shape[2]
+    layouts = [Layout(groups, channels // max(groups, 1), taps) for taps in (1, len(CROSS))]
+    fits = groups > 0 and channels % groups == 0 and any(size == layout.blocks[2].stop for layout in layouts)
+    kept = len(tensors["finals"]) == len(tensors["final_indices"]) if tensors["finals"].ndim else False
+    if not (whole and double and rising and fits and kept) or facts.elements < 1 or not samples or not steps:
+        raise ArtifactError(f"{where} holds no noise statistics of this version; write them with 'ptqd measure'")
+
+
+_SHAPES: dict[str, tuple[Any, ...]] = {
+    "timesteps": ("T",),
+    "indices": ("N",),
+    "moments": ("N", "T", "C", len(POWERS)),
+    "final_indices": ("F",),
+    "joint": (FOLDS, "T", None, "K", "K"),
+    "moved": ("T",),
+}
 _TENSORS = ("timesteps", "indices", "moments", "finals", "final_indices", *SUMS)
 
 

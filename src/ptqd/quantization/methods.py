@@ -4,11 +4,13 @@
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
 
+MOST = 10_000_000  # of anything that a method counts
 SMOOTHED = 64  # rows that smoothing is searched on
 OBSERVED = 1024  # rows that ranges are found on, where steps are drawn
 
@@ -70,8 +72,7 @@ class LowRank(Method):
     rank: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank must be at least 1; got {self.rank}")
+        _check_count("rank", self.rank)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Gptq(Method):
     inputs: int = 256
 
     def __post_init__(self) -> None:
-        if self.damping <= 0:
-            raise InputError(f"damping must be positive; got {self.damping}")
+        if not 0 < self.damping < math.inf:
+            raise InputError(f"damping must be positive and finite; got {self.damping}")
         _check_count("inputs", self.inputs)
 
     def rows(self, *, dynamic: bool) -> int:
@@ -127,8 +128,8 @@ class Learned(Method):
             _check_count(name, getattr(self, name))
         if not 0 <= self.drop < 1:
             raise InputError(f"drop must be in [0, 1); got {self.drop}")
-        if self.rate <= 0 or self.scale_rate < 0:
-            raise InputError(f"learning rates must be positive; got {self.rate} and {self.scale_rate}")
+        if not (0 < self.rate < math.inf and 0 <= self.scale_rate < math.inf):
+            raise InputError(f"learning rates must be positive and finite; got {self.rate} and {self.scale_rate}")
         if self.batch > self.inputs:
             raise InputError(f"a batch of {self.batch} needs as many inputs; there are {self.inputs}")
 
@@ -194,5 +195,5 @@ def check_order(methods: tuple[Method, ...]) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} must be at least 1; got {value}")
+    if not 1 <= value <= MOST:
+        raise InputError(f"{name} must be at least 1, and at most {MOST:,}; got {value}")

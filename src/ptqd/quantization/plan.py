@@ -28,7 +28,6 @@ import dataclasses
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from ptqd.errors import InputError
-from ptqd.files import write_text
+from ptqd.files import read_toml, write_text
 from ptqd.quantization.numerics.affine import Grid
 
-_ROW = re.compile(r"\s*(\d+)\s*:\s*t\s+(\S+)\s*,\s*bits\s+(\d+(?:\s+\d+)*)\s*")
+_ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*)\s*")
 _KEYS = ("steps", "bits", "groups", "weights", "made")
 
 
@@ -182,11 +181,7 @@ class PrecisionPlan:
         Raises:
             InputError: the file is missing, no TOML, or no plan.
         """
-        try:
-            values = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"the plan {path} cannot be read: {error}") from error
-        return cls.from_dict(values, f"the plan {path}")
+        return cls.from_dict(read_toml(path, "the plan "), f"the plan {path}")
 
 
 def _number(t: float) -> str:

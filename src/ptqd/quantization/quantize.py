@@ -69,6 +69,7 @@ def quantize(
             calibration inputs than a batch.
     """
     recipe = Recipe.parse(recipe)
+    recipe.check_steps(sampling.steps)
     with tempfile.TemporaryDirectory() as temporary:
         return _Quantizing(pipe, recipe, sampling, scratch or Path(temporary), progress).go()
 

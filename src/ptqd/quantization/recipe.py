@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import math
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ptqd.errors import InputError
+from ptqd.files import read_toml
 from ptqd.quantization.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, check_order
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid
 from ptqd.quantization.numerics.formats import BLOCKS, FORMAT_BITS, Format
 from ptqd.quantization.numerics.range_search import RangeMethod
 from ptqd.quantization.schema import build
 
+UNSAID: Any = None  # bits that are not said: 8, or those of the format
+MOST = 1_000_000  # of anything that a recipe counts
 CalibrationSteps = Literal["uniform", "ptq4dm", "error"]
 LayerType = Literal["conv", "linear", "attention"]
 
@@ -26,7 +29,7 @@ class QuantSpec:
     """One kind of quantizer.
 
     Attributes:
-        bits: 2 to 8; those of the format where it is none of integers.
+        bits: 2 to 8; those of the format where it is none of integers. 8 where they are not said.
         symmetric: signed grid around zero, or unsigned with a zero point; of integers.
         range: how the range of integers is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
         percentile: share of values inside the range, for ``"percentile"``.
@@ -38,7 +41,7 @@ class QuantSpec:
             always are.
     """
 
-    bits: int = 0
+    bits: int = UNSAID
     symmetric: bool = True
     range: RangeMethod = "pnorm"
     percentile: float = 99.9
@@ -50,18 +53,18 @@ class QuantSpec:
     def __post_init__(self) -> None:
         natural = FORMAT_BITS.get(self.format)
         if natural is None:
-            object.__setattr__(self, "bits", self.bits or MAX_BITS)
+            object.__setattr__(self, "bits", MAX_BITS if self.bits is UNSAID else self.bits)
             _ = self.grid
-        elif self.bits not in (0, natural):
+        elif self.bits not in (UNSAID, natural):
             raise InputError(f"{self.format} has {natural} bits; got {self.bits}")
         else:
             object.__setattr__(self, "bits", natural)
-        if self.group < 0:
+        if not 0 <= self.group <= MOST:
             raise InputError(f"group must be at least 1, or 0 for whole rows; got {self.group}")
         if not 0 < self.percentile <= 100:
             raise InputError(f"percentile must be in (0, 100]; got {self.percentile}")
-        if self.p <= 0:
-            raise InputError(f"p must be positive; got {self.p}")
+        if not 0 < self.p < math.inf:
+            raise InputError(f"p must be positive and finite; got {self.p}")
 
     @property
     def grid(self) -> Grid:
@@ -176,8 +179,11 @@ class Recipe:
         for bits in self.step_bits:
             Grid(bits, symmetric=False)
         for name in ("calibration_samples", "step_ranges"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"{name} must be at least 1, and at most {MOST:,}; got {getattr(self, name)}")
+        if len({*self.step_bits, self.activations.bits}) <= len(self.step_bits):
+            widths = "+".join(map(str, sorted((*self.step_bits, self.activations.bits))))
+            raise InputError(f"the activations' widths {widths} name one twice; name each once")
         for bits in (self.weights.bits, self.activations.bits, *self.step_bits):
             if bits == WIDE:
                 raise InputError(f"bits must be 2 to {MAX_BITS}; got {WIDE}, which only softmax_bits can be")
@@ -196,6 +202,18 @@ class Recipe:
             raise InputError(f"{learned[0]!r} learns to round to integers; {self.weights.format} can have gptq")
         check_order(self.methods)
         self._check_rules()
+
+    def check_steps(self, steps: int, where: str = "the recipe") -> None:
+        """Refuse a run that has fewer steps than the recipe has groups of steps with ranges of their own.
+
+        Raises:
+            InputError: so it is.
+        """
+        if self.step_ranges > steps:
+            raise InputError(
+                f"{where} has ranges for {self.step_ranges} groups of steps, and the run takes {steps}; lower "
+                "step_ranges (the number behind 'steps' in a shorthand), or take more steps"
+            )
 
     def _check_rules(self) -> None:
         named = [method.name for method in self.methods]
@@ -224,11 +242,7 @@ class Recipe:
             )
         if not path.is_file():
             raise InputError(f"recipe file {path} does not exist")
-        try:
-            values = tomllib.loads(path.read_text("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe file {path} is not TOML: {error}") from error
-        return cls.from_dict(values, f"recipe file {path}")
+        return cls.from_dict(read_toml(path, "recipe file "), f"recipe file {path}")
 
     @classmethod
     def from_dict(cls, values: dict[str, object], where: str = "recipe") -> "Recipe":
@@ -277,7 +291,7 @@ class Recipe:
 
 
 _NUMBERS = "|".join(FORMAT_BITS)
-_SHORT = rf"w(\d+|{_NUMBERS})a(\d+(?:\+\d+)*|{_NUMBERS})((?:-[a-z0-9]+)*)"
+_SHORT = rf"w([0-9]{{1,9}}|{_NUMBERS})a([0-9]{{1,9}}(?:\+[0-9]{{1,9}})*|{_NUMBERS})((?:-[a-z0-9]+)*)"
 _UNET_BASE = {"split_shortcuts": True, "softmax_bits": WIDE}
 WORDS: dict[str, dict[str, Any]] = {
     "best": {
@@ -308,12 +322,12 @@ def _from_shorthand(text: str) -> Recipe:
     if widths in FORMAT_BITS:
         activations = QuantSpec(format=widths)
     else:
-        *step_bits, most = sorted({int(bits) for bits in widths.split("+")})
+        *step_bits, most = sorted(int(bits) for bits in widths.split("+"))
         activations = QuantSpec(most, symmetric=False)
     weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number))
     values: dict[str, Any] = {"methods": ()}
     for word in words.split("-")[1:]:
-        numbered = re.fullmatch(r"(svd|g|steps)(\d+)", word)
+        numbered = re.fullmatch(r"(svd|g|steps)([0-9]{1,9})", word)
         name, count = (numbered[1], int(numbered[2])) if numbered else (word, 0)
         if name == "dynamic":
             activations = replace(activations, dynamic=True)

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.step_state import StepIndex, StepState, StepTable
-from ptqd.errors import ArtifactError, InputError
+from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.sites import layer_quantizers
+from ptqd.schema import typed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class StepRanges:
     def __post_init__(self) -> None:
         if len(self.timesteps) != len(self.groups) or not self.timesteps:
             raise InputError(f"{len(self.timesteps)} timesteps with {len(self.groups)} groups of ranges; give one each")
+        if min(self.groups) < 0 or max(self.groups) >= len(self.groups):
+            raise InputError(f"groups of ranges are numbered from 0 on; got {min(self.groups)} to {max(self.groups)}")
 
     @property
     def count(self) -> int:
@@ -58,10 +61,8 @@ class StepRanges:
         Raises:
             ArtifactError: some are missing, or no lists.
         """
-        try:
-            return cls(*(tuple(values[name]) for name in ("timesteps", "groups", "temporal")))
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"saved ranges by step are damaged ({error}); quantize again") from error
+        ranges: StepRanges = typed(values, cls, "saved ranges by step", "quantize again")
+        return ranges
 
 
 class RangeSteps(StepTable):

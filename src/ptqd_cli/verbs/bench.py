@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, SAMPLING, Device, Others, SamplingOptions, ScheduleOptions, show
+from ptqd_cli.options import MODEL_HELP, SAMPLING, Device, Others, SamplingOptions, ScheduleOptions, show, tell
 from ptqd_cli.quantized_rows import quantized_rows
 
 
@@ -43,10 +43,11 @@ class Bench:
         from dataclasses import asdict
 
         from ptqd.errors import InputError
-        from ptqd.experiments.benchmark import time_engines
+        from ptqd.experiments.benchmark import check_engines, time_engines
         from ptqd.experiments.report.speed import speed_table
         from ptqd.files import write_json
         from ptqd.loading import best_device
+        from ptqd.outputs import check_file, check_files, claim, is_json_of
 
         options = SamplingOptions(
             **{name: getattr(self.schedule, name) for name in self.schedule.__dataclass_fields__},
@@ -54,6 +55,12 @@ class Bench:
             seed=self.seed,
             device=self.device,
         )
+        options.check_all()
+        check_engines(self.engine, self.repeats, self.threads)
+        check_files({"--json": self.json, "--out": self.out}, [self.folder, self.model])
+        check_file(self.json, is_json_of("title", "rows"), "result of 'ptqd bench'")
+        if self.out is not None:
+            claim(self.out, "engines")
         rows = quantized_rows(self.folder, list(self.row) or None, options, self.batch)
         model = self.model or rows.model
         if model is None:
@@ -73,4 +80,4 @@ class Bench:
         if self.json is not None:
             write_json(self.json, asdict(speed))
         show(speed_table(speed), width=160)
-        print("".join(f"  without {what}: {reason}\n" for what, reason in speed.without.items()), end="")
+        tell("".join(f"  without {what}: {reason}\n" for what, reason in speed.without.items()), end="")

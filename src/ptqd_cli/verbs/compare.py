@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import JudgeOptions, show
+from ptqd_cli.options import JudgeOptions, show, tell
 
 
 @Parameter(name="*")
@@ -35,12 +35,16 @@ class Compare:
         from ptqd.experiments.compare import compare_runs
         from ptqd.experiments.report import comparison
         from ptqd.files import write_json, write_text
+        from ptqd.outputs import check_file, check_files, is_json_of, is_text_of
         from ptqd.progress import busy
 
         if not self.folders:
             raise InputError("give a run folder with a report.json")
         if self.out is not None and self.format == "terminal":
             raise InputError("--out goes with --format markdown, html or latex")
+        check_files({"--out": self.out, "--json": self.json}, self.folders)
+        check_file(self.json, is_json_of("differences", "against"), "result of 'ptqd compare'")
+        check_file(self.out, is_text_of(comparison.NOTE), "table of 'ptqd compare'")
         with busy("comparing"):
             rows = compare_runs(self.folders, self.judging.load("fashion"), self.against)
         if self.json is not None:
@@ -50,6 +54,6 @@ class Compare:
             return
         text = {"markdown": comparison.markdown, "html": comparison.page, "latex": comparison.latex}[self.format](rows)
         if self.out is None:
-            print(text, end="")
+            tell(text, end="")
         else:
             write_text(self.out, text)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import check_replaceable
+from ptqd_cli.options import tell
 
 
 @Parameter(name="*")
@@ -21,11 +21,11 @@ class Convert:
     def run(self) -> None:
         """Convert, and save."""
         from ptqd.diffusion.compvis.pipeline import convert, save_converted
-        from ptqd.files import replacing
+        from ptqd.outputs import output_folder
 
-        check_replaceable(self.out)
-        pipe = convert(self.checkpoint, self.config)
-        with replacing(self.out) as temporary:
-            save_converted(pipe, temporary)
+        with output_folder(self.out, [self.checkpoint, self.config]) as out:
+            pipe = convert(self.checkpoint, self.config)
+            with out.replacing() as temporary:
+                save_converted(pipe, temporary)
         count = sum(p.numel() for p in pipe.unet.parameters())
-        print(f"{self.out}: {type(pipe).__name__}, {count:,} parameters in the UNet")
+        tell(f"{self.out}: {type(pipe).__name__}, {count:,} parameters in the UNet")

@@ -2,11 +2,15 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import METHODS_HELP, Device, call_arguments, check_replaceable, correction_methods, load_pipeline
+from ptqd_cli.options import METHODS_HELP, Device, call_arguments, correction_methods, load_pipeline, tell
+
+if TYPE_CHECKING:
+    from ptqd.noise.stats import NoiseStats
+    from ptqd.outputs import OutputFolder
 
 
 @Parameter(name="*")
@@ -28,15 +32,29 @@ class Correct:
 
     def run(self) -> None:
         """Correct, and save."""
+        from ptqd.diffusion.sampling import Sampling
+        from ptqd.errors import InputError
+        from ptqd.loading import check_device, scheduler_class
+        from ptqd.noise.stats import NoiseStats
+        from ptqd.outputs import output_folder
+
+        methods, given = correction_methods(self.methods), call_arguments(self.call)
+        Sampling(self.steps or 1, batch=self.batch, seed=self.seed, call=given)
+        scheduler_class(self.scheduler)
+        check_device(self.device)
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps must be at least 1; got {self.steps}")
+        with output_folder(self.out, [self.quantized, self.noise]) as out:
+            self._correct(out, methods, NoiseStats.load(self.noise), given)
+
+    def _correct(
+        self, out: "OutputFolder", methods: tuple[str, ...], stats: "NoiseStats", given: dict[str, Any]
+    ) -> None:
         from ptqd.correction.scheduler import apply_correction
         from ptqd.correction.search import describe, search_correction
         from ptqd.diffusion.sampling import Sampling, default_call
         from ptqd.errors import InputError
-        from ptqd.files import replacing
-        from ptqd.noise.stats import NoiseStats
 
-        check_replaceable(self.out)
-        methods, stats = correction_methods(self.methods), NoiseStats.load(self.noise)
         measured = stats.measured_on
         if methods == ("auto",) and self.steps not in (None, measured.steps):
             raise InputError(f"auto runs the {measured.steps} steps that were measured; name methods instead")
@@ -44,13 +62,13 @@ class Correct:
         if methods == ("auto",):
             guidance = measured.call.get("guidance_scale")
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
-            call |= call_arguments(self.call)
+            call |= given
             run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call)
             choice = search_correction(quantized, stats, run, progress=True)
-            print("\n".join(describe(choice.trials)))
+            tell("\n".join(describe(choice.trials)))
             corrected = apply_correction(quantized, choice.correction)
         else:
             corrected = apply_correction(quantized, stats, methods, steps=self.steps)
-        with replacing(self.out) as temporary:
+        with out.replacing() as temporary:
             corrected.save_pretrained(temporary)
-        print(f"{self.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")
+        tell(f"{self.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")

@@ -32,6 +32,7 @@ class Cost:
         from ptqd.experiments.count_cost import count_cost
         from ptqd.experiments.report.cost import cost_json, cost_table
 
+        self.schedule.check()
         cost = count_cost(self.model, self.recipe, self.plan, self.schedule.sampling, scheduler=self.schedule.scheduler)
         if self.json:
             print(json_format.dumps(cost_json(cost), indent=2))

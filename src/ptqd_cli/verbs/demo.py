@@ -38,8 +38,12 @@ class Demo:
         from ptqd.experiments.experiment import pipeline_of
         from ptqd.experiments.manifest import run_with_manifest
         from ptqd.experiments.results import select_rows
+        from ptqd.loading import check_device
+        from ptqd.outputs import claim
         from ptqd_cli.show_report import show_report
 
+        check_device(self.device)
+        claim(self.out, "run")
         if self.quick and self.full:
             raise InputError("--quick and --full are two sizes; give one of them")
         size = SIZES["quick" if self.quick else "full" if self.full else "standard"]
@@ -49,6 +53,7 @@ class Demo:
             "recipes": self.recipe or None,
         }
         size = size | {name: value for name, value in changes.items() if value is not None}
+        demo(**size).check()
         pipe = load_pipeline("fashion-ldm", None, self.device)
         judge = JudgeOptions().load("fashion", self.device)
         first = size | {"recipes": size["recipes"][:1]}

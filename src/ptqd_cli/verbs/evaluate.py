@@ -1,6 +1,6 @@
 """``ptqd evaluate``."""
 
-import json
+import re
 import sys
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import Device, JudgeOptions
+from ptqd_cli.options import Device, JudgeOptions, tell
+
+MOST = 1_000_000  # classes
 
 
 @Parameter(name="*")
@@ -22,7 +24,13 @@ class Evaluate:
         Path | None, Parameter(help="full-precision samples of the same seeds, for distances to them")
     ] = None
     judging: JudgeOptions = JudgeOptions()
-    classes: Annotated[int, Parameter(help="sample i was asked for class i mod this; 0: unconditional")] = 10
+    classes: Annotated[
+        int | None,
+        Parameter(
+            help="sample i was asked for class i mod this; 0: for none (default: the classes that are kept with the "
+            "samples, or in an .npz as arr_1)"
+        ),
+    ] = None
     prompts: Annotated[Path | None, Parameter(help="a prompt on each line, in turn; for --clip")] = None
     out: Annotated[Path | None, Parameter(help="JSON file to write")] = None
     batch: Annotated[int, Parameter(help="images at once")] = 64
@@ -34,9 +42,20 @@ class Evaluate:
         from ptqd.diffusion.sampling import Sampling
         from ptqd.errors import InputError
         from ptqd.experiments.sharding import few_samples, observed_samples
-        from ptqd.files import write_json
+        from ptqd.files import to_json, write_json
+        from ptqd.loading import check_device
         from ptqd.metrics.evaluator import Evaluator
+        from ptqd.outputs import check_file, check_files, is_json_of
 
+        if self.classes is not None and not 0 <= self.classes <= MOST:
+            raise InputError(f"--classes must be 0 to {MOST:,}; got {self.classes}")
+        Sampling(batch=self.batch)
+        check_device(self.device)
+        for path in (self.samples, self.against):
+            if path is not None and not path.exists() and (path.suffix or path.is_absolute()):
+                raise InputError(f"{path} does not exist; give a folder of images, an .npz or a .safetensors file")
+        check_files({"--out": self.out}, [self.samples, self.against, self.prompts, self.judging.reference])
+        check_file(self.out, is_json_of("value", "low", "high"), "result of 'ptqd evaluate'")
         judge = self.judging.load("fashion", self.device) or Evaluator()
         if judge.extractor is None and self.against is None and (judge.clip is None or self.prompts is None):
             raise InputError("nothing judges these images; give --judge, --against, or --clip with --prompts")
@@ -44,13 +63,15 @@ class Evaluate:
         if self.prompts is not None:
             call["prompt"] = _lines(self.prompts)
         run = Sampling(call=call, batch=self.batch)
-        count, intervals = observed_samples(self.samples, self.against, judge, run, title="looking at images")
+        count, intervals = observed_samples(
+            self.samples, self.against, judge, run, title="looking at images", kept_labels=self.classes != 0
+        )
         if not processes.is_main():
             return
         metrics = {name: asdict(metric) for name, metric in intervals.items()}
         if self.out is not None:
             write_json(self.out, metrics)
-        print(json.dumps(metrics, indent=2))
+        tell(to_json(metrics))
         note = few_samples(count, judge)
         if note is not None:
             print(note, file=sys.stderr)
@@ -58,8 +79,14 @@ class Evaluate:
 
 def _lines(path: Path) -> list[str]:
     from ptqd.errors import InputError
+    from ptqd.files import read_text
 
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}; give a file with a prompt on each line") from error
+    lines = re.split(r"\r\n|\n|\r", read_text(path))
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise InputError(f"{path} has no prompt on line {number}; give one on each line")
+    if not lines:
+        raise InputError(f"{path} is empty; give a file with a prompt on each line")
+    return lines

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import Others, SamplingOptions, check_replaceable
+from ptqd_cli.options import Others, SamplingOptions, tell
 from ptqd_cli.quantized_rows import quantized_rows
 
 
@@ -30,9 +30,13 @@ class Export:
 
     def run(self) -> None:
         """Export, and say what multiplies integers."""
-        from ptqd.engines.export import export
+        from ptqd.engines.export import check_engine, export
+        from ptqd.outputs import check_output, claim
 
-        check_replaceable(self.out)
+        self.sampling.check_all(self.samples)
+        check_engine(self.engine, self.provider, self.others)
+        check_output(self.out, [self.folder])
+        claim(self.out, "pipeline")
         rows = quantized_rows(self.folder, None if self.row is None else [self.row], self.sampling, self.samples)
         *_, pipe = rows.pipes.values()
         exported = export(
@@ -45,6 +49,6 @@ class Export:
             layout=self.layout,
         )
         products = exported.products
-        print(f"{self.out}: {', '.join(exported.components)} for {self.engine}")
-        print(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
-        print("".join(f"  in floating point: {name} ({reason})\n" for name, reason in products.floating), end="")
+        tell(f"{self.out}: {', '.join(exported.components)} for {self.engine}")
+        tell(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
+        tell("".join(f"  in floating point: {name} ({reason})\n" for name, reason in products.floating), end="")

@@ -1,13 +1,12 @@
 """``ptqd measure``."""
 
-import shutil
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, SamplingOptions, scratch_beside
+from ptqd_cli.options import MODEL_HELP, SamplingOptions, tell, work_key
 
 
 @Parameter(name="*")
@@ -25,19 +24,25 @@ class Measure:
     def run(self) -> None:
         """Measure, and print what was found at each step."""
         from ptqd import processes
+        from ptqd.errors import InputError
         from ptqd.experiments.sharding import measure_shards
-        from ptqd.noise.stats import NoiseStats
+        from ptqd.outputs import alone_with, check_file, check_output, is_tensors_of, remove_scratch, scratch_folder
 
-        pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
-        run = self.sampling.of(pipe, self.samples)
-        scratch = scratch_beside(self.out, pipe, quantized, run)
-        measure_shards(pipe, quantized, run, self.out, scratch, title="measuring")
-        if not processes.is_main():
-            return
-        shutil.rmtree(scratch)
-        stats = NoiseStats.load(self.out)
+        self.sampling.check_all(self.samples)
+        if self.samples < 2:
+            raise InputError("statistics of 1 sample have no interval; give --samples 2 or more")
+        check_output(self.out, [self.model, self.quantized])
+        check_file(self.out, is_tensors_of("ptqd.noise"), "statistics")
+        with alone_with(self.out):
+            pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
+            run = self.sampling.of(pipe, self.samples)
+            scratch = scratch_folder(self.out, work_key(pipe, quantized, run))
+            stats = measure_shards(pipe, quantized, run, self.out, scratch, title="measuring")
+            if stats is None or not processes.is_main():
+                return
+            remove_scratch(scratch)
         fit, repeated = stats.fit(), stats.residual_correlation()
-        print(f"{self.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
+        tell(f"{self.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
         for i, t in enumerate(stats.timesteps.tolist()):
             print(
                 f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"

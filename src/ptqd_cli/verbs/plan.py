@@ -1,13 +1,12 @@
 """``ptqd plan``."""
 
-import shutil
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, PLANNING, PlanOptions, SamplingOptions, check_replaceable, scratch_beside
+from ptqd_cli.options import MODEL_HELP, PLANNING, PlanOptions, SamplingOptions, tell, work_key
 
 
 @Parameter(name="*")
@@ -34,26 +33,28 @@ class Plan:
         from ptqd import processes
         from ptqd.experiments.plan_request import load_widths, make_plan
         from ptqd.experiments.sharding import measure_width_shards
-        from ptqd.files import replacing
+        from ptqd.outputs import output_folder, remove_scratch
         from ptqd.quantization.apply_plan import apply_plan
 
-        check_replaceable(self.out)
+        self.sampling.check_all(self.samples)
         request = self.options.request(self.plan)
-        pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
-        run = self.sampling.of(pipe, self.samples)
-        scratch = scratch_beside(self.out, pipe, quantized, run)
-        if request.given is None:
-            measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
-        if not processes.is_main():
-            return
-        stats = load_widths(scratch / "widths") if request.given is None else {}
-        plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
-        planned = apply_plan(quantized, plan, pipe)
-        with replacing(self.out) as temporary:
-            planned.save_pretrained(temporary)
-            plan.save(temporary / "plan.toml")
-        shutil.rmtree(scratch, ignore_errors=True)
-        print(f"{self.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
-        print("".join(f"  {name.replace('_', ' ')}: {value}\n" for name, value in plan.made.items()), end="")
+        given = None if request.given is None else self.plan
+        with output_folder(self.out, [self.model, self.quantized, given]) as out:
+            pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
+            run = self.sampling.of(pipe, self.samples)
+            scratch = out.scratch(work_key(pipe, quantized, run))
+            if request.given is None:
+                measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
+            if not processes.is_main():
+                return
+            stats = load_widths(scratch / "widths") if request.given is None else {}
+            plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
+            planned = apply_plan(quantized, plan, pipe)
+            with out.replacing() as temporary:
+                planned.save_pretrained(temporary)
+                plan.save(temporary / "plan.toml")
+            remove_scratch(scratch)
+        tell(f"{self.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
+        tell("".join(f"  {name.replace('_', ' ')}: {value}\n" for name, value in plan.made.items()), end="")
         for i, (t, row) in enumerate(zip(plan.timesteps, plan.bits, strict=True)):
-            print(f"  step {i:3d}  t {t:7g}  bits {' '.join(map(str, row))}")
+            tell(f"  step {i:3d}  t {t:7g}  bits {' '.join(map(str, row))}")

@@ -1,13 +1,13 @@
 """``ptqd quantize``."""
 
-import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, SamplingOptions, check_replaceable, scratch_beside, show
+from ptqd_cli.options import MODEL_HELP, SamplingOptions, show, tell, work_key
 
 
 @Parameter(name="*")
@@ -26,7 +26,7 @@ class Quantize:
         """Quantize, save and explain."""
         from ptqd.errors import InputError
         from ptqd.experiments.report.layers import layer_table
-        from ptqd.files import replacing
+        from ptqd.outputs import OutputFolder, output_folder, remove_scratch
         from ptqd.quantization.explain import explain
         from ptqd.quantization.hf_quantizer import coverage_of
         from ptqd.quantization.quantize import quantize
@@ -34,19 +34,21 @@ class Quantize:
 
         if self.out is None and not self.explain:
             raise InputError("give --out, a folder to write the pipeline to, or --explain")
+        self.sampling.check_all()
         recipe = Recipe.parse(self.recipe)
-        if self.out is not None:
-            check_replaceable(self.out)
-        pipe = self.sampling.load(self.model)
-        run = self.sampling.of(pipe, samples=1)
-        scratch = None if self.out is None else scratch_beside(self.out, pipe, recipe.to_dict(), run)
-        quantized = quantize(pipe, recipe, run, scratch=scratch, progress=True)
-        coverage = coverage_of(quantized)
-        if self.out is not None and scratch is not None:
-            with replacing(self.out) as temporary:
-                quantized.save_pretrained(temporary)
-            shutil.rmtree(scratch, ignore_errors=True)
-            print(f"{self.out}: {len(coverage.quantized)} layers and attention products quantized")
+        recipe.check_steps(self.sampling.steps, f"the recipe {self.recipe}")
+        none: AbstractContextManager[OutputFolder | None] = nullcontext()
+        with none if self.out is None else output_folder(self.out, [self.model, self.recipe]) as out:
+            pipe = self.sampling.load(self.model)
+            run = self.sampling.of(pipe, samples=1)
+            scratch = None if out is None else out.scratch(work_key(pipe, recipe.to_dict(), run))
+            quantized = quantize(pipe, recipe, run, scratch=scratch, progress=True)
+            coverage = coverage_of(quantized)
+            if out is not None and scratch is not None:
+                with out.replacing() as temporary:
+                    quantized.save_pretrained(temporary)
+                remove_scratch(scratch)
+                tell(f"{self.out}: {len(coverage.quantized)} layers and attention products quantized")
         if self.explain:
             show(layer_table(explain(pipe, quantized, run)), width=160)
-        print("".join(f"  in full precision: {name} ({reason})\n" for name, reason in coverage.skipped), end="")
+        tell("".join(f"  in full precision: {name} ({reason})\n" for name, reason in coverage.skipped), end="")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ptqd_cli.options import tell
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -21,15 +23,14 @@ class Report:
         """Render the report that is there."""
         from ptqd import processes
         from ptqd.experiments import results
-        from ptqd.experiments.report.page import write_page
         from ptqd.experiments.report.table import markdown_table
-        from ptqd_cli.show_report import show_report
+        from ptqd_cli.show_report import show_page, show_report
 
         if not processes.is_main():
             return
         report = results.Report.load(self.folder)
         if self.markdown:
-            write_page(report, self.folder)
-            print(markdown_table(report.rows))
+            show_page(report, self.folder, may_fail=True, quiet=True)
+            tell(markdown_table(report.rows))
         else:
-            show_report(report, self.folder, wide=self.wide)
+            show_report(report, self.folder, wide=self.wide, may_fail=True)

@@ -1,13 +1,17 @@
 """``ptqd reproduce``."""
 
 import dataclasses
+import sys
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Device, JudgeOptions, load_pipeline, show
+from ptqd_cli.options import MODEL_HELP, Device, JudgeOptions, load_pipeline, show, tell
+
+BUILT_IN = (None, "", "fashion", "inception", "none", "hub")  # whose weights ptqd knows
 
 
 @Parameter(name="*")
@@ -22,6 +26,9 @@ class Reproduce:
     )
     out: Annotated[Path, Parameter(help="run folder")]
     scheduler: Annotated[str | None, Parameter(help="of diffusers, as the run had it")] = None
+    fetch: Annotated[
+        bool, Parameter(help="fetch models and datasets that the manifest names from the hub without asking")
+    ] = False
     judging: JudgeOptions = JudgeOptions()
     device: Device = None
 
@@ -29,13 +36,21 @@ class Reproduce:
         """Run again; 1 where a figure differs."""
         from ptqd import processes
         from ptqd.errors import InputError
-        from ptqd.experiments.manifest import load_manifest, reproduce
+        from ptqd.experiments.manifest import Manifest, reproduce
         from ptqd.experiments.report.reproduction import reproduction_table
+        from ptqd.loading import check_device, scheduler_class
+        from ptqd.outputs import check_output, claim
 
-        manifest = load_manifest(self.manifest)
+        scheduler_class(self.scheduler)
+        check_device(self.device)
+        manifest = Manifest.load(self.manifest)
         if self.out.resolve() in (self.manifest.resolve(), self.manifest.resolve().parent):
             raise InputError(f"{self.out} holds the manifest's own results; choose another folder for --out")
-        options = (manifest["judge"] or {}).get("options", {})
+        check_output(self.out, [self.manifest, self.model, self.judging.reference])
+        if processes.is_main():
+            claim(self.out, "run")
+        options = {} if manifest.judge is None else manifest.judge.options
+        self._consent(manifest.model, options)
         reference = options.get("reference")
         judging = dataclasses.replace(
             self.judging,
@@ -43,13 +58,45 @@ class Reproduce:
             lpips=self.judging.lpips if self.judging.lpips is not None else options.get("lpips"),
             clip=self.judging.clip or options.get("clip"),
         )
-        pipe = load_pipeline(self.model or manifest["model"], self.scheduler, self.device)
-        default = options.get("judge") or ("fashion" if manifest["judge"] else "none")
-        result = reproduce(manifest, pipe, self.out, judging.load(default, self.device))
+        default = options.get("judge") or ("fashion" if manifest.judge else "none")
+        judge = judging.load(default, self.device)
+        pipe = load_pipeline(self.model or manifest.model, self.scheduler, self.device)
+        result = reproduce(manifest, pipe, self.out, judge)
         if not processes.is_main():
             return 0
         show(reproduction_table(result), width=160)
-        print("".join(f"  changed: {change}\n" for change in result.changed), end="")
+        tell("".join(f"  changed: {change}\n" for change in result.changed), end="")
         differing = sum(not figure.agrees for figure in result.figures)
-        print(f"{len(result.figures) - differing} of {len(result.figures)} figures agree within their intervals")
+        tell(f"{len(result.figures) - differing} of {len(result.figures)} figures agree within their intervals")
         return 1 if differing else 0
+
+    def _consent(self, model: str, judged_by: Mapping[str, str | None]) -> None:
+        """Ask before anything is fetched that the manifest names, and not the command.
+
+        Raises:
+            InputError: it may not be, or nobody is there to be asked.
+        """
+        from ptqd.errors import InputError
+        from ptqd.names import shown
+        from ptqd.zoo import MODELS
+
+        names = [None if self.model is not None or model in MODELS else model]
+        for option in ("judge", "reference", "lpips", "clip"):
+            value = judged_by.get(option)
+            given = getattr(self.judging, option) is not None
+            names.append(None if given or value in BUILT_IN else value)
+        fetched = [name for name in names if name and not Path(name).exists()]
+        if not fetched or self.fetch:
+            return
+        what = ", ".join(shown(name) for name in fetched)
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise InputError(
+                f"{self.manifest} names {what}, which is not here and would be fetched from the hub; say --fetch if "
+                "you trust it, or give --model, --judge, --reference, --lpips or --clip"
+            )
+        print(
+            f"{shown(self.manifest)} names {what}, to be fetched from the hub. Fetch? [y/N] ", end="", file=sys.stderr
+        )
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise InputError("nothing was fetched; give --model, --judge, --reference, --lpips or --clip yourself")

@@ -96,20 +96,38 @@ class Run:
         if not recipes:
             raise InputError("give a --recipe, such as w4a8, or a --plan")
         named, methods = named_recipes(recipes), correction_methods(self.methods)
+        samples = SAMPLES if self.samples is None else self.samples
+        corrections = ABLATION if self.ablation else ((), methods)
+        self.sampling.check_all(samples)
+        settings = (self.sampling.sampling(None, samples=samples, batch=self.sampling.batch, seed=self.sampling.seed),)
+        Experiment(self.model, settings, named, self.measured, corrections, request, not self.no_images).check()
+        self._claim(self.model, *recipes, self.plan)
+        judge = self.judging.load("fashion" if self.model in MODELS else "none", self.sampling.device)
+        if self.no_images and (judge is None or judge.extractor is None):
+            raise InputError("--no-images keeps what a judge sees of them; give --judge")
         pipe = self.sampling.load(self.model)
         experiment = Experiment(
             model=self.model,
-            settings=(self.sampling.of(pipe, SAMPLES if self.samples is None else self.samples),),
+            settings=(self.sampling.of(pipe, samples),),
             recipes=named,
             measured=self.measured,
-            corrections=ABLATION if self.ablation else ((), methods),
+            corrections=corrections,
             plan=request,
             images=not self.no_images,
         )
-        judge = self.judging.load("fashion" if self.model in MODELS else "none", self.sampling.device)
         report, _ = run_with_manifest(pipe, experiment, self.out, judge)
         if processes.is_main():
             show_report(report, self.out, wide=self.wide)
+
+    def _claim(self, *inputs: str | None) -> None:
+        """Whether the run folder may be written, before any work."""
+        from ptqd import processes
+        from ptqd.outputs import check_output, claim
+
+        assert self.out is not None
+        check_output(self.out, [*inputs, self.judging.reference])
+        if processes.is_main():
+            claim(self.out, "run")
 
     def _study(self) -> None:
         from ptqd import processes
@@ -137,6 +155,8 @@ class Run:
         if self.out is None:
             raise InputError("give --out, a run folder")
         judging = self._judging(study)
+        self.sampling.check_all(study.sampling.samples)
+        self._claim(self.model, model)
         experiment = dataclasses.replace(study.experiment(model), images=not self.no_images)
         judge = judging.load("none", self.sampling.device)
         report, _ = run_with_manifest(self.sampling.load(model), experiment, self.out, judge)

@@ -19,8 +19,12 @@ from ptqd.experiments.report.table import (
 )
 from ptqd.experiments.results import PAGE, Report, Row, by_settings
 from ptqd.experiments.sharding import load_images
-from ptqd.files import replacing, write_text
+from ptqd.files import replacing
 from ptqd.metrics.registry import METRICS
+from ptqd.names import inside
+from ptqd.run_folder import RunFolder
+
+STRIPS = "strips.png"
 
 
 def write_page(report: Report, folder: Path) -> Path:
@@ -31,7 +35,7 @@ def write_page(report: Report, folder: Path) -> Path:
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
-        InputError: samples that the report names are gone.
+        InputError: samples that the report names are gone, or the folder is not ptqd's or not writable.
     """
     templates = environment()
     try:
@@ -69,14 +73,17 @@ def write_page(report: Report, folder: Path) -> Path:
         stages=_stage_seconds(report.stages),
         versions=report.versions,
     )
-    path = folder / PAGE
-    write_text(path, page)
-    with replacing(folder / "strips.png") as temporary:
-        temporary.write_bytes(pictures.overview(strips))
+    run = RunFolder(folder)
+    made: dict[str, bytes] = {PAGE: page.encode(errors="backslashreplace"), STRIPS: pictures.overview(strips)}
     for plan, (_, name, picture) in zip(report.plans, plans, strict=True):
-        with replacing(folder / Path(plan.pictures).parent / name.replace(" ", "-") / "plan.png") as temporary:
-            temporary.write_bytes(picture)
-    return path
+        of = next((row for row in rows if row.key.quantized == name and row.settings == plan.settings), None)
+        if of is not None:
+            made[str(Path(of.images).parent.parent / "plan.png")] = picture
+    run.own(list(made))
+    for name, data in made.items():
+        with replacing(inside(folder, name, str(folder))) as temporary:
+            temporary.write_bytes(data)
+    return folder / PAGE
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -131,5 +138,6 @@ def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
     }
     totals = dict.fromkeys(kinds.values(), 0.0)
     for name, seconds in stages.items():
-        totals[kinds[name.rsplit("/", 1)[-1]]] += seconds
+        kind = kinds.get(name.rsplit("/", 1)[-1], "other")
+        totals[kind] = totals.get(kind, 0.0) + seconds
     return totals

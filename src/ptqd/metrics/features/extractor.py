@@ -12,6 +12,7 @@ import torch
 from ptqd.errors import InputError
 from ptqd.files import read_tensors, write_tensors
 from ptqd.metrics.moments import Moments
+from ptqd.schema import check_tensors
 
 SAMPLE = 10_000  # pooled features that a reference keeps, as many as ADM's precision and recall have
 
@@ -55,6 +56,8 @@ def extract(extractor: Extractor, images: torch.Tensor, batch: int = 500) -> Fea
         InputError: the extractor takes images of another shape.
     """
     shape = tuple(images.shape[1:])
+    if shape[-1] not in (1, 3) and extractor.image_shape is None:
+        raise InputError(f"images of {shape[-1]} channels are neither grey nor RGB; judge them by none")
     if extractor.image_shape not in (None, shape):
         raise InputError(f"the extractor takes images of shape {extractor.image_shape}; these are {shape}")
 
@@ -120,15 +123,21 @@ class Reference:
             InputError: the file is missing, truncated, or something else.
         """
         tensors, metadata = read_tensors(path)
-        if "ptqd.reference" not in metadata:
+        count = metadata.get("ptqd.reference", "")
+        if not (count.isascii() and count.isdigit() and len(count) < 16):
             raise InputError(f"{path} is no reference; make one with Reference.of(features).save(path)")
+        shapes = {"mean": ("features",), "spatial_mean": ("spatial",), "sample": (None, "features")}
+        check_tensors(tensors, shapes, str(path))
+        wide, spatial = len(tensors["mean"]), len(tensors["spatial_mean"])
+        triangles = {"covariance": (wide * (wide + 1) // 2,), "spatial_covariance": (spatial * (spatial + 1) // 2,)}
+        check_tensors(tensors, triangles, str(path))
         return cls(
             tensors["mean"],
             _full(tensors["covariance"], len(tensors["mean"])),
             tensors["spatial_mean"],
             _full(tensors["spatial_covariance"], len(tensors["spatial_mean"])),
             tensors["sample"].float(),
-            int(metadata["ptqd.reference"]),
+            int(count),
         )
 
 

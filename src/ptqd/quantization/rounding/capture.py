@@ -4,6 +4,7 @@ The model runs batch by batch up to the unit and stops there. What is kept goes 
 that what lies in memory is a batch.
 """
 
+import math
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
+from ptqd.files import explained, make_folder, reserve
 from ptqd.quantization.blocks import inner_units
 from ptqd.quantization.calibration import CalibrationInputs
 
@@ -88,8 +90,11 @@ def capture(
 
 
 def _mapped(path: Path, leaf: torch.Tensor, factor: int, rows: int) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return np.memmap(path, _plain(leaf[:1]).numpy().dtype, "w+", shape=(rows, factor, *leaf.shape[1:]))
+    make_folder(path.parent)
+    shape, dtype = (rows, factor, *leaf.shape[1:]), _plain(leaf[:1]).numpy().dtype
+    with explained(path):
+        reserve(path, math.prod(shape) * dtype.itemsize)
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 def _plain(leaf: torch.Tensor) -> torch.Tensor:
