@@ -11,8 +11,14 @@ import pytest
 import torch
 
 from ptqd import InputError
-from ptqd.files import read_json, replacing, write_json, write_tensors, write_text
+from ptqd.files import read_json, replacing, temporary_name, write_json, write_tensors, write_text
 from ptqd.run_folder import RunFolder
+
+
+def left(path: Path, pid: int, suffix: str = ".tmp") -> Path:
+    """The name of what a process of this machine would write before it becomes ``path``."""
+    mine = temporary_name(path, suffix)
+    return mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{pid}-"))
 
 
 def count_builds(folder: RunFolder, inputs: dict[str, Any], calls: list[str], text: str = "x") -> Path:
@@ -87,11 +93,13 @@ def test_a_kill_at_any_write_never_leaves_a_stale_result(
 
 
 def test_what_a_hard_kill_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".result.txt.999999999.tmp").write_text("half")
-    (tmp_path / ".quantized.999999999.old.tmp").mkdir()
     RunFolder(tmp_path)
-    assert [p.name for p in tmp_path.rglob("*")] == ["a"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".notes.tmp").write_text("the user's")
+    left(tmp_path / "a" / "result.txt", 999999999).write_text("half")
+    left(tmp_path / "quantized", 999999999, ".old.tmp").mkdir()
+    RunFolder(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".notes.tmp", ".ptqd.json", "a"]
 
 
 def test_an_unreadable_note_of_seconds_blocks_nothing(tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_unreadable_json_is_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the folder"):
+    with pytest.raises(InputError, match="is no folder, so .* cannot be made"):
         RunFolder(tmp_path / "file" / "run")
 
 
@@ -183,9 +191,12 @@ def test_two_runs_in_one_folder_make_a_stage_once(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    living, dead = tmp_path / f".x.{os.getppid()}.tmp", tmp_path / ".y.999999999.tmp"
-    living.write_text("")
-    dead.write_text("")
+    RunFolder(tmp_path)
+    living, dead = left(tmp_path / "x", os.getppid()), left(tmp_path / "y", 999999999)
+    elsewhere = tmp_path / ".z.ptqd-00000000-999999999-0.tmp"  # of another machine on the same disk
+    for path in (living, dead, elsewhere):
+        path.write_text("")
     RunFolder(tmp_path)
     assert living.exists()
+    assert elsewhere.exists()
     assert not dead.exists()

@@ -297,19 +297,27 @@ def check_readable(path: Path, largest: int | None = None) -> None:
         raise InputError(f"{path} has {status.st_size:,} bytes, more than the {largest:,} that such a file may have")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "") -> str:
     """Read a text file of at most :data:`LARGEST_TEXT` bytes, in UTF-8, with a byte order mark or without.
+
+    Args:
+        path: the file.
+        what: it is read as, for messages: ``" as JSON"``.
 
     Raises:
         InputError: it is missing, larger, not this user's to read, or no text.
     """
-    check_readable(path, LARGEST_TEXT)
     try:
+        check_readable(path, LARGEST_TEXT)
         return path.read_text("utf-8-sig")
+    except InputError as error:
+        raise InputError(f"{path} cannot be read{what}: {str(error).removeprefix(f'{path} ')}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error})") from error
+        raise ArtifactError(f"{path} cannot be read{what}: it is no text in UTF-8 ({error})") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        if lack_of(error) is not None:
+            raise
+        raise InputError(f"{path} cannot be read{what}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -319,17 +327,23 @@ def read_json(path: Path) -> Any:
         InputError: the file is missing or cannot be read.
         ArtifactError: it is no JSON.
     """
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path, " as JSON"), str(path))
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; its numbers are finite.
+def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: of it.
+        where: it comes from, for messages.
+        finite: refuse NaN and infinite numbers, which Python writes and JSON does not have.
 
     Raises:
         ArtifactError: it is no JSON.
     """
+    strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _float} if finite else {}
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_float)
+        return json.loads(text, **strict)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} cannot be read as JSON: {str(error) or 'it is nested too deep'}") from error
 
@@ -356,11 +370,10 @@ def read_toml(path: Path, what: str = "") -> dict[str, Any]:
         InputError: the file is missing, cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(read_text(path, " as TOML"))
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{what}{path} cannot be read as TOML: {error}") from error
+        reason = str(error).partition(" as TOML: ")[2] if isinstance(error, InputError) else error
+        raise InputError(f"{what}{path} cannot be read as TOML: {reason}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -76,7 +76,7 @@ def test_toml(tmp_path: Path) -> None:
         ("[[rules]]\nweight_bits = 8", "match"),
         ("[[rules]]\nmatch = 'a'\nweight_bits = 1", "bits must be 2 to 8; got 1"),
         ("calibration_samples = 0", "at least 1"),
-        ("a = = b", "is not TOML"),
+        ("a = = b", "cannot be read as TOML"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -69,6 +69,11 @@ class Experiment:
         check_names(list(self.recipes))
         for methods in self.corrections:
             check_methods(methods)
+        for sampling in self.settings:
+            for name, recipe in self.recipes.items():
+                recipe.check_steps(sampling.steps, name)
+                if self.plan is not None:
+                    self.plan.check(recipe, None)
         if self.measured < 1 or self.measured > MOST_SAMPLES:
             raise InputError(f"--measured must be 1 to {MOST_SAMPLES:,}; got {self.measured}")
         if AUTO in self.corrections and self.measured < 2 * MIN_CHECKED:
@@ -78,11 +83,6 @@ class Experiment:
             )
         if any(self.corrections) and self.measured < 2:
             raise InputError("statistics of 1 sample give no correction; measure at least two samples")
-        for sampling in self.settings:
-            for name, recipe in self.recipes.items():
-                recipe.check_steps(sampling.steps, name)
-                if self.plan is not None:
-                    self.plan.check(recipe, None)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -138,9 +138,9 @@ def run_experiment(
             nothing that looks at them.
     """
     judge = judge or Evaluator()
-    experiment.check()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
+    experiment.check()
     folders = [settings_of(pipe, sampling).folder for sampling in experiment.settings]
     for name in folders:
         if folders.count(name) > 1:

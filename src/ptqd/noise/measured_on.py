@@ -1,5 +1,6 @@
 """What statistics were measured on; corrections apply to the same alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -78,6 +79,9 @@ class MeasuredOn:
             )
         plain = {names[key]: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         measured_on: MeasuredOn = typed(plain, cls, "what statistics were measured on", "measure again")
+        numbers = (measured_on.eta, measured_on.guidance or 0.0, *measured_on.model_timesteps)
+        if not all(map(math.isfinite, numbers)) or measured_on.eta < 0 or measured_on.steps < 0:
+            raise ArtifactError("what statistics were measured on has numbers that no run has; measure again")
         return measured_on
 
     def differences(self, other: "MeasuredOn") -> list[str]:

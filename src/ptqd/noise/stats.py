@@ -301,7 +301,7 @@ class NoiseStats:
         tensors, metadata = read_tensors(Path(path))
         if "ptqd.noise" not in metadata or not {*_TENSORS, *RESPONSE} <= set(tensors):
             raise ArtifactError(f"{path} holds no noise statistics of this version; write them with 'ptqd measure'")
-        plain = parse_json(metadata["ptqd.noise"], str(path))
+        plain = parse_json(metadata["ptqd.noise"], str(path), finite=False)  # schedulers have infinite sigmas
         facts: _Facts = typed(plain, _Facts, str(path), "measure again with 'ptqd measure'")
         shapes = _SHAPES if facts.family is None else _SHAPES | {"alpha": ("T",), "sigma": ("T",)}
         check_tensors(tensors, shapes, str(path))

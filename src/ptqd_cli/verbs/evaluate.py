@@ -81,7 +81,10 @@ def _lines(path: Path) -> list[str]:
     from ptqd.errors import InputError
     from ptqd.files import read_text
 
-    lines = re.split(r"\r\n|\n|\r", read_text(path))
+    try:
+        lines = re.split(r"\r\n|\n|\r", read_text(path))
+    except InputError as error:
+        raise InputError(f"{error}; give a file with a prompt on each line") from error
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
