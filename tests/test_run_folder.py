@@ -164,7 +164,7 @@ def test_unreadable_json_is_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is no folder, so .* cannot be made"):
+    with pytest.raises(InputError, match=r"is no folder, so .* cannot be made"):
         RunFolder(tmp_path / "file" / "run")
 
 

@@ -1,14 +1,15 @@
 """Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.pipelines import pipeline_utils
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -18,6 +19,8 @@ from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError, PtqdError, lack_of, raised_by
+from ptqd.files import read_json
+from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import plan_of
@@ -37,13 +40,15 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     Raises:
         InputError: there is no such folder, it is no pipeline, or a file in it is damaged.
     """
+    if not str(model):
+        raise InputError("the name of the model is empty; is a variable unset?")
     if str(model) in zoo.MODELS:
         model = zoo.MODELS[str(model)]
     folder = Path(model)
     local = folder.exists() or folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith(".")
-    pipeline_class = DiffusionPipeline
+    pipeline_class: Any = DiffusionPipeline
+    index = folder / "model_index.json"
     if local:
-        index = folder / "model_index.json"
         if not folder.is_dir():
             known = ", ".join(zoo.MODELS)
             raise InputError(f"{model} is no folder; give a diffusers pipeline's folder, a hub id, or one of: {known}")
@@ -51,11 +56,13 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
             raise InputError(
                 f"{folder} is no diffusers pipeline: it has no model_index.json; save one with save_pretrained"
             )
-        try:
-            name = json.loads(index.read_text("utf-8"))["_class_name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
-        pipeline_class = _OURS.get(name, DiffusionPipeline)
+        finish(folder)
+        pipeline_class = _class_in(index)
+    elif (fetched := _fetched_index(str(model))) is not None:
+        index = fetched
+        pipeline_class = _class_in(index)
+        if _has_engines(index):  # whose graphs diffusers would not fetch
+            folder, local = _fetched(str(model)), True
     diffusers.utils.logging.disable_progress_bar()
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
@@ -79,8 +86,58 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
         logging.getLogger(pipeline_utils.__name__).removeFilter(_expected)
         diffusers.utils.logging.enable_progress_bar()
     _check_complete(pipe, model)
+    _keep_labels(pipe, index)
     _check_plan_file(pipe, folder / "plan.toml")
     return _keep_correction(pipe, model)
+
+
+def _class_in(index: Path) -> type[DiffusionPipeline]:
+    """The class that loads a pipeline: ours, or diffusers' own, which finds the others.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        name = read_json(index)["_class_name"]
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
+    name = name[-1] if isinstance(name, list) and name else name  # of a pipeline with code of its own
+    kind: Any = _OURS.get(name, DiffusionPipeline) if isinstance(name, str) else DiffusionPipeline
+    return kind  # type: ignore[no-any-return]
+
+
+def _fetched_index(model: str) -> Path | None:
+    """A hub id's ``model_index.json``, fetched or from the cache; None where diffusers has to say what is wrong."""
+    try:
+        return Path(hf_hub_download(model, "model_index.json"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def _has_engines(index: Path) -> bool:
+    values = read_json(index)
+    parts = values.values() if isinstance(values, dict) else ()
+    return any(isinstance(part, list) and part[-1:] == [EngineModule.__name__] for part in parts)
+
+
+def _fetched(model: str) -> Path:
+    """All files of a hub id, fetched or from the cache.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    try:
+        return Path(snapshot_download(model))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{model} cannot be fetched: {' '.join(str(error).split())}") from error
+
+
+def _keep_labels(pipe: DiffusionPipeline, index: Path) -> None:
+    """DiT's pipeline knows its classes' names only if ``model_index.json`` has them, and does not write them again."""
+    if isinstance(pipe, DiTPipeline) and index.is_file() and "id2label" not in pipe.config:
+        names = read_json(index).get("id2label")
+        if names:
+            pipe.register_to_config(id2label=names)
 
 
 def _expected(record: logging.LogRecord) -> bool:

@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track as rich_track
 
 from ptqd import processes
+from ptqd.names import shown
 
 T = TypeVar("T")
 
@@ -22,18 +24,19 @@ def track(items: Sequence[T], title: str | None) -> Iterator[T]:
     if title is None or not processes.is_main():
         yield from items
     elif console.is_terminal:
-        yield from rich_track(items, title, console=console, transient=True)
+        yield from rich_track(items, escape(shown(title)), console=console, transient=True)
     else:
         last = time.monotonic()
         for done, item in enumerate(items):
             now = time.monotonic()
             if now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                console.print(f"{title}: {done} of {len(items)}", highlight=False)
+                console.print(f"{shown(title)}: {done} of {len(items)}", highlight=False, markup=False, emoji=False)
             yield item
 
 
 def busy(title: str | None) -> AbstractContextManager[Any]:
     """A spinner for the block's time, where there is a title and a terminal."""
-    shown = title is not None and console.is_terminal and processes.is_main()
-    return console.status(str(title)) if shown else nullcontext()
+    if title is None or not console.is_terminal or not processes.is_main():
+        return nullcontext()
+    return console.status(escape(shown(title)))

@@ -1,6 +1,7 @@
 """The one strict reader of what files say: plain values become the classes that are worked with, or one error."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,9 +47,26 @@ def check_version(values: object, known: int, where: str, *, key: str = "version
     """
     version = values.get(key) if isinstance(values, Mapping) else None
     if type(version) is not int or version < 1:
-        raise ArtifactError(f"{where} says no {key} that this ptqd knows; {AGAIN}")
+        raise ArtifactError(f"{where} is of another version of ptqd (its {key} is {version!r}); {AGAIN}")
     if version > known:
         raise ArtifactError(f"{where} is of {key} {version}; this ptqd reads up to {known}: use a newer one")
+
+
+def nan_for_null(values: object, names: Sequence[str]) -> Any:
+    """Plain values with NaN where files have null, as JSON has no number for what is infinite or NaN.
+
+    Args:
+        values: nested lists and mappings.
+        names: keys of numbers.
+    """
+    if isinstance(values, list | tuple):
+        return [nan_for_null(value, names) for value in values]
+    if isinstance(values, Mapping):
+        return {
+            key: math.nan if value is None and key in names else nan_for_null(value, names)
+            for key, value in values.items()
+        }
+    return values
 
 
 def numbers(values: object, where: str, depth: int = 3) -> Any:

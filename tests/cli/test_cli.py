@@ -423,7 +423,7 @@ def test_what_a_model_costs(model: Path, wide: Path, tmp_path: Path, capsys: pyt
     assert "matches no layer" in fails(capsys, *cost, "--recipe", _rule(tmp_path))
     assert "is no pipeline whose cost can be counted" in fails(capsys, "cost", tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
-    assert "is no JSON" in fails(capsys, "cost", tmp_path / "config.json")
+    assert "cannot be read as JSON" in fails(capsys, "cost", tmp_path / "config.json")
 
 
 def _rule(folder: Path) -> Path:
@@ -471,7 +471,7 @@ def test_a_run_with_plans(
     capsys.readouterr()
     assert "give a --recipe, such as w4a8, or a --plan" in fails(capsys, "run", model, "--out", tmp_path)
     assert "go with --plan auto; give that too" in fails(capsys, *run, "--budget", "20x")
-    one = ["run", model, "--out", tmp_path / "one", *SMALL, "--measured", "2", "--recipe"]
+    one = ["run", model, "--out", tmp_path / "one", *SMALL, "--measured", "2", "--methods", "bc", "--recipe"]
     assert "w8a8 has ranges for 8-bit activations only" in fails(capsys, *one, "w8a8", "--plan", "paper")
     toml = next((tmp_path).rglob("plan.toml"))
     assert "has no ranges; give a recipe such as w4a4+6+8" in fails(capsys, *one, "w4a4+8", "--plan", toml)

@@ -334,7 +334,7 @@ def test_tensorrt_wants_signed_codes(full: DDIMPipeline, exports: Exports, tmp_p
     assert TensorProto.INT4 not in kinds.values()
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
     assert fidelity(qpipe.unet, made.pipeline.unet, *call_of()).first == 0
-    assert made.pipeline.unet.facts["provider"] == "tensorrt"
+    assert made.pipeline.unet.facts.provider == "tensorrt"
     with pytest.raises(InputError, match="has no TensorrtExecutionProvider"):
         made.pipeline.unet.to("cuda")
 

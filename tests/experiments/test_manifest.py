@@ -79,8 +79,8 @@ def test_another_pipeline_is_refused(written: Path, tmp_path: Path) -> None:
     other: Any = with_scheduler(tiny_pipeline(), "DDPMScheduler")
     with pytest.raises(InputError, match="run it with --scheduler DDIMScheduler"):
         reproduce(manifest, other, tmp_path, None, progress=False)
+    judged = dataclasses.replace(manifest, judge=JudgeFacts("x", "x", {}))
     with pytest.raises(InputError, match="judge: None instead of"):
-        judged = dataclasses.replace(manifest, judge=JudgeFacts("x", "x", {}))
         reproduce(judged, tiny_pipeline(), tmp_path, None, progress=False)
 
 

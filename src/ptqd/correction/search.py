@@ -40,7 +40,7 @@ from ptqd.files import read_json
 from ptqd.noise.second_moments import Estimator
 from ptqd.noise.stats import NoiseStats
 from ptqd.progress import track
-from ptqd.schema import typed
+from ptqd.schema import nan_for_null, typed
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class Candidate:
         if self.coherences:
             return joint_estimators(self.coherences)
         return {"+".join(mean): mean_estimator(mean)} if mean else {}
+
+
+NUMBERS = ("error", "ratio", "distribution", "score", "gain", "half_width")  # which may be infinite or NaN
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class CorrectionSearch:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CorrectionSearch":
         """The inverse of :meth:`to_dict`, also after JSON."""
-        plain = typed(values, _Stored, "the searched correction")
+        plain = typed(nan_for_null(values, NUMBERS), _Stored, "the searched correction")
         if not any(trial.kept for trial in plain.trials):
             raise ArtifactError("the searched correction names no candidate that was taken; search it again")
         return cls(Correction.from_dict(plain.correction), plain.trials, plain.steps, plain.checked)

@@ -201,12 +201,31 @@ def run_batch(
         raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
     finally:
         pipe.set_progress_bar_config(**bar)
+    if output == "np":
+        _check_finite(pipe, results, indices)
     if len(results) != len(indices):
         raise InputError(
             f"{type(pipe).__name__} gave {len(results)} results for {len(indices)} samples; "
             "give its arguments as lists of one value a sample"
         )
     return results
+
+
+def _check_finite(pipe: DiffusionPipeline, results: Any, indices: Sequence[int]) -> None:
+    """Refuse samples that would become black pictures.
+
+    Raises:
+        InputError: some hold NaN or infinite values.
+    """
+    if not isinstance(results, np.ndarray | torch.Tensor):
+        return
+    values = torch.as_tensor(results)
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        bad = [i for i, one in zip(indices, values, strict=False) if not bool(torch.isfinite(one).all())]
+        raise InputError(
+            f"{len(bad)} of {len(indices)} samples of {type(pipe).__name__} hold NaN or infinite values (first sample "
+            f"{bad[0]}); look for NaN weights, a guidance scale that is too large, or a type that is too narrow"
+        )
 
 
 def sample(

@@ -1,6 +1,7 @@
 """A pipeline for an engine: its networks as graphs, in a diffusers folder that loads and runs like any other."""
 
 import copy
+import dataclasses
 import inspect
 import shutil
 from collections.abc import Collection
@@ -15,12 +16,11 @@ from torch import nn
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.calls import captured
-from ptqd.engines.module import FACTS, EngineModule, write_component
+from ptqd.engines.module import FACTS, EngineFacts, EngineModule, write_component
 from ptqd.engines.onnx_graph import Graph, Products, changing_quantizers, trace
 from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
-from ptqd.files import read_json, write_json
 from ptqd.outputs import OutputFolder, output_folder
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
@@ -150,10 +150,10 @@ def for_engine(exported: Path, engine: str, folder: Path) -> None:
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
     for path in exported.glob(f"*/{FACTS}"):
-        _check_ranges(engine, read_json(path)["ranges"])
+        _check_ranges(engine, EngineFacts.load(path.parent).ranges)
     shutil.copytree(exported, folder)
     for path in folder.glob(f"*/{FACTS}"):
-        write_json(path, read_json(path) | {"engine": engine})
+        dataclasses.replace(EngineFacts.load(path.parent), engine=engine).save(path.parent)
 
 
 def _check_ranges(engine: str, changing: Collection[str]) -> None:

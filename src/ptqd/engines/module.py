@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from torch import nn
@@ -25,7 +26,7 @@ from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.calls import CODES, flat_arguments, timesteps_of
 from ptqd.engines.onnx_graph import RANGES, Graph
 from ptqd.engines.sessions import Provider, Session, open_session, required
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer
@@ -35,11 +36,103 @@ from ptqd.quantization.recipe import QuantSpec
 from ptqd.quantization.sites import activation_quantizers
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage
+from ptqd.schema import check_version, read_as, typed
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
 FORMAT = 1
+MOST = 1 << 40
+AGAIN = "export the pipeline again"
 LIBRARIES = ("diffusers", "transformers")
 ELEMENTS = 1 << 21  # of the largest tensor that samples computed at once share: enough for the kernels
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """One of a graph's inputs: its shape, None where it is the number of samples, and its type."""
+
+    shape: tuple[int | None, ...]
+    dtype: Literal["float32", "int64", "int32", "bool", "uint8", "float64", "float16"]
+
+
+@dataclass(frozen=True)
+class RangeFacts:
+    """An activation quantizer whose range is given to the graph."""
+
+    bits: int
+    symmetric: bool
+    dynamic: bool
+    widths: tuple[int, ...]
+    ranges: int
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """``engine.json``: what is known of an exported component beside its graph.
+
+    Attributes:
+        format: of this schema.
+        engine: that it is for.
+        provider: of ONNX Runtime.
+        component: class of what it was exported from.
+        method: of it, that the graph computes.
+        parameters: names of the method's parameters.
+        inputs: of the graph.
+        constants: arguments that the graph was made for.
+        outputs: names.
+        returns: class of the method's result, or ``"tuple"``.
+        codes: activation quantizers whose codes the graph can give.
+        as_they_come: those whose ranges are found in the graph.
+        elements: of the largest tensor of one sample.
+        integer: products of integers.
+        floating: other products, and why.
+        ranges: quantizers whose range is given to the graph.
+        quantized: what the recipe quantized.
+        skipped: what it left, and why.
+        simulated_by: fingerprint of the denoiser that it was exported from.
+        sha256: of the graph's files.
+        versions: of packages.
+    """
+
+    format: int
+    engine: str
+    provider: Provider
+    component: str
+    method: str
+    parameters: tuple[str, ...]
+    inputs: dict[str, InputFacts]
+    constants: dict[str, Any]
+    outputs: tuple[str, ...]
+    returns: str
+    codes: tuple[str, ...]
+    as_they_come: tuple[str, ...]
+    elements: int
+    integer: tuple[str, ...]
+    floating: dict[str, str]
+    ranges: dict[str, RangeFacts]
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    simulated_by: str | None
+    sha256: str
+    versions: dict[str, str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "EngineFacts":
+        """Of a component's folder.
+
+        Raises:
+            ArtifactError: they are damaged, or of another version.
+        """
+        values = read_json(folder / FACTS)
+        check_version(values, FORMAT, str(folder / FACTS), key="format")
+        facts = typed(values, cls, str(folder / FACTS), AGAIN)
+        sizes = [facts.elements, *(n for spec in facts.ranges.values() for n in (spec.ranges, len(spec.widths)))]
+        if not all(1 <= size <= MOST for size in sizes) or not facts.inputs:
+            raise ArtifactError(f"{folder / FACTS} has sizes that no network has; {AGAIN}")
+        return facts
+
+    def save(self, folder: Path) -> None:
+        """Write ``engine.json``."""
+        write_json(folder / FACTS, msgspec.to_builtins(self))
 
 
 @dataclass
@@ -70,17 +163,15 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
     def __init__(self, folder: Path, *, threads: int = 0, provider: Provider = "cpu") -> None:
         super().__init__()
         self.folder = folder
-        facts = read_json(folder / FACTS)
-        if facts.get("format") != FORMAT:
-            raise InputError(f"{folder / FACTS} is of another version of ptqd; export the pipeline again")
-        self.facts: dict[str, Any] = facts
-        self.engine: str = facts["engine"]
-        self.call_parameters = tuple(facts["parameters"])
+        facts = EngineFacts.load(folder)
+        self.facts = facts
+        self.engine: str = facts.engine
+        self.call_parameters = facts.parameters
         digest = _digest(folder)
-        if digest != facts["sha256"]:
+        if digest != facts.sha256:
             raise InputError(f"{folder}: the graph is not the one that was exported; export the pipeline again")
         self.register_buffer("graph_hash", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
-        self.register_to_config(**read_json(folder / "config.json"))
+        self.register_to_config(**read_as(folder / "config.json", dict[str, Any], AGAIN))
         self.open(threads=threads, provider=provider)
         self._adopt()
         self.eval()
@@ -98,7 +189,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 
     @functools.cached_property
     def _architecture(self) -> Any:
-        module, _, kind = self.facts["component"].rpartition(".")
+        module, _, kind = self.facts.component.rpartition(".")
         if not module.startswith("diffusers."):
             return None
         config = {name: value for name, value in self.config.items() if name != "quantization_config"}
@@ -108,7 +199,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
     def open(self, *, threads: int = 0, provider: Provider = "cpu") -> None:
         """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
         threads = threads or torch.get_num_threads()
-        rows = max(1, ELEMENTS // self.facts["elements"])
+        rows = max(1, ELEMENTS // self.facts.elements)
         session = open_session(self.folder / GRAPH, self.engine, threads=threads, rows=rows, provider=provider)
         self._held = _Held(session)
         self.provider = provider
@@ -117,11 +208,14 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """What follows the steps: ranges and plans; and what marks a quantized denoiser."""
         tables, _ = read_tensors(self.folder / TABLE) if (self.folder / TABLE).is_file() else ({}, {})
         self.quantizers: list[str] = []
-        for name, spec in self.facts["ranges"].items():
-            kind = QuantSpec(spec["bits"], symmetric=spec["symmetric"], dynamic=spec["dynamic"])
-            quantizer = ActivationQuantizer(kind, spec["widths"], ranges=spec["ranges"])
-            quantizer.scale.copy_(tables[f"{name}.scale"])
-            quantizer.zero_point.copy_(tables[f"{name}.zero_point"])
+        for name, spec in self.facts.ranges.items():
+            kind = QuantSpec(spec.bits, symmetric=spec.symmetric, dynamic=spec.dynamic)
+            quantizer = ActivationQuantizer(kind, spec.widths, ranges=spec.ranges)
+            for what in ("scale", "zero_point"):
+                value, own = tables.get(f"{name}.{what}"), getattr(quantizer, what)
+                if value is None or value.shape != own.shape:
+                    raise ArtifactError(f"{self.folder / TABLE} lacks the ranges of {name}; export the pipeline again")
+                own.copy_(value)
             _put(self, name, quantizer)
             self.quantizers.append(name)
         self._vectors: dict[Any, dict[str, Any]] = {}
@@ -129,7 +223,9 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if config is None or config.get("quant_method") != "ptqd":
             return
         result = PtqdQuantizer(PtqdConfig(**config))
-        result.adopt(self, Coverage(*(tuple(map(_tuple, self.facts[name])) for name in ("quantized", "skipped"))))
+        result.adopt(
+            self, Coverage(*(tuple(map(_tuple, getattr(self.facts, name))) for name in ("quantized", "skipped")))
+        )
         if config.get("ranges") is not None and self.quantizers:
             set_ranges(self, StepRanges.from_dict(config["ranges"]))
         if config.get("plan") is not None:
@@ -156,41 +252,41 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
         if like.is_floating_point():
             tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
-        if kwargs.get("return_dict", True) is False or self.facts["returns"] == "tuple":
+        if kwargs.get("return_dict", True) is False or self.facts.returns == "tuple":
             return tuple(tensors)
-        return _output_class(self.facts["returns"])(**dict(zip(self.facts["outputs"], tensors, strict=True)))
+        return _output_class(self.facts.returns)(**dict(zip(self.facts.outputs, tensors, strict=True)))
 
     def codes(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
-        names = [name for name in self.facts["codes"] if name not in self.facts["as_they_come"]]
+        names = [name for name in self.facts.codes if name not in self.facts.as_they_come]
         shown = [f"{CODES}{name}" for name in names]
         session = open_session(self.folder / GRAPH, self.engine, threads=torch.get_num_threads(), shown=shown)
         for hook in self._forward_pre_hooks.values():  # its step state
             hook(self, args, kwargs)
         output = session.run(self._inputs("forward", args, kwargs)[0])
-        return dict(zip(names, map(torch.from_numpy, output[len(self.facts["outputs"]) :]), strict=True))
+        return dict(zip(names, map(torch.from_numpy, output[len(self.facts.outputs) :]), strict=True))
 
     def _inputs(
         self, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The graph's inputs of a call, and the tensor of it that its outputs are like."""
-        kind = self.facts["component"].rpartition(".")[2]
-        if method != self.facts["method"]:
-            raise InputError(f"of {kind} only {self.facts['method']!r} was exported; export what calls {method!r}")
+        kind = self.facts.component.rpartition(".")[2]
+        if method != self.facts.method:
+            raise InputError(f"of {kind} only {self.facts.method!r} was exported; export what calls {method!r}")
         given = dict(flat_arguments(self.call_parameters, args, kwargs))
-        timestep = next((name for name in NAMES if name in given and name in self.facts["inputs"]), None)
+        timestep = next((name for name in NAMES if name in given and name in self.facts.inputs), None)
         like = next((value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim), None)
         if like is None:
             raise InputError(f"{kind} was called without a tensor; give it what the exported pipeline gives it")
         if timestep is not None and method == "forward":
             given[timestep] = timesteps_of(given[timestep], len(like))
         self._check(kind, given, len(like))
-        inputs = {name: _array(given[name], spec["dtype"]) for name, spec in self.facts["inputs"].items()}
+        inputs = {name: _array(given[name], spec.dtype) for name, spec in self.facts.inputs.items()}
         return inputs | self._ranges(), like
 
     def _check(self, kind: str, given: Mapping[str, Any], batch: int) -> None:
         """Whether the graph was made for a call."""
-        known, constants = self.facts["inputs"], self.facts["constants"]
+        known, constants = self.facts.inputs, self.facts.constants
         for name, value in given.items():
             if name not in known and (name not in constants or constants[name] != value):
                 output = "without it" if name not in constants else f"for {constants[name]!r}"
@@ -200,10 +296,10 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         for name, spec in known.items():
             if name not in given:
                 raise InputError(f"{kind}: the graph takes {name!r} too; export the pipeline as it is called now")
-            required = [batch if size is None else size for size in spec["shape"]]
+            required = [batch if size is None else size for size in spec.shape]
             shape = list(given[name].shape)
             if shape != required:
-                sizes = " x ".join("N" if size is None else str(size) for size in spec["shape"])
+                sizes = " x ".join("N" if size is None else str(size) for size in spec.shape)
                 raise InputError(
                     f"{kind}: the graph was made for {name} of {sizes}, it is given {' x '.join(map(str, shape))}; "
                     "export the pipeline again for another resolution or length"
@@ -259,7 +355,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """Run on a CPU or a GPU from now on; its numbers stay as they are."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and self.engine == "onnxruntime":
-            other: Provider = "tensorrt" if self.facts["provider"] == "tensorrt" else "cuda"
+            other: Provider = "tensorrt" if self.facts.provider == "tensorrt" else "cuda"
             provider: Provider = other if device.type == "cuda" else "cpu"
             if (self.provider == "cpu") != (provider == "cpu"):
                 self.open(provider=provider)
@@ -268,8 +364,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
     @property
     def simulated_by(self) -> str | None:
         """The fingerprint of the denoiser that it was exported from: statistics of that one hold."""
-        result: str | None = self.facts.get("simulated_by")
-        return result
+        return self.facts.simulated_by
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,10 +409,6 @@ def _elements(graph: Graph) -> int:
     return max(sizes)
 
 
-def _tuple(value: object) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _array(value: Any, dtype: str) -> Any:
     return value.detach().cpu().to(getattr(torch, dtype)).contiguous().numpy()
 
@@ -330,7 +421,6 @@ def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
     model._modules[last] = leaf
 
 
-# above 60 lines: one record, written key by key, and its reader above has the same keys in the same order
 def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, provider: Provider = "cpu") -> None:
     """Write a traced component to a folder that :class:`EngineModule` reads.
 
@@ -354,47 +444,41 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         }
         write_tensors(folder / TABLE, tables, {})
     tensors = graph.call.tensors
-    facts = {
-        "format": FORMAT,
-        "engine": engine,
-        "provider": provider,
-        "component": f"{type(model).__module__}.{type(model).__qualname__}",
-        "method": graph.method,
-        "parameters": list(graph.call.parameters),
-        "inputs": {
-            name: {
-                "shape": [None if not i and name in by_sample else size for i, size in enumerate(value.shape)],
-                "dtype": "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
-            }
+    facts = EngineFacts(
+        format=FORMAT,
+        engine=engine,
+        provider=provider,
+        component=f"{type(model).__module__}.{type(model).__qualname__}",
+        method=graph.method,
+        parameters=tuple(graph.call.parameters),
+        inputs={
+            name: InputFacts(
+                tuple(None if not i and name in by_sample else size for i, size in enumerate(value.shape)),
+                "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            )
             for name, value in tensors.items()
         },
-        "constants": dict(graph.call.constants),
-        "outputs": list(graph.outputs),
-        "returns": graph.kind,
-        "codes": [o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)],
-        "as_they_come": [name for name, q in activation_quantizers(model) if q.spec.dynamic],
-        "elements": _elements(graph),
-        "integer": list(graph.products.integer),
-        "floating": dict(graph.products.floating),
-        "ranges": {
-            name: {
-                "bits": q.spec.bits,
-                "symmetric": q.spec.symmetric,
-                "dynamic": q.spec.dynamic,
-                "widths": list(q.widths),
-                "ranges": q.ranges,
-            }
+        constants=dict(graph.call.constants),
+        outputs=tuple(graph.outputs),
+        returns=graph.kind,
+        codes=tuple(o.removeprefix(CODES) for n in graph.model.graph.node for o in n.output if o.startswith(CODES)),
+        as_they_come=tuple(name for name, q in activation_quantizers(model) if q.spec.dynamic),
+        elements=_elements(graph),
+        integer=tuple(graph.products.integer),
+        floating=dict(graph.products.floating),
+        ranges={
+            name: RangeFacts(q.spec.bits, q.spec.symmetric, q.spec.dynamic, tuple(q.widths), q.ranges)
             for name, q in quantizers.items()
         },
-        "quantized": list(coverage.quantized),
-        "skipped": [list(skipped) for skipped in coverage.skipped],
-        "simulated_by": fingerprint(model),
-        "sha256": _digest(folder),
-        "versions": {name: version(name) for name in ("ptqd", "torch", "onnx")},
-    }
+        quantized=tuple(coverage.quantized),
+        skipped=tuple(coverage.skipped),
+        simulated_by=fingerprint(model),
+        sha256=_digest(folder),
+        versions={name: version(name) for name in ("ptqd", "torch", "onnx")},
+    )
     config: Any = getattr(model, "config", {})
     values = dict(config.items()) if isinstance(config, Mapping) else config.to_dict()
     if isinstance(values.get("quantization_config"), PtqdConfig):
         values["quantization_config"] = values["quantization_config"].to_dict()
     write_json(folder / "config.json", json.loads(json.dumps(values, default=str)))
-    write_json(folder / FACTS, facts)
+    facts.save(folder)

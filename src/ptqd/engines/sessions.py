@@ -6,8 +6,9 @@ import shutil
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +20,8 @@ import numpy as np
 from packaging.version import Version
 
 from ptqd.engines.cpu import Processor, overflows, this_processor
-from ptqd.errors import InputError, MissingDependencyError
+from ptqd.errors import InputError, MissingDependencyError, lack_of
+from ptqd.files import check_readable
 
 Engine = Literal["onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -49,7 +51,8 @@ def required(package: str) -> Any:
     extra = "backends" if package == "torchao" else "engines"
     remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
     try:
-        module, result = importlib.import_module(package), version(package)
+        with _without_telemetry():
+            module, result = importlib.import_module(package), version(package)
     except (ImportError, PackageNotFoundError) as error:
         if package == "onnxruntime" and "onnxruntime" in sys.modules:  # of a package by another name, as for GPUs
             return sys.modules["onnxruntime"]
@@ -58,6 +61,21 @@ def required(package: str) -> Any:
     if Version(result).release < least:
         raise MissingDependencyError(f"{package} {result} is older than {'.'.join(map(str, least))}: {remedy}")
     return module
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Importing OpenVINO would call a host of its maker's; nothing is sent where its package for that is missing."""
+    name = "openvino_telemetry"
+    if name in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules  # None there makes importing it an ImportError
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
 
 
 class Session(ABC):
@@ -220,12 +238,18 @@ class OpenVinoSession(Session):
             _check_kernels(processor or this_processor())
             model = expanded(showing(read_graph(path), shown))
             _check_overflow(model, processor or this_processor())
-            temporary = mkdtemp()
-            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
-            self._path = _written(model, Path(temporary))
+            self._path = self._kept(model)
+        elif any(part.is_symlink() for part in path.parent.iterdir()):  # of a hub cache, which OpenVINO does not follow
+            self._path = self._kept(read_graph(path))
         self._read()
         self._compiled: dict[Any, SimpleQueue[Any]] = {}
         self._compiling = Lock()
+
+    def _kept(self, model: Any) -> Path:
+        """A graph in a file that is there as long as the session is."""
+        temporary = mkdtemp()
+        weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+        return _written(model, Path(temporary))
 
     def _read(self) -> Any:
         try:
@@ -315,10 +339,39 @@ def read_graph(path: Path, *, weights: bool = True) -> Any:
         InputError: there is none, or it is damaged.
     """
     onnx = required("onnx")
+    check_readable(path)
     try:
-        return onnx.load(path, load_external_data=weights)
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors have no common class
+        if lack_of(error) is not None:
+            raise
         raise InputError(f"{path} is no ONNX graph ({' '.join(str(error).split())[:200]}); export it again") from error
+    if weights:
+        _read_weights(model, path)
+    return model
+
+
+def _read_weights(model: Any, path: Path) -> None:
+    """Read a graph's weights from the files beside it; links, as hub caches and backups have, are followed."""
+    from onnx.external_data_helper import ExternalDataInfo
+
+    for tensor in model.graph.initializer:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        info = ExternalDataInfo(tensor)
+        beside = path.parent / info.location
+        if Path(info.location).name != info.location or info.location in ("", ".", ".."):
+            raise InputError(f"{path} has weights in {info.location!r}, which is not beside it; export it again")
+        check_readable(beside)
+        size = beside.stat().st_size
+        with beside.open("rb") as file:
+            file.seek(int(info.offset or 0))
+            data = file.read(min(int(vars(info)["length"] or size), size))
+        if len(data) != int(vars(info)["length"] or len(data)):
+            raise InputError(f"{beside} is shorter than {path} says; export it again")
+        tensor.raw_data = data
+        tensor.ClearField("external_data")
+        tensor.data_location = tensor.DEFAULT
 
 
 def showing(model: Any, shown: Sequence[str]) -> Any:

@@ -92,6 +92,8 @@ def _bits(
     if recipe is not None:
         return Recipe.parse(recipe), chosen
     saved = config.get("quantization_config")
+    if saved is not None and not isinstance(saved, Mapping):
+        raise InputError(f"{model} says {str(saved)[:60]!r} of how it is quantized; quantize it again")
     if saved is None:
         if chosen is not None:
             raise InputError("a plan chooses among a recipe's widths; give --recipe too, such as w4a4+8")
@@ -101,7 +103,7 @@ def _bits(
         raise InputError(f"{model} is quantized by {method}, whose bits ptqd does not know; give a --recipe instead")
     if chosen is None and saved.get("plan") is not None:
         chosen = PrecisionPlan.from_dict(saved["plan"], "the saved plan")
-    return Recipe.from_dict(saved["recipe"], "the saved recipe"), chosen
+    return Recipe.from_dict(saved.get("recipe"), "the saved recipe"), chosen
 
 
 def _sampler(sampling: Sampling | Callable[[DiffusionPipeline | None], Sampling] | None) -> Any:

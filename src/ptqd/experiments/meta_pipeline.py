@@ -6,7 +6,6 @@ and answer with zeros (:func:`ptqd.diffusion.macs.meta_proxy`); tokenizers and s
 
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 from ptqd import zoo
 from ptqd.diffusion.macs import Macs, call_macs, from_configuration, meta_proxy
 from ptqd.errors import InputError, raised_by
+from ptqd.files import read_json
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
@@ -137,10 +137,7 @@ def denoiser_config(model: str | Path) -> dict[str, Any] | None:
         path = path / "config.json"
     if path.suffix != ".json" or not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+    config = read_json(path)
     return config if isinstance(config, dict) else None
 
 

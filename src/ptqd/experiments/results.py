@@ -12,14 +12,14 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from ptqd.correction.gate import StepGate
-from ptqd.correction.search import Trial
+from ptqd.correction.search import NUMBERS, Trial
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, write_json
 from ptqd.metrics.registry import METRICS
 from ptqd.names import inside
 from ptqd.run_folder import read_record
-from ptqd.schema import check_version, read_as, typed
+from ptqd.schema import check_version, nan_for_null, read_as, typed
 
 VERSION = 2
 REPORT, PAGE, MANIFEST = "report.json", "report.html", "manifest.json"
@@ -336,6 +336,7 @@ class Report:
                 plain = _upgraded(plain, folder)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ArtifactError(f"{path} is damaged ({error!r}); {remedy}") from error
+        plain = plain | {"choices": nan_for_null(plain.get("choices", []), NUMBERS)}
         report: Report = typed(plain, cls, str(path), remedy)
         report._check(folder)
         return report

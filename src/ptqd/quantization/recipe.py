@@ -245,7 +245,7 @@ class Recipe:
         return cls.from_dict(read_toml(path, "recipe file "), f"recipe file {path}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, object], where: str = "recipe") -> "Recipe":
+    def from_dict(cls, values: object, where: str = "recipe") -> "Recipe":
         """A recipe from plain values, as :meth:`to_dict` gives them; unknown keys are errors."""
         return build(cls, values, where)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, ScheduleOptions, show
+from ptqd_cli.options import MODEL_HELP, ScheduleOptions, show, tell
 
 PUBLISHED = "ldm4-imagenet, ldm4-bedrooms, ldm8-churches"
 
@@ -35,6 +35,6 @@ class Cost:
         self.schedule.check()
         cost = count_cost(self.model, self.recipe, self.plan, self.schedule.sampling, scheduler=self.schedule.scheduler)
         if self.json:
-            print(json_format.dumps(cost_json(cost), indent=2))
+            tell(json_format.dumps(cost_json(cost), indent=2))
             return
         show(*cost_table(self.model, cost, layers=self.layers), width=160)

@@ -1,7 +1,6 @@
 """``ptqd evaluate``."""
 
 import re
-import sys
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +44,7 @@ class Evaluate:
         from ptqd.files import to_json, write_json
         from ptqd.loading import check_device
         from ptqd.metrics.evaluator import Evaluator
-        from ptqd.outputs import check_file, check_files, is_json_of
+        from ptqd.outputs import check_file, check_files, is_json_of, say
 
         if self.classes is not None and not 0 <= self.classes <= MOST:
             raise InputError(f"--classes must be 0 to {MOST:,}; got {self.classes}")
@@ -74,7 +73,7 @@ class Evaluate:
         tell(to_json(metrics))
         note = few_samples(count, judge)
         if note is not None:
-            print(note, file=sys.stderr)
+            say(note)
 
 
 def _lines(path: Path) -> list[str]:

@@ -44,7 +44,7 @@ class Measure:
         fit, repeated = stats.fit(), stats.residual_correlation()
         tell(f"{self.out}: {stats.samples} samples, {len(stats.timesteps)} steps")
         for i, t in enumerate(stats.timesteps.tolist()):
-            print(
+            tell(
                 f"  t {t:5.0f}  k {fit.k.value[i]:+.4f} [{fit.k.low[i]:+.4f}, {fit.k.high[i]:+.4f}]"
                 f"  R2 {fit.r2.value[i]:.3f}  "
                 f"residual variance {fit.variance.value[i]:.2e}  SNR {fit.snr.value[i]:.1f}  "

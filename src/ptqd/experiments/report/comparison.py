@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
 
 from ptqd.experiments.compare import ComparedRow
-from ptqd.experiments.report.rendering import environment
+from ptqd.experiments.report.rendering import KEPT, environment, latex_text, markdown_cell
+from ptqd.experiments.report.rendering import cell as rich_cell
 from ptqd.experiments.report.table import (
     COST_COLUMNS,
     correction_label,
@@ -86,16 +86,16 @@ def terminal(rows: Sequence[ComparedRow]) -> Iterator[Table]:
     """For rich, a table for each setting: what is better in green, what is worse in red."""
     head, parts = sections(rows)
     for section in parts:
-        table = Table(title=section.title, caption=NOTE)
+        table = Table(title=rich_cell(section.title), caption=rich_cell(NOTE))
         for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i >= len(head) - len(COST_COLUMNS) else "left")
+            table.add_column(rich_cell(name), justify="right" if i >= len(head) - len(COST_COLUMNS) else "left", **KEPT)
         for row in section.rows:
             table.add_row(*(_rich(cell) for cell in row))
         yield table
 
 
 def _rich(cell: Cell) -> str:
-    value, difference = escape(cell.value), escape(cell.difference)
+    value, difference = rich_cell(cell.value), rich_cell(cell.difference)
     colour = {"better": "green", "worse": "red"}.get(cell.verdict)
     below = f"[{colour}]{difference}[/]" if colour else difference
     return f"{value}\n{below}" if difference else value
@@ -106,13 +106,13 @@ def markdown(rows: Sequence[ComparedRow]) -> str:
     marks = {"better": "**", "worse": "_"}
 
     def text(cell: Cell) -> str:
-        mark, value = marks.get(cell.verdict, ""), cell.value.replace("|", r"\|")
-        return f"{value}<br>{mark}{cell.difference}{mark}" if cell.difference else value
+        mark, value = marks.get(cell.verdict, ""), markdown_cell(cell.value)
+        return f"{value}<br>{mark}{markdown_cell(cell.difference)}{mark}" if cell.difference else value
 
     head, parts = sections(rows)
-    lines = [head, ["---"] * len(head)]
+    lines = [[markdown_cell(name) for name in head], ["---"] * len(head)]
     for section in parts:
-        lines.append([f"**{section.title}**", *[""] * (len(head) - 1)])
+        lines.append([f"**{markdown_cell(section.title)}**", *[""] * (len(head) - 1)])
         lines += [[text(cell) for cell in row] for row in section.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{NOTE}\n"
 
@@ -124,31 +124,20 @@ def page(rows: Sequence[ComparedRow]) -> str:
     return text + "\n"
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "±": r"$\pm$",
-    "\\": r"\textbackslash{}",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-}
-
-
 def latex(rows: Sequence[ComparedRow]) -> str:
     """A tabular for booktabs and makecell; what is better is bold, what is worse in italics."""
     marks = {"better": r"\textbf{%s}", "worse": r"\textit{%s}"}
 
-    def escaped(text: str) -> str:
-        return "".join(_LATEX.get(c, c) for c in text)
-
     def text(cell: Cell) -> str:
         if not cell.difference:
-            return f"{{{escaped(cell.value)}}}"  # braces: a row that begins with a bracket
-        below = marks.get(cell.verdict, "%s") % escaped(cell.difference)
-        return rf"\makecell[l]{{{escaped(cell.value)}\\{below}}}"
+            return f"{{{latex_text(cell.value)}}}"  # braces: a row that begins with a bracket
+        below = marks.get(cell.verdict, "%s") % latex_text(cell.difference)
+        return rf"\makecell[l]{{{latex_text(cell.value)}\\{below}}}"
 
     head, parts = sections(rows)
     own = environment(
         block_start_string="<%", block_end_string="%>", variable_start_string="<<", variable_end_string=">>"
     )
-    own.filters |= {"latex": escaped, "cell": text}
+    own.filters |= {"latex": latex_text, "cell": text}
     table: str = own.get_template("comparison.tex").render(head=head, sections=parts, note=NOTE)
     return table + "\n"

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS
+from ptqd.experiments.report.rendering import FOLDED, KEPT, cell
 from ptqd.quantization.bops import Cost
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,15 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
     products = [i for i, layer in enumerate(cost.macs.layers) if layer.endswith((*PRODUCTS, ".matmul"))]
     share = float(cost.macs.counts[:, products].sum()) / cost.macs.total
     macs, bops, full = cost.macs.total, cost.total, cost.macs.total * FULL_BITS**2
-    yield f"{name}: {cost.parameters / 1e6:,.1f} M parameters, {steps} steps"
+    yield f"{cell(name)}: {cost.parameters / 1e6:,.1f} M parameters, {steps} steps"
     yield f"  {_si(macs / steps)}MACs a step, {_si(macs)}MACs an image; {share:.1%} of them in attention products"
     yield f"  {_si(bops / steps)}BOPs a step, {_si(bops)}BOPs an image"
     yield f"  {cost.ratio:.2f}x fewer than FP32: {_si(full / steps)}BOPs a step, {_si(full)}BOPs an image"
     yield f"  {cost.disk / 1e6:,.1f} MB on disk, {cost.memory / 1e6:,.1f} MB in memory while simulated"
-    table = Table("layer" if layers else "block")
+    table = Table()
+    table.add_column("layer" if layers else "block", **FOLDED)
     for title in ("MACs a step", "share", "bits", "BOPs a step", "share"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", **KEPT)
     rows: dict[str, list[int]] = {}
     for i, layer in enumerate(cost.macs.layers):
         rows.setdefault(layer if layers else block_of(layer), []).append(i)
@@ -63,7 +65,7 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
         mine, taken = float(cost.macs.counts[:, own].sum()), float(cost.bops[:, own].sum())
         bits = [_span(side[:, own]) for side in (cost.bits.left, cost.bits.right)]
         cells = (_si(mine / steps), f"{mine / macs:.1%}", " x ".join(bits))
-        table.add_row(title, *cells, _si(taken / steps), f"{taken / bops:.1%}")
+        table.add_row(cell(title), *cells, _si(taken / steps), f"{taken / bops:.1%}")
     yield table
 
 

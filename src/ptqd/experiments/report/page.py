@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqd.errors import MissingDependencyError
-from ptqd.experiments.report.rendering import environment
+from ptqd.experiments.report.rendering import environment, number
 from ptqd.experiments.report.speed import COLUMNS as SPEED_COLUMNS
 from ptqd.experiments.report.speed import speed_cells
 from ptqd.experiments.report.table import (
@@ -72,6 +72,7 @@ def write_page(report: Report, folder: Path) -> Path:
         plans=plans,
         stages=_stage_seconds(report.stages),
         versions=report.versions,
+        number=number,
     )
     run = RunFolder(folder)
     made: dict[str, bytes] = {PAGE: page.encode(errors="backslashreplace"), STRIPS: pictures.overview(strips)}

@@ -1,6 +1,7 @@
 """Sample grids and plots, as PNG bytes."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from ptqd.experiments.report.grids import grid, png
+from ptqd.experiments.report.rendering import plot_text
 from ptqd.experiments.report.table import correction_label
 from ptqd.experiments.results import ChoiceRow, PlanPoint, PlanRow, Row, StepRow, by_settings
 from ptqd.files import read_tensors
 from ptqd.metrics.registry import METRICS
+from ptqd.names import inside, short
 
 QUANTITIES = {
     "k": ("k (correlated part)", "linear"),
@@ -37,7 +40,7 @@ def setting_strips(
     for text, group in by_settings(rows):
         labelled = []
         for row in group:
-            images = load(folder / row.images)[:columns]
+            images = load(inside(folder, row.images, "the report"))[:columns]
             correction = f" {correction_label(row.key.correction)}" if row.key.methods else ""
             labelled.append((row.key.quantized + correction, png(grid([images], 2))))
         strips.append((text, labelled))
@@ -47,6 +50,7 @@ def setting_strips(
 def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
     """All strips with their labels on one sheet, as a PNG."""
     font, line = ImageFont.load_default(15), 22
+    strips = [(short(title), [(short(label), data) for label, data in rows]) for title, rows in strips]
     margin = 20 + max(int(font.getlength(label)) for _, rows in strips for label, _ in rows)
     pictures = [Image.open(io.BytesIO(data)) for _, rows in strips for _, data in rows]
     width = margin + max(picture.width for picture in pictures)
@@ -88,9 +92,13 @@ def quality_against_cost(rows: Sequence[Row]) -> bytes | None:
             mine = [row for row in quantized if row.key.quantized == key]
             heights = [row.metrics[name].value or 0.0 for row in mine]
             axis.annotate(
-                key, (mine[0].bops_ratio, max(heights)), xytext=(6, 6), textcoords="offset points", fontsize=9
+                plot_text(key),
+                (mine[0].bops_ratio, max(heights)),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=9,
             )
-        axis.set_title(heading, fontsize=10)
+        axis.set_title(plot_text(heading), fontsize=10)
         axis.set_xlabel("times fewer bit operations than FP32")
         axis.set_ylabel(METRICS[name].title)
         axis.margins(x=0.15, y=0.2)
@@ -115,7 +123,7 @@ def step_plots(steps: Sequence[StepRow]) -> list[tuple[str, bytes]]:
                     for part in ("value", "low", "high")
                 }
                 (line,) = axis.plot(
-                    x, parts["value"], label=recipe, marker="o" if len(x) <= 50 else None, markersize=2.5
+                    x, parts["value"], label=plot_text(recipe), marker="o" if len(x) <= 50 else None, markersize=2.5
                 )
                 floor = 1e-12 if scale == "log" else -np.inf
                 axis.fill_between(x, np.maximum(parts["low"], floor), parts["high"], color=line.get_color(), alpha=0.2)
@@ -142,14 +150,17 @@ def choice_plots(choices: Sequence[ChoiceRow]) -> list[tuple[str, bytes]]:
         for choice in (choice for choice in group if choice.steps):
             x = np.arange(len(choice.steps))
             gain, half = (
-                np.array([100 * getattr(step, key) for step in choice.steps]) for key in ("gain", "half_width")
+                100 * np.array([getattr(step, key) for step in choice.steps], dtype=float)
+                for key in ("gain", "half_width")
             )
-            (line,) = gains.plot(x, gain, label=choice.recipe, marker="o" if len(x) <= 50 else None, markersize=2.5)
+            (line,) = gains.plot(
+                x, gain, label=plot_text(choice.recipe), marker="o" if len(x) <= 50 else None, markersize=2.5
+            )
             gains.fill_between(x, gain - half, gain + half, color=line.get_color(), alpha=0.2)
             remaining.plot(x, [names.index(step.kept) for step in choice.steps], drawstyle="steps-mid")
         gains.set_title("error of the next sample that is taken away, %", fontsize=10)
         remaining.set_title("what the step keeps", fontsize=10)
-        remaining.set_yticks(range(len(names)), names)
+        remaining.set_yticks(range(len(names)), [*map(plot_text, names)])
         for axis in (gains, remaining):
             axis.set_xlabel("sampling step")
             axis.grid(alpha=0.3)
@@ -170,7 +181,7 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
     figure = plt.figure(figsize=(14, 7.2), layout="constrained")
     rows = figure.add_gridspec(3, 3, height_ratios=[0.9, 0.35 + 0.16 * len(bits), 3.6])
 
-    pictures = read_tensors(folder / plan.pictures)[0].get("images")
+    pictures = read_tensors(inside(folder, plan.pictures, "the report"))[0].get("images")
     top = figure.add_subplot(rows[0, :])
     if pictures is not None:
         sheet = np.concatenate(list(pictures.numpy()), axis=1)
@@ -181,7 +192,7 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
     strip = figure.add_subplot(rows[1, :])
     places = np.searchsorted(plan.widths, bits)
     image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan.widths) - 0.5)
-    strip.set_yticks(range(len(bits)), plan.groups, fontsize=7)
+    strip.set_yticks(range(len(bits)), [*map(plot_text, plan.groups)], fontsize=7)
     strip.set_xlabel("sampling step")
     bar = figure.colorbar(image, ax=[top, strip], ticks=range(len(plan.widths)), pad=0.01)
     bar.ax.set_yticklabels([str(width) for width in plan.widths])
@@ -232,6 +243,8 @@ def _strength(kept: str) -> tuple[bool, float]:
 
 def _figure_png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a script that the plots' font has not
+        figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return buffer.getvalue()

@@ -3,15 +3,16 @@
 from rich.table import Table
 
 from ptqd.experiments.manifest import Reproduction
+from ptqd.experiments.report.rendering import FOLDED, KEPT, cell, number
 
 
 def reproduction_table(found: Reproduction) -> Table:
     """Every figure: as it was, its interval, as it came out again, and what that says."""
     table = Table()
     for name in ("row", "metric"):
-        table.add_column(name)
+        table.add_column(name, **FOLDED)
     for name in ("was", "95 % interval", "is", ""):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", **KEPT)
     row = ""
     for figure in found.figures:
         if figure.row != row:
@@ -20,11 +21,11 @@ def reproduction_table(found: Reproduction) -> Table:
         name = figure.metric.replace("_", " ")
         colour = "green" if figure.agrees else "red"
         table.add_row(
-            "" if figure.row == row else figure.row,
-            name,
-            f"{figure.value:.6g}",
+            "" if figure.row == row else cell(figure.row),
+            cell(name),
+            number(figure.value, ".6g"),
             interval,
-            f"{figure.again:.6g}",
+            number(figure.again, ".6g"),
             f"[{colour}]{figure.verdict}[/]",
         )
         row = figure.row

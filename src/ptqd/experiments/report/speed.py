@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from ptqd.experiments.report.rendering import FOLDED, KEPT, cell
 from ptqd.experiments.results import SpeedReport, SpeedRow
 
 COLUMNS = (
@@ -37,9 +38,9 @@ def speed_cells(row: SpeedRow) -> list[str]:
 
 def speed_table(report: SpeedReport) -> Table:
     """A line for each engine and kind of numbers."""
-    table = Table(title=report.title)
+    table = Table(title=cell(report.title))
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < 2 else "right", **(FOLDED if i < 2 else KEPT))
     for row in report.rows:
-        table.add_row(*speed_cells(row))
+        table.add_row(*map(cell, speed_cells(row)))
     return table

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.table import Table
 
+from ptqd.experiments.report.rendering import FOLDED, KEPT, cell, number
 from ptqd.experiments.report.table import metric_title
-from ptqd.experiments.results import PublishedRow
+from ptqd.experiments.results import Interval, PublishedRow
 from ptqd.experiments.study import REACHED, Estimate, Study
 
 
 def estimate_table(study: Study, estimate: Estimate, gpu: str) -> Group:
     """Denoiser calls, operations, memory, files and an estimate of the time on a named GPU."""
-    calls = Table(title=study.title)
+    calls = Table(title=cell(study.title))
     calls.add_column("what")
     calls.add_column("denoiser calls", justify="right")
     calls.add_column("TFLOP", justify="right")
@@ -26,7 +27,7 @@ def estimate_table(study: Study, estimate: Estimate, gpu: str) -> Group:
     for name, bops in estimate.bops.items():
         size = f"{estimate.disk[name] / 1e6:,.1f}"
         label = f"{name}, at its widest" if study.plan and name != "fp32" else name
-        models.add_row(label, f"{bops / 1e9:,.0f}", f"{estimate.bops['fp32'] / bops:.1f}x", size)
+        models.add_row(cell(label), f"{bops / 1e9:,.0f}", f"{estimate.bops['fp32'] / bops:.1f}x", size)
     hours = estimate.hours(gpu)
     time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     lines = [
@@ -44,10 +45,11 @@ def published_table(rows: Sequence[PublishedRow]) -> Table:
     """Each published figure beside ours."""
     table = Table(title="beside what was published")
     for name in ("recipe", "correction", "metric", "published", "here", "95 % interval", "source"):
-        table.add_column(name)
+        table.add_column(name, **(KEPT if name in ("published", "here") else FOLDED))
     for row in rows:
-        here = "-" if row.ours is None else f"{row.ours.value:.3f}"
-        interval = "" if row.ours is None or row.ours.low is None else f"{row.ours.low:.3f} to {row.ours.high:.3f}"
+        ours = row.ours or Interval(None, None, None)
+        here = number(ours.value, ".3f")
+        interval = "" if ours.low is None else f"{number(ours.low, '.3f')} to {number(ours.high, '.3f')}"
         name = metric_title(row.metric, inception=row.inception)
-        table.add_row(row.recipe, row.correction, name, f"{row.published:g}", here, interval, row.source)
+        table.add_row(*map(cell, (row.recipe, row.correction, name, f"{row.published:g}", here, interval, row.source)))
     return table

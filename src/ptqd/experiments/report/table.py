@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
+from ptqd.experiments.report.rendering import FOLDED, KEPT, cell, markdown_cell
 from ptqd.experiments.results import Interval, Row, by_settings
 from ptqd.metrics.registry import METRICS
 
@@ -57,31 +57,32 @@ def markdown_table(rows: Sequence[Row]) -> str:
     head = ["recipe", "correction", *(metric_title(m, inception=inception) for m in metrics), *COST_COLUMNS]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for text, group in by_settings(rows):
-        lines.append([f"**{text}**", *[""] * (len(head) - 1)])
+        lines.append([text, *[""] * (len(head) - 1)])
         for row in group:
             cells = [" ".join(metric_cell(row.metrics.get(m), m)).strip() for m in metrics]
             lines.append([row.key.quantized, correction_label(row.key.correction), *cells, *cost_cells(row)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = [lines[0], lines[1], *([*map(markdown_cell, line)] for line in lines[2:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def terminal_table(rows: Sequence[Row], *, wide: bool = False) -> Table:
     """One table of all settings: what fits 100 columns, or every metric and cost."""
     samples = sorted({row.samples for row in rows})
-    table = Table(title=escape(f"{rows[0].model}: {'/'.join(map(str, samples))} samples a row, 95 % intervals"))
-    table.add_column("recipe")
-    table.add_column("correction", no_wrap=True)
+    table = Table(title=cell(f"{rows[0].model}: {'/'.join(map(str, samples))} samples a row, 95 % intervals"))
+    table.add_column("recipe", **FOLDED)
+    table.add_column("correction", **FOLDED)
     metrics, inception = metric_columns(rows), all(row.inception for row in rows)
     costs: tuple[str, ...] = COST_COLUMNS
     if not wide:
         metrics = [name for name in NARROW if name in metrics][:NARROW_METRICS] or metrics[:NARROW_METRICS]
         costs = ("fewer BOPs", "KB")
     for name in [*(metric_title(m, inception=inception) for m in metrics), *costs]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", **KEPT)
     for text, group in by_settings(rows):
         table.add_section()
-        table.add_row(f"[bold]{escape(text)}")
+        table.add_row(f"[bold]{cell(text)}")
         for row in group:
             cells = [" ".join(metric_cell(row.metrics.get(m), m)).strip() for m in metrics]
             cost = cost_cells(row) if wide else cost_cells(row)[1:3]
-            table.add_row(escape(row.key.quantized), correction_label(row.key.correction), *cells, *cost)
+            table.add_row(cell(row.key.quantized), cell(correction_label(row.key.correction)), *cells, *cost)
     return table
