@@ -223,9 +223,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if config is None or config.get("quant_method") != "ptqd":
             return
         result = PtqdQuantizer(PtqdConfig(**config))
-        result.adopt(
-            self, Coverage(*(tuple(map(_tuple, getattr(self.facts, name))) for name in ("quantized", "skipped")))
-        )
+        result.adopt(self, Coverage(self.facts.quantized, self.facts.skipped))
         if config.get("ranges") is not None and self.quantizers:
             set_ranges(self, StepRanges.from_dict(config["ranges"]))
         if config.get("plan") is not None:
