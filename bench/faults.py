@@ -3,7 +3,7 @@
 python bench/faults.py              # all of it; half an hour on two cores
 python bench/faults.py kills        # SIGKILL at random moments of every verb
 python bench/faults.py disk         # full disks of ten sizes for every verb; needs root, to mount them
-python bench/faults.py truncation   # every file of a finished and of an unfinished run folder, cut in half and to nothing
+python bench/faults.py truncation   # every file of a finished and an unfinished run folder, cut in half and to nothing
 
 Every command runs in a process of its own that is forked from one that has imported torch. After each fault the same
 command runs again; all that its output holds, but for the seconds it took, is compared with an undisturbed run, byte by
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -160,7 +160,7 @@ def forked(words: list[str], log: Path, temporary: Path | None = None) -> Child:
     """A command in a process of its own, whose output is kept."""
     pid = os.fork()
     if pid:
-        with _quiet():
+        with suppress(OSError):
             os.setpgid(pid, pid)
         return Child(pid)
     status = 70
@@ -175,14 +175,6 @@ def forked(words: list[str], log: Path, temporary: Path | None = None) -> Child:
         sys.stdout.flush()
     finally:
         os._exit(status)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass
 
 
 def facts(out: Path) -> dict[str, str]:
@@ -330,9 +322,8 @@ class Bench:
                 finally:
                     gc.collect()
                     subprocess.run(["umount", str(place)], check=True)
-        print(
-            f"Full disks: {all_of_them} commands, {SIZES} sizes each ({FEW} of slow verbs); {refused} were too small and ended in one line"
-        )
+        print(f"Full disks: {all_of_them} commands, {SIZES} sizes each, {FEW} of slow verbs; {refused} were too small")
+        print("  each of these ended in one line and with status 2, the others with all of their output")
         print(
             f"  {good} of {all_of_them} as undisturbed once there was room, nothing left over, nothing beside touched"
         )

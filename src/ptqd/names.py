@@ -8,6 +8,7 @@ from urllib.parse import quote, unquote
 from ptqd.errors import InputError
 
 CHUNK = 120  # characters of one folder's name; a longer label goes into folders inside each other
+LONGEST = 255  # bytes of a file's name
 _GOES_ON = "%"  # at the end of a folder's name: the label goes on inside; quoted text never ends so
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories of what moves text, hides it or breaks lines
 _JOINERS = "\u200c\u200d"  # which some scripts and emoji need
@@ -66,7 +67,9 @@ def inside(folder: Path, name: str, where: str) -> Path:
         InputError: it leads out of the folder.
     """
     lexical = PurePosixPath(name)
-    hostile = "\0" in name or not name or lexical.is_absolute() or ".." in lexical.parts or "\\" in name
+    too_long = any(len(part.encode(errors="replace")) > LONGEST for part in lexical.parts)
+    leaves = lexical.is_absolute() or ".." in lexical.parts or "\\" in name
+    hostile = not name or "\0" in name or too_long or leaves
     path = folder if hostile else folder / name
     try:
         if hostile or not path.resolve().is_relative_to(folder.resolve()):

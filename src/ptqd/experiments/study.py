@@ -103,7 +103,16 @@ class Study:
         Raises:
             InputError: it is missing, no TOML, or has unknown or missing keys.
         """
-        study = build(cls, read_toml(path), str(path))
+        return cls.from_dict(read_toml(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: object, where: str) -> "Study":
+        """From plain values.
+
+        Raises:
+            InputError: unknown or missing keys, or values that cannot be run.
+        """
+        study = build(cls, values, where)
         study.experiment("").check()
         return study
 

@@ -342,7 +342,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str
     channels = tensors["moments"].shape[2]
     layouts = [Layout(groups, channels // max(groups, 1), taps) for taps in (1, len(CROSS))]
     fits = groups > 0 and channels % groups == 0 and any(size == layout.blocks[2].stop for layout in layouts)
-    kept = len(tensors["finals"]) == len(tensors["final_indices"]) if tensors["finals"].ndim else False
+    finals = tensors["finals"]
+    kept = finals.ndim > 1 and finals.is_floating_point() and len(finals) == len(tensors["final_indices"])
     if not (whole and double and rising and fits and kept) or facts.elements < 1 or not samples or not steps:
         raise ArtifactError(f"{where} holds no noise statistics of this version; write them with 'ptqd measure'")
 

@@ -62,6 +62,6 @@ def _one_of(kinds: dict[str, Any], value: Any, where: str) -> Any:
     """The dataclass that a table's ``name`` asks for."""
     if not isinstance(value, dict) or "name" not in value:
         raise InputError(f"{where} must be a table with a name, one of {', '.join(kinds)}; got {value!r}")
-    if value["name"] not in kinds:
+    if not isinstance(value["name"], str) or value["name"] not in kinds:
         raise InputError(f"{where} has the unknown name {value['name']!r}; known are {', '.join(kinds)}")
     return build(kinds[value["name"]], {k: v for k, v in value.items() if k != "name"}, where)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from ptqd.experiments.compare import ComparedRow
 from ptqd.experiments.report.rendering import KEPT, environment, latex_text, markdown_cell
@@ -94,11 +95,10 @@ def terminal(rows: Sequence[ComparedRow]) -> Iterator[Table]:
         yield table
 
 
-def _rich(cell: Cell) -> str:
-    value, difference = rich_cell(cell.value), rich_cell(cell.difference)
-    colour = {"better": "green", "worse": "red"}.get(cell.verdict)
-    below = f"[{colour}]{difference}[/]" if colour else difference
-    return f"{value}\n{below}" if difference else value
+def _rich(cell: Cell) -> Text:
+    colour = {"better": "green", "worse": "red"}.get(cell.verdict, "")
+    value, below = rich_cell(cell.value), rich_cell(cell.difference, colour)
+    return Text.assemble(value, "\n", below) if cell.difference else value
 
 
 def markdown(rows: Sequence[ComparedRow]) -> str:

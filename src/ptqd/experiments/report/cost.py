@@ -49,7 +49,7 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
     products = [i for i, layer in enumerate(cost.macs.layers) if layer.endswith((*PRODUCTS, ".matmul"))]
     share = float(cost.macs.counts[:, products].sum()) / cost.macs.total
     macs, bops, full = cost.macs.total, cost.total, cost.macs.total * FULL_BITS**2
-    yield f"{cell(name)}: {cost.parameters / 1e6:,.1f} M parameters, {steps} steps"
+    yield cell(f"{name}: {cost.parameters / 1e6:,.1f} M parameters, {steps} steps")
     yield f"  {_si(macs / steps)}MACs a step, {_si(macs)}MACs an image; {share:.1%} of them in attention products"
     yield f"  {_si(bops / steps)}BOPs a step, {_si(bops)}BOPs an image"
     yield f"  {cost.ratio:.2f}x fewer than FP32: {_si(full / steps)}BOPs a step, {_si(full)}BOPs an image"

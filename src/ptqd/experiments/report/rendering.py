@@ -4,7 +4,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from ptqd.errors import MissingDependencyError
 from ptqd.names import short, shown
@@ -34,9 +34,9 @@ KEPT: dict[str, Any] = {"no_wrap": True}  # of a column of figures, which are ne
 FOLDED: dict[str, Any] = {"overflow": "fold"}  # of a column of names, which take more lines
 
 
-def cell(text: object) -> str:
+def cell(text: object, style: str = "") -> Text:
     """Text of a rich table, or its title."""
-    return escape(shown(text))
+    return Text(shown(text), style)
 
 
 def markdown_cell(text: object) -> str:

@@ -26,7 +26,7 @@ def reproduction_table(found: Reproduction) -> Table:
             number(figure.value, ".6g"),
             interval,
             number(figure.again, ".6g"),
-            f"[{colour}]{figure.verdict}[/]",
+            cell(figure.verdict, colour),
         )
         row = figure.row
     return table

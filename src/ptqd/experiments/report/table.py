@@ -80,7 +80,7 @@ def terminal_table(rows: Sequence[Row], *, wide: bool = False) -> Table:
         table.add_column(name, justify="right", **KEPT)
     for text, group in by_settings(rows):
         table.add_section()
-        table.add_row(f"[bold]{cell(text)}")
+        table.add_row(cell(text, "bold"))
         for row in group:
             cells = [" ".join(metric_cell(row.metrics.get(m), m)).strip() for m in metrics]
             cost = cost_cells(row) if wide else cost_cells(row)[1:3]
