@@ -61,7 +61,7 @@ class RunFolder:
         if processes.is_main():
             mark = claim(folder, kind)
             make_folder(self.folder)
-            if not (self.folder / MARK).is_file():
+            if not _has_mark(self.folder):
                 mark.save(self.folder)
             tidy_up([path for path in _walk(self.folder) if is_temporary(path.name)])
         processes.wait()
@@ -245,6 +245,13 @@ def read_record(folder: Path, name: str) -> StageRecord | None:
         return msgspec.convert(read_json(path), StageRecord)
     except (ArtifactError, msgspec.ValidationError):  # after a loss of power
         return None
+
+
+def _has_mark(folder: Path) -> bool:
+    try:
+        return Mark.load(folder) is not None
+    except ArtifactError:  # damaged, in a folder whose stages say what is theirs
+        return False
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -336,7 +336,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str
     square = dict.fromkeys(RESPONSE[:3], (steps, steps)) | {RESPONSE[3]: (steps,)}
     check_tensors(tensors, square | {"cross": (2 * steps, 2 * steps)}, where, finite=facts.exact)
     whole = all(tensors[name].dtype == torch.int64 for name in ("indices", "final_indices"))
-    double = all(tensors[name].dtype == torch.float64 for name in ("timesteps", "moments", *SUMS, *RESPONSE))
+    levels = () if facts.family is None else ("alpha", "sigma")
+    double = all(tensors[name].dtype == torch.float64 for name in ("timesteps", "moments", *SUMS, *RESPONSE, *levels))
     rising = all(bool((tensors[name].diff() > 0).all()) for name in ("indices", "final_indices"))
     groups, size = tensors["joint"].shape[1 + 1], tensors["joint"].shape[3]
     channels = tensors["moments"].shape[2]
