@@ -14,6 +14,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from ptqd.errors import ArtifactError, InputError, lack_of
 
+SILENT = 5.0  # seconds of waiting before it is said
 LARGEST_TEXT = 1 << 28  # bytes of a JSON or TOML file
 _MADV_PAGEOUT = 21  # of linux/mman.h
 _DTYPES = {
@@ -55,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder, explained(path):
             yield Path(folder) / "written"
-            with (Path(folder) / "written").open("rb") as written, path.open("wb") as stream:
+            with (Path(folder) / "written").open("rb") as written, _stream(path) as stream:
                 shutil.copyfileobj(written, stream)
         return
     path = Path(os.path.realpath(path))
@@ -92,6 +94,34 @@ def is_stream(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+def _stream(path: Path) -> Any:
+    """What is written to of a device, a pipe, or an open file, which goes on where it is."""
+    text = str(path.absolute())
+    number = re.fullmatch(r"/dev/fd/([0-9]{1,9})|/proc/(?:self|[0-9]+)/fd/([0-9]{1,9})", text)
+    if text in _STANDARD or number is not None:
+        sys.stdout.flush()
+        return os.fdopen(os.dup(_STANDARD[text] if number is None else int(number[1] or number[2])), "wb")
+    if not path.is_fifo():
+        return path.open("wb")
+    started, told = time.monotonic(), False
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if not told and time.monotonic() - started > SILENT:
+                told = True
+                print(f"ptqd: {path}: waiting for a process that reads this pipe", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+        else:
+            os.set_blocking(descriptor, True)
+            return os.fdopen(descriptor, "wb")
 
 
 @contextmanager
@@ -342,6 +372,7 @@ def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
         ArtifactError: it is no JSON.
     """
     strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _float} if finite else {}
+    strict["parse_int"] = _int
     try:
         return json.loads(text, **strict)
     except (ValueError, RecursionError) as error:
@@ -350,6 +381,13 @@ def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _int(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 1 << 63:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return value
 
 
 def _float(text: str) -> float:

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -241,6 +242,8 @@ def claim(folder: Path, kind: Kind) -> Mark:
         mark = Mark(kind)
     elif mark.kind != kind:
         raise InputError(f"{folder} holds {WORDS[mark.kind]}; choose a new or an empty folder")
+    for name in mark.files:
+        inside(folder, name, str(folder / MARK))
     tidy_up([path for path in folder.iterdir() if is_temporary(path.name)])
     return mark
 
@@ -257,9 +260,13 @@ def _mark_of(folder: Path) -> Mark | None:
     if mark is not None or not (folder / ".stages").is_dir():
         return mark
     records = list((folder / ".stages").rglob("*.json"))
-    if any(_is_record(path) for path in records) or not records:
-        return Mark("samples" if (folder / "samples.safetensors").is_file() else "run")
-    return None
+    if not any(_is_record(path) for path in records) and records:
+        return None
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if _EARLIER.fullmatch(p.name))
+    return Mark("samples" if (folder / "samples.safetensors").is_file() else "run", tuple(names))
+
+
+_EARLIER = re.compile(r"report\.html|strips\.png|plan\.png|grid\.png|samples\.npz|[0-9]{6,}\.png")  # without a mark
 
 
 def _is_record(path: Path) -> bool:
@@ -299,6 +306,8 @@ def _remove_files(folder: Path, names: Iterable[str]) -> None:
     """Remove files of a folder, and the folders inside it that are empty then."""
     for name in names:
         path = inside(folder, name, str(folder / MARK))
+        if path.is_dir() and not path.is_symlink():
+            continue
         path.unlink(missing_ok=True)
         for parent in path.parents:
             if parent == folder:
@@ -414,14 +423,22 @@ def remove_scratch(folder: Path) -> None:
 
 
 def cache_folder(what: str) -> Path:
-    """Where ptqd keeps something for the user; beside temporary files for one that has no home."""
-    try:
-        home: Path | None = Path.home()
-    except RuntimeError:  # an account without a name
-        home = None
-    if "XDG_CACHE_HOME" not in os.environ and (home is None or not home.is_dir() or home == Path("/")):
-        return Path(tempfile.gettempdir()) / f"ptqd-{os.getuid() if hasattr(os, 'getuid') else 'cache'}" / what
-    return user_cache_path("ptqd", appauthor=False) / what
+    """Where ptqd keeps something for the user; beside temporary files for one who has no home to write to.
+
+    Raises:
+        InputError: XDG_CACHE_HOME is no absolute path.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME", "").strip()
+    if chosen and not Path(chosen).is_absolute():
+        raise InputError(f"XDG_CACHE_HOME={chosen!r} in the environment is no absolute path; mend or unset it")
+    with suppress(RuntimeError, OSError):  # an account without a name, or with another's home
+        folder = user_cache_path("ptqd", appauthor=False)
+        if not chosen and not Path.home().is_dir():
+            raise RuntimeError("no home")
+        there = next(part for part in (folder, *folder.parents) if part.exists())
+        if folder.is_absolute() and "~" not in folder.parts and there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return folder / what
+    return Path(tempfile.gettempdir()) / f"ptqd-{os.getuid() if hasattr(os, 'getuid') else 'cache'}" / what
 
 
 @contextmanager

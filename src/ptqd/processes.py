@@ -19,6 +19,11 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # others wait while the main process quantizes
 TOLD_AFTER = 10.0  # seconds that a launcher's processes are waited for in silence
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPI = tuple(  # whose processes are not ptqd's, and of which a shell may have some left over
+    f"{kind}_{what}"
+    for kind in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
+    for what in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
+)
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 
@@ -37,6 +42,8 @@ def check_launcher() -> int:
         if name in given and not (given[name].isascii() and given[name].isdigit()):
             raise InputError(f"{name}={given[name]!r} in the environment is no number; {remedy}")
     size = int(given.get("WORLD_SIZE", "1"))
+    if size > 1 and int(given.get("MASTER_PORT", "1")) not in range(1, 1 << 16):
+        raise InputError(f"MASTER_PORT={given['MASTER_PORT']} in the environment is no port; {remedy}")
     missing = [name for name in LAUNCHER if name not in given]
     if size > 1 and missing:
         raise InputError(f"WORLD_SIZE={size} in the environment is a launcher's, but {missing[0]} is missing; {remedy}")
@@ -57,10 +64,12 @@ def _state() -> Any:
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = not torch.accelerator.is_available()
+    kept = {name: os.environ.pop(name) for name in (*LAUNCHER, *MPI) if size == 1 and name in os.environ}
     try:
         return PartialState(cpu=cpu, **InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs())
     finally:
         told.cancel()
+        os.environ.update(kept)
 
 
 def _tell(size: int) -> None:

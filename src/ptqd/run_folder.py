@@ -61,10 +61,20 @@ class RunFolder:
         if processes.is_main():
             mark = claim(folder, kind)
             make_folder(self.folder)
+            for name in (".stages", ".partial", ".locks"):
+                self.path(name)
             if not _has_mark(self.folder):
                 mark.save(self.folder)
             tidy_up([path for path in _walk(self.folder) if is_temporary(path.name)])
         processes.wait()
+
+    def path(self, name: str) -> Path:
+        """A path inside the folder, links followed.
+
+        Raises:
+            InputError: it leads out of it.
+        """
+        return inside(self.folder, name, f"the folder {self.folder}")
 
     def own(self, names: Sequence[str], *, only: bool = False) -> None:
         """Note in the mark which files that are no stages ptqd writes here, before it does.
@@ -72,9 +82,15 @@ class RunFolder:
         Args:
             names: paths inside the folder.
             only: remove those that are noted and not among them: they were made of results that are no more.
+
+        Raises:
+            InputError: one is there that ptqd did not write.
         """
         mark = Mark.load(self.folder)
         known = set() if mark is None else set(mark.files)
+        for name in set(names) - known:
+            if os.path.lexists(self.path(name)):
+                raise InputError(f"{self.folder / name} is not ptqd's and would be replaced; move it")
         for name in known - set(names) if only else ():
             inside(self.folder, name, MARK).unlink(missing_ok=True)
         files = set(names) if only else known | set(names)
@@ -333,6 +349,16 @@ def is_whole(path: Path) -> bool:
             return True
     except ArtifactError:
         return False
+
+
+def whole_file(path: Path) -> Path:
+    """A path, if a file of safetensors is there and whole.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    with opened_tensors(path):
+        return path
 
 
 def _seconds_in(path: Path) -> float:

@@ -4,16 +4,18 @@ import importlib
 import io
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
+
+from ptqd_cli.console import Output
 
 VERBS = (
     "convert",
@@ -32,6 +34,8 @@ VERBS = (
     "reproduce",
     "demo",
 )
+_COUNTED = "steps eta guidance samples batch seed measured groups repeats threads classes"
+COUNTS = tuple(f"--{name}" for name in _COUNTED.split())  # options that take a number
 BROKEN_PIPE = 141  # as of what SIGPIPE ends
 SHARED = ("run", "demo", "reproduce", "measure", "plan", "sample", "evaluate")  # by several processes
 
@@ -61,6 +65,7 @@ def application(verbs: Sequence[str] = VERBS) -> App:
         version=_version,
         default_parameter=Parameter(negative="", allow_repeating=True),
         help_format="plaintext",
+        console=Output(),
     )
     for verb in verbs:
         kind = getattr(importlib.import_module(f"ptqd_cli.verbs.{verb}"), verb.capitalize())
@@ -88,17 +93,31 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for anything the user can mend, said in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal that has not all letters
     try:
         status = _main(_with_values(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:  # who read has enough
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is anything said as Python ends
-        return BROKEN_PIPE
+        status = BROKEN_PIPE
+    except OSError as error:
+        status = _refuse(f"standard output: {error.strerror or error}")
+    if status in (2, BROKEN_PIPE):
+        _forget_output()
     return status
+
+
+def _forget_output() -> None:
+    """Nothing is said of what standard output refused as Python ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(words: list[str]) -> int:
@@ -106,9 +125,11 @@ def _main(words: list[str]) -> int:
     if words in ([], ["-h"]):
         words = ["--help"]
     for before, word in zip(("", *words), words, strict=False):
-        if not word or re.fullmatch(r"--[a-z-]+=", word):
-            option = word.rstrip("=") or before or "the first argument"
-            return _refuse(f"the value of {option} is empty; is a variable unset?")
+        option, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not word or (equals and not value):
+            return _refuse(f"the value of {option or 'the first argument'} is empty; is a variable unset?")
+        if option in COUNTS and any(c.isdecimal() and not c.isascii() for c in value):
+            return _refuse(f"{option} {value!r} is no number in the digits 0 to 9")
     try:
         app = application(VERBS if verb is None else (verb,))
         result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
@@ -120,7 +141,8 @@ def _main(words: list[str]) -> int:
 def _refuse(message: str) -> int:
     from ptqd.names import shown
 
-    print(f"ptqd: {shown(' '.join(message.split()))}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"ptqd: {shown(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -181,8 +203,8 @@ def _explained(error: Exception) -> str:
     if isinstance(error, PtqdError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}; check the disk and the path"
+        return f"{error.filename or 'a file, or standard output'}: {error.strerror}; check the disk and the path"
     return (
-        f"a bug in ptqd, or in a library it calls: {type(error).__name__}: {error}; --traceback shows where; please "
-        "report it"
+        f"a bug in ptqd, or in a library it calls: {type(error).__name__}: {str(error)[:400]}; --traceback shows "
+        "where: please report it"
     )

@@ -234,14 +234,14 @@ def show(*tables: object, width: int = 100) -> None:
     """
     import sys
 
-    from rich.console import Console
     from rich.measure import Measurement
 
-    class Output(Console):
-        def on_broken_pipe(self) -> None:  # rich's own ends the process
-            raise BrokenPipeError
+    from ptqd_cli.console import Output
 
-    console = Output(width=None if sys.stdout.isatty() else width, emoji=False)
     for table in tables:
-        least = Measurement.get(console, console.options.update(max_width=10_000), table).minimum  # type: ignore[arg-type]
-        console.print(table, width=max(console.width, least) if least > console.width else None, soft_wrap=False)
+        console = Output(width=None if sys.stdout.isatty() else width, emoji=False)
+        wide = console.options.update(max_width=10_000)
+        least = Measurement.get(console, wide, table).minimum  # type: ignore[arg-type]
+        if least > console.width:
+            console = Output(width=least, emoji=False)
+        console.print(table)

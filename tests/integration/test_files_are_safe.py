@@ -133,11 +133,15 @@ def test_an_empty_output_is_refused(
 def test_links_in_a_run_folder_are_not_followed(place: Path, tmp_path: Path, canary: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(place / "run", out)
-    shutil.rmtree(out / ".partial", ignore_errors=True)
-    (out / ".partial").symlink_to(canary)
     (out / "link").symlink_to(canary)
     (out / ".result.ptqd-00000000-1-0.tmp").symlink_to(canary)
     assert main([*map(str, run_words(place)), "--out", str(out)]) == 0
+    for name in ("manifest.json", "report.json", "report.html", ".partial", ".locks", ".stages"):
+        (out / name).rename(out / "kept")
+        (out / name).symlink_to(canary / "thesis.txt" if "." in name[1:] else canary)
+        assert main([*map(str, run_words(place)), "--out", str(out)]) == 2
+        (out / name).unlink()
+        (out / "kept").rename(out / name)
 
 
 # A3

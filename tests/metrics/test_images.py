@@ -60,7 +60,7 @@ def test_labels_are_kept_with_samples_and_read(tmp_path: Path, capsys: pytest.Ca
     assert agree <= kept["class_agreement"]["value"]
 
 
-@pytest.mark.parametrize("labels", [np.zeros(3, np.int64), np.zeros(8), np.zeros(8, complex)])
+@pytest.mark.parametrize("labels", [np.zeros(3, np.int64), np.zeros(8), np.zeros((8, 2), np.int64), np.zeros(8, bool)])
 def test_labels_that_do_not_fit_are_refused(labels: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", WIDE, labels)
     with pytest.raises(InputError, match="its labels must be 8 whole numbers"):
@@ -101,7 +101,12 @@ def test_what_is_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "a" / "dangling.png").symlink_to(tmp_path / "nowhere")
     assert (pixels(tmp_path / "a") == WIDE[:4]).all()
     said = capsys.readouterr().err
-    for part in ("1 hidden folders", "1 hidden files", "1 files of type .txt", "1 files of type .png"):
+    for part in (
+        "1 hidden folders",
+        "1 hidden files",
+        "1 files of type .txt",
+        "1 pipes, devices and links that lead nowhere",
+    ):
         assert part in said
     assert {".png", ".jpg", ".tif", ".ppm", ".webp", ".bmp", ".jp2", ".gif", ".tga"} <= suffixes()
 

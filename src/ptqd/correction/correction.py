@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ptqd.diffusion.pipeline_parts import channel_axis
-from ptqd.errors import ArtifactError
+from ptqd.errors import ArtifactError, MismatchError
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import CROSS
 from ptqd.schema import numbers, shape_of, typed
@@ -84,7 +84,7 @@ class Correction:
 
     def _check(self) -> None:
         """Refuse numbers of other shapes than the attributes say."""
-        steps = (len(self.timesteps),)
+        steps = shape_of(self.timesteps)
         shapes = {name: shape_of(getattr(self, name)) for name in (*_TABLES.values(), "timesteps")}
         per_step = ("output", "sample", "bias", "noise", "model_timesteps")
         ranks = {"output": (2, 3), "sample": (2, 3), "bias": (2,)}
@@ -93,7 +93,7 @@ class Correction:
         fits &= all(shapes[name][:1] == steps for name in per_step if shapes[name] != (0,))
         channels = {shapes[name][1] for name in ("output", "sample", "bias") if len(shapes[name]) > 1}
         if not fits or len(channels) > 1 or not all(0 <= share <= 1e3 for share in self.noise):
-            raise ArtifactError(f"the correction's numbers do not fit its {steps[0]} steps; {_AGAIN}")
+            raise ArtifactError(f"the correction's numbers do not fit its {(*steps, 0)[0]} steps; {_AGAIN}")
 
     def axis(self, sample: torch.Tensor) -> int:
         """Where a step's channels are: as measured, else where they usually are."""
@@ -147,6 +147,12 @@ class StepCorrector:
             for table, of_output in tables
             if table
         )
+        known = {shape_of(table)[1] for table, _ in tables if table} | {len(row) for row in self.correction.bias[:1]}
+        if known - {channels}:
+            raise MismatchError(
+                f"the correction is for {min(known)} channels, and the pipeline's samples have {channels} there; "
+                "measure this pipeline, and correct it"
+            )
         bias = self.correction.bias
         self._bias = torch.tensor(bias, dtype=dtype, device=device) if bias else None
         self._made_for = (device, dtype)

@@ -17,6 +17,7 @@ from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
 
 MOST_STEPS, MOST_SAMPLES, MOST_SEEDS = 100_000, 10_000_000, 2**63  # beyond which a file or a hand is wrong
+MOST_CLASSES = 1_000_000
 OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
     "num_inference_steps": "say it with --steps (in Python: Sampling's steps)",
     "eta": "say it with --eta (in Python: Sampling's eta)",
@@ -175,7 +176,7 @@ def run_batch(
     }
     call = sampling.call_for(indices)
     for name in call:
-        if name not in accepted:
+        if name == "self" or name not in accepted:
             raise InputError(
                 f"{type(pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(accepted)[1:])}"
             )
@@ -195,7 +196,7 @@ def run_batch(
             results = pipe(**given)[0]  # images, frames or audios
     except PtqdError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         if not raised_by(error, *REFUSING):
             raise  # a bug, of a hook's for one
         raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.calls import CODES, flat_arguments, timesteps_of
 from ptqd.engines.onnx_graph import RANGES, Graph
-from ptqd.engines.sessions import Provider, Session, open_session, required
+from ptqd.engines.sessions import Provider, Session, open_session, read_graph, required
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
@@ -165,6 +165,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         self.folder = folder
         facts = EngineFacts.load(folder)
         self.facts = facts
+        self._check_outputs()
         self.engine: str = facts.engine
         self.call_parameters = facts.parameters
         digest = _digest(folder)
@@ -175,6 +176,20 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         self.open(threads=threads, provider=provider)
         self._adopt()
         self.eval()
+
+    def _check_outputs(self) -> None:
+        """The graph gives as many outputs as the facts name, and what is returned can hold them.
+
+        Raises:
+            ArtifactError: it does not.
+        """
+        facts = self.facts
+        there = len(read_graph(self.folder / GRAPH, weights=False).graph.output)
+        named = (
+            set(facts.outputs) if facts.returns == "tuple" else {f.name for f in fields(_output_class(facts.returns))}
+        )
+        if len(facts.outputs) != there or len(set(facts.outputs)) != there or not set(facts.outputs) <= named:
+            raise ArtifactError(f"{self.folder / FACTS} names other outputs than the graph has; {AGAIN}")
 
     def __getattr__(self, name: str) -> Any:
         """What pipelines look up inside a network, such as a layer's sizes: of its architecture, without weights."""

@@ -22,7 +22,7 @@ from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import MANIFEST, Interval, Report, SamplerSettings
 from ptqd.files import read_json, write_json
 from ptqd.metrics.evaluator import Evaluator
-from ptqd.names import check_label
+from ptqd.names import check_label, inside
 from ptqd.quantization.recipe import Recipe
 from ptqd.schema import check_version, typed
 
@@ -213,7 +213,7 @@ def run_with_manifest(
         ),
     )
     if processes.is_main():
-        write_json(folder / MANIFEST, msgspec.to_builtins(manifest, enc_hook=str))
+        write_json(inside(folder, MANIFEST, "the run folder"), msgspec.to_builtins(manifest, enc_hook=str))
     return report, manifest
 
 

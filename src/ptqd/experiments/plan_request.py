@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.schema import typed
 
+MOST = 1000  # times fewer bit operations, decibels, or bits
 PICTURED = 20  # steps whose sample is shown
 
 
@@ -98,7 +100,7 @@ class PlanRequest:
         plain = {name: value for name, value in facts.items() if name != "given"}
         request: PlanRequest = typed(plain, cls, "the manifest's plan")
         known = [request.budget, request.floor]
-        bounded = all(value is None or 0 < value < math.inf for value in known) and request.groups >= 1
+        bounded = all(value is None or 0 < value <= MOST for value in known) and request.groups >= 1
         wanted = (request.budget is None) != (request.floor is None) if request.kind == "auto" else known == [None] * 2
         if not (bounded and wanted) or (given is None) != (request.kind in ("auto", "paper")):
             raise ArtifactError("the manifest's plan is none that can be asked for; copy the manifest again")
@@ -138,12 +140,10 @@ class PlanRequest:
 
 
 def _number(text: str, name: str, example: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value <= 0:
-        raise InputError(f"--{name} {text!r} is no number above 0; give it like {example}")
+    number = re.fullmatch(r"[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?", text, re.ASCII | re.IGNORECASE)
+    value = math.nan if number is None else float(text)
+    if not 0 < value <= MOST:
+        raise InputError(f"--{name} {text!r} is no number above 0; give it like {example}, and at most {MOST}")
     return value
 
 

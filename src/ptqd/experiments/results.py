@@ -13,7 +13,7 @@ import msgspec
 
 from ptqd.correction.gate import StepGate
 from ptqd.correction.search import NUMBERS, Trial
-from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.sampling import MOST_SAMPLES, Sampling
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, write_json
 from ptqd.metrics.registry import METRICS
@@ -314,7 +314,7 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write ``report.json`` into a run folder, atomically."""
-        write_json(folder / REPORT, msgspec.to_builtins(self))
+        write_json(inside(folder, REPORT, "the run folder"), msgspec.to_builtins(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Report":
@@ -345,6 +345,9 @@ class Report:
         """Refuse paths that lead out of the run folder, and plans whose lists do not fit together."""
         where = str(folder / REPORT)
         for row in self.rows:
+            counts = {row.samples, row.sampling.get("samples", row.samples)}
+            if len(counts) > 1 or not 1 <= row.samples <= MOST_SAMPLES:
+                raise ArtifactError(f"{where}: a row of {row.samples} samples cannot be; run 'ptqd run' again")
             inside(folder, row.images, where)
             if row.observed:
                 inside(folder, row.observed, where)

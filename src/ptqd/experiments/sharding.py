@@ -29,7 +29,7 @@ from ptqd.mixed_precision.measure_widths import widths_measurement
 from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
 from ptqd.outputs import cache_folder
-from ptqd.run_folder import RunFolder, is_whole, make_shards
+from ptqd.run_folder import RunFolder, is_whole, make_shards, whole_file
 
 SHOWN = 100  # images that are kept for people where the others are not
 
@@ -179,14 +179,21 @@ def observe_images(
         check_paired(images, same_seed)
 
     def write(indices: range, shard: Path) -> None:
-        full = None if same_seed is None else same_seed.part(indices)
-        seen = extract_features(images.part(indices), judge, same_seed=full, texts=texts_of(sampling, indices))
+        mine, full = _alike(images.part(indices), None if same_seed is None else same_seed.part(indices))
+        seen = extract_features(mine, judge, same_seed=full, texts=texts_of(sampling, indices))
         write_tensors(shard, seen.tensors(), {"ptqd.observed": scratch.name})
 
     required = list(sampling.replace(samples=max(1, len(images))).batches())
     shards = make_shards(required, scratch, write, title=title)
     if processes.is_main():
         join_tensors(path, shards, {"ptqd.networks": judge.networks_key})
+
+
+def _alike(images: torch.Tensor, full: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and those of the same seeds, both in colour where one of them is: grey ones are kept as RGB too."""
+    if full is None or images.ndim != 4 or {images.shape[-1], full.shape[-1]} != {1, 3}:
+        return images, full
+    return images.expand(-1, -1, -1, 3), full.expand(-1, -1, -1, 3)
 
 
 def observed_samples(
@@ -231,7 +238,7 @@ def observed_samples(
         def build(seen: Path, scratch: Path, images: Any = images, same_seed: Any = same_seed) -> None:
             observe_images(images, judge, sampling, seen, scratch, title=title, same_seed=same_seed)
 
-        output.append((folder.stage(f"{name}.safetensors", inputs, build, shared=True), file))
+        output.append((folder.value(f"{name}.safetensors", inputs, build, whole_file, shared=True), file))
     if not processes.is_main():
         return 0, {}
     with opened_tensors(output[0][0]) as opened:

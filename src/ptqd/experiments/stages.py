@@ -14,6 +14,7 @@ from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
+from ptqd.errors import ArtifactError, InputError, MissingDependencyError
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
     PlanRequest,
@@ -43,7 +44,7 @@ from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.bops import cost_of, disk_bytes
 from ptqd.quantization.quantize import quantize
 from ptqd.quantization.recipe import Recipe
-from ptqd.run_folder import RunFolder
+from ptqd.run_folder import RunFolder, whole_file
 from ptqd.schema import read_as
 
 T = TypeVar("T")
@@ -128,7 +129,7 @@ class Stages:
 
         pipe, figures = self._value(self.layout.planned(key), {**inputs, "plan": request.to_dict()}, build, read)
         pictures = self.layout.trajectory()
-        self._value(pictures, {**self.made_from, "setting": run.to_dict()}, picture, lambda path: path)
+        self._value(pictures, {**self.made_from, "setting": run.to_dict()}, picture, whole_file)
         return pipe, figures, pictures
 
     def noise(self, key: RowKey, quantized: DiffusionPipeline, fingerprint: str, samples: int) -> NoiseStats:
@@ -167,7 +168,7 @@ class Stages:
         facts = {**self.made_from, **inputs, "setting": self._sampling_facts(run.samples)}
         if not keep:
             facts["networks"] = self.judge.networks_key
-        self._value(name, facts, build, lambda path: path, shared=True)
+        self._value(name, facts, build, whole_file, shared=True)
         return name
 
     def row(self, model: str, key: RowKey, pipe: DiffusionPipeline, images: str, bops: int) -> Row:
@@ -261,7 +262,7 @@ class Stages:
             title = self._title(f"looking at {samples}")
             observe_images(images, self.judge, self.sampling, path, scratch, title=title, same_seed=same_seed)
 
-        self._value(name, inputs, build, lambda path: path, shared=True)
+        self._value(name, inputs, build, whole_file, shared=True)
         return name
 
     def _value(
@@ -279,7 +280,12 @@ class Stages:
 
     def _load_pipeline(self, path: Path) -> DiffusionPipeline:
         dtype = getattr(self.pipe, denoiser_name(self.pipe)).dtype
-        return load(path, dtype=dtype).to(self.pipe.device)
+        try:
+            return load(path, dtype=dtype).to(self.pipe.device)
+        except MissingDependencyError:
+            raise
+        except InputError as error:  # after a loss of power, say
+            raise ArtifactError(str(error)) from error
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None

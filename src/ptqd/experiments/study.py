@@ -13,7 +13,7 @@ from ptqd import zoo
 from ptqd.diffusion.compvis.pipeline import blank
 from ptqd.diffusion.macs import on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.sampling import MOST_CLASSES, Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.experiment import Experiment, named_recipes
 from ptqd.experiments.meta_pipeline import meta_pipeline, with_meta_proxies
@@ -49,6 +49,10 @@ class Setting:
     guidance: float | None = None
     batch: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.classes <= MOST_CLASSES:
+            raise InputError(f"classes must be 0 to {MOST_CLASSES:,}; got {self.classes}")
 
 
 @dataclass(frozen=True)

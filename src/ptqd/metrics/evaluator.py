@@ -173,6 +173,13 @@ def statistics(
     if features is not None and features.logits.shape[1]:
         result["inception_score"] = inception_statistic(features.logits)
         if labels is not None and judge.extractor is not None and judge.extractor.classifies:
+            known = features.logits.shape[1]
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < known:
+                asked = f"{int(labels.min())} to {int(labels.max())}"
+                raise InputError(
+                    f"images were asked for classes {asked}, and the judge knows 0 to {known - 1}; judge them by "
+                    "another, or give --classes 0"
+                )
             result["class_agreement"] = mean_statistic(features.logits.argmax(1) == labels)
     if features is not None and full is not None and full.features is not None:
         paired = paired_frechet_statistic(features.pooled, full.features.pooled)

@@ -24,9 +24,11 @@ from ptqd.outputs import MARK, say
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")  # formats that Pillow knows by name, or through another program
+_TOLD: set[Path] = set()  # folders of which it was said what was passed over
 NAMED = 3  # of many broken images
 BATCH = 250
 DEEPEST = 65_535  # of 16 bits
+TRANSPARENT = "have transparent pixels, whose colour is not known: flatten them"
 OURS = "grid.png"  # of 'ptqd sample', beside its images
 
 
@@ -197,13 +199,15 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
         raise _UnusableError(f"have several frames ({frames})")
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         values = np.asarray(picture)
+        if "transparency" in picture.info and bool((values == picture.info["transparency"]).any()):
+            raise _UnusableError(TRANSPARENT)
         if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
             raise _UnusableError(f"have numbers of 32 bits (mode {picture.mode}), whose range is not known")
         return Image.fromarray(((values.clip(0, DEEPEST).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         whole = picture.convert("RGBA")
         if whole.getchannel("A").getextrema() != (255, 255):
-            raise _UnusableError("have transparent pixels, whose colour is not known: flatten them")
+            raise _UnusableError(TRANSPARENT)
         return whole.convert("RGB")
     return picture
 
@@ -243,7 +247,8 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
     if path.is_dir():
         files, passed = _pictures_in(path)
         if files or not any(result.suffix in (".arrow", ".parquet") for result in path.rglob("*")):
-            if passed and processes.is_main():
+            if passed and len(files) >= 2 and path not in _TOLD and processes.is_main():
+                _TOLD.add(path)
                 say(f"{path}: passed over {passed}")
             if len(files) < 2:
                 raise InputError(
@@ -254,15 +259,30 @@ def open_images(path: Path, *, grey: bool) -> ImageSet:
             return Pictures(files, grey, str(path), names)
         return _dataset(path, grey)
     if not path.is_file():
-        folder = Path(str(path).partition(":")[0])
-        if not folder.is_dir() and (path.is_absolute() or path.suffix):
-            raise InputError(
-                f"{path} does not exist; give a folder of images, a dataset, an .npz or a .safetensors file"
-            )
-        return _dataset(path, grey)
+        return _dataset(path, grey) if _may_be_dataset(path) else _none(path)
     check_readable(path)
     if path.suffix == ".npz":
         return _of_npz(path, grey)
+    if path.suffix != ".safetensors":
+        what = "one image; give a folder of them" if path.suffix.lower() in suffixes() else f"none of these: {KINDS}"
+        raise InputError(f"{path} is {what}")
+    return _of_samples(path, grey)
+
+
+KINDS = "a folder of images, a dataset, an .npz or a .safetensors file"
+
+
+def _may_be_dataset(path: Path) -> bool:
+    """Whether a path that is no file may be a dataset's hub id, or a folder with ``:SPLIT`` behind."""
+    folder = Path(str(path).partition(":")[0])
+    return not path.exists() and (folder.is_dir() or not (path.is_absolute() or path.suffix))
+
+
+def _none(path: Path) -> ImageSet:
+    raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give {KINDS}")
+
+
+def _of_samples(path: Path, grey: bool) -> Pixels:
     tensors, metadata = read_tensors(path)
     count = metadata.get("ptqd.samples", "")
     images = tensors.get("images")
@@ -282,8 +302,9 @@ def _pictures_in(folder: Path) -> tuple[list[Path], str]:
     seen: set[str] = set()
     files: list[Path] = []
     passed: Counter[str] = Counter()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:  # links in a circle
+    for root, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # links in a circle, or two to one folder
+            passed["links to folders that were looked into"] += 1
             folders.clear()
             continue
         seen.add(real)
@@ -294,7 +315,9 @@ def _pictures_in(folder: Path) -> tuple[list[Path], str]:
             path = Path(root) / name
             if name.startswith("."):
                 passed["hidden files"] += not ours
-            elif path.suffix.lower() not in suffixes() or not path.is_file():
+            elif not path.is_file():
+                passed["pipes, devices and links that lead nowhere"] += 1
+            elif path.suffix.lower() not in suffixes():
                 passed[f"files of type {path.suffix.lower() or 'none'}"] += 1
             elif ours and name == OURS:
                 passed[f"ptqd's {OURS}"] += 1
@@ -302,6 +325,12 @@ def _pictures_in(folder: Path) -> tuple[list[Path], str]:
                 files.append(path)
     files.sort(key=lambda path: [natural_key(part) for part in path.relative_to(folder).parts])
     return files, ", ".join(f"{count} {what}" for what, count in passed.items() if count)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename} cannot be looked into: {error.strerror}; make it readable, or move it"
+    ) from error
 
 
 def _of_npz(path: Path, grey: bool) -> Pixels:
@@ -324,7 +353,7 @@ def _of_npz(path: Path, grey: bool) -> Pixels:
         elif images.ndim == 4 and 4 in (images.shape[1], images.shape[3]):
             reason += ", with an alpha channel (RGBA): write its RGB alone"
         raise InputError(f"{path}: arr_0 must be uint8 images (N, H, W, C) of 1 or 3 channels; {reason}")
-    labels = torch.from_numpy(np.array(arrays["arr_1"])) if "arr_1" in arrays and arrays["arr_1"].ndim == 1 else None
+    labels = torch.from_numpy(np.array(arrays["arr_1"])) if "arr_1" in arrays else None
     return Pixels(torch.from_numpy(images), grey, _labels(labels, len(images), path))
 
 
@@ -336,11 +365,15 @@ def _labels(labels: torch.Tensor | None, count: int, path: Path) -> torch.Tensor
     """
     if labels is None:
         return None
-    if labels.ndim != 1 or len(labels) != count or labels.is_floating_point() or labels.is_complex():
+    if labels.ndim != 1 or len(labels) != count or not _is_whole_number(labels):
         raise InputError(
             f"{path}: its labels must be {count} whole numbers; they are {labels.dtype} of shape {tuple(labels.shape)}"
         )
     return labels.long()
+
+
+def _is_whole_number(labels: torch.Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 
 def check_paired(images: ImageSet, same_seed: ImageSet) -> None:
@@ -378,11 +411,25 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             result = {name: _mapped(path, file.zip, f"{name}.npy") for name in file.files if name in names}
             missing = {name: file[name] for name, array in result.items() if array is None}
-            return {name: array for name, array in result.items() if array is not None} | missing
+            found = {name: array for name, array in result.items() if array is not None} | missing
+            return {name: _native(path, name, array) for name, array in found.items()}
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, EOFError, AttributeError, KeyError, BadZipFile, zlib.error) as error:
         if lack_of(error) is not None:
             raise
         raise InputError(f"{path} cannot be read as .npz: {error}") from error
+
+
+def _native(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """An array of real numbers in this machine's order of bytes.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise InputError(f"{path}: {name} holds {array.dtype}, which are no real numbers; write it again")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _mapped(path: Path, archive: ZipFile, member: str) -> np.ndarray | None:

@@ -65,7 +65,7 @@ def _of_images(images: ImageSet, extractor: Extractor, cache: Path) -> Reference
                 summing.add(Features(tensors["pooled"], tensors["spatial"], tensors["pooled"][:, :0]))
             summing.reference().save(path)
 
-    return Reference.load(RunFolder(cache, "cache").stage(f"{name}.safetensors", inputs, build, shared=True))
+    return RunFolder(cache, "cache").value(f"{name}.safetensors", inputs, build, Reference.load, shared=True)
 
 
 def _moments_of(path: Path) -> Reference | None:
@@ -77,12 +77,16 @@ def _moments_of(path: Path) -> Reference | None:
             raise InputError(f"{path} holds neither mu and sigma nor arr_0, uint8 images (N, H, W, C)")
         return None
     for name, other in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if name in arrays and (arrays[name].ndim != 1 or not arrays[name].size):
+            raise InputError(f"{path}: {name} must be a vector; it is of shape {arrays[name].shape}: write it again")
         if name in arrays and (other not in arrays or arrays[other].shape != (len(arrays[name]),) * 2):
             raise InputError(f"{path}: {other} is no square matrix as wide as {name}; write it again")
     known = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
     for name, tensor in known.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: {name} holds NaN or infinite values; write it again")
+        if name.startswith("sigma") and (bool((tensor.diagonal() < 0).any()) or not torch.allclose(tensor, tensor.T)):
+            raise InputError(f"{path}: {name} is no covariance: it is not symmetric, or has variances below 0")
     none = torch.zeros(0, dtype=torch.float64)
     spatial = (known.get("mu_s", none), known.get("sigma_s", none.view(0, 0)))
     return Reference(known["mu"], known["sigma"], *spatial, torch.zeros(0, len(known["mu"])), int(images))

@@ -80,7 +80,13 @@ class MeasuredOn:
         plain = {names[key]: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         measured_on: MeasuredOn = typed(plain, cls, "what statistics were measured on", "measure again")
         numbers = (measured_on.eta, measured_on.guidance or 0.0, *measured_on.model_timesteps)
-        if not all(map(math.isfinite, numbers)) or measured_on.eta < 0 or measured_on.steps < 0:
+        axis = measured_on.channel_axis
+        if (
+            (axis is not None and not 1 <= axis <= 8)
+            or not all(map(math.isfinite, numbers))
+            or measured_on.eta < 0
+            or measured_on.steps < 0
+        ):
             raise ArtifactError("what statistics were measured on has numbers that no run has; measure again")
         return measured_on
 

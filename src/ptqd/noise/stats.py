@@ -26,6 +26,7 @@ from scipy import stats as scipy_stats
 from ptqd.diffusion.fingerprints import scheduler_facts
 from ptqd.diffusion.noise_schedule import Family, Levels, noise_levels
 from ptqd.diffusion.pipeline_parts import channel_axis
+from ptqd.diffusion.sampling import MOST_SAMPLES
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import ArtifactError, InputError, MismatchError
@@ -35,6 +36,7 @@ from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, 
 from ptqd.noise.second_moments import CROSS, FOLDS, Layout, between_tables, fold_of
 from ptqd.schema import check_tensors, typed
 
+LARGEST = 1e100  # of any moment
 CHECKED = 64  # final samples that are kept, to check whole trajectories against
 RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
 SUMS = ("joint", "cross", "moved")
@@ -345,7 +347,10 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str
     fits = groups > 0 and channels % groups == 0 and any(size == layout.blocks[2].stop for layout in layouts)
     finals = tensors["finals"]
     kept = finals.ndim > 1 and finals.is_floating_point() and len(finals) == len(tensors["final_indices"])
-    if not (whole and double and rising and fits and kept) or facts.elements < 1 or not samples or not steps:
+    named = [tensors[name] for name in ("indices", "final_indices")]
+    rising &= all(bool(((x >= 0) & (x < MOST_SAMPLES)).all()) for x in named)
+    sane = all(bool((tensors[name].abs() < LARGEST).all()) for name in ("moments", *SUMS))
+    if not (whole and double and rising and sane and fits and kept) or facts.elements < 1 or not samples or not steps:
         raise ArtifactError(f"{where} holds no noise statistics of this version; write them with 'ptqd measure'")
 
 

@@ -50,6 +50,8 @@ def _convert(hint: object, value: object, where: str) -> Any:  # noqa: PLR0911  
             raise InputError(f"{where} must be one of {', '.join(map(repr, args))}; got {value!r}")
         return value
     allowed = args if origin is types.UnionType else (hint,)
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise InputError(f"{where} is too large a number")
     if type(value) is int and float in allowed:
         return float(value)
     if type(value) not in allowed and not (value is None and type(None) in allowed):

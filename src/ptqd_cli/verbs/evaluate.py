@@ -9,8 +9,6 @@ from cyclopts import Parameter
 
 from ptqd_cli.options import Device, JudgeOptions, tell
 
-MOST = 1_000_000  # classes
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Evaluate:
     def run(self) -> None:
         """Evaluate, and print the metrics as JSON."""
         from ptqd import processes
-        from ptqd.diffusion.sampling import Sampling
+        from ptqd.diffusion.sampling import MOST_CLASSES, Sampling
         from ptqd.errors import InputError
         from ptqd.experiments.sharding import few_samples, observed_samples
         from ptqd.files import to_json, write_json
@@ -46,8 +44,8 @@ class Evaluate:
         from ptqd.metrics.evaluator import Evaluator
         from ptqd.outputs import check_file, check_files, is_json_of, say
 
-        if self.classes is not None and not 0 <= self.classes <= MOST:
-            raise InputError(f"--classes must be 0 to {MOST:,}; got {self.classes}")
+        if self.classes is not None and not 0 <= self.classes <= MOST_CLASSES:
+            raise InputError(f"--classes must be 0 to {MOST_CLASSES:,}; got {self.classes}")
         Sampling(batch=self.batch)
         check_device(self.device)
         for path in (self.samples, self.against):

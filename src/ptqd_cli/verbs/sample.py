@@ -37,7 +37,7 @@ class Sample:
         from ptqd.errors import InputError
         from ptqd.experiments.sharding import sample_images
         from ptqd.outputs import check_output, claim
-        from ptqd.run_folder import RunFolder
+        from ptqd.run_folder import RunFolder, whole_file
 
         if self.no_images and (self.png or self.npz):
             raise InputError("--no-images keeps none to write; leave it out, or --png and --npz")
@@ -58,7 +58,7 @@ class Sample:
             sample_images(pipe, run, path, scratch, title="sampling", judge=judge, keep=not self.no_images)
 
         folder = RunFolder(self.out, "samples")
-        path = folder.stage("samples.safetensors", inputs, build, shared=True)
+        path = folder.value("samples.safetensors", inputs, build, whole_file, shared=True)
         if not processes.is_main():
             return
         pictures = self._write_pictures(folder, path, run)
@@ -81,13 +81,13 @@ class Sample:
         wanted += [f"{i:06d}.png" for i in range(len(images) if self.png and drawable else 0)]
         folder.own(wanted + ["samples.npz"] * self.npz, only=True)
         if drawable:
-            with replacing(self.out / "grid.png") as temporary:
+            with replacing(folder.path("grid.png")) as temporary:
                 grid([*images[:100].split(10)] if len(images) >= 10 else [images]).save(temporary, "PNG")
         else:
             say(f"results of shape {tuple(images.shape[1:])} are neither grey nor RGB images; no pictures are written")
         for name, image in zip(wanted[1:], images.numpy(), strict=False):
-            with replacing(self.out / name) as temporary:
+            with replacing(folder.path(name)) as temporary:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
         if self.npz:
-            write_npz(self.out / "samples.npz", images, labels_of(run, range(len(images))))
+            write_npz(folder.path("samples.npz"), images, labels_of(run, range(len(images))))
         return wanted[:1] + ["PNG files"] * (len(wanted) > 1) + ["samples.npz"] * self.npz

@@ -43,7 +43,13 @@ def metric_cell(metric: Interval | None, name: str) -> tuple[str, str]:
 
 def cost_cells(row: Row) -> tuple[str, str, str, str]:
     """Bit operations (G an image), their ratio to FP32, weights on disk (KB), seconds."""
-    return f"{row.bops / 1e9:,.0f}", f"{row.bops_ratio:.1f}x", f"{row.bytes / 1e3:,.0f}", f"{row.seconds:.0f}"
+    giga = row.bops / 1e9
+    return (
+        f"{giga:,.0f}" if giga >= 100 else f"{giga:.3g}",
+        f"{row.bops_ratio:.1f}x",
+        f"{row.bytes / 1e3:,.0f}",
+        f"{row.seconds:.0f}",
+    )
 
 
 COST_COLUMNS = ("GBOPs an image", "fewer", "denoiser KB", "s")
