@@ -18,6 +18,7 @@ from ptqd.errors import (
     MismatchError,
     MissingDependencyError,
     PtqdError,
+    ResourceError,
     UnsupportedError,
 )
 from ptqd.experiments.compare import compare_runs
@@ -57,6 +58,7 @@ __all__ = [
     "PtqdError",
     "QuantSpec",
     "Recipe",
+    "ResourceError",
     "Rule",
     "Sampling",
     "UnsupportedError",

@@ -141,6 +141,7 @@ def test_another_account_reads_what_one_wrote(place: Path, tmp_path: Path) -> No
     for folder in (place, *place.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)
+    tmp_path.chmod(0o777)
     run = ["run", place / "model", "--recipe", place / "quick.toml", *GUIDED, "--samples", "4", "--measured", "4"]
     run += ["--methods", "bc", "--out", place / "run"]
     noise = place / "run" / "ddim2-eta0-g2" / "quick" / "noise.safetensors"
@@ -152,6 +153,7 @@ from ptqd_cli.main import main
 run, report, correct = {lists}
 main(run), main(report), main(correct)
 os.chmod(correct[2], 0o600)
+correct[-1] += "2"
 print("other account", flush=True)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(main(report), main(correct), flush=True)
