@@ -12,6 +12,7 @@ import torch
 
 from ptqd import InputError
 from ptqd.files import read_json, replacing, temporary_name, write_json, write_tensors, write_text
+from ptqd.outputs import MARK
 from ptqd.run_folder import RunFolder
 
 
@@ -200,3 +201,32 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     assert living.exists()
     assert elsewhere.exists()
     assert not dead.exists()
+
+
+def test_folders_of_earlier_versions_go_on(tmp_path: Path) -> None:
+    for kind in ("run", "cache", "engines"):
+        folder = RunFolder(tmp_path / kind, kind)  # type: ignore[arg-type]
+        calls: list[str] = []
+        count_builds(folder, {}, calls)
+        (tmp_path / kind / MARK).unlink()
+        (tmp_path / kind / "report.html").write_text("a page")
+        again = RunFolder(tmp_path / kind, kind)  # type: ignore[arg-type]
+        count_builds(again, {}, calls)
+        assert len(calls) == 1
+        again.own(["report.html"])
+        (tmp_path / kind / "mine.png").write_text("mine")
+        with pytest.raises(InputError, match="is not ptqd's"):
+            again.own(["mine.png"])
+
+
+def test_many_files_in_a_folder_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, real = [0], os.scandir
+
+    def counted(path: Any) -> Any:
+        looked[0] += 1
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    for i in range(20):
+        write_text(tmp_path / f"{i}.txt", "x")
+    assert looked[0] == 1

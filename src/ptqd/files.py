@@ -45,11 +45,15 @@ _BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes it, file or folder, when the block ends well.
 
     What is written is on the disk before it has the name, so that a loss of power leaves the old or the new one. A
     device, a pipe or a socket is written to; a link keeps its name, and what it leads to is replaced.
+
+    Args:
+        path: of the file or folder.
+        lasting: wait for the disk; of many files that are made again in any case that takes too long.
 
     Raises:
         InputError: the disk is full or the folder not writable; nothing is left behind.
@@ -67,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary, old = temporary_name(path), temporary_name(path, ".old.tmp")
         try:
             yield temporary
-            settle(temporary)
+            settle(temporary, lasting=lasting)
             if path.is_dir() and temporary.is_dir():
                 path.replace(old)
             try:
@@ -76,7 +80,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 if error.errno != errno.EBUSY or not temporary.is_file():
                     raise
                 shutil.copyfile(temporary, path)  # a mount point: its name cannot be given away
-            _sync(path.parent)
+            if lasting:
+                _sync(path.parent)
         finally:
             if old.exists() and not path.exists():
                 old.replace(path)
@@ -170,11 +175,21 @@ def _prefix(name: str) -> str:
 
 
 def tidy(path: Path) -> None:
-    """Remove what processes of this machine that are no more left of ``path``; put back what one was replacing."""
-    prefix = _prefix(path.name)
-    with os.scandir(path.parent) as entries:
-        leftovers = [Path(entry) for entry in entries if entry.name.startswith(prefix)]
-    tidy_up(leftovers, path)
+    """Remove what processes of this machine that are no more left of ``path``; put back what one was replacing.
+
+    A folder is looked through once by a process: it may hold very many files.
+    """
+    if path.parent not in _LEFT:
+        left: dict[str, list[Path]] = {}
+        with os.scandir(path.parent) as entries:
+            for entry in entries:
+                if (named := _TEMPORARY.fullmatch(entry.name)) is not None:
+                    left.setdefault(named["prefix"], []).append(Path(entry))
+        _LEFT[path.parent] = left
+    tidy_up(_LEFT[path.parent].pop(_prefix(path.name), []), path)
+
+
+_LEFT: dict[Path, dict[str, list[Path]]] = {}  # by folder and prefix, what was there at the first look
 
 
 def tidy_up(leftovers: Sequence[Path], path: Path | None = None) -> None:
@@ -206,7 +221,7 @@ def _is_alive(pid: int) -> bool:
 
 
 _HOST = sha256(platform.node().encode()).hexdigest()[:8]
-_TEMPORARY = re.compile(rf"\..*\.ptqd-{_HOST}-(?P<pid>[0-9]+)-[0-9]+(?P<old>\.old)?\.tmp")
+_TEMPORARY = re.compile(rf"(?P<prefix>\..*\.ptqd-{_HOST}-)(?P<pid>[0-9]+)-[0-9]+(?P<old>\.old)?\.tmp")
 _COUNT = itertools.count()
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -220,15 +235,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def settle(path: Path) -> None:
-    """Bring a file, or all of a folder, to the disk, with the rights that the user's umask gives."""
+def settle(path: Path, *, lasting: bool = True) -> None:
+    """Give a file, or all of a folder, the rights that the user's umask gives, and bring it to the disk."""
     parts = [path]
     if path.is_dir():
         parts += [Path(root) / name for root, folders, files in os.walk(path) for name in (*folders, *files)]
     for part in parts:
         if not part.is_symlink():
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_UMASK)
-            _sync(part)
+            if lasting:
+                _sync(part)
 
 
 def _sync(path: Path) -> None:

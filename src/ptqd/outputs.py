@@ -233,7 +233,7 @@ def claim(folder: Path, kind: Kind) -> Mark:
     if not folder.exists():
         return Mark(kind)
     finish(folder)
-    mark = _mark_of(folder)
+    mark = _mark_of(folder, kind)
     if mark is None:
         foreign = sorted(p.name for p in folder.iterdir() if p.name not in SYSTEM and not is_temporary(p.name))
         if foreign:
@@ -248,8 +248,8 @@ def claim(folder: Path, kind: Kind) -> Mark:
     return mark
 
 
-def _mark_of(folder: Path) -> Mark | None:
-    """The mark; of a run folder that an earlier version made, the one that it would have."""
+def _mark_of(folder: Path, kind: Kind) -> Mark | None:
+    """The mark; of a folder with stages that an earlier version made, the one that it would have."""
     try:
         mark = Mark.load(folder)
     except ArtifactError as error:
@@ -263,7 +263,10 @@ def _mark_of(folder: Path) -> Mark | None:
     if not any(_is_record(path) for path in records) and records:
         return None
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if _EARLIER.fullmatch(p.name))
-    return Mark("samples" if (folder / "samples.safetensors").is_file() else "run", tuple(names))
+    if (folder / "samples.safetensors").is_file():
+        return Mark("samples", tuple(names))
+    without_report = not (folder / "report.json").is_file() and kind in ("cache", "engines")
+    return Mark(kind if without_report else "run", tuple(names))
 
 
 _EARLIER = re.compile(r"report\.html|strips\.png|plan\.png|grid\.png|samples\.npz|[0-9]{6,}\.png")  # without a mark

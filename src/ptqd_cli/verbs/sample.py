@@ -86,7 +86,7 @@ class Sample:
         else:
             say(f"results of shape {tuple(images.shape[1:])} are neither grey nor RGB images; no pictures are written")
         for name, image in zip(wanted[1:], images.numpy(), strict=False):
-            with replacing(folder.path(name)) as temporary:
+            with replacing(folder.path(name), lasting=False) as temporary:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
         if self.npz:
             write_npz(folder.path("samples.npz"), images, labels_of(run, range(len(images))))
