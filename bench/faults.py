@@ -238,6 +238,10 @@ class Bench:
             self.bytes[case.name] = sum(p.stat().st_size for p in out.parent.rglob("*") if p.is_file())
         self.problems: list[str] = []
 
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+        print(text, file=sys.stderr, flush=True)
+
     def place(self, what: str, case: Case) -> Path:
         """Where a case's output goes, in a folder of its own."""
         place = self.folder / what / case.name
@@ -261,7 +265,7 @@ class Bench:
         if status == 0 and (left := leftovers(out.parent, out)):
             reasons.append(f"left over: {left[:4]}")
         if reasons:
-            self.problems.append(f"{case.name}, {what}: {'; '.join(reasons)}")
+            self.problem(f"{case.name}, {what}: {'; '.join(reasons)}")
         return not reasons
 
     def kills(self) -> None:
@@ -313,7 +317,7 @@ class Bench:
                             status == 2 and (len(said) != 1 or "Traceback" in log.read_text())
                         )
                         if bad or "bug in ptqd" in " ".join(said):
-                            self.problems.append(f"{case.name}, disk of {size}: {status} {log.read_text()[-300:]}")
+                            self.problem(f"{case.name}, disk of {size}: {status} {log.read_text()[-300:]}")
                         subprocess.run(["mount", "-o", "remount,size=2g", str(place)], check=True)
                         fine = self.again(case, out, f"disk of {size} bytes", place / "tmp") and not bad
                     refused += status == 2

@@ -205,12 +205,12 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 def test_folders_of_earlier_versions_go_on(tmp_path: Path) -> None:
     for kind in ("run", "cache", "engines"):
-        folder = RunFolder(tmp_path / kind, kind)  # type: ignore[arg-type]
+        folder = RunFolder(tmp_path / kind, kind)
         calls: list[str] = []
         count_builds(folder, {}, calls)
         (tmp_path / kind / MARK).unlink()
         (tmp_path / kind / "report.html").write_text("a page")
-        again = RunFolder(tmp_path / kind, kind)  # type: ignore[arg-type]
+        again = RunFolder(tmp_path / kind, kind)
         count_builds(again, {}, calls)
         assert len(calls) == 1
         again.own(["report.html"])
