@@ -130,7 +130,7 @@ def cases(folder: Path) -> list[Case]:
         Case("measure", ("measure", str(model), str(q), *SMALL, "--samples", "16", "--out", "OUT"), "s.safetensors"),
         Case("correct", ("correct", str(q), str(noise), "--batch", "4", "--out", "OUT"), "c"),
         Case("plan", ("plan", str(model), str(q), *SMALL, "--samples", "8", "--budget", "20x", "--out", "OUT"), "p"),
-        Case("export", ("export", str(q), *SMALL, "--out", "OUT"), "e"),
+        Case("export", ("export", str(q), *SMALL, "--others", "none", "--out", "OUT"), "e"),
         Case("convert", ("convert", str(checkpoint), str(config), "OUT"), "converted"),
         Case("evaluate", ("evaluate", quantized, "--against", full, "--judge", "none", "--out", "OUT"), "m.json"),
         Case("compare", ("compare", str(finished), "--judge", "none", "--format", "html", "--out", "OUT"), "t.html"),

@@ -456,10 +456,11 @@ def test_statistics_are_replaced_by_statistics_alone(place: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["noise.safetensors"]
 
 
-def test_openvinos_package_for_calling_home_is_not_loaded() -> None:
+def test_engines_do_not_call_home() -> None:
     pytest.importorskip("openvino")
     from ptqd.engines.sessions import required
 
     known = "openvino_telemetry" in sys.modules
     required("openvino")
     assert ("openvino_telemetry" in sys.modules) == known
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 import shutil
 import sys
 import weakref
@@ -65,7 +66,10 @@ def required(package: str) -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Importing OpenVINO would call a host of its maker's; nothing is sent where its package for that is missing."""
+    """Importing an engine would call a host of its maker's: OpenVINO sends nothing where its package for that is missing,
+    ONNX Runtime neither sends nor keeps anything where it is told so.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     name = "openvino_telemetry"
     if name in sys.modules:
         yield
