@@ -143,7 +143,7 @@ def test_a_damaged_mark_and_a_newer_one_are_named(tmp_path: Path) -> None:
 def test_a_file_is_written_over_only_where_it_is_ptqds(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     write_json(path, {"hidden_size": 3})
-    ours = is_json_of("value", "low")
+    ours = is_json_of("value", "low", each=True)
     with pytest.raises(InputError, match="is there already and is no result"):
         check_file(path, ours, "result")
     write_json(path, {"psnr": {"value": 1, "low": 0, "high": 2}})
@@ -187,3 +187,32 @@ def test_a_disk_without_locks_is_said(
     with lock(tmp_path / "x.lock", "the stage x"):
         pass
     assert "this disk has no locks" in capsys.readouterr().err
+
+
+def test_what_is_ready_in_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    (folder / READY / "mine").mkdir(parents=True)
+    (folder / READY / "mine" / "x").write_text("mine")
+    finish(folder)
+    with pytest.raises(InputError, match="holds what ptqd did not write"):
+        claim(folder, "pipeline")
+    assert (folder / READY / "mine" / "x").read_text() == "mine"
+    (folder / "thesis").write_text("mine")
+    (folder / READY / "thesis").write_text("hostile")
+    Mark("pipeline", ("thesis",)).save(folder / READY)
+    with pytest.raises(InputError, match="thesis is not ptqd's"):
+        claim(folder, "pipeline")
+    assert (folder / "thesis").read_text() == "mine"
+
+
+def test_an_empty_folder_of_stages_is_no_mark(tmp_path: Path) -> None:
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / "thesis").write_text("mine")
+    with pytest.raises(InputError, match="holds what ptqd did not write"):
+        claim(tmp_path, "run")
+
+
+def test_a_report_is_no_result_of_bench(tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", {"rows": [], "speed": {"title": "", "rows": [], "without": {}}})
+    with pytest.raises(InputError, match="is no result"):
+        check_file(tmp_path / "report.json", is_json_of("title", "rows", "without"), "result")

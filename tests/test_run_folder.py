@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,14 @@ from ptqd.run_folder import RunFolder
 def left(path: Path, pid: int, suffix: str = ".tmp") -> Path:
     """The name of what a process of this machine would write before it becomes ``path``."""
     mine = temporary_name(path, suffix)
-    return mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{pid}-"))
+    return mine.with_name(re.sub(rf"-{os.getpid()}\.[0-9]+\.", f"-{pid}.{started(pid)}.", mine.name))
+
+
+def started(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "1"
 
 
 def count_builds(folder: RunFolder, inputs: dict[str, Any], calls: list[str], text: str = "x") -> Path:
@@ -194,7 +202,7 @@ def test_two_runs_in_one_folder_make_a_stage_once(tmp_path: Path) -> None:
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     RunFolder(tmp_path)
     living, dead = left(tmp_path / "x", os.getppid()), left(tmp_path / "y", 999999999)
-    elsewhere = tmp_path / ".z.ptqd-00000000-999999999-0.tmp"  # of another machine on the same disk
+    elsewhere = tmp_path / ".z.ptqd-00000000-999999999.1.1-0.tmp"  # of another machine on the same disk
     for path in (living, dead, elsewhere):
         path.write_text("")
     RunFolder(tmp_path)
@@ -230,3 +238,41 @@ def test_many_files_in_a_folder_are_looked_through_once(tmp_path: Path, monkeypa
     for i in range(20):
         write_text(tmp_path / f"{i}.txt", "x")
     assert looked[0] == 1
+
+
+def test_what_others_put_into_a_result_stays_and_starts_nothing(tmp_path: Path) -> None:
+    folder, calls = RunFolder(tmp_path), list[int]()
+
+    def build(path: Path, scratch: Path) -> None:
+        calls.append(1)
+        (path / "deep").mkdir(parents=True)
+        (path / "deep" / "ours").write_text("ours")
+
+    made = folder.stage("a/q", {"x": 1}, build)
+    (made / "deep" / "mine").write_text("mine")
+    folder.stage("a/q", {"x": 1}, build)
+    assert len(calls) == 1
+    folder.stage("a/q", {"x": 2}, build)
+    assert len(calls) == 2
+    assert (made / "deep" / "mine").read_text() == "mine"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "q").write_text("mine")
+    with pytest.raises(InputError, match="is not ptqd's and would be replaced"):
+        folder.stage("b/q", {"x": 1}, build)
+    assert (tmp_path / "b" / "q").read_text() == "mine"
+
+
+def test_a_result_that_cannot_be_read_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, calls = RunFolder(tmp_path), list[int]()
+
+    def build(path: Path, scratch: Path) -> int:
+        calls.append(1)
+        write_json(path, 7)
+        return 7
+
+    path = tmp_path / "value.json"
+    assert folder.value("value.json", {}, build, read_json) == 7
+    path.write_bytes(b"\0" * path.stat().st_size)  # of the right size
+    assert folder.value("value.json", {}, build, read_json) == 7
+    assert len(calls) == 2
+    assert "it is made again" in capsys.readouterr().err

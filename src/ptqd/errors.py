@@ -70,14 +70,15 @@ def lack_of(error: BaseException | None) -> ResourceError | None:
         seen.add(id(error))
         number = error.errno if isinstance(error, OSError) else None
         text = str(error).lower()
-        of_input = isinstance(error, PtqdError)  # whose text may quote names
+        telling = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith("onnxruntime")
+        telling &= not isinstance(error, PtqdError)  # whose text may quote names, as a file's error may
         if isinstance(error, ResourceError):
             return error
         if isinstance(error, MemoryError) or number == errno.ENOMEM:
             return ResourceError(MEMORY)
-        if number in (errno.EMFILE, errno.ENFILE) or (not of_input and "too many open files" in text):
+        if number in (errno.EMFILE, errno.ENFILE) or (telling and "too many open files" in text):
             return ResourceError(HANDLES)
-        if not of_input and any(words in text for words in _LACK_OF_MEMORY):
+        if telling and any(words in text for words in _LACK_OF_MEMORY):
             return ResourceError(MEMORY)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None

@@ -18,7 +18,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ptqd.errors import ArtifactError, InputError, lack_of
+from ptqd.names import shown
 
+STALE = 86_400.0  # seconds after which what an unseen process wrote is left over
 SILENT = 5.0  # seconds of waiting before it is said
 LARGEST_TEXT = 1 << 28  # bytes of a JSON or TOML file
 _MADV_PAGEOUT = 21  # of linux/mman.h
@@ -122,7 +124,7 @@ def _stream(path: Path) -> Any:
                 raise
             if not told and time.monotonic() - started > SILENT:
                 told = True
-                print(f"ptqd: {path}: waiting for a process that reads this pipe", file=sys.stderr, flush=True)
+                print(f"ptqd: {shown(path)}: waiting for a process that reads this pipe", file=sys.stderr, flush=True)
             time.sleep(0.1)
         else:
             os.set_blocking(descriptor, True)
@@ -141,7 +143,8 @@ def explained(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from error
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        elsewhere = error.filename is not None and not str(error.filename).startswith(str(path.parent))
+        if error.errno not in _REFUSALS or elsewhere:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}; {_REFUSALS[error.errno]}") from error
 
@@ -166,7 +169,8 @@ _REFUSALS: dict[int | None, str] = {
 
 def temporary_name(path: Path, suffix: str = ".tmp") -> Path:
     """A name beside ``path`` that only this process gives, and that tells others which process on which machine."""
-    return path.with_name(f"{_prefix(path.name)}{os.getpid()}-{next(_COUNT)}{suffix}")
+    own = f"{os.getpid()}.{_started(os.getpid())}.{_NAMESPACE}"
+    return path.with_name(f"{_prefix(path.name)}{own}-{next(_COUNT)}{suffix}")
 
 
 def _prefix(name: str) -> str:
@@ -196,7 +200,7 @@ def tidy_up(leftovers: Sequence[Path], path: Path | None = None) -> None:
     """Remove temporary files and folders of this machine's dead processes; see :func:`tidy`."""
     for leftover in leftovers:
         named = _TEMPORARY.fullmatch(leftover.name)
-        if named is None or _is_alive(int(named["pid"])):
+        if named is None or _is_alive(leftover, named):
             continue
         if named["old"] and path is not None and not path.exists():
             leftover.replace(path)
@@ -205,23 +209,45 @@ def tidy_up(leftovers: Sequence[Path], path: Path | None = None) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether a name is one that :func:`temporary_name` gives, here or elsewhere."""
-    return re.fullmatch(r"\..*\.ptqd-[0-9a-f]{8}-[0-9]+-[0-9]+(\.old)?\.tmp", name) is not None
+    return _ANYBODYS.fullmatch(name) is not None
 
 
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
+def _is_alive(leftover: Path, named: re.Match[str]) -> bool:
+    """Whether the process that gave a temporary name is still there, as far as can be told."""
+    if named["space"] != _NAMESPACE:  # a container of the same name; its processes are not seen here
+        with suppress(OSError):
+            return time.time() - leftover.lstat().st_mtime < STALE
         return True
+    pid = int(named["pid"])
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
-        return True
-    return True
+        pass
+    return named["started"] in ("0", _started(pid))
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since the machine did; "0" where that is not known."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()[19]
+    return "0"
+
+
+def _namespace() -> str:
+    """Of process numbers, which containers have their own of."""
+    with suppress(OSError):
+        return f"{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    return "0"
 
 
 _HOST = sha256(platform.node().encode()).hexdigest()[:8]
-_TEMPORARY = re.compile(rf"(?P<prefix>\..*\.ptqd-{_HOST}-)(?P<pid>[0-9]+)-[0-9]+(?P<old>\.old)?\.tmp")
+_NAMESPACE = _namespace()
+_NAME = (
+    r"(?P<prefix>\..*\.ptqd-%s-)(?P<pid>[0-9]+)\.(?P<started>[0-9]+)\.(?P<space>[0-9a-f]+)-[0-9]+(?P<old>\.old)?\.tmp"
+)
+_TEMPORARY, _ANYBODYS = re.compile(_NAME % _HOST), re.compile(_NAME % "[0-9a-f]{8}")
 _COUNT = itertools.count()
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -355,7 +381,11 @@ def read_text(path: Path, what: str = "") -> str:
     """
     try:
         check_readable(path, LARGEST_TEXT)
-        return path.read_text("utf-8-sig")
+        with path.open("rb") as file:  # which may be a stream, without a size
+            data = file.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
+            raise InputError(f"it has more than the {LARGEST_TEXT:,} bytes that such a file may have")
+        return data.decode("utf-8-sig")
     except InputError as error:
         raise InputError(f"{path} cannot be read{what}: {str(error).removeprefix(f'{path} ')}") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits
 from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
 from ptqd.engines.module import EngineModule
-from ptqd.errors import InputError, PtqdError, lack_of, raised_by
+from ptqd.errors import ArtifactError, InputError, PtqdError, lack_of, raised_by
 from ptqd.files import read_json
 from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
@@ -71,7 +71,8 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     except Exception as error:  # a file that is damaged, or edited by hand, fails in any way
         if raised_by(error, "ptqd") or lack_of(error) is not None:
             raise
-        raise InputError(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
+        kind = ArtifactError if local else InputError
+        raise kind(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
     finally:
         logging.getLogger(pipeline_utils.__name__).removeFilter(_expected)
         diffusers.utils.logging.enable_progress_bar()
@@ -90,7 +91,7 @@ def _class_in(index: Path) -> type[DiffusionPipeline]:
     try:
         name = read_json(index)["_class_name"]
     except (InputError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is damaged ({error}); save the pipeline again") from error
+        raise ArtifactError(f"{index} is damaged ({error}); save the pipeline again") from error
     name = name[-1] if isinstance(name, list) and name else name  # of a pipeline with code of its own
     kind: Any = _OURS.get(name, DiffusionPipeline) if isinstance(name, str) else DiffusionPipeline
     return kind  # type: ignore[no-any-return]
@@ -141,7 +142,9 @@ def _check_complete(pipe: DiffusionPipeline, model: str | Path) -> None:
         if isinstance(component, nn.Module):
             missing = [key for key, value in component.state_dict().items() if value.is_meta]
             if missing:
-                raise InputError(f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model")
+                raise ArtifactError(
+                    f"{model}: the file of {name} lacks {missing[0]!r}; it is damaged or of another model"
+                )
 
 
 def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> DiffusionPipeline:

@@ -57,6 +57,7 @@ WORDS: dict[Kind, str] = {
     "cache": "a cache",
     "scratch": "unfinished work",
 }
+FIXED: dict[Kind, tuple[str, ...]] = {"run": ("manifest.json", "report.json")}  # files that are no stages
 SYSTEM = ("lost+found", ".DS_Store", "Thumbs.db", "desktop.ini")  # what disks and desktops put into folders
 PATIENCE = 5.0  # seconds before a lock is told of
 AGAIN = 60.0  # seconds before it is told of again
@@ -169,14 +170,20 @@ def check_file(path: Path | None, is_ours: Callable[[Path], bool], what: str) ->
     check_writable(real.parent)
 
 
-def is_json_of(*keys: str) -> Callable[[Path], bool]:
-    """Whether a file is JSON of ptqd's: an object, or a list or an object of objects, with these keys."""
+def is_json_of(*keys: str, each: bool = False) -> Callable[[Path], bool]:
+    """Whether a file is JSON of ptqd's.
+
+    Args:
+        keys: of the object that it is.
+        each: of every object in the list, or in the object, that it is.
+    """
 
     def fits(path: Path) -> bool:
         values = read_json(path)
-        inner = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
-        objects = [values, *inner]
-        return values in ({}, []) or any(isinstance(v, dict) and set(keys) <= set(v) for v in objects)
+        objects = [values]
+        if each:
+            objects = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
+        return bool(objects) and all(isinstance(v, dict) and set(keys) <= set(v) for v in objects)
 
     return fits
 
@@ -244,6 +251,9 @@ def claim(folder: Path, kind: Kind) -> Mark:
         raise InputError(f"{folder} holds {WORDS[mark.kind]}; choose a new or an empty folder")
     for name in mark.files:
         inside(folder, name, str(folder / MARK))
+    for name in FIXED.get(kind, ()):
+        if name not in mark.files and os.path.lexists(folder / name):
+            raise InputError(f"{folder / name} is not ptqd's and would be replaced; move it, or choose another folder")
     tidy_up([path for path in folder.iterdir() if is_temporary(path.name)])
     return mark
 
@@ -259,17 +269,18 @@ def _mark_of(folder: Path, kind: Kind) -> Mark | None:
             raise
     if mark is not None or not (folder / ".stages").is_dir():
         return mark
-    records = list((folder / ".stages").rglob("*.json"))
-    if not any(_is_record(path) for path in records) and records:
+    if not any(_is_record(path) for path in (folder / ".stages").rglob("*.json")):
         return None
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if _EARLIER.fullmatch(p.name))
     if (folder / "samples.safetensors").is_file():
-        return Mark("samples", tuple(names))
+        return Mark("samples", tuple(sorted(p.name for p in folder.iterdir() if _SAMPLED.fullmatch(p.name))))
+    names = [p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*/plan.png"))]
+    names = sorted(name for name in names if _REPORTED.fullmatch(name))
     without_report = not (folder / "report.json").is_file() and kind in ("cache", "engines")
     return Mark(kind if without_report else "run", tuple(names))
 
 
-_EARLIER = re.compile(r"report\.html|strips\.png|plan\.png|grid\.png|samples\.npz|[0-9]{6,}\.png")  # without a mark
+_SAMPLED = re.compile(r"grid\.png|samples\.npz|[0-9]{6,}\.png")  # what earlier versions wrote, without a mark
+_REPORTED = re.compile(r"report\.html|report\.json|manifest\.json|strips\.png|[^/]+/[^/]+/plan\.png")
 
 
 def _is_record(path: Path) -> bool:
@@ -283,25 +294,28 @@ def finish(folder: Path) -> None:
     """Move the files that a process which ended had ready, if there are any.
 
     Raises:
-        InputError: there are, and this user may not.
+        InputError: there are, and this user may not, or what others put there is in the way.
     """
     ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir():
+    new = Mark.load(ready) if ready.is_dir() and not ready.is_symlink() else None
+    if new is None:
         return
     if not os.access(folder, os.W_OK):
         raise InputError(f"{folder} was being replaced when its process ended; let its owner run the same command")
-    new, old = Mark.load(ready), Mark.load(folder)
-    if new is not None:
-        with explained(folder):
-            for name in new.files:
-                source, target = inside(ready, name, str(ready)), inside(folder, name, str(ready))
-                if source.is_file():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    source.replace(target)
-            gone = set(() if old is None else old.files) - set(new.files)
-            _remove_files(folder, gone)
-            if (ready / MARK).is_file():
-                (ready / MARK).replace(folder / MARK)
+    old = Mark.load(folder)
+    ours = set(() if old is None else old.files)
+    moves = {name: (inside(ready, name, str(ready)), inside(folder, name, str(ready))) for name in new.files}
+    for name, (source, target) in moves.items():
+        if source.is_file() and os.path.lexists(target) and name not in ours:
+            raise InputError(f"{target} is not ptqd's and would be replaced; move it, or remove {ready}")
+    with explained(folder):
+        for source, target in moves.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # moved before
+                source.replace(target)
+        _remove_files(folder, ours - set(new.files))
+        with suppress(FileNotFoundError):
+            (ready / MARK).replace(folder / MARK)
     remove(ready)
 
 

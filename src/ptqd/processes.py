@@ -108,8 +108,8 @@ def agreed(value: T) -> T:
         return value
     from accelerate.utils import broadcast_object_list
 
-    timestep: T = broadcast_object_list([value])[0]
-    return timestep
+    main: T = broadcast_object_list([value])[0]
+    return main
 
 
 def wait() -> None:

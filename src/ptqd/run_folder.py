@@ -1,9 +1,11 @@
 """A run folder: stages that are skipped when their inputs are unchanged, written atomically, resumed after a kill."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from ptqd import processes
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import is_temporary, make_folder, opened_tensors, read_json, remove, replacing, tidy_up, write_json
 from ptqd.names import inside
-from ptqd.outputs import MARK, Kind, Mark, claim, lock, say
+from ptqd.outputs import FIXED, MARK, Kind, Mark, claim, lock, say
 from ptqd.progress import track
 
 Build = Callable[[Path, Path], None]
@@ -63,8 +65,8 @@ class RunFolder:
             make_folder(self.folder)
             for name in (".stages", ".partial", ".locks"):
                 self.path(name)
-            if not _has_mark(self.folder):
-                mark.save(self.folder)
+            if not _has_mark(self.folder) or not set(FIXED.get(kind, ())) <= set(mark.files):
+                Mark(kind, tuple(sorted({*mark.files, *FIXED.get(kind, ())}))).save(self.folder)
             tidy_up([path for path in _walk(self.folder) if is_temporary(path.name)])
         processes.wait()
 
@@ -138,20 +140,25 @@ class RunFolder:
         def keep(path: Path, scratch: Path) -> None:
             built.append(build(path, scratch))
 
-        path = self.stage(name, inputs, keep, shared=shared)
-        value = built[0] if built else None
-        if value is not None:
-            return value
-        try:
-            return load(path)
-        except ArtifactError as error:  # of the right size, and damaged all the same
-            if built or processes.count() > 1:
-                raise
-            say(f"{error}; it is made again")
-            self.unmake(name)
+        for last in (False, True):
             path = self.stage(name, inputs, keep, shared=shared)
             value = built[0] if built else None
-            return load(path) if value is None else value
+            if value is not None:
+                return value
+            try:
+                loaded = load(path)
+                damage = None
+            except ArtifactError as error:  # of the right size, and damaged all the same
+                damage = error
+            if damage is not None and (last or built):
+                raise damage
+            if processes.agreed(damage is None):
+                return loaded
+            if processes.is_main():
+                say(f"{damage}; it is made again")
+                self.unmake(name)
+            processes.wait()
+        raise AssertionError
 
     def _stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool) -> Path:
         plain = json.loads(json.dumps(inputs, sort_keys=True, default=str))
@@ -187,6 +194,10 @@ class RunFolder:
 
     def _make(self, name: str, record: StageRecord, build: Build, scratch: Path) -> None:
         target, path = self.folder / name, self._record(name)
+        old = self._read_record(name)
+        begun = path.exists() or any((self.folder / ".partial").glob(f"{glob.escape(_flat(name))}-*"))
+        if os.path.lexists(target) and not begun:
+            raise InputError(f"{target} is not ptqd's and would be replaced; move it")
         make_folder(scratch)
         spent = scratch / "seconds.json"
         before, started = _seconds_in(spent), time.monotonic()
@@ -194,12 +205,15 @@ class RunFolder:
         try:
             with replacing(target) as temporary:
                 build(temporary, scratch)
+                sizes = _sizes(temporary)
+                if old is not None and old.sizes is not None:
+                    _keep_others(target, temporary, old.sizes)
         except BaseException:
             with contextlib.suppress(InputError, OSError):
                 write_json(spent, before + time.monotonic() - started)
             raise
         seconds = before + time.monotonic() - started
-        write_json(path, msgspec.to_builtins(StageRecord(record.key, record.inputs, seconds, _sizes(target))))
+        write_json(path, msgspec.to_builtins(StageRecord(record.key, record.inputs, seconds, sizes)))
         remove(scratch)
 
     def _is_made(self, name: str, key: str) -> bool:
@@ -208,7 +222,8 @@ class RunFolder:
         target = self.folder / name
         if record is None or record.key != key or not target.exists():
             return False
-        return record.sizes is None or _sizes(target) == record.sizes
+        there = _sizes(target)  # others may have put something beside them
+        return record.sizes is None or all(there.get(path) == size for path, size in record.sizes.items())
 
     def _say_what_changed(self, name: str, inputs: Mapping[str, Any], key: str) -> None:
         record = self._read_record(name)
@@ -221,8 +236,8 @@ class RunFolder:
         say(f"{self.folder / name} is made again, and what was there is replaced: {', '.join(changes[:4])}")
 
     def unmake(self, name: str) -> None:
-        """Forget that a stage is finished, so that it is made again."""
-        self._record(name).unlink(missing_ok=True)
+        """Note that a finished stage is damaged, so that it is made again."""
+        write_json(self._record(name), {"damaged": name})
 
     def seconds(self, name: str) -> float:
         """How long the stage took when it was made; 0 for one that never was."""
@@ -280,6 +295,17 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _sizes(target: Path) -> dict[str, int]:
     files = [target] if target.is_file() else [path for path in _walk(target) if path.is_file()]
     return {path.relative_to(target).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def _keep_others(target: Path, temporary: Path, ours: Mapping[str, int]) -> None:
+    """Take over what others put into a result that is made again."""
+    for path in list(_walk(target)) if target.is_dir() and temporary.is_dir() else []:
+        name = path.relative_to(target)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name.as_posix() not in ours and not os.path.lexists(temporary / name):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, temporary / name, follow_symlinks=False)
 
 
 def _flat(name: str) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers import DiffusionPipeline
 
     from ptqd.diffusion.sampling import Sampling
@@ -19,6 +21,7 @@ METHODS_HELP = (
     "that you registered"
 )
 DEVICE_HELP = "cuda, mps or cpu (default: the first there is)"
+BUILT_IN = ("fashion", "inception", "none", "hub")  # whose weights ptqd knows
 SAMPLING = Group("Sampling", sort_key=2)
 JUDGING = Group("Judging", sort_key=3)
 PLANNING = Group("Bits by step", sort_key=1)
@@ -211,6 +214,41 @@ def correction_methods(text: str) -> tuple[str, ...]:
         return ("auto",)
     check_methods(given)
     return tuple(method for method in METHODS if method in given)
+
+
+def consent(source: str, names: "Sequence[str | None]", options: str, *, fetch: bool) -> None:
+    """Ask before anything is fetched that a file names, and not the command; one process asks for all.
+
+    Args:
+        source: the file, for messages.
+        names: models, judges and datasets; what is here, or ships with ptqd, needs no consent.
+        options: that name others.
+        fetch: it was given.
+
+    Raises:
+        InputError: it is not given, or nobody is there to be asked.
+    """
+    import sys
+
+    from ptqd import processes
+    from ptqd.errors import InputError
+    from ptqd.names import shown
+    from ptqd.zoo import MODELS
+
+    fetched = [n for n in names if n and n not in (*BUILT_IN, *MODELS) and not Path(n.partition(":")[0]).exists()]
+    if not fetched or fetch:
+        return
+    what = ", ".join(map(shown, fetched))
+    if processes.count() > 1 or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise InputError(
+            f"{source} names {what}, which is not here and would be fetched from the hub; say --fetch if you trust it, "
+            f"or give {options}"
+        )
+    print(
+        f"{shown(source)} names {what}, to be fetched from the hub. Fetch? [y/N] ", end="", file=sys.stderr, flush=True
+    )
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise InputError(f"nothing was fetched; give {options} yourself")
 
 
 def work_key(pipe: "DiffusionPipeline", other: object, sampling: "Sampling") -> list[object]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from conftest import tiny_pipeline
 from ptqd import Experiment, InputError, NoiseStats, Recipe, Sampling, run_experiment
@@ -134,7 +136,7 @@ def test_links_in_a_run_folder_are_not_followed(place: Path, tmp_path: Path, can
     out = tmp_path / "run"
     shutil.copytree(place / "run", out)
     (out / "link").symlink_to(canary)
-    (out / ".result.ptqd-00000000-1-0.tmp").symlink_to(canary)
+    (out / ".result.ptqd-00000000-1.1.1-0.tmp").symlink_to(canary)
     assert main([*map(str, run_words(place)), "--out", str(out)]) == 0
     for name in ("manifest.json", "report.json", "report.html", ".partial", ".locks", ".stages"):
         (out / name).rename(out / "kept")
@@ -464,3 +466,77 @@ def test_engines_do_not_call_home() -> None:
     required("openvino")
     assert ("openvino_telemetry" in sys.modules) == known
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+VALUES = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1e400",
+    "",
+    " ",
+    "x",
+    "null",
+    "[]",
+    "٣",
+    "9" * 30,
+    "--",
+    "../x",
+    "/dev/null",
+]
+VALUES += ["[/]", "\x1b[31m", "a,b", "1,2", "{}", "1.5", "True"]
+OPTIONS: dict[str, tuple[list[str], list[str]]] = {
+    "sample": (
+        ["m"],
+        [
+            "steps",
+            "eta",
+            "guidance",
+            "samples",
+            "batch",
+            "seed",
+            "scheduler",
+            "device",
+            "call",
+            "judge",
+            "reference",
+            "lpips",
+        ],
+    ),
+    "run": (["m", "--recipe", "w8a8"], ["measured", "methods", "plan", "budget", "samples", "steps", "recipe"]),
+    "quantize": (["m"], ["recipe", "steps", "batch", "seed"]),
+    "measure": (["m", "q"], ["samples", "steps", "eta"]),
+    "correct": (["q", "n"], ["methods", "steps", "scheduler", "batch", "seed", "call", "device"]),
+    "plan": (["m", "q"], ["plan", "budget", "floor", "weights", "groups", "samples"]),
+    "export": (["q"], ["engine", "provider", "layout", "others", "samples"]),
+    "bench": (["q"], ["engine", "repeats", "threads", "batch", "row", "model"]),
+    "evaluate": (["s"], ["classes", "batch", "judge", "prompts", "against", "device"]),
+    "cost": (["m"], ["recipe", "plan", "steps", "eta", "guidance", "call"]),
+    "compare": (["r"], ["against", "format", "judge"]),
+    "reproduce": (["r"], ["model", "scheduler", "device", "judge"]),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(st.data())
+def test_any_value_of_any_option_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Nothing but a result or one line with status 2; no model is there to be loaded."""
+    verb = data.draw(st.sampled_from(sorted(OPTIONS)))
+    words, options = OPTIONS[verb]
+    option = data.draw(st.sampled_from(options))
+    value = data.draw(st.sampled_from(VALUES) | st.text(max_size=20))
+    folder = tmp_path_factory.mktemp("options")
+    out = [] if verb in ("cost", "compare", "bench", "evaluate") else ["--out", str(folder / "out")]
+    paths = [str(folder / word) if len(word) == 1 else word for word in words]
+    with (folder / "said").open("w", errors="replace") as stream, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.stderr", stream)
+        patched.setattr("sys.stdout", stream)
+        status = main([verb, *paths, f"--{option}={value}", *out])
+    text = (folder / "said").read_text(errors="replace")
+    lines = [line for line in text.splitlines() if line.startswith("ptqd: ")]
+    assert status == 2, text
+    assert len(lines) == 1, text
+    assert "a bug in ptqd" not in text
+    assert not (folder / "out").exists()

@@ -66,8 +66,8 @@ def required(package: str) -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Importing an engine would call a host of its maker's: OpenVINO sends nothing where its package for that is missing,
-    ONNX Runtime neither sends nor keeps anything where it is told so.
+    """Importing an engine would call its maker: OpenVINO not where its package for that is missing,
+    ONNX Runtime not where it is told so.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     name = "openvino_telemetry"

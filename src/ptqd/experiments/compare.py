@@ -73,6 +73,19 @@ def compare_runs(
         InputError: no report, no such row, samples that are gone, two folders of one name, rows that do not share
             their seeds, or a row that cannot be compared in anything.
     """
+    entries = check_rows(folders, against)
+    compared: list[ComparedRow] = []
+    for settings in dict.fromkeys(entry.row.settings for entry in entries):
+        compared += _compared([e for e in entries if e.row.settings == settings], judge or Evaluator(), against)
+    return compared
+
+
+def check_rows(folders: Sequence[Path], against: str | None) -> list["_Entry"]:
+    """The rows of some runs, before anything is looked at; see :func:`compare_runs`.
+
+    Raises:
+        InputError: no report, no such row, or two folders of one name.
+    """
     names = [folder.resolve().name for folder in folders]
     for name in names:
         if names.count(name) > 1:
@@ -82,10 +95,9 @@ def compare_runs(
         for folder, name in zip(folders, names, strict=True)
         for row in Report.load(folder.resolve()).rows
     ]
-    compared: list[ComparedRow] = []
-    for settings in dict.fromkeys(entry.row.settings for entry in entries):
-        compared += _compared([e for e in entries if e.row.settings == settings], judge or Evaluator(), against)
-    return compared
+    if against is not None and against not in [entry.name for entry in entries]:
+        raise InputError(f"there is no row {against!r}; there are {', '.join(entry.name for entry in entries)}")
+    return entries
 
 
 def _compared(entries: list[_Entry], judge: Evaluator, against: str | None) -> list[ComparedRow]:

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from diffusers import DiffusionPipeline
@@ -220,16 +220,20 @@ def pipeline_of(folder: Path, row: Row) -> DiffusionPipeline:
     """
     if row.key.is_full_precision:
         return load(row.model)
-    made = inside(folder, row.images, str(folder / REPORT)).parent.parent  # of this recipe, with its plan
-    path = made / "planned"
+    made, where = PurePosixPath(row.images).parent.parent, str(folder / REPORT)  # of this recipe, with its plan
+
+    def part(name: str) -> Path:
+        return inside(folder, str(made / name), where)
+
+    path = part("planned")
     if not path.is_dir():
-        path = made / "quantized"
+        path = part("quantized")
     if not path.is_dir():
         raise InputError(f"{path.parent} holds no quantized pipeline; run it again with 'ptqd run'")
     pipe, methods = load(path), row.key.methods
     if methods == AUTO:
-        return apply_correction(pipe, CorrectionSearch.load(made / "auto.json").correction)
-    return apply_correction(pipe, NoiseStats.load(made / "noise.safetensors"), methods) if methods else pipe
+        return apply_correction(pipe, CorrectionSearch.load(part("auto.json")).correction)
+    return apply_correction(pipe, NoiseStats.load(part("noise.safetensors")), methods) if methods else pipe
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from ptqd import processes
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import last_samples
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
 from ptqd.metrics.bootstrap import Metric, Statistic
 from ptqd.metrics.evaluator import (
@@ -24,12 +24,12 @@ from ptqd.metrics.evaluator import (
     statistics,
     with_intervals,
 )
-from ptqd.metrics.images import ImageSet, check_paired, open_images
+from ptqd.metrics.images import ImageSet, check_labels, check_paired, is_picture, open_images
 from ptqd.mixed_precision.measure_widths import widths_measurement
 from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
 from ptqd.outputs import cache_folder
-from ptqd.run_folder import RunFolder, is_whole, make_shards, whole_file
+from ptqd.run_folder import RunFolder, is_whole, make_shards, read_record, whole_file
 
 SHOWN = 100  # images that are kept for people where the others are not
 
@@ -156,7 +156,10 @@ def load_images(path: Path) -> torch.Tensor:
     tensors, metadata = read_tensors(path)
     if "ptqd.samples" not in metadata:
         raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
-    return tensors["images"]
+    images = tensors.get("images")
+    if images is None or not is_picture(images):
+        raise ArtifactError(f"{path} holds no images of 8 bits (N, H, W, C); write them again")
+    return images
 
 
 def observe_images(
@@ -245,11 +248,11 @@ def observed_samples(
         names = [name for name in opened.keys() if name not in ("images", "latents", "labels")]  # noqa: SIM118
         count = opened.get_slice(names[0]).get_shape()[0] if names else 0
     labels = labels_of(sampling, range(count))
-    labels = _kept_labels(files[0], labels) if kept_labels else labels
+    labels = _kept_labels(files[0], labels, count) if kept_labels else labels
     return count, with_intervals(judged(*output[0], judge, labels, output[1] if len(output) > 1 else None), labels)
 
 
-def _kept_labels(path: Path, given: torch.Tensor | None) -> torch.Tensor | None:
+def _kept_labels(path: Path, given: torch.Tensor | None, count: int) -> torch.Tensor | None:
     """The classes that images were asked for: what was kept with them, else what is given.
 
     Raises:
@@ -257,14 +260,41 @@ def _kept_labels(path: Path, given: torch.Tensor | None) -> torch.Tensor | None:
     """
     kept: torch.Tensor | None = None
     if path.suffix == ".safetensors" and path.is_file():
-        kept = read_tensors(path)[0].get("labels")
+        tensors = read_tensors(path)[0]
+        kept = check_labels(tensors.get("labels"), len(tensors.get("labels", ())), path)
     elif path.suffix == ".npz" and path.is_file():
         kept = open_images(path, grey=False).labels
+    if kept is not None and count and len(kept) != count:
+        raise InputError(f"{path} holds {len(kept)} labels for {count} images; write it again")
     if kept is None or given is None:
         return given if kept is None else kept
     if not torch.equal(kept, given):
         raise InputError(f"{path} was asked for other classes than --classes says; leave --classes out")
     return kept
+
+
+def check_same_seeds(path: Path, against: Path | None) -> None:
+    """Refuse two folders of ``ptqd sample`` that were sampled from other seeds, or asked for other things.
+
+    Raises:
+        InputError: so they were.
+    """
+    records = [
+        None if folder is None or not folder.is_dir() else read_record(folder, "samples.safetensors")
+        for folder in (path, against)
+    ]
+    found = [record.inputs.get("setting") for record in records if record is not None]
+    settings = [setting for setting in found if isinstance(setting, dict)]
+    if len(settings) < 2:
+        return
+    for name in ("seed", "samples", "call"):
+        mine, other = (setting.get(name) for setting in settings)
+        if mine != other and not (name == "call" and _asked(mine) == _asked(other)):
+            raise InputError(f"{path} and {against} are not of the same seeds: their {name} differs; sample both alike")
+
+
+def _asked(call: object) -> list[object]:
+    return [call.get(name) for name in ("class_labels", "prompt")] if isinstance(call, dict) else [call]
 
 
 def _samples_file(path: Path) -> Path:

@@ -14,7 +14,6 @@ from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
-from ptqd.errors import ArtifactError, InputError, MissingDependencyError
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
     PlanRequest,
@@ -280,12 +279,7 @@ class Stages:
 
     def _load_pipeline(self, path: Path) -> DiffusionPipeline:
         dtype = getattr(self.pipe, denoiser_name(self.pipe)).dtype
-        try:
-            return load(path, dtype=dtype).to(self.pipe.device)
-        except MissingDependencyError:
-            raise
-        except InputError as error:  # after a loss of power, say
-            raise ArtifactError(str(error)) from error
+        return load(path, dtype=dtype).to(self.pipe.device)
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None

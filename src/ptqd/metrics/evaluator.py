@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import ptqd.metrics.paired  # noqa: F401  # registers metrics
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.files import opened_tensors
 from ptqd.metrics.bootstrap import Metric, Statistic, intervals
 from ptqd.metrics.features.extractor import Extractor, Features, Reference, extract
@@ -97,6 +97,10 @@ class ImageFeatures:
             names = list(file.keys())
             features = [file.get_tensor(_FEATURES + name) for name in Features._fields if _FEATURES + name in names]
             values = {n.removeprefix(_VALUE): file.get_tensor(n) for n in names if n.startswith(_VALUE)}
+        kept = [*features, *values.values()]
+        bad = [x for x in kept if not x.is_floating_point() or not x.ndim or len(x) != len(kept[0])]
+        if bad or len(features) not in (0, len(Features._fields)) or any(value.ndim != 1 for value in values.values()):
+            raise ArtifactError(f"{path} holds no features of this version; look at its images again")
         return cls(Features(*features) if features else None, values)
 
 
@@ -220,6 +224,8 @@ def latent_statistic(latents: torch.Tensor, reference: torch.Tensor) -> Statisti
     if latents.shape != reference.shape:
         shapes = f"{tuple(latents.shape)} against {tuple(reference.shape)}"
         raise InputError(f"latents and those of the same seeds differ in number or size: {shapes}; sample both alike")
+    if not all(bool(torch.isfinite(part).all()) for x in (latents, reference) for part in x.split(ROWS // 8)):
+        raise InputError("latents hold NaN or infinite values; sample again, with a wider type")
     parts = zip(latents.split(ROWS // 8), reference.split(ROWS // 8), strict=True)
     return mean_statistic(torch.cat([(a.double() - b.double()).square().flatten(1).mean(1) for a, b in parts]))
 

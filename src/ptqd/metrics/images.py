@@ -1,5 +1,6 @@
 """Sets of images, read batch by batch: from a folder, ADM's .npz, a dataset, or a file of ptqd's."""
 
+import math
 import os
 import zlib
 from collections import Counter
@@ -29,6 +30,7 @@ NAMED = 3  # of many broken images
 BATCH = 250
 DEEPEST = 65_535  # of 16 bits
 TRANSPARENT = "have transparent pixels, whose colour is not known: flatten them"
+REPORT = "report.json"  # of a run folder
 OURS = "grid.png"  # of 'ptqd sample', beside its images
 
 
@@ -286,19 +288,26 @@ def _of_samples(path: Path, grey: bool) -> Pixels:
     tensors, metadata = read_tensors(path)
     count = metadata.get("ptqd.samples", "")
     images = tensors.get("images")
-    if not (count.isascii() and count.isdigit()) or images is None or images.dtype != torch.uint8 or images.ndim < 2:
+    if not (count.isascii() and count.isdigit()) or images is None or not is_picture(images):
         raise InputError(f"{path} holds no samples; write them with 'ptqd sample'")
     if len(images) < int(count):
         raise InputError(
             f"{path} kept no images, only what a judge saw of them; give it that judge, or sample again without "
             "--no-images"
         )
-    return Pixels(images, grey, _labels(tensors.get("labels"), len(images), path))
+    return Pixels(images, grey, check_labels(tensors.get("labels"), len(images), path))
+
+
+def is_picture(images: torch.Tensor) -> bool:
+    """Whether a tensor can be images or frames: uint8 (N, ..., C)."""
+    return images.dtype == torch.uint8 and images.ndim >= 2
 
 
 def _pictures_in(folder: Path) -> tuple[list[Path], str]:
     """The pictures of a folder and those inside it, links followed, in natural order; and what was passed over."""
     ours = (folder / MARK).is_file()
+    if ours and (folder / REPORT).is_file():
+        raise InputError(f"{folder} is a run folder; give the samples.safetensors of one of its rows")
     seen: set[str] = set()
     files: list[Path] = []
     passed: Counter[str] = Counter()
@@ -319,7 +328,7 @@ def _pictures_in(folder: Path) -> tuple[list[Path], str]:
                 passed["pipes, devices and links that lead nowhere"] += 1
             elif path.suffix.lower() not in suffixes():
                 passed[f"files of type {path.suffix.lower() or 'none'}"] += 1
-            elif ours and name == OURS:
+            elif name == OURS and (Path(root) / MARK).is_file():
                 passed[f"ptqd's {OURS}"] += 1
             else:
                 files.append(path)
@@ -354,10 +363,10 @@ def _of_npz(path: Path, grey: bool) -> Pixels:
             reason += ", with an alpha channel (RGBA): write its RGB alone"
         raise InputError(f"{path}: arr_0 must be uint8 images (N, H, W, C) of 1 or 3 channels; {reason}")
     labels = torch.from_numpy(np.array(arrays["arr_1"])) if "arr_1" in arrays else None
-    return Pixels(torch.from_numpy(images), grey, _labels(labels, len(images), path))
+    return Pixels(torch.from_numpy(images), grey, check_labels(labels, len(images), path))
 
 
-def _labels(labels: torch.Tensor | None, count: int, path: Path) -> torch.Tensor | None:
+def check_labels(labels: torch.Tensor | None, count: int, path: Path) -> torch.Tensor | None:
     """Labels that were kept with images.
 
     Raises:
@@ -387,6 +396,12 @@ def check_paired(images: ImageSet, same_seed: ImageSet) -> None:
             f"images and those of the same seeds differ in number: {len(images)} against {len(same_seed)}; sample both "
             "alike"
         )
+    for names in (images.names, same_seed.names):
+        if names is not None and len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise InputError(
+                f"two images are called {twice!r}, so it is not known which is paired; give one name to one"
+            )
     if images.names is not None and same_seed.names is not None:
         for mine, other in zip(images.names, same_seed.names, strict=True):
             if mine != other:
@@ -435,8 +450,6 @@ def _native(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 def _mapped(path: Path, archive: ZipFile, member: str) -> np.ndarray | None:
     """An array that is stored as it is; None where it is compressed."""
     info = archive.getinfo(member)
-    if info.compress_type != ZIP_STORED:
-        return None
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -444,6 +457,10 @@ def _mapped(path: Path, archive: ZipFile, member: str) -> np.ndarray | None:
         head = stream.tell()
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
+    if math.prod(shape) * dtype.itemsize != info.file_size - head:  # before anything is allocated
+        raise ValueError(f"{member} says that it is of shape {shape}, and has {info.file_size:,} bytes")
+    if info.compress_type != ZIP_STORED:
+        return None
     with path.open("rb") as opened:
         opened.seek(info.header_offset + 26)  # lengths of the name and of what follows it
         lengths = np.frombuffer(opened.read(4), "<u2")

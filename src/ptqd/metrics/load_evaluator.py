@@ -44,6 +44,12 @@ def load_evaluator(
     """
     options = {"judge": features, "reference": None if reference is None else str(reference)}
     options |= {"lpips": lpips, "clip": clip}
+    if features == NONE and reference is not None:
+        raise InputError("--reference goes with a --judge: fashion, inception, or an image encoder of transformers")
+    if features not in (NONE, FASHION) and reference is None and needs_reference:
+        raise InputError(
+            f"--judge {features} needs --reference: a folder of images, a dataset, an .npz or a .safetensors file"
+        )
     lpips_network = None
     if lpips is not None:
         lpips_network = Lpips.from_pretrained(None if lpips in ("", "hub") else Path(lpips)).to(device)
@@ -52,8 +58,6 @@ def load_evaluator(
         clip_network = ImageEncoder.from_pretrained(clip, texts=True)
         clip_network.model.to(device)
     if features == NONE:
-        if reference is not None:
-            raise InputError("--reference goes with a --judge: fashion, inception, or an image encoder of transformers")
         name = " and ".join(["LPIPS"] * (lpips_network is not None) + [str(clip)] * (clip is not None))
         return Evaluator(name=name, lpips=lpips_network, clip=clip_network, options=options) if name else None
     extractor, title = _extractor(features, device)
@@ -62,10 +66,6 @@ def load_evaluator(
     if reference is not None or features == FASHION:
         statistics = load_reference(reference or REFERENCE, extractor)
         against = reference or "the 10,000 test images"
-    elif needs_reference:
-        raise InputError(
-            f"--judge {features} needs --reference: a folder of images, a dataset, an .npz or a .safetensors file"
-        )
     return Evaluator(extractor, statistics, f"{title}, against {against}", lpips_network, clip_network, options)
 
 

@@ -11,7 +11,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ptqd.diffusion.pipeline_parts import denoiser_name
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
@@ -104,7 +104,7 @@ class PtqdQuantizer(DiffusersQuantizer):
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse a file that lacks some of the model's tensors."""
         if missing_keys:
-            raise InputError(f"the saved model lacks {missing_keys[0]!r}; the file is damaged or of another model")
+            raise ArtifactError(f"the saved model lacks {missing_keys[0]!r}; the file is damaged or of another model")
         return missing_keys
 
     def check_if_quantized_param(self, *args: object, **kwargs: object) -> bool:

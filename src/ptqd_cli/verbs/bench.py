@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, SAMPLING, Device, Others, SamplingOptions, ScheduleOptions, show, tell
+from ptqd_cli.options import MODEL_HELP, SAMPLING, Device, Others, SamplingOptions, ScheduleOptions, consent, show, tell
 from ptqd_cli.quantized_rows import quantized_rows
 
 
@@ -32,6 +32,7 @@ class Bench:
     out: Annotated[
         Path | None, Parameter(help="of a pipeline's folder: where to keep what is exported, for the next time")
     ] = None
+    fetch: Annotated[bool, Parameter(help="fetch the run's model from the hub without asking")] = False
     json: Annotated[Path | None, Parameter(help="file to write all values to")] = None
     schedule: ScheduleOptions = ScheduleOptions()
     batch: Annotated[int, Parameter(group=SAMPLING, help="at once")] = 32
@@ -58,10 +59,12 @@ class Bench:
         options.check_all()
         check_engines(self.engine, self.repeats, self.threads)
         check_files({"--json": self.json, "--out": self.out}, [self.folder, self.model])
-        check_file(self.json, is_json_of("title", "rows"), "result of 'ptqd bench'")
+        check_file(self.json, is_json_of("title", "rows", "without"), "result of 'ptqd bench'")
         if self.out is not None:
             claim(self.out, "engines")
         rows = quantized_rows(self.folder, list(self.row) or None, options, self.batch)
+        if self.model is None:
+            consent(str(self.folder), [rows.model], "--model", fetch=self.fetch)
         model = self.model or rows.model
         if model is None:
             raise InputError("give --model, the pipeline in full precision that this one was quantized from")

@@ -32,7 +32,7 @@ class Compare:
         import msgspec
 
         from ptqd.errors import InputError
-        from ptqd.experiments.compare import compare_runs
+        from ptqd.experiments.compare import check_rows, compare_runs
         from ptqd.experiments.report import comparison
         from ptqd.files import write_json, write_text
         from ptqd.outputs import check_file, check_files, is_json_of, is_text_of
@@ -43,10 +43,12 @@ class Compare:
         if self.out is not None and self.format == "terminal":
             raise InputError("--out goes with --format markdown, html or latex")
         check_files({"--out": self.out, "--json": self.json}, self.folders)
-        check_file(self.json, is_json_of("differences", "against"), "result of 'ptqd compare'")
+        check_file(self.json, is_json_of("differences", "against", each=True), "result of 'ptqd compare'")
         check_file(self.out, is_text_of(comparison.NOTE), "table of 'ptqd compare'")
+        check_rows(self.folders, self.against)
+        judge = self.judging.load("fashion")
         with busy("comparing"):
-            rows = compare_runs(self.folders, self.judging.load("fashion"), self.against)
+            rows = compare_runs(self.folders, judge, self.against)
         if self.json is not None:
             write_json(self.json, msgspec.to_builtins(rows))
         if self.format == "terminal":

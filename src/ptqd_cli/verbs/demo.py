@@ -43,7 +43,8 @@ class Demo:
         from ptqd_cli.show_report import show_report
 
         check_device(self.device)
-        claim(self.out, "run")
+        if processes.is_main():
+            claim(self.out, "run")
         if self.quick and self.full:
             raise InputError("--quick and --full are two sizes; give one of them")
         size = SIZES["quick" if self.quick else "full" if self.full else "standard"]

@@ -38,12 +38,15 @@ class Evaluate:
         from ptqd import processes
         from ptqd.diffusion.sampling import MOST_CLASSES, Sampling
         from ptqd.errors import InputError
-        from ptqd.experiments.sharding import few_samples, observed_samples
+        from ptqd.experiments.sharding import check_same_seeds, few_samples, observed_samples
         from ptqd.files import to_json, write_json
         from ptqd.loading import check_device
         from ptqd.metrics.evaluator import Evaluator
         from ptqd.outputs import check_file, check_files, is_json_of, say
 
+        if self.prompts is not None and self.judging.clip is None:
+            raise InputError("--prompts go with --clip; give both or none")
+        check_same_seeds(self.samples, self.against)
         if self.classes is not None and not 0 <= self.classes <= MOST_CLASSES:
             raise InputError(f"--classes must be 0 to {MOST_CLASSES:,}; got {self.classes}")
         Sampling(batch=self.batch)
@@ -52,7 +55,7 @@ class Evaluate:
             if path is not None and not path.exists() and (path.suffix or path.is_absolute()):
                 raise InputError(f"{path} does not exist; give a folder of images, an .npz or a .safetensors file")
         check_files({"--out": self.out}, [self.samples, self.against, self.prompts, self.judging.reference])
-        check_file(self.out, is_json_of("value", "low", "high"), "result of 'ptqd evaluate'")
+        check_file(self.out, is_json_of("value", "low", "high", each=True), "result of 'ptqd evaluate'")
         judge = self.judging.load("fashion", self.device) or Evaluator()
         if judge.extractor is None and self.against is None and (judge.clip is None or self.prompts is None):
             raise InputError("nothing judges these images; give --judge, --against, or --clip with --prompts")

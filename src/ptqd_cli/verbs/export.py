@@ -31,9 +31,12 @@ class Export:
     def run(self) -> None:
         """Export, and say what multiplies integers."""
         from ptqd.engines.export import check_engine, export
+        from ptqd.errors import InputError
         from ptqd.outputs import check_output, claim
 
         self.sampling.check_all(self.samples)
+        if self.layout != "int8" and self.engine != "torchao":
+            raise InputError(f"--layout is of torchao's weights; leave it out for {self.engine}")
         check_engine(self.engine, self.provider, self.others)
         check_output(self.out, [self.folder])
         claim(self.out, "pipeline")

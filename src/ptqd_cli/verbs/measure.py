@@ -26,11 +26,14 @@ class Measure:
         from ptqd import processes
         from ptqd.errors import InputError
         from ptqd.experiments.sharding import measure_shards
+        from ptqd.files import is_stream
         from ptqd.outputs import alone_with, check_file, check_output, is_tensors_of, remove_scratch, scratch_folder
 
         self.sampling.check_all(self.samples)
         if self.samples < 2:
             raise InputError("statistics of 1 sample have no interval; give --samples 2 or more")
+        if is_stream(self.out):
+            raise InputError(f"{self.out} is no file; give one for the statistics")
         check_output(self.out, [self.model, self.quantized])
         check_file(self.out, is_tensors_of("ptqd.noise"), "statistics")
         with alone_with(self.out):

@@ -1,7 +1,6 @@
 """``ptqd reproduce``."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -9,9 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Device, JudgeOptions, load_pipeline, show, tell
-
-BUILT_IN = (None, "", "fashion", "inception", "none", "hub")  # whose weights ptqd knows
+from ptqd_cli.options import MODEL_HELP, Device, JudgeOptions, consent, load_pipeline, show, tell
 
 
 @Parameter(name="*")
@@ -76,27 +73,9 @@ class Reproduce:
         Raises:
             InputError: it may not be, or nobody is there to be asked.
         """
-        from ptqd.errors import InputError
-        from ptqd.names import shown
-        from ptqd.zoo import MODELS
-
-        names = [None if self.model is not None or model in MODELS else model]
+        names = [None if self.model is not None else model]
         for option in ("judge", "reference", "lpips", "clip"):
             value = judged_by.get(option)
             given = getattr(self.judging, option) is not None
-            names.append(None if given or value in BUILT_IN else value)
-        fetched = [name for name in names if name and not Path(name).exists()]
-        if not fetched or self.fetch:
-            return
-        what = ", ".join(shown(name) for name in fetched)
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise InputError(
-                f"{self.manifest} names {what}, which is not here and would be fetched from the hub; say --fetch if "
-                "you trust it, or give --model, --judge, --reference, --lpips or --clip"
-            )
-        print(
-            f"{shown(self.manifest)} names {what}, to be fetched from the hub. Fetch? [y/N] ", end="", file=sys.stderr
-        )
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise InputError("nothing was fetched; give --model, --judge, --reference, --lpips or --clip yourself")
+            names.append(None if given else value)
+        consent(str(self.manifest), names, "--model, --judge, --reference, --lpips or --clip", fetch=self.fetch)

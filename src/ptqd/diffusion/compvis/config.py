@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ptqd.errors import InputError
+from ptqd.files import read_text
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -84,8 +85,10 @@ def read_config(path: Path) -> Model:
         InputError: it is no YAML, or has classes or options that are not known.
     """
     try:
-        read = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        read = yaml.safe_load(read_text(path, " as YAML"))
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
         raise InputError(f"{path} describes no model; give the YAML that came with the checkpoint")

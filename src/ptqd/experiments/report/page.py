@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptqd.errors import MissingDependencyError
@@ -79,7 +79,7 @@ def write_page(report: Report, folder: Path) -> Path:
     for plan, (_, name, picture) in zip(report.plans, plans, strict=True):
         of = next((row for row in rows if row.key.quantized == name and row.settings == plan.settings), None)
         if of is not None:
-            made[str(Path(of.images).parent.parent / "plan.png")] = picture
+            made[str(PurePosixPath(of.images).parent.parent / "plan.png")] = picture
     run.own(list(made))
     for name, data in made.items():
         with replacing(inside(folder, name, str(folder))) as temporary:

@@ -14,11 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from ptqd.errors import ArtifactError
 from ptqd.experiments.report.grids import grid, png
 from ptqd.experiments.report.rendering import plot_text
 from ptqd.experiments.report.table import correction_label
 from ptqd.experiments.results import ChoiceRow, PlanPoint, PlanRow, Row, StepRow, by_settings
 from ptqd.files import read_tensors
+from ptqd.metrics.images import is_picture
 from ptqd.metrics.registry import METRICS
 from ptqd.names import inside, short
 
@@ -41,6 +43,8 @@ def setting_strips(
         labelled = []
         for row in group:
             images = load(inside(folder, row.images, "the report"))[:columns]
+            if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+                continue  # neither grey nor RGB
             correction = f" {correction_label(row.key.correction)}" if row.key.methods else ""
             labelled.append((row.key.quantized + correction, png(grid([images], 2))))
         strips.append((text, labelled))
@@ -51,9 +55,9 @@ def overview(strips: Sequence[tuple[str, list[tuple[str, bytes]]]]) -> bytes:
     """All strips with their labels on one sheet, as a PNG."""
     font, line = ImageFont.load_default(15), 22
     strips = [(short(title), [(short(label), data) for label, data in rows]) for title, rows in strips]
-    margin = 20 + max(int(font.getlength(label)) for _, rows in strips for label, _ in rows)
+    margin = 20 + max((int(font.getlength(label)) for _, rows in strips for label, _ in rows), default=0)
     pictures = [Image.open(io.BytesIO(data)) for _, rows in strips for _, data in rows]
-    width = margin + max(picture.width for picture in pictures)
+    width = margin + max((picture.width for picture in pictures), default=400)
     height = sum(picture.height + 3 for picture in pictures) + 2 * line * len(strips)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -181,7 +185,10 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
     figure = plt.figure(figsize=(14, 7.2), layout="constrained")
     rows = figure.add_gridspec(3, 3, height_ratios=[0.9, 0.35 + 0.16 * len(bits), 3.6])
 
-    pictures = read_tensors(inside(folder, plan.pictures, "the report"))[0].get("images")
+    path = inside(folder, plan.pictures, "the report")
+    pictures = read_tensors(path)[0].get("images")
+    if pictures is not None and not (is_picture(pictures) and pictures.ndim == 4 and pictures.shape[-1] in (1, 3)):
+        raise ArtifactError(f"{path} holds no images of 8 bits (N, H, W, C); run 'ptqd run' again")
     top = figure.add_subplot(rows[0, :])
     if pictures is not None:
         sheet = np.concatenate(list(pictures.numpy()), axis=1)
