@@ -233,9 +233,9 @@ def test_names_that_look_alike_do_not_share_images(place: Path, tmp_path: Path) 
 
 def test_recipes_and_settings_that_would_share_a_folder_are_refused(pipe: Any, run: Sampling, tmp_path: Path) -> None:
     recipe = Recipe.parse("w8a8")
-    for settings, recipes in (((run,), {"x": recipe, "X": recipe}), ((run, run.replace(seed=1)), {"x": recipe})):
+    for runs, recipes in (((run,), {"x": recipe, "X": recipe}), ((run, run.replace(seed=1)), {"x": recipe})):
         with pytest.raises(InputError, match=r"called|share the folder"):
-            run_experiment(pipe, Experiment("tiny", settings, recipes, corrections=((),)), tmp_path / "run")
+            run_experiment(pipe, Experiment("tiny", runs, recipes, corrections=((),)), tmp_path / "run")
 
 
 # A6, A8, A12: values
@@ -468,54 +468,21 @@ def test_engines_do_not_call_home() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 
 
-VALUES = [
-    "nan",
-    "inf",
-    "-inf",
-    "-1",
-    "0",
-    "1e400",
-    "",
-    " ",
-    "x",
-    "null",
-    "[]",
-    "٣",
-    "9" * 30,
-    "--",
-    "../x",
-    "/dev/null",
-]
-VALUES += ["[/]", "\x1b[31m", "a,b", "1,2", "{}", "1.5", "True"]
-OPTIONS: dict[str, tuple[list[str], list[str]]] = {
-    "sample": (
-        ["m"],
-        [
-            "steps",
-            "eta",
-            "guidance",
-            "samples",
-            "batch",
-            "seed",
-            "scheduler",
-            "device",
-            "call",
-            "judge",
-            "reference",
-            "lpips",
-        ],
-    ),
-    "run": (["m", "--recipe", "w8a8"], ["measured", "methods", "plan", "budget", "samples", "steps", "recipe"]),
-    "quantize": (["m"], ["recipe", "steps", "batch", "seed"]),
-    "measure": (["m", "q"], ["samples", "steps", "eta"]),
-    "correct": (["q", "n"], ["methods", "steps", "scheduler", "batch", "seed", "call", "device"]),
-    "plan": (["m", "q"], ["plan", "budget", "floor", "weights", "groups", "samples"]),
-    "export": (["q"], ["engine", "provider", "layout", "others", "samples"]),
-    "bench": (["q"], ["engine", "repeats", "threads", "batch", "row", "model"]),
-    "evaluate": (["s"], ["classes", "batch", "judge", "prompts", "against", "device"]),
-    "cost": (["m"], ["recipe", "plan", "steps", "eta", "guidance", "call"]),
-    "compare": (["r"], ["against", "format", "judge"]),
-    "reproduce": (["r"], ["model", "scheduler", "device", "judge"]),
+VALUES = ["nan", "inf", "-inf", "-1", "0", "1e400", "", " ", "x", "null", "[]", "٣", "9" * 30, "--", "../x"]
+VALUES += ["/dev/null", "[/]", "\x1b[31m", "a,b", "1,2", "{}", "1.5", "True"]
+OPTIONS = {  # what a verb is given besides, and some of its options
+    "sample": ("m", "steps eta guidance samples batch seed scheduler device call judge reference lpips"),
+    "run": ("m --recipe=w8a8", "measured methods plan budget samples steps recipe"),
+    "quantize": ("m", "recipe steps batch seed"),
+    "measure": ("m q", "samples steps eta"),
+    "correct": ("q n", "methods steps scheduler batch seed call device"),
+    "plan": ("m q", "plan budget floor weights groups samples"),
+    "export": ("q", "engine provider layout others samples"),
+    "bench": ("q", "engine repeats threads batch row model"),
+    "evaluate": ("s", "classes batch judge prompts against device"),
+    "cost": ("m", "recipe plan steps eta guidance call"),
+    "compare": ("r", "against format judge"),
+    "reproduce": ("r", "model scheduler device judge"),
 }
 
 
@@ -525,11 +492,11 @@ def test_any_value_of_any_option_is_one_line(tmp_path_factory: pytest.TempPathFa
     """Nothing but a result or one line with status 2; no model is there to be loaded."""
     verb = data.draw(st.sampled_from(sorted(OPTIONS)))
     words, options = OPTIONS[verb]
-    option = data.draw(st.sampled_from(options))
+    option = data.draw(st.sampled_from(options.split()))
     value = data.draw(st.sampled_from(VALUES) | st.text(max_size=20))
     folder = tmp_path_factory.mktemp("options")
     out = [] if verb in ("cost", "compare", "bench", "evaluate") else ["--out", str(folder / "out")]
-    paths = [str(folder / word) if len(word) == 1 else word for word in words]
+    paths = [str(folder / word) if len(word) == 1 else word for word in words.split()]
     with (folder / "said").open("w", errors="replace") as stream, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", stream)
         patched.setattr("sys.stdout", stream)
