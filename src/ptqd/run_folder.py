@@ -115,7 +115,27 @@ class RunFolder:
         Returns:
             The path of the result.
         """
-        return self._stage(name, inputs, build, shared=shared)
+        plain = json.loads(json.dumps(inputs, sort_keys=True, default=str))
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        if processes.agreed(key) != key:
+            raise InputError(
+                f"{name}: this process was started with other arguments than the main one; start all alike"
+            )
+        target = inside(self.folder, name, "a stage")
+        if processes.agreed(processes.is_main() and self._is_made(name, key)):
+            return target
+        scratch = self.folder / ".partial" / f"{_flat(name)}-{key[:16]}"
+        with self._alone(name):
+            if processes.agreed(processes.is_main() and self._is_made(name, key)):
+                return target  # another run made it meanwhile
+            if processes.is_main():
+                self._say_what_changed(name, plain, key)
+                self._make(name, StageRecord(key, plain, 0.0), build, scratch)
+            elif shared:
+                make_folder(scratch)
+                build(target, scratch)
+            processes.wait()
+        return target
 
     def value(
         self,
@@ -142,46 +162,22 @@ class RunFolder:
 
         for last in (False, True):
             path = self.stage(name, inputs, keep, shared=shared)
-            value = built[0] if built else None
-            if value is not None:
+            value, damage = built[0] if built else None, None
+            if value is None:
+                try:
+                    value = load(path)
+                except ArtifactError as error:  # of the right size, and damaged all the same
+                    damage = error
+            sound, given_up = processes.agreed((damage is None, last or bool(built)))  # as the main process finds it
+            if value is not None and sound:
                 return value
-            try:
-                loaded = load(path)
-                damage = None
-            except ArtifactError as error:  # of the right size, and damaged all the same
-                damage = error
-            if damage is not None and (last or built):
-                raise damage
-            if processes.agreed(damage is None):
-                return loaded
+            if sound or given_up:
+                raise damage or ArtifactError(f"{path} is damaged; start the same command again")
             if processes.is_main():
                 say(f"{damage}; it is made again")
                 self.unmake(name)
             processes.wait()
         raise AssertionError
-
-    def _stage(self, name: str, inputs: Mapping[str, object], build: Build, *, shared: bool) -> Path:
-        plain = json.loads(json.dumps(inputs, sort_keys=True, default=str))
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-        if processes.agreed(key) != key:
-            raise InputError(
-                f"{name}: this process was started with other arguments than the main one; start all alike"
-            )
-        target = inside(self.folder, name, "a stage")
-        if processes.agreed(processes.is_main() and self._is_made(name, key)):
-            return target
-        scratch = self.folder / ".partial" / f"{_flat(name)}-{key[:16]}"
-        with self._alone(name):
-            if processes.agreed(processes.is_main() and self._is_made(name, key)):
-                return target  # another run made it meanwhile
-            if processes.is_main():
-                self._say_what_changed(name, plain, key)
-                self._make(name, StageRecord(key, plain, 0.0), build, scratch)
-            elif shared:
-                make_folder(scratch)
-                build(target, scratch)
-            processes.wait()
-        return target
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -254,11 +250,6 @@ class RunFolder:
         if record is None:
             raise ArtifactError(f"{self._record(name)} is damaged or missing; start the same command again")
         return record.key
-
-    def inputs(self, name: str) -> dict[str, Any]:
-        """What a finished stage was made from; nothing of one that is not."""
-        record = self._read_record(name)
-        return {} if record is None else record.inputs
 
     def _read_record(self, name: str) -> StageRecord | None:
         return read_record(self.folder, name)
