@@ -53,12 +53,13 @@ class RunFolder:
     Args:
         folder: a new or an empty one, or one of the same kind.
         kind: of folder, for its mark.
+        shared: every process makes one, and they wait for each other; else the main one alone.
 
     Raises:
         InputError: the folder is another's, or not writable.
     """
 
-    def __init__(self, folder: Path, kind: Kind = "run") -> None:
+    def __init__(self, folder: Path, kind: Kind = "run", *, shared: bool = True) -> None:
         self.folder = Path(os.path.realpath(folder))
         if processes.is_main():
             mark = claim(folder, kind)
@@ -68,7 +69,8 @@ class RunFolder:
             if not _has_mark(self.folder) or not set(FIXED.get(kind, ())) <= set(mark.files):
                 Mark(kind, tuple(sorted({*mark.files, *FIXED.get(kind, ())}))).save(self.folder)
             tidy_up([path for path in _walk(self.folder) if is_temporary(path.name)])
-        processes.wait()
+        if shared:
+            processes.wait()
 
     def path(self, name: str) -> Path:
         """A path inside the folder, links followed.

@@ -74,7 +74,7 @@ def write_page(report: Report, folder: Path) -> Path:
         versions=report.versions,
         number=number,
     )
-    run = RunFolder(folder)
+    run = RunFolder(folder, shared=False)
     made: dict[str, bytes] = {PAGE: page.encode(errors="backslashreplace"), STRIPS: pictures.overview(strips)}
     for plan, (_, name, picture) in zip(report.plans, plans, strict=True):
         of = next((row for row in rows if row.key.quantized == name and row.settings == plan.settings), None)
