@@ -69,7 +69,7 @@ def test_streams_are_written_to(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("psnr") == 2
     assert "precious" in (tmp_path / "log").read_text()
     (tmp_path / "log").unlink()
-    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "real.json").write_text("")
     (tmp_path / "link.json").symlink_to("real.json")
     assert main([*words, str(tmp_path / "link.json")]) == 0
     assert (tmp_path / "link.json").is_symlink()

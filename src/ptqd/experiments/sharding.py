@@ -287,7 +287,7 @@ def check_same_seeds(path: Path, against: Path | None) -> None:
     settings = [setting for setting in found if isinstance(setting, dict)]
     if len(settings) < 2:
         return
-    for name in ("seed", "samples", "call"):
+    for name in ("seed", "call"):
         mine, other = (setting.get(name) for setting in settings)
         if mine != other and not (name == "call" and _asked(mine) == _asked(other)):
             raise InputError(f"{path} and {against} are not of the same seeds: their {name} differs; sample both alike")
