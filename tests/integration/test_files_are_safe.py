@@ -486,7 +486,7 @@ OPTIONS = {  # what a verb is given besides, and some of its options
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.data())
 def test_any_value_of_any_option_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Nothing but a result or one line with status 2; no model is there to be loaded."""

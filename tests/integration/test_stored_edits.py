@@ -182,7 +182,7 @@ def test_one_edit_is_read_or_refused(kind: str, run_folder: Path, tmp_path: Path
     write_json(path, values)
     read(tmp_path)  # as it is
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.sampled_from(everywhere), st.sampled_from(["delete", "double", *HOSTILE]))
     def check(place: tuple[Any, ...], what: Any) -> None:
         path.write_text(json.dumps(edited(values, place, what)))
@@ -240,7 +240,7 @@ def test_every_edit_of_statistics_is_refused(run_folder: Path, tmp_path: Path) -
             NoiseStats.load(path)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.data())
 def test_the_verbs_say_it_in_one_line(
     run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
