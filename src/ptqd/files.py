@@ -595,6 +595,17 @@ def opened_tensors(path: Path) -> Iterator[Any]:
             raise ArtifactError(f"{path} is no whole safetensors file ({error}); write it again") from error
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file of safetensors is there and whole; after a loss of power it may not be."""
+    if not path.is_file():
+        return False
+    try:
+        with opened_tensors(path):
+            return True
+    except ArtifactError:
+        return False
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 

@@ -16,7 +16,17 @@ import msgspec
 
 from ptqd import processes
 from ptqd.errors import ArtifactError, InputError
-from ptqd.files import is_temporary, make_folder, opened_tensors, read_json, remove, replacing, tidy_up, write_json
+from ptqd.files import (
+    is_temporary,
+    is_whole,
+    make_folder,
+    opened_tensors,
+    read_json,
+    remove,
+    replacing,
+    tidy_up,
+    write_json,
+)
 from ptqd.names import inside
 from ptqd.outputs import FIXED, MARK, Kind, Mark, claim, lock, say
 from ptqd.progress import track
@@ -357,17 +367,6 @@ def make_shards(
             "a folder that all processes see"
         )
     return list(shards.values())
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of safetensors is there and whole; after a loss of power it may not be."""
-    if not path.is_file():
-        return False
-    try:
-        with opened_tensors(path):
-            return True
-    except ArtifactError:
-        return False
 
 
 def whole_file(path: Path) -> Path:

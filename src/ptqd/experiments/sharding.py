@@ -14,7 +14,7 @@ from ptqd import processes
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import last_samples
 from ptqd.errors import ArtifactError, InputError
-from ptqd.files import join_tensors, opened_tensors, read_tensors, write_tensors
+from ptqd.files import is_whole, join_tensors, opened_tensors, read_tensors, write_tensors
 from ptqd.metrics.bootstrap import Metric, Statistic
 from ptqd.metrics.evaluator import (
     Evaluator,
@@ -29,7 +29,7 @@ from ptqd.mixed_precision.measure_widths import widths_measurement
 from ptqd.noise.measure import PairedMeasurement
 from ptqd.noise.stats import NoiseStats
 from ptqd.outputs import cache_folder
-from ptqd.run_folder import RunFolder, is_whole, make_shards, read_record, whole_file
+from ptqd.run_folder import RunFolder, make_shards, read_record, whole_file
 
 SHOWN = 100  # images that are kept for people where the others are not
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from ptqd.errors import ArtifactError, InputError
-from ptqd.files import opened_tensors, read_pickle, read_tensors, replacing, write_tensors
+from ptqd.errors import InputError
+from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units
 from ptqd.quantization.calibration import CalibrationInputs
@@ -75,24 +75,13 @@ def learn(
         layers = dict(quantized_layers(quantized.get_submodule(unit)))
         if not any(_full_name(unit, name) not in fixed for name in layers):
             continue
-        if not _is_whole(done):
+        if not is_whole(done):
             folder = scratch / "inputs"
             try:
                 _Unit(quantized, full, unit, pool, method, fixed, folder).learn(done, seed + 1000 * number)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         quantized.get_submodule(unit).load_state_dict(read_tensors(done)[0])
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a finished unit is there and whole; after a loss of power it may not be."""
-    if not path.is_file():
-        return False
-    try:
-        with opened_tensors(path):
-            return True
-    except ArtifactError:
-        return False
 
 
 def units_of(model: nn.Module, method: Learned, pool: CalibrationInputs) -> list[str]:
