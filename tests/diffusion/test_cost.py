@@ -15,7 +15,8 @@ from ptqd.experiments import bare_denoiser, denoiser_config, one_call
 from ptqd.experiments.count_cost import count_cost
 from ptqd.experiments.meta_pipeline import meta_pipeline
 from ptqd.quantization import Bits, Cost, cost_of, disk_bytes, insert_quantizers, layer_bits, memory_bytes, run_cost
-from ptqd.quantization.modules import QuantAttnProcessor, QuantConv, QuantLinear
+from ptqd.quantization.modules import AttentionProducts, QuantConv, QuantLinear
+from ptqd.quantization.modules.attention import quantize_attention
 from tiny import CASES
 
 
@@ -49,7 +50,7 @@ def test_bits_of_layers_and_products() -> None:
     model: Any = nn.Module()
     model.conv, model.linear = QuantConv(nn.Conv2d(4, 6, 3), w4, a8), QuantLinear(nn.Linear(6, 5), w4, a8)
     model.plain, model.attention = nn.Linear(2, 2), Attention(16, heads=2, dim_head=8)
-    model.attention.set_processor(QuantAttnProcessor(QuantSpec(4, symmetric=False), 8))
+    quantize_attention(model.attention, AttentionProducts(QuantSpec(4, symmetric=False), 8))
     layers = ("conv", "linear", "plain", "attention.qk", "attention.pv", "nowhere.matmul")
     bits = layer_bits(model, Macs(layers, torch.ones(2, 6, dtype=torch.float64)))
     assert bits.left[0].tolist() == [4, 4, 32, 4, 8, 32]

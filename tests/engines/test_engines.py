@@ -117,7 +117,7 @@ def call_of(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 def test_an_engine_computes_what_the_simulation_does(engine: str, exports: Exports, tmp_path: Path) -> None:
     qpipe, made = exports("w4a8")
     assert not made.products.floating
-    assert any(".processor" in name for name in made.products.integer)
+    assert any(".products" in name for name in made.products.integer)
     for_engine(made.pipeline.unet.folder.parent, engine, tmp_path / "engine")
     pipe = load(tmp_path / "engine")
     unet = pipe.unet
@@ -195,7 +195,7 @@ def test_ranges_as_they_come(exports: Exports) -> None:
     qpipe, made = exports("w8a8-dynamic")
     reasons = dict(made.products.floating)
     assert set(reasons.values()) == {"ranges as they come"}
-    assert all(".processor" in name for name in reasons)
+    assert all(".products" in name for name in reasons)
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, small_pipe().unet))
     graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)
     kinds = [node.op_type for node in graph.graph.node]

@@ -5,7 +5,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptqd import InputError, QuantSpec
-from ptqd.quantization.modules import ActivationQuantizer, QuantAttnProcessor, QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.modules import ActivationQuantizer, AttentionProducts, QuantConv, QuantLayer, QuantLinear
+from ptqd.quantization.modules.attention import quantize_attention
 
 W4 = QuantSpec(4, symmetric=True, range="minmax")
 W4_AFFINE = QuantSpec(4, symmetric=False, range="minmax")
@@ -90,8 +91,8 @@ def test_attention_observed_is_diffusers_own(context: int | None, shape: tuple[i
     x = torch.randn(shape)
     tokens = None if context is None else torch.randn(2, 5, context)
     want = attention(x, encoder_hidden_states=tokens)
-    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
-    attention.set_processor(processor)
+    processor = AttentionProducts(QuantSpec(8, symmetric=False), 8)
+    quantize_attention(attention, processor)
     processor.observe()
     assert torch.allclose(attention(x, encoder_hidden_states=tokens), want, atol=1e-5)
     processor.freeze()
@@ -106,8 +107,8 @@ def test_attention_takes_a_mask() -> None:
     x, mask = torch.randn(2, 5, 16), torch.zeros(2, 1, 5)
     mask[..., 3:] = -10000.0
     want = attention(x, attention_mask=mask)
-    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
-    attention.set_processor(processor)
+    processor = AttentionProducts(QuantSpec(8, symmetric=False), 8)
+    quantize_attention(attention, processor)
     processor.observe()
     assert torch.allclose(attention(x, attention_mask=mask), want, atol=1e-5)
 
@@ -117,8 +118,8 @@ def test_attention_gets_what_its_spatial_norm_needs() -> None:
     attention = Attention(32, heads=2, dim_head=16, spatial_norm_dim=4)
     x, latents = torch.randn(2, 32, 6, 6), torch.randn(2, 4, 3, 3)
     want = attention(x, temb=latents)
-    processor = QuantAttnProcessor(QuantSpec(8, symmetric=False), 8)
-    attention.set_processor(processor)
+    processor = AttentionProducts(QuantSpec(8, symmetric=False), 8)
+    quantize_attention(attention, processor)
     processor.observe()
     assert torch.allclose(attention(x, temb=latents), want, atol=1e-5)
 

@@ -159,7 +159,7 @@ def test_each_step_has_its_own_bits(wide: Any, run: Sampling, mixed: PrecisionPl
     """Watched at the layers themselves, with guidance, and against a run whose widths are set by hand."""
     planned = apply_plan(wide, mixed)
     down, up = planned.unet.down_blocks[0].resnets[0].conv1, planned.unet.up_blocks[0].resnets[0].conv1
-    first, attention = planned.unet.conv_in, planned.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    first, attention = planned.unet.conv_in, planned.unet.mid_block.attentions[0].transformer_blocks[0].attn1.products
     seen: list[tuple[int, ...]] = []
     hook = up.register_forward_hook(
         lambda *_: seen.append((down.input.bits, up.input.bits, first.input.bits, attention.key.bits))

@@ -13,7 +13,7 @@ from conftest import tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.diffusion import fingerprint, run_batch
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
-from ptqd.quantization.modules import QuantAttnProcessor, QuantConv, QuantLinear
+from ptqd.quantization.modules import AttentionProducts, QuantConv, QuantLinear
 from ptqd.quantization.sites import quantized_sites
 
 
@@ -50,7 +50,7 @@ def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: A
     before = fingerprint(tiny_pipeline().unet)
     assert fingerprint(pipe.unet) == before
     names = {type(m) for m in [site.module for site in quantized_sites(qpipe.unet)]}
-    assert names == {QuantConv, QuantLinear, QuantAttnProcessor}
+    assert names == {QuantConv, QuantLinear, AttentionProducts}
     assert not [m for m in qpipe.unet.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
     assert qpipe.unet.conv_in.weights.bits == 8
     assert qpipe.unet.conv_out.input.spec.bits == 8
@@ -75,7 +75,7 @@ def test_rules(pipe: Any, run: Sampling) -> None:
     assert quantized.unet.down_blocks[0].resnets[0].conv1.weights.bits == 6
     assert quantized.unet.down_blocks[0].resnets[0].conv1.input.spec.bits == 5
     assert coverage_of(quantized).skipped == (("conv_in", "rule 'conv_in'"),)
-    assert not [m for m in quantized.unet.modules() if isinstance(m, QuantAttnProcessor)]
+    assert not [m for m in quantized.unet.modules() if isinstance(m, AttentionProducts)]
 
 
 def test_a_rule_that_matches_nothing_is_an_error(pipe: Any, run: Sampling) -> None:
@@ -136,7 +136,7 @@ def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> No
     quantized = quantize(pipe, Recipe.from_dict(values), run)
     reports = explain(pipe, quantized, run)
     assert {report.name for report in reports} == {
-        name.removesuffix(".processor") for name in coverage_of(quantized).quantized
+        name.removesuffix(".products") for name in coverage_of(quantized).quantized
     }
     assert reports[0].name == "mid_block.resnets.0.conv1"
     assert reports[0].weights == "int2"

@@ -350,7 +350,7 @@ def test_smoothing_is_fitted_on_full_precision_inputs(
 
     def fit(model: Any, full: Any, pool: Any, *rest: Any) -> None:
         hook = full.get_submodule(name).register_forward_pre_hook(lambda m, args: want.append(args[0]))
-        args, kwargs = pool.call(slice(0, len(pool)))
+        args, kwargs = pool.call(range(len(pool)))
         with torch.no_grad():
             full(*args, **kwargs)
         hook.remove()

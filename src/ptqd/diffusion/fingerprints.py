@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        _hash(digest, name, value)
+        _hash(digest, name.replace(".products.", ".processor."), value)  # as earlier versions called them
     return digest.hexdigest()[:16]
 
 
@@ -84,7 +84,7 @@ def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
         "class": type(pipe).__name__,
         "schedule": schedule_of(pipe),
         "correction": pipe.scheduler.config.get("correction"),
-        "activation_bits": activation_bits(getattr(pipe, denoiser_name(pipe))),
+        "activation_bits": activation_bits(denoiser_of(pipe)),
     }
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module):

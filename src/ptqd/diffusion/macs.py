@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptqd.diffusion.intercept import stepping
-from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, with_components
+from ptqd.diffusion.intercept import hooked, stepping
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_names, denoisers_of, with_components
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.errors import InputError, PtqdError
 
@@ -86,7 +86,7 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
     counts = {
         name.removeprefix(root).removeprefix("."): sum(ops.values()) // 2
         for name, ops in counter.get_flop_counts().items()
-        if f"{name}.".startswith(f"{root}.") and ".processor" not in name  # of a quantized attention, which counts it
+        if f"{name}.".startswith(f"{root}.") and ".products" not in name  # of a quantized attention, which counts it
     }
     own = dict(counts)
     for name, count in counts.items():
@@ -121,16 +121,14 @@ def run_macs(pipe: DiffusionPipeline, sampling: Sampling) -> Macs:
     try:
         return _run_macs(pipe, sampling, meta=True)
     except RuntimeError as error:  # torch's, for a look at numbers that are not there
-        model = getattr(pipe, denoiser_name(pipe))
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        models = denoisers_of(pipe).values()
+        if any(tensor.is_meta for model in models for tensor in (*model.parameters(), *model.buffers())):
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{type(pipe).__name__} cannot be counted without its weights: {reason}") from error
         return _run_macs(pipe, sampling, meta=False)
 
 
 def _run_macs(pipe: DiffusionPipeline, sampling: Sampling, *, meta: bool) -> Macs:
-    name = denoiser_name(pipe)
-    denoiser = getattr(pipe, name)
     steps: list[dict[str, int]] = [{}]
 
     def count(call: Mapping[str, int]) -> None:
@@ -142,34 +140,46 @@ def _run_macs(pipe: DiffusionPipeline, sampling: Sampling, *, meta: bool) -> Mac
         steps.append({})
         return result
 
-    if meta:
-        model = meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype, count)
-    else:
-        model = _counting(copy_module(denoiser, lambda tensor: tensor), count)
-    counted = with_components(pipe, **{name: model})
+    counting = {
+        name: meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype, count)
+        if meta
+        else _counting(copy_module(denoiser, lambda tensor: tensor), count)
+        for name, denoiser in denoisers_of(pipe).items()
+    }
+    counted = with_components(pipe, **counting)
     with stepping(counted, step):
         run_batch(counted, sampling, range(1), "latent")
     return Macs.of([step for step in steps if step])
 
 
-def count_steps(pipe: DiffusionPipeline, sampling: Sampling) -> int:
-    """How often the scheduler steps in a run: of a network without numbers, or of a real one that looks at them."""
-    name, steps = denoiser_name(pipe), [0]
-    denoiser = getattr(pipe, name)
+def steps_called(pipe: DiffusionPipeline, sampling: Sampling) -> dict[str, list[int]]:
+    """The steps of a run at which each denoiser is called, by number: of networks without numbers, or of real ones."""
+    denoisers = denoisers_of(pipe)
+    try:
+        return _steps_called(with_components(pipe, **{name: _empty(pipe, model) for name, model in denoisers.items()}), sampling)
+    except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
+        return _steps_called(pipe, sampling)
+
+
+def _empty(pipe: DiffusionPipeline, denoiser: Any) -> Any:
+    """A stand-in for a denoiser that has no numbers."""
+    return meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype)
+
+
+def _steps_called(pipe: DiffusionPipeline, sampling: Sampling) -> dict[str, list[int]]:
+    steps, called = [0], {name: dict[int, None]() for name in denoiser_names(pipe)}
 
     def step(plain: Any, *args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         return plain(*args, **kwargs)
 
-    try:
-        empty = with_components(pipe, **{name: meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype)})
-        with stepping(empty, step):
-            run_batch(empty, sampling, range(1), "latent")
-    except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
-        steps[0] = 0
-        with stepping(pipe, step):
-            run_batch(pipe, sampling, range(1), "latent")
-    return steps[0]
+    hooks = [
+        getattr(pipe, name).register_forward_pre_hook(lambda module, args, seen=seen: seen.setdefault(steps[0]))
+        for name, seen in called.items()
+    ]
+    with hooked(*hooks), stepping(pipe, step):
+        run_batch(pipe, sampling, range(1), "latent")
+    return {name: list(seen) for name, seen in called.items()}
 
 
 def _counting(model: object, count: Callable[[Mapping[str, int]], None]) -> Any:

@@ -1,8 +1,9 @@
 """A pipeline's parts: its denoiser, its scheduler, and fingerprints that tell whether two things belong together."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,16 +13,133 @@ from torch import nn
 from ptqd.errors import InputError, UnsupportedError
 
 
-def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """``"unet"`` or ``"transformer"``, whichever the pipeline has.
+DENOISERS = ("unet", "transformer", "decoder", "prior")  # the latter of Stable Cascade, Wuerstchen and Kandinsky
+
+
+def denoiser_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """The names of a pipeline's denoisers: one, or two that share the steps, as Wan 2.2's ``transformer_2`` does.
 
     Raises:
-        InputError: it has neither.
+        InputError: it has none.
     """
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise UnsupportedError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptqd quantizes one of these")
+            second = f"{name}_2"
+            return (name, second) if isinstance(getattr(pipe, second, None), nn.Module) else (name,)
+    if not isinstance(pipe, DiffusionPipeline) and hasattr(pipe, "blocks"):
+        raise UnsupportedError(
+            f"{type(pipe).__name__} is a modular pipeline, which has no call that ptqd could follow; give the "
+            "DiffusionPipeline of the same model"
+        )
+    raise UnsupportedError(
+        f"{type(pipe).__name__} has neither a unet nor a transformer, decoder or prior; ptqd quantizes one of these"
+    )
+
+
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """The name of a pipeline's denoiser, of two the first.
+
+    Raises:
+        InputError: it has none.
+    """
+    return denoiser_names(pipe)[0]
+
+
+def denoiser_of(pipe: DiffusionPipeline, name: str | None = None) -> Any:
+    """A pipeline's denoiser itself, also where ``torch.compile`` wrapped it; of two the first, or the named one."""
+    model: Any = getattr(pipe, name or denoiser_name(pipe))
+    return getattr(model, "_orig_mod", model)
+
+
+def denoisers_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """A pipeline's denoisers themselves by name, as :func:`denoiser_of` gives them."""
+    return {name: denoiser_of(pipe, name) for name in denoiser_names(pipe)}
+
+
+@contextlib.contextmanager
+def uncompiled(*models: nn.Module) -> Iterator[None]:
+    """Inside the block networks that ``Module.compile`` was called on run as they are, hooks and all."""
+    before = [getattr(model, "_compiled_call_impl", None) for model in models]
+    for model in models:
+        model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for model, compiled in zip(models, before, strict=True):
+            model._compiled_call_impl = compiled
+
+
+def plain_copy(model: nn.Module) -> Any:
+    """A copy of a network with weights of its own, as it is before it is offloaded, cast or compiled.
+
+    Hooks of accelerate and diffusers, which move or cast weights for the time of a call, are left out; what they hold
+    elsewhere is fetched. Weights that are stored narrower than they are computed with come as computed.
+
+    Raises:
+        InputError: weights that are nowhere to be had.
+    """
+    elsewhere = _weights_elsewhere(model)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in _hooks_on(module):
+            memo[id(vars(module)[name])] = None
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta and name in elsewhere:
+            full = elsewhere[name].detach().clone()
+            memo[id(value)] = nn.Parameter(full, value.requires_grad) if isinstance(value, nn.Parameter) else full
+        elif value.is_meta and name in model.state_dict():
+            raise InputError(
+                f"{name!r} of {type(model).__name__} is offloaded to where ptqd cannot fetch it; load the pipeline "
+                "without device_map or offloading to quantize it"
+            )
+    copied: nn.Module = copy.deepcopy(model, memo)
+    wide = _computed_in(model)
+    for (path, module), twin in zip(model.named_modules(), copied.modules(), strict=True):
+        for name in _hooks_on(module):
+            vars(twin).pop(name, None)
+        if path in wide:
+            nn.Module.to(twin, wide[path])
+    return copied
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether a network is neither offloaded, cast, compiled nor made for inference alone; see :func:`plain_copy`."""
+    tensors = (*model.parameters(), *model.buffers())
+    return not any(x.is_inference() or x.is_meta for x in tensors) and not any(
+        _hooks_on(module) or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
+
+
+def _hooks_on(module: nn.Module) -> list[str]:
+    """The attributes by which accelerate and diffusers take the place of a module's ``forward``."""
+    own = vars(module)
+    hooks = [name for name in ("_hf_hook", "_old_forward", "_diffusers_hook") if name in own]
+    return [*hooks, "forward"] if hooks and "forward" in own else hooks
+
+
+def _weights_elsewhere(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that accelerate keeps outside a network, by name."""
+    result: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        hooks: Any = getattr(module, "_hf_hook", None)
+        for hook in getattr(hooks, "hooks", (hooks,)):
+            held = getattr(hook, "weights_map", None)
+            if held is None:
+                continue
+            for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if value.is_meta and name in held:
+                    result[f"{path}.{name}".lstrip(".")] = held[name]
+    return result
+
+
+def _computed_in(model: nn.Module) -> dict[str, torch.dtype]:
+    """The type that modules with layerwise casting compute in, by path."""
+    result: dict[str, torch.dtype] = {}
+    for path, module in model.named_modules():
+        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
+        if hook is not None:
+            result[path] = hook.compute_dtype
+    return result
 
 
 def scheduler_of(pipe: DiffusionPipeline) -> Any:

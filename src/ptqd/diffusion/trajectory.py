@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.intercept import hooked, stepping, stepping_as
-from ptqd.diffusion.pipeline_parts import denoiser_name, find_channel_axis, scheduler_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, find_channel_axis, scheduler_of
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.timesteps import model_timestep
 from ptqd.errors import InputError, MismatchError
@@ -84,7 +84,7 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
         InputError: its scheduler cannot be followed, or was not asked for a single step; an output is NaN or infinite.
     """
     trajectory = Trajectory()
-    model = getattr(pipe, denoiser_name(pipe))
+    model = denoiser_of(pipe)
     kind = type(scheduler_of(pipe))
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:

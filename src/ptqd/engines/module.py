@@ -30,6 +30,7 @@ from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.linear_conv import find_layer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import QuantSpec
@@ -448,8 +449,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save_model(graph.model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
     by_sample = set(graph.call.by_sample)
-    modules = dict(model.named_modules())
-    quantizers: dict[str, Any] = {name: modules[name] for name in graph.products.quantizers}
+    quantizers: dict[str, Any] = {name: find_layer(model, name) for name in graph.products.quantizers}
     coverage = getattr(getattr(model, "hf_quantizer", None), "coverage", Coverage((), ()))
     if quantizers:
         tables = {

@@ -22,7 +22,8 @@ from ptqd.engines.calls import CODES, Call
 from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
+from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE
 from ptqd.quantization.sites import activation_quantizers, quantized_sites
@@ -182,7 +183,7 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     places = {id(q): i for i, q in enumerate(changing.values())}
     integer, floating = [], []
     for site in list(quantized_sites(twin)):
-        path = site.name if site.weight is not None else f"{site.name}.processor"
+        path = site.name if site.weight is not None else f"{site.name}.{ATTENTION}".lstrip(".")
         reason = _why_not(path, site.module)
         if reason is None:
             integer.append(path)
@@ -192,7 +193,7 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
         if isinstance(site.module, QuantLayer):
             put_layer(twin, path, _Product(site.module, *quantizers))
         else:
-            put_layer(twin, path, _Attention(site.module, *quantizers))
+            put_layer(twin, path, _Attention(*quantizers))
     return twin, Products(tuple(integer), tuple(floating), tuple(changing)), table
 
 
@@ -201,9 +202,9 @@ def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {name: q for name, q in activation_quantizers(model) if len(q.widths) > 1 or q.ranges > 1}
 
 
-def _why_not(name: str, module: QuantLayer | QuantAttnProcessor) -> str | None:
+def _why_not(name: str, module: QuantLayer | AttentionProducts) -> str | None:
     """Why a product is none of integers; None where it is one."""
-    if isinstance(module, QuantAttnProcessor):
+    if isinstance(module, AttentionProducts):
         if module.probabilities.bits == WIDE:
             return "16-bit probabilities"
         return "ranges as they come" if module.query.spec.dynamic else None
@@ -336,23 +337,20 @@ class _Product(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
-class _Attention(QuantAttnProcessor):
+class _Attention(AttentionProducts):
     """Attention whose operands are rounded in the graph."""
 
     OPERANDS = (".query", ".key", ".probabilities", ".value")
 
-    def __init__(self, processor: QuantAttnProcessor, *quantizers: _Rounding) -> None:
+    def __init__(self, *quantizers: _Rounding) -> None:
         nn.Module.__init__(self)
         self.query, self.key, self.probabilities, self.value = quantizers  # type: ignore[assignment]
 
-    def scores(self, attn: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attention probabilities (N*heads, L, K); the key turned before it is rounded, for engines that fuse."""
+    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        """Scores (N*heads, L, K); the key turned before it is rounded, for engines that fuse."""
         turned = self.key(key.transpose(1, 2)) if not self.key.spec.dynamic else self.key(key).transpose(1, 2)
-        scores = (self.query(query) @ turned) * attn.scale
-        if mask is not None:
-            scores = scores + mask
-        probabilities: torch.Tensor = scores.softmax(-1)
-        return probabilities
+        scores: torch.Tensor = (self.query(query) @ turned) * scale
+        return scores
 
 
 def _name_codes(proto: Any) -> None:

@@ -17,7 +17,7 @@ from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.calls import FOUR_BITS, Call, captured
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
 from ptqd.quantization.sites import quantized_layers
@@ -62,7 +62,7 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
                 value.data.copy_(layer.get_parameter(key))
             for key, buffer in module.named_buffers(recurse=False):
                 buffer.copy_(layer.get_buffer(key))
-    products = [key for key, module in own.items() if isinstance(module, QuantAttnProcessor)]
+    products = [key for key, module in own.items() if isinstance(module, AttentionProducts)]
     floating += [(key, "attention products") for key in products]
     _adopt(plain, layout, [key for key, module in plain.named_modules() if _is_plain(module)])
     return with_components(pipe, **{name: plain}), Products(tuple(integer), tuple(floating), ())

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.macs import Macs, on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.meta_pipeline import (
@@ -77,7 +77,7 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[
             logger.warning("%s; it is loaded", error)
             pipe = scheduled(load(model))
             macs = run_macs(pipe, sampling(pipe))
-        denoiser = getattr(pipe, denoiser_name(pipe))
+        denoiser = denoiser_of(pipe)
         return on_meta(denoiser), saved_configuration(model, denoiser_name(pipe), denoiser), macs
     denoiser, run = bare_denoiser(config), sampling(None)
     guided = run.call.get("guidance_scale", 1.0) != 1.0

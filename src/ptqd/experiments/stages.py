@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ptqd.correction.search import CorrectionSearch, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
@@ -185,7 +185,7 @@ class Stages:
             inception=self.judge.inception,
             bops=bops,
             bops_ratio=self.full_bops / bops,
-            bytes=disk_bytes(getattr(pipe, denoiser_name(pipe))),
+            bytes=disk_bytes(denoiser_of(pipe)),
             seconds=sum(self.folder.seconds(name) for name in stages),
             images=images,
             observed=observed,
@@ -198,7 +198,7 @@ class Stages:
 
     def bops(self, pipe: DiffusionPipeline) -> int:
         """Bit operations of one sample of a quantized pipeline."""
-        return cost_of(getattr(pipe, denoiser_name(pipe)), self.macs).total
+        return cost_of(denoiser_of(pipe), self.macs).total
 
     def step_rows(self, key: RowKey, stats: NoiseStats) -> list[StepRow]:
         """What was measured, step by step."""
@@ -278,7 +278,7 @@ class Stages:
         return value
 
     def _load_pipeline(self, path: Path) -> DiffusionPipeline:
-        dtype = getattr(self.pipe, denoiser_name(self.pipe)).dtype
+        dtype = denoiser_of(self.pipe).dtype
         return load(path, dtype=dtype).to(self.pipe.device)
 
     def _title(self, text: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import nn
 from ptqd import zoo
 from ptqd.diffusion.compvis.pipeline import blank
 from ptqd.diffusion.macs import on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import MOST_CLASSES, Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.experiment import Experiment, named_recipes
@@ -199,7 +199,7 @@ def estimate(study: Study, model: str | None, *, images: bool = True) -> Estimat
     experiment = study.experiment(model or study.architecture)
     run = experiment.settings[0]
     macs = run_macs(pipe, run)
-    denoiser: Any = on_meta(getattr(pipe, denoiser_name(pipe)))
+    denoiser: Any = on_meta(denoiser_of(pipe))
     calls_each = run.steps * (2 if (study.sampling.guidance or 1.0) != 1.0 else 1)
     flops_each = 2.0 * macs.total
     bops, disk, memory = {"fp32": cost_of(denoiser, macs).total}, {"fp32": disk_bytes(denoiser)}, 0
@@ -207,7 +207,7 @@ def estimate(study: Study, model: str | None, *, images: bool = True) -> Estimat
     drawing = study.sampling.eta > 0
     rows = [methods for methods in experiment.corrections if drawing or "vsc" not in methods]
     for name, recipe in experiment.recipes.items():
-        quantized = on_meta(getattr(pipe, denoiser_name(pipe)))
+        quantized = on_meta(denoiser_of(pipe))
         with torch.device("meta"):
             insert_quantizers(quantized, recipe)
         bops[name], disk[name] = cost_of(quantized, macs).total, disk_bytes(quantized)

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.mixed_precision.contributions import contributions
@@ -271,7 +271,7 @@ def planning_problem(
     """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     layers: dict[str, LayerBits] = {}
-    model = getattr(qpipe, denoiser_name(qpipe))
+    model = denoiser_of(qpipe)
     for site in quantized_sites(model):
         quantizer = site.activations[0]
         bits = None if len(quantizer.widths) > 1 else quantizer.bits

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, denoiser_of
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
 from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.errors import InputError
@@ -34,7 +34,7 @@ from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.weight_grid import rounded_weight
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import activation_quantizers, layer_quantizers, quantized_layers
-from ptqd.quantization.swap import insert_quantizers
+from ptqd.quantization.swap import insert_quantizers, put_layer
 
 PROBED_STEPS = 10
 PROBED_SAMPLES = 16
@@ -115,7 +115,7 @@ def _calls(pipe: DiffusionPipeline, count: int, trajectory: Trajectory) -> Itera
         if step in np.linspace(0, total - 1, min(count, total)).round():
             calls.append((step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
 
-    with hooked(getattr(pipe, denoiser_name(pipe)).register_forward_pre_hook(keep, with_kwargs=True)):
+    with hooked(denoiser_of(pipe).register_forward_pre_hook(keep, with_kwargs=True)):
         yield calls
 
 
@@ -144,9 +144,8 @@ class _Probe:
         self.layers = tuple(dict.fromkeys(name for name, q in layer_quantizers(quantized) if len(q.widths) > 1))
         self.widths, self.weight_bits = recipe.widths, tuple(weight_bits)
         for (place, quantizer), (layer, _) in zip(named, layer_quantizers(quantized), strict=True):
-            parent, _, leaf = place.rpartition(".")
             tap = nn.Identity() if layer not in self.layers else _Tap(partial(self._activation, layer, quantizer))
-            setattr(self.model.get_submodule(parent), leaf, tap)
+            put_layer(self.model, place, tap)
         weighted = dict(quantized_layers(self.model)) if weight_bits else {}
         self.weighted = tuple(weighted)
         self.relative: dict[str, torch.Tensor] = {}  # squared error of the weights against that at the fewest bits (B,)

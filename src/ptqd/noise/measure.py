@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
 from ptqd.diffusion.noise_schedule import noise_levels
-from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import Replayed, Trajectory, record, replay, whole_samples
@@ -75,7 +75,7 @@ class PairedMeasurement:
     ) -> None:
         self.pipe, self.quantized, self.closed_loop = pipe, quantized, closed_loop
         self.run = sampling.with_seed_for("measuring")
-        model = fingerprint(getattr(pipe, denoiser_name(pipe)))
+        model = fingerprint(denoiser_of(pipe))
         self.measured_on = {key: self._measured_on(qpipe, model) for key, qpipe in quantized.items()}
         self._first: dict[int, NoiseStats] = {}  # whose scheduler was asked how it steps
 
@@ -83,7 +83,7 @@ class PairedMeasurement:
         correction = getattr(scheduler_of(qpipe), "correction", None)
         if self.closed_loop and correction is not None and correction.model_timesteps:
             raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
-        denoiser = getattr(qpipe, denoiser_name(qpipe))
+        denoiser = denoiser_of(qpipe)
         return MeasuredOn(
             model=model,
             quantized=fingerprint(denoiser),

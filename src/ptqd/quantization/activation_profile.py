@@ -4,7 +4,7 @@ The layers of a time embedding do: their inputs are the same for every sample an
 their rounding can be exact (TFMQ-DM, arXiv 2311.16503).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.timesteps import timestep_argument
-from ptqd.diffusion.trajectory import Trajectory
 from ptqd.quantization.sites import quantized_layers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,8 +49,8 @@ class ActivationProfiler:
         self._call: Call | None = None
 
     @contextmanager
-    def watching(self, trajectory: Trajectory, samples: int) -> Iterator[None]:
-        """Note what each layer gets at each step of a trajectory of some samples, and the first call."""
+    def watching(self, step: Callable[[], int], samples: int) -> Iterator[None]:
+        """Note what each layer gets at each step, whose number ``step`` says, of some samples, and the first call."""
 
         def keep(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self._call is None:
@@ -60,10 +59,10 @@ class ActivationProfiler:
         def look(name: str, x: torch.Tensor) -> None:
             if name not in self._inputs:
                 return
-            step, first = len(trajectory.timesteps), x[:1].detach().flatten().float().cpu()
-            known = self._inputs[name].get(step, first)
+            here, first = step(), x[:1].detach().flatten().float().cpu()
+            known = self._inputs[name].get(here, first)
             if x.ndim == 2 and _all_alike(x, known):
-                self._inputs[name][step] = first
+                self._inputs[name][here] = first
             else:
                 del self._inputs[name]  # it sees more than the step
 
@@ -108,11 +107,12 @@ def temporal_inputs(model: nn.Module, profile: ActivationProfile, names: Sequenc
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def look(name: str, x: torch.Tensor) -> None:
-        seen[name].append(x[:1].detach().flatten().float().cpu())
+        if len(seen[name]) == step:  # some are called more than once
+            seen[name].append(x[:1].detach().flatten().float().cpu())
 
     like = _timestep_of(model, profile.call)
     with hooked(*_on_inputs(layers, look)), torch.no_grad():
-        for t in profile.timesteps:
+        for step, t in enumerate(profile.timesteps):
             timestep = torch.full_like(like, t) if isinstance(like, torch.Tensor) else t
             args, kwargs = _with_timestep(model, profile.call, timestep)
             model(*args, **kwargs)

@@ -13,7 +13,7 @@ from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_sche
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
-from ptqd.quantization.modules.linear_conv import full_weight
+from ptqd.quantization.modules.linear_conv import find_layer, full_weight
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import remove_plan, set_plan
 from ptqd.quantization.recipe import Recipe
@@ -103,12 +103,12 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
 
 def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:
     """Give a layer codes of other bits, rounded to nearest; its ranges, smoothing, branch and bias stay."""
-    old: Any = model.get_submodule(name)
+    old = find_layer(model, name)
     weight = full_weight(full, name, old)
     new = copy_module(old, lambda tensor: tensor)
     new.set_bits(bits)
     new.encode(weight)
     by_step = range_steps_of(model)
     if by_step is not None and name in by_step.ranges.temporal:  # its bias was fitted to its old codes
-        new.bias = full.get_submodule(name).bias
+        new.bias = find_layer(full, name).bias
     put_layer(model, name, new)

@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
+from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv
 from ptqd.quantization.plan_steps import PlanSteps, plan_steps_of
 
@@ -76,7 +77,7 @@ def run_cost(pipe: DiffusionPipeline, sampling: Sampling) -> Cost:
     Raises:
         InputError: the pipeline cannot run without numbers, because it looks at its denoiser's numbers.
     """
-    model = getattr(pipe, denoiser_name(pipe))
+    model = denoiser_of(pipe)
     macs = run_macs(pipe, sampling)
     return cost_of(model, macs)
 
@@ -120,16 +121,16 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
     for n, name in enumerate(macs.layers):
         layer, _, product = name.rpartition(".")
         result, attention = modules.get(name), modules.get(layer)
-        processor = getattr(attention, "processor", None)
+        products = getattr(attention, ATTENTION, None)
         if isinstance(result, QuantLayer):
             left[:, n] = result.weights.bits
             right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * LOW_RANK_BITS**2
-        elif f".{product}" in PRODUCTS and isinstance(processor, QuantAttnProcessor):
+        elif f".{product}" in PRODUCTS and isinstance(products, AttentionProducts):
             first, second = (0, 1) if product == "qk" else (2, 3)
-            left[:, n] = _by_step(processor.quantizers[first], planned, steps)
-            right[:, n] = _by_step(processor.quantizers[second], planned, steps)
+            left[:, n] = _by_step(products.quantizers[first], planned, steps)
+            right[:, n] = _by_step(products.quantizers[second], planned, steps)
     return Bits(left, right, beside)
 
 

@@ -5,7 +5,7 @@ pipeline. Which steps a sample gives depends on its seed alone, so neither batch
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ptqd.diffusion.call_rows import CallLayout, Row, join_rows
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import Sampling, run_batch, sample
 from ptqd.diffusion.step_state import StepIndex
-from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
@@ -30,41 +29,44 @@ PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to nois
 ERROR_SAMPLES = 8
 
 
-@dataclass
 class CalibrationInputs:
-    """Rows of calls of a denoiser, all steps mixed.
+    """Rows of calls of a denoiser, all steps mixed, in random order.
 
-    Attributes:
-        leaves: what the calls were given: tensors of which the rows are stacked (N, ...), and what all calls share.
-        stacked: which of the leaves are stacked.
-        structure: how leaves make arguments.
+    Rows whose tensors have the same shapes, and which share the same other arguments, can be called together: they are
+    a kind. Prompts of other lengths, and images of other sizes, are of other kinds.
+
+    Args:
+        rows: in order.
         steps: of each row (N,), by number.
     """
 
-    leaves: list[Any]
-    stacked: list[bool]
-    structure: Any
-    steps: torch.Tensor
+    def __init__(self, rows: Sequence[Row], steps: torch.Tensor) -> None:
+        self.rows, self.steps = list(rows), steps
+        self._kinds: dict[Any, list[int]] = {}
+        for i, row in enumerate(rows):
+            self._kinds.setdefault(row.kind, []).append(i)
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.rows)
 
-    def call(self, rows: torch.Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call with some of the rows."""
-        leaves = [x[rows] if stacked else x for x, stacked in zip(self.leaves, self.stacked, strict=True)]
-        args, kwargs = tree_unflatten(leaves, self.structure)
+    def call(self, rows: Iterable[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call with some of the rows, of one kind; one may come more than once."""
+        args, kwargs = join_rows([self.rows[i] for i in rows])
         return args, kwargs
 
-    def batches(self, size: int) -> Iterator[slice]:
-        """Slices of neighbouring rows."""
-        for start in range(0, len(self), size):
-            yield slice(start, min(start + size, len(self)))
+    def kinds(self) -> list[list[int]]:
+        """The rows of each kind, by number; the commonest kind first."""
+        return sorted(self._kinds.values(), key=lambda rows: (-len(rows), rows[0]))
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Rows by number, of one kind each time, at most so many at once."""
+        for rows in self.kinds():
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size]
 
     def first(self, rows: int) -> "CalibrationInputs":
-        """The first rows of it; they are in random order."""
-        keep = slice(0, rows)
-        leaves = [x[keep] if stacked else x for x, stacked in zip(self.leaves, self.stacked, strict=True)]
-        return CalibrationInputs(leaves, self.stacked, self.structure, self.steps[keep])
+        """The first rows of it."""
+        return CalibrationInputs(self.rows[:rows], self.steps[:rows])
 
 
 def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None = None) -> np.ndarray[Any, Any]:
@@ -130,7 +132,7 @@ def draw_inputs(
         progress: title of a bar.
 
     Raises:
-        InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
+        InputError: the denoiser is never called.
     """
     inputs = calibrate(pipe, sampling, rows=rows, weights=weights, progress=progress).inputs
     assert inputs is not None
@@ -146,6 +148,8 @@ def calibrate(
     profile: bool = False,
     index: StepIndex | None = None,
     progress: str | None = None,
+    name: str | None = None,
+    steps: Sequence[int] | None = None,
 ) -> Calibration:
     """Run the calibration trajectories once; observers in the denoiser see every call meanwhile.
 
@@ -153,55 +157,74 @@ def calibrate(
         pipe: in full precision, or one whose quantizers do not round yet.
         sampling: the trajectories.
         rows: of the denoiser's calls to draw.
-        weights: probability that a row is drawn from each step (T,), where some are.
+        weights: probability that a row is drawn from each of the denoiser's steps (T,), where some are.
         profile: find the layers that see nothing but the step.
-        index: set to the number of the step before each call.
+        index: set to the number of the denoiser's step before each call.
         progress: title of a bar.
+        name: of the denoiser, where a pipeline has two.
+        steps: of the run at which the denoiser is called, by number; all where it is not said.
 
     Raises:
-        InputError: calls differ in an argument that is not the batch's, so that their rows cannot be mixed.
+        InputError: a denoiser is never called.
     """
+    model = denoiser_of(pipe, name)
+    if weights is not None:
+        layout = CallLayout.of(pipe, sampling, name)
+        if layout.padded:  # how far a prompt is padded would depend on the batch
+            sampling = sampling.replace(batch=1)
     if not rows and not profile and index is None:  # nothing that needs the steps told apart
         for _ in sample(pipe, sampling, output="latent", progress=progress):
             pass
         return Calibration(None, None)
-    model = getattr(pipe, denoiser_name(pipe))
     count = -(-rows // sampling.samples)
     taken: list[_Taken] = []
     profiler = ActivationProfiler(model) if profile else None
     for indices in track(list(sampling.batches()), progress):
         with record(pipe) as trajectory, contextlib.ExitStack() as stack:
+            step = _OwnStep(trajectory, steps)
             if weights is not None:
                 required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
-                stack.enter_context(_listening(model, trajectory, indices, required, taken))
+                stack.enter_context(_listening(model, step, layout, indices, required, taken))
             if index is not None:
-                stack.enter_context(_numbering(model, trajectory, index))
+                stack.enter_context(_numbering(model, step, index))
             if profiler is not None:
-                stack.enter_context(profiler.watching(trajectory, len(indices)))
+                stack.enter_context(profiler.watching(step, len(indices)))
             run_batch(pipe, sampling, indices, "latent")
     taken.sort(key=lambda part: (part.sample, part.step))
-    inputs = _stack(taken, rows, sampling.seed) if weights is not None else None
-    return Calibration(inputs, None if profiler is None else profiler.result(trajectory.model_timesteps))
+    inputs = _shuffled(taken, rows, sampling.seed) if weights is not None else None
+    told = trajectory.model_timesteps
+    own = told if steps is None or not told else [told[step] for step in steps]
+    return Calibration(inputs, None if profiler is None else profiler.result(own))
 
 
-def _numbering(model: nn.Module, trajectory: Trajectory, index: StepIndex) -> contextlib.AbstractContextManager[None]:
+class _OwnStep:
+    """Which of its steps a denoiser is at, in a trajectory that is being recorded."""
+
+    def __init__(self, trajectory: Trajectory, steps: Sequence[int] | None) -> None:
+        self.trajectory = trajectory
+        self.number = None if steps is None else {step: i for i, step in enumerate(steps)}
+
+    def __call__(self) -> int:
+        step = len(self.trajectory.timesteps)
+        return step if self.number is None else self.number[step]
+
+
+def _numbering(model: nn.Module, step: Callable[[], int], index: StepIndex) -> contextlib.AbstractContextManager[None]:
     """Inside the block an index is the number of the step."""
 
     def number(module: object, args: object) -> None:
-        index.index = len(trajectory.timesteps)
+        index.index = step()
 
     return hooked(model.register_forward_pre_hook(number))
 
 
 @dataclass
 class _Taken:
-    """One sample's rows of one call; of leaves that are shared, the leaf itself."""
+    """One row of one call."""
 
     sample: int
     step: int
-    leaves: list[Any]
-    stacked: list[bool]
-    structure: Any
+    row: Row
 
 
 def _steps_of(seed: int, sample: int, count: int, weights: np.ndarray[Any, Any]) -> list[int]:
@@ -216,7 +239,8 @@ def _steps_of(seed: int, sample: int, count: int, weights: np.ndarray[Any, Any])
 
 def _listening(
     model: nn.Module,
-    trajectory: Trajectory,
+    step: Callable[[], int],
+    layout: CallLayout,
     samples: Sequence[int],
     wanted: Sequence[Sequence[int]],
     taken: list[_Taken],
@@ -224,53 +248,21 @@ def _listening(
     """Keep the wanted samples' rows of the calls inside the block."""
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = len(trajectory.timesteps)
-        chosen = [n for n, steps in enumerate(wanted) if step in steps]
+        here = step()
+        chosen = [n for n, steps in enumerate(wanted) if here in steps]
         if not chosen:
             return
-        sample = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.ndim > 1)
-        batch = len(sample)
-        leaves, structure = tree_flatten(_with_timesteps_by_row(module, args, kwargs, batch, sample.device))
-        stacked = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == batch for x in leaves]
+        rows = layout.rows(args, kwargs)
         for n in chosen:
-            rows = torch.arange(n, batch, len(samples))  # one in each of guidance's parts
-            parts = [x[rows.to(x.device)] if by_row else x for x, by_row in zip(leaves, stacked, strict=True)]
-            taken.extend([_Taken(samples[n], step, parts, stacked, structure)] * wanted[n].count(step))
+            for row in rows[n :: len(samples)]:  # one in each of guidance's parts
+                taken.extend([_Taken(samples[n], here, row.kept())] * wanted[n].count(here))
 
     return hooked(model.register_forward_pre_hook(keep, with_kwargs=True))
 
 
-def _with_timesteps_by_row(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], batch: int, device: torch.device
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
-    argument = timestep_argument(model)
-    if argument is None:
-        return args, dict(kwargs)
-    name, position = argument
-    timestep = kwargs[name] if name in kwargs else args[position]
-    timestep = torch.as_tensor(timestep).to(device)
-    timestep = timestep.expand(batch) if timestep.numel() == 1 else timestep
-    if name in kwargs:
-        return args, {**kwargs, name: timestep}
-    return (*args[:position], timestep, *args[position + 1 :]), dict(kwargs)
-
-
-def _stack(taken: list[_Taken], rows: int, seed: int) -> CalibrationInputs:
-    first = taken[0]
-    for part in taken[1:]:
-        for known, leaf, by_row in zip(first.leaves, part.leaves, first.stacked, strict=True):
-            same = by_row or (torch.equal(known, leaf) if isinstance(known, torch.Tensor) else known == leaf)
-            if not same or part.stacked != first.stacked:
-                raise InputError(
-                    "the denoiser is called with arguments that differ from step to step and are not one a sample; "
-                    "methods that learn cannot mix such calls: use a recipe without methods"
-                )
-    sizes = [next(len(x) for x, by_row in zip(part.leaves, part.stacked, strict=True) if by_row) for part in taken]
-    steps = torch.tensor([part.step for part in taken]).repeat_interleave(torch.tensor(sizes))
-    order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed))[:rows]
-    leaves: list[Any] = [
-        torch.cat([part.leaves[i] for part in taken])[order.to(leaf.device)] if first.stacked[i] else leaf
-        for i, leaf in enumerate(first.leaves)
-    ]
-    return CalibrationInputs(leaves, first.stacked, first.structure, steps[order])
+def _shuffled(taken: Sequence[_Taken], rows: int, seed: int) -> CalibrationInputs:
+    """Rows in random order, as many as were asked for."""
+    if not taken:
+        raise InputError("the calibration's samples call the denoiser at none of the steps drawn; give more samples")
+    order = torch.randperm(len(taken), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+    return CalibrationInputs([taken[i].row for i in order], torch.tensor([taken[i].step for i in order]))

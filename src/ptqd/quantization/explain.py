@@ -16,7 +16,8 @@ from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.calibration import draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
+from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import QuantSpec, Recipe
 from ptqd.quantization.sites import quantized_sites
@@ -103,11 +104,12 @@ def _errors(
     inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", steps))
     sums: dict[str, list[float]] = {}
     with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
-        args, kwargs = inputs.call(slice(0, len(inputs)))
         by_step = range_steps_of(model)
-        if by_step is not None:
-            by_step.set(inputs.steps.tolist())
-        full(*args, **kwargs)
+        for rows in inputs.batches(len(inputs)):
+            args, kwargs = inputs.call(rows)
+            if by_step is not None:
+                by_step.set(inputs.steps[rows].tolist())
+            full(*args, **kwargs)
     return {name: wrong / energy if energy > 0 else wrong for name, (wrong, energy) in sums.items()}
 
 
@@ -122,7 +124,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
 
     def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         twin: Any = quantized[name]
-        if isinstance(twin, QuantLayer) or isinstance(getattr(twin, "processor", None), QuantAttnProcessor):
+        if isinstance(twin, QuantLayer) or isinstance(getattr(twin, ATTENTION, None), AttentionProducts):
             compare(name, twin(*args, **kwargs), output)
         else:
             parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)
@@ -136,7 +138,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
         return (
             isinstance(module, QuantLayer)
             or split
-            or isinstance(getattr(module, "processor", None), QuantAttnProcessor)
+            or isinstance(getattr(module, ATTENTION, None), AttentionProducts)
         )
 
     hooks = [

@@ -9,13 +9,17 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.macs import on_meta
+from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
 from ptqd.errors import ArtifactError, InputError
+from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, support_lora
+from ptqd.quantization.modules.attention import PRODUCTS, QuantAttention, attention_modules
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
-from ptqd.quantization.sites import activation_quantizers, quantized_layers
+from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
 
@@ -37,25 +41,32 @@ def with_weights(recipe: Recipe, plan: PrecisionPlan, layers: Mapping[str, Layer
     return replace(recipe, rules=(*recipe.rules, *rules))
 
 
-def ptqd_quantizer(pipe: DiffusionPipeline) -> "PtqdQuantizer":
-    """What ptqd left with the denoiser that it quantized.
+def ptqd_quantizer(pipe: DiffusionPipeline, name: str | None = None) -> "PtqdQuantizer":
+    """What ptqd left with the denoiser that it quantized; of two with the first, or the named one.
 
     Raises:
         InputError: ptqd did not quantize it.
     """
-    quantizer = getattr(getattr(pipe, denoiser_name(pipe)), "hf_quantizer", None)
+    quantizer = getattr(denoiser_of(pipe, name), "hf_quantizer", None)
     if not isinstance(quantizer, PtqdQuantizer):
         raise InputError("this pipeline was not quantized by ptqd; quantize it first")
     return quantizer
 
 
 def coverage_of(pipe: DiffusionPipeline) -> Coverage:
-    """What a recipe did to a pipeline that ptqd quantized.
+    """What a recipe did to a pipeline that ptqd quantized; of two denoisers by their names.
 
     Raises:
         InputError: ptqd did not quantize it.
     """
-    return ptqd_quantizer(pipe).coverage
+    names = denoiser_names(pipe)
+    each = {name: ptqd_quantizer(pipe, name).coverage for name in names}
+    if len(names) == 1:
+        return each[names[0]]
+    return Coverage(
+        tuple(f"{name}.{layer}" for name, coverage in each.items() for layer in coverage.quantized),
+        tuple((f"{name}.{layer}", why) for name, coverage in each.items() for layer, why in coverage.skipped),
+    )
 
 
 class _Method(StrEnum):
@@ -63,27 +74,53 @@ class _Method(StrEnum):
 
 
 class PtqdConfig(QuantizationConfigMixin):
-    """``quantization_config`` in a saved denoiser's ``config.json``."""
+    """``quantization_config`` in a saved denoiser's ``config.json``.
+
+    Args:
+        recipe: by which it was quantized, as plain values.
+        plan: of its bits by step, if it has one.
+        ranges: by step, if it has any.
+        quantized: the names of what is quantized; None in folders of earlier versions, where the recipe says it.
+        skipped: what is not, and why.
+        adapters: LoRAs that are loaded; see :func:`ptqd.quantization.modules.adapters.adapters_to_dict`.
+        fused: the ranks of LoRAs that were fused, by layer.
+        quant_method: ``"ptqd"``.
+    """
 
     def __init__(
         self,
         recipe: dict[str, object],
         plan: dict[str, object] | None = None,
         ranges: dict[str, object] | None = None,
+        quantized: list[str] | None = None,
+        skipped: list[list[str]] | None = None,
+        adapters: dict[str, object] | None = None,
+        fused: dict[str, int] | None = None,
         quant_method: str = "ptqd",
     ) -> None:
         self.quant_method = _Method(quant_method)
         self.recipe = recipe
         self.plan = plan
         self.ranges = ranges
+        self.quantized = quantized
+        self.skipped = skipped
+        self.adapters = adapters
+        self.fused = fused
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""
-        optional = {"plan": self.plan, "ranges": self.ranges}
-        given = {name: value for name, value in optional.items() if value is not None}
+        names = ("plan", "ranges", "quantized", "skipped", "adapters", "fused")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {"quant_method": self.quant_method.value, "recipe": self.recipe, **given}
 
     to_diff_dict = to_dict
+
+    def describe(self, model: nn.Module, coverage: Coverage) -> None:
+        """Take up what the model holds now: layers, adapters that were loaded or fused since."""
+        self.quantized = [f"{site.name}.{PRODUCTS}" if site.weight is None else site.name for site in quantized_sites(model)]
+        self.skipped = [list(pair) for pair in coverage.skipped]
+        self.adapters = adapters_to_dict(model)
+        self.fused = {name: layer.adapter_rank for name, layer in quantized_layers(model) if layer.adapter_rank} or None
 
 
 class PtqdQuantizer(DiffusersQuantizer):
@@ -92,10 +129,12 @@ class PtqdQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = False
     requires_calibration = False
     coverage: Coverage
+    model: ModelMixin | None = None
 
     def adopt(self, model: ModelMixin, coverage: Coverage) -> None:
         """Mark a model as quantized by ptqd, so that it saves as such."""
-        self.coverage = coverage
+        support_lora()
+        self.coverage, self.model = coverage, model
         model.register_to_config(quantization_config=self.quantization_config)
         model.hf_quantizer = self
         model.is_quantized = True
@@ -115,19 +154,15 @@ class PtqdQuantizer(DiffusersQuantizer):
         kwargs["keep_in_fp32_modules"].extend(
             ["scale", "smooth_scale", "global_scale"]
         )  # half precision has not the range for them
-        recipe, config = Recipe.from_dict(self.quantization_config.recipe, "the saved recipe"), self.quantization_config
-        plan = None if config.plan is None else PrecisionPlan.from_dict(config.plan, "the saved plan")
-        ranges = None if config.ranges is None else StepRanges.from_dict(config.ranges)
-        if plan is not None:
-            recipe = with_weights(recipe, plan, layer_types(model, recipe))
-        self.coverage = insert_quantizers(model, recipe, ranges)
-        if ranges is not None:
-            set_ranges(model, ranges)
-        if plan is not None:
-            set_plan(model, plan)
+        support_lora()
+        self.coverage = prepare(model, self.quantization_config)
+        if self.quantization_config.quantized is None:
+            _products_as_processors(model)
+        self.model = model
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
+        _processors_as_products(model)
         for _, layer in quantized_layers(model):
             layer.refresh(model.dtype)
         for _, quantizer in activation_quantizers(model):
@@ -135,13 +170,92 @@ class PtqdQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Codes, scales and zero points save as safetensors."""
+        """True; asked before saving, so that what the model holds now is what is written.
+
+        Raises:
+            InputError: the model holds what its configuration does not make, so that it could not be loaded again.
+        """
+        if self.model is not None:
+            config = self.quantization_config
+            config.describe(self.model, self.coverage)
+            self.model.register_to_config(quantization_config=config)
+            _check_loadable(self.model, config)
         return True
 
     @property
     def is_trainable(self) -> bool:
         """Codes are integers."""
         return False
+
+
+def prepare(model: nn.Module, config: PtqdConfig) -> Coverage:
+    """Give an architecture, on the meta device, the layers, adapters, ranges and plan that a configuration says."""
+    recipe = Recipe.from_dict(config.recipe, "the saved recipe")
+    plan = None if config.plan is None else PrecisionPlan.from_dict(config.plan, "the saved plan")
+    ranges = None if config.ranges is None else StepRanges.from_dict(config.ranges)
+    if config.adapters is not None:
+        insert_adapters(model, config.adapters)
+    if plan is not None:
+        recipe = with_weights(recipe, plan, layer_types(model, recipe))
+    coverage = insert_quantizers(model, recipe, ranges, config.quantized)
+    for name, rank in (config.fused or {}).items():
+        dict(quantized_layers(model))[name].make_adapter(rank)
+    if ranges is not None:
+        set_ranges(model, ranges)
+    if plan is not None:
+        set_plan(model, plan)
+    skipped = coverage.skipped if config.skipped is None else tuple((name, why) for name, why in config.skipped)
+    return Coverage(coverage.quantized, skipped)
+
+
+def _check_loadable(model: ModelMixin, config: PtqdConfig) -> None:
+    """Whether a folder of this model would load.
+
+    Raises:
+        InputError: it would not.
+    """
+    kind = type(model).__name__
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    attached = next((name for name in own if ".processor." in name or name.startswith("encoder_hid_proj.")), None)
+    try:
+        fresh = on_meta(model)
+        prepare(fresh, config)
+        wanted = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if attached is None:
+            raise InputError(f"{kind} cannot be saved, its configuration does not make it again: {error}") from error
+        wanted = {}
+    different = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
+    if attached is not None and different:
+        raise InputError(
+            f"{kind} has an IP-Adapter ({attached!r}), which is not saved with it; unload it (pipe.unload_ip_adapter()), "
+            "save, and load it onto the saved pipeline"
+        )
+    if different:
+        raise InputError(
+            f"{kind} was changed since it was made: its {different[0]!r} is not what its configuration makes, so that "
+            "the folder could not be loaded; undo the change, or make it before quantizing"
+        )
+
+
+def _products_as_processors(model: nn.Module) -> None:
+    """Put attention products where the files of earlier versions have them: in the processor's place."""
+    for _, attention in attention_modules(model):
+        if isinstance(attention, QuantAttention) and attention.products is not None:
+            kept: Any = attention
+            kept.__dict__["_own_processor"] = kept.__dict__.pop("processor")
+            kept._modules["processor"] = kept._modules.pop(PRODUCTS)
+            kept.products = None
+
+
+def _processors_as_products(model: nn.Module) -> None:
+    """Undo :func:`_products_as_processors`."""
+    for module in model.modules():
+        if isinstance(module, QuantAttention) and "_own_processor" in module.__dict__:
+            kept: Any = module
+            del kept.products
+            kept._modules[PRODUCTS] = kept._modules.pop("processor")
+            kept.processor = kept.__dict__.pop("_own_processor")
 
 
 AUTO_QUANTIZER_MAPPING["ptqd"] = PtqdQuantizer

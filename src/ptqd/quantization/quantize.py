@@ -1,6 +1,7 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,23 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import attention_processor
 from torch import nn
 
-from ptqd.diffusion.macs import count_steps
-from ptqd.diffusion.pipeline_parts import denoiser_name, scheduler_of, with_components
+from ptqd.diffusion.macs import steps_called
+from ptqd.diffusion.pipeline_parts import (
+    denoiser_names,
+    denoiser_of,
+    denoisers_of,
+    is_plain,
+    plain_copy,
+    scheduler_of,
+    with_components,
+)
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
+from ptqd.names import shown
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile
 from ptqd.quantization.calibration import (
@@ -27,17 +38,20 @@ from ptqd.quantization.calibration import (
 )
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.methods import OBSERVED, Method
+from ptqd.quantization.modules.adapters import tuned_layers, without_merged
+from ptqd.quantization.modules.attention import attention_modules
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding import time_embedding
 from ptqd.quantization.rounding.registry import Task, apply_method
 from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
-from ptqd.quantization.swap import Coverage, check_weights, insert_quantizers, names_of
+from ptqd.quantization.swap import Coverage, check_full_precision, check_weights, insert_quantizers, names_of
 
 BATCH = 64  # rows at once
 
 
+@torch.inference_mode(False)  # rounding is learned by gradients
 def quantize(
     pipe: DiffusionPipeline,
     recipe: str | Recipe,
@@ -46,14 +60,15 @@ def quantize(
     scratch: Path | None = None,
     progress: bool = False,
 ) -> DiffusionPipeline:
-    """Quantize a pipeline's denoiser.
+    """Quantize a pipeline's denoiser, or both where it has two.
 
     Ranges and all that is learned come from ``recipe.calibration_samples`` whole trajectories of the full-precision
     pipeline: each layer sees exactly the inputs it really gets, guidance included, drawn over the sampling steps as the
     recipe says.
 
     Args:
-        pipe: any diffusers pipeline with a UNet or transformer; it is left untouched.
+        pipe: any diffusers pipeline with a UNet or transformer, as it is in use: offloaded, compiled, with LoRAs or
+            cast layers; it is left untouched.
         recipe: a shorthand such as ``"w4a8"``, a TOML file, or a Recipe.
         sampling: how it samples.
         scratch: a folder that keeps what was learned over a kill: the same call goes on from there, with the same
@@ -65,13 +80,24 @@ def quantize(
         packed integer codes; :func:`ptqd.load` loads it again.
 
     Raises:
-        InputError: NaN weights or activations, a rule that matches nothing, groups that do not fit a layer, or fewer
-            calibration inputs than a batch.
+        InputError: a model that is already quantized, NaN weights or activations, a rule that matches nothing, groups
+            that do not fit a layer, layers that no call reaches, or fewer calibration inputs than a batch.
     """
     recipe = Recipe.parse(recipe)
     recipe.check_steps(sampling.steps)
+    names = denoiser_names(pipe)
+    for name, model in denoisers_of(pipe).items():
+        check_full_precision(model, name)
+        check_weights(model, name)
+    scheduler_of(pipe)
+    parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        return _Quantizing(pipe, recipe, sampling, scratch or Path(temporary), progress).go()
+        for name in names:
+            kept = scratch or Path(temporary)
+            parts[name] = _Quantizing(
+                pipe, name, recipe, sampling, kept if len(names) == 1 else kept / name, progress
+            ).go()
+    return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
 
 
 BUCKETS = 64  # of steps, at most, whose activations are observed apart: a histogram each
@@ -84,23 +110,23 @@ def _observers_by_step(steps: int) -> list[Observer]:
 
 
 class _Quantizing:
-    """One call of :func:`quantize`: its parts, in the order they come."""
+    """One denoiser of a call of :func:`quantize`: its parts, in the order they come."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, recipe: Recipe, sampling: Sampling, scratch: Path, progress: bool
+        self, pipe: DiffusionPipeline, name: str, recipe: Recipe, sampling: Sampling, scratch: Path, progress: bool
     ) -> None:
-        self.pipe, self.recipe, self.scratch, self.progress = pipe, recipe, scratch, progress
-        self.name = denoiser_name(pipe)
-        self.full: nn.Module = getattr(pipe, self.name)
-        check_weights(self.full, self.name)
+        self.name, self.recipe, self.scratch, self.progress = name, recipe, scratch, progress
+        self.full: nn.Module = _as_calibrated(denoiser_of(pipe, name))
+        self.pipe = with_components(pipe, **{name: self.full})
         self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
         self.drawn = recipe.calibration_steps != "uniform"  # ranges are found on drawn rows
+        self.steps: list[int] | None = None  # of the run at which the denoiser is called, where that is known
 
-    def go(self) -> DiffusionPipeline:
+    def go(self) -> nn.Module:
         calibration, observed = self._calibrate()
         ranges = self._step_ranges(calibration.profile, observed)
         quantized, coverage = self._inserted(ranges)
-        model = getattr(quantized, self.name)
+        model: Any = getattr(quantized, self.name)
         self._take_over(model, observed, ranges)
         for method in self.recipe.methods:
             if method.changes_layers:
@@ -114,7 +140,7 @@ class _Quantizing:
                 self._apply(method, model, calibration.inputs, temporal)
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
-        return quantized
+        return model  # type: ignore[no-any-return]
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None
@@ -136,8 +162,15 @@ class _Quantizing:
         weights, steps = None, 0
         if rows or by_step:
             errors = self._errors() if recipe.calibration_steps == "error" else None
-            steps = count_steps(self.pipe, self.run) if errors is None else len(errors)
-            weights = step_weights(recipe.calibration_steps, steps, errors) if rows else None
+            calls = steps_called(self.pipe, self.run)
+            self.steps = calls[self.name]
+            if not self.steps:
+                raise InputError(f"the run never calls the {self.name}; sample with more steps, or leave it out")
+            steps = len(self.steps)
+            if rows:
+                total = 1 + max(max(each, default=0) for each in calls.values())
+                weights = step_weights(recipe.calibration_steps, total, errors)[self.steps]
+                weights = weights / weights.sum()
         quantized, _ = self._inserted(None)
         quantizers = [quantizer for _, quantizer in layer_quantizers(getattr(quantized, self.name))]
         index = StepIndex()
@@ -153,6 +186,8 @@ class _Quantizing:
             profile=recipe.time_embedding or by_step,
             index=index if by_step else None,
             progress=self._title("calibrating"),
+            name=self.name,
+            steps=self.steps,
         )
         return calibration, [quantizer.observers for quantizer in quantizers]
 
@@ -248,5 +283,69 @@ class _Quantizing:
                 for rows in track(list(calibration.inputs.batches(BATCH)), self._title("observing")):
                     args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
+        observe_unreached(model)
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):
             site.module.freeze()
+
+
+def _as_calibrated(model: nn.Module) -> nn.Module:
+    """A denoiser as it computes, without what is done to it for speed or memory: itself, or a copy that is plain."""
+    fused = any(getattr(module, "fused_projections", False) for _, module in attention_modules(model))
+    merged = any(layer.merged_adapters for _, layer in tuned_layers(model))
+    if is_plain(model) and not fused and not merged:
+        return model
+    own: nn.Module = plain_copy(model)
+    without_merged(own)
+    for _, attention in attention_modules(own):
+        if getattr(attention, "fused_projections", False):
+            _unfuse(attention)
+    return own
+
+
+def _unfuse(attention: Any) -> None:
+    """Let an attention have three projections again, as it is saved; they are what was fused."""
+    if hasattr(attention, "unfuse_projections"):
+        attention.unfuse_projections()
+        return
+    for name in ("to_qkv", "to_kv", "to_added_qkv"):
+        if hasattr(attention, name):
+            delattr(attention, name)
+    attention.fused_projections = False
+    processor: Any = PLAIN_PROCESSORS.get(type(attention.processor).__name__)
+    if processor is not None:
+        attention.set_processor(processor())
+
+
+PLAIN_PROCESSORS: dict[str, Any] = {
+    f"Fused{name}": getattr(attention_processor, name)
+    for name in vars(attention_processor)
+    if f"Fused{name}" in vars(attention_processor)
+}
+"""The processor that each of diffusers' processors of fused projections stands for."""
+
+
+def observe_unreached(model: nn.Module) -> None:
+    """Give experts that no calibration call reached what their siblings saw.
+
+    Raises:
+        InputError: layers that no call reached and that have no siblings; it names them.
+    """
+    left: list[str] = []
+    seen: dict[str, list[Observer]] = {}
+    quantizers = [(name, q) for name, q in layer_quantizers(model) if q.is_static and q.observers]
+    for name, quantizer in quantizers:
+        reached = [observer for observer in quantizer.observers if observer.low <= observer.high]
+        seen.setdefault(re.sub(r"\.[0-9]+\.", ".*.", name), []).extend(reached)
+    for name, quantizer in quantizers:
+        if all(observer.low > observer.high for observer in quantizer.observers):
+            siblings = seen[re.sub(r"\.[0-9]+\.", ".*.", name)]
+            if not siblings or "expert" not in name:
+                left.append(name)
+            else:
+                quantizer.observers = [Observer.merged(siblings)] * len(quantizer.observers)
+    if left:
+        names = ", ".join(dict.fromkeys(left))
+        raise InputError(
+            f"no calibration call reaches {len(set(left))} layers ({shown(names)}); calibrate with a call that does, "
+            f"or leave them in full precision by a rule (match = {min(left)!r}, skip = true)"
+        )

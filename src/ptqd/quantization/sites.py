@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ptqd.quantization.modules.activation import ActivationQuantizer
-from ptqd.quantization.modules.attention import QuantAttnProcessor
-from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.modules.attention import PRODUCTS, AttentionProducts
+from ptqd.quantization.modules.linear_conv import QuantLayer, plain_name
 from ptqd.quantization.recipe import LayerType
 
 
@@ -16,7 +16,7 @@ class Site:
     """One place where something is rounded.
 
     Attributes:
-        name: dotted name of the layer, halves of split ones each, or of the attention.
+        name: dotted name of the layer, halves of split ones each, or of the attention; without the adapters around it.
         kind: of layer, as rules of a recipe name it.
         module: what stands there.
         weight: the layer, of one that has a quantized weight; None of attention products.
@@ -25,7 +25,7 @@ class Site:
 
     name: str
     kind: LayerType
-    module: QuantLayer | QuantAttnProcessor
+    module: QuantLayer | AttentionProducts
     weight: QuantLayer | None
     activations: tuple[ActivationQuantizer, ...]
 
@@ -34,9 +34,9 @@ def quantized_sites(model: nn.Module) -> Iterator[Site]:
     """Its quantized layers and attention products, in the order of its modules."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield Site(name, module.kind, module, module, (module.input,))
-        elif isinstance(module, QuantAttnProcessor):
-            yield Site(name.removesuffix(".processor"), "attention", module, None, module.quantizers)
+            yield Site(plain_name(name), module.kind, module, module, (module.input,))
+        elif isinstance(module, AttentionProducts):
+            yield Site(name.rpartition(".")[0], "attention", module, None, module.quantizers)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -50,10 +50,11 @@ def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQua
     """Its activation quantizers by their own dotted names, those that stand without a layer included."""
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
-            yield name, module
+            yield plain_name(name), module
 
 
 def layer_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
     """Its activation quantizers with the name of the layer, or of the attention, whose operands they round."""
     for name, quantizer in activation_quantizers(model):
-        yield name.rsplit(".processor." if ".processor." in name else ".", 1)[0], quantizer
+        whole = name.rpartition(".")[0]
+        yield whole.removesuffix(f".{PRODUCTS}").removesuffix(".processor"), quantizer  # as earlier exports say

@@ -1,25 +1,33 @@
 """A denoiser's layers and attention products replaced by quantized ones, as a recipe says."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from ptqd.errors import InputError
+from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.blocks import concatenations
 from ptqd.quantization.methods import LowRank, Smooth
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import (
+    PRODUCTS,
+    AttentionProducts,
+    attention_modules,
+    has_products,
+    quantize_attention,
+)
 from ptqd.quantization.modules.linear_conv import (
+    BASE,
     Convolution,
     LayerOptions,
     QuantConv,
     QuantLayer,
     QuantLinear,
     SplitConv,
+    find_layer,
+    plain_name,
 )
 from ptqd.quantization.numerics.formats import BLOCKS
 from ptqd.quantization.recipe import LayerType, QuantSpec, Recipe, Rule
@@ -46,29 +54,36 @@ def layer_types(model: nn.Module, recipe: Recipe) -> dict[str, LayerType]:
     return {part: _type_of(layer) for name, layer in _layers(model) for part in _parts(name, _splits(model, recipe))}
 
 
-def insert_quantizers(model: nn.Module, recipe: Recipe, ranges: StepRanges | None = None) -> Coverage:
+def insert_quantizers(
+    model: nn.Module, recipe: Recipe, ranges: StepRanges | None = None, saved: Collection[str] | None = None
+) -> Coverage:
     """Replace a denoiser's layers, in place, by quantized ones that still have to observe and freeze, or to be loaded.
 
     Args:
-        model: holds convolutions, ``nn.Linear`` and diffusers ``Attention`` modules; may be on the meta device.
+        model: holds convolutions, ``nn.Linear`` and attentions of diffusers; may be on the meta device.
         recipe: which bits where.
         ranges: by step; none where all steps share one.
+        saved: what a saved model has quantized, by its coverage's names; without it all that the recipe's rules say.
 
     Returns:
         What matched and what did not.
 
     Raises:
         InputError: a rule of the recipe matches no layer, its groups do not fit one, or nothing at all was quantized.
+        ArtifactError: the model has not what was saved.
     """
     layers, splits = dict(_layers(model)), _splits(model, recipe)
-    _check_rules(model, recipe, {part: _type_of(m) for n, m in layers.items() for part in (n, *_parts(n, splits))})
+    if saved is None:
+        _check_rules(model, recipe, {part: _type_of(m) for n, m in layers.items() for part in (n, *_parts(n, splits))})
     quantized: list[str] = []
     skipped: list[tuple[str, str]] = []
     for name, layer in layers.items():
         output: dict[str, Any] = {}
         for part, piece in zip(_parts(name, splits), _pieces(layer, splits.get(name)), strict=True):
             rule = recipe.rule_for(names_of(part), _type_of(layer))
-            if rule is not None and rule.skip:
+            if saved is not None and part not in saved:
+                skipped.append((part, "saved in full precision"))
+            elif saved is None and rule is not None and rule.skip:
                 skipped.append((part, f"rule {rule.match!r}"))
             elif getattr(layer, "padding_mode", "zeros") != "zeros":
                 skipped.append((part, f"padding_mode {layer.padding_mode!r}"))
@@ -79,17 +94,25 @@ def insert_quantizers(model: nn.Module, recipe: Recipe, ranges: StepRanges | Non
             quantized.extend(output)
         elif output:
             raise InputError(f"a rule skips one half of {name!r}; skip both, or set split_shortcuts to false")
-    if recipe.attention:
-        _insert_products(model, recipe, ranges, quantized, skipped)
+    _insert_products(model, recipe, ranges, saved, quantized, skipped)
+    if saved is not None and set(saved) - set(quantized):
+        missing = min(set(saved) - set(quantized))
+        raise ArtifactError(f"{type(model).__name__} has no {missing!r}, which the saved model quantized; save it again")
     if not quantized:
         raise InputError(f"{type(model).__name__} holds no convolution, linear layer or attention to quantize")
     return Coverage(tuple(quantized), tuple(skipped))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Convolution | nn.Linear):
-            yield name, module
+    """Its convolutions and linear layers, by name; those of an adapter stay as they are, the layer under it is one."""
+    for path, module in model.named_modules():
+        if isinstance(module, Convolution | nn.Linear) and not _of_adapter(path):
+            yield plain_name(path), module
+
+
+def _of_adapter(path: str) -> bool:
+    """Whether a module belongs to a LoRA or an IP-Adapter, not to the network that it changes."""
+    return any(part.startswith("lora_") or part == "processor" or part == "encoder_hid_proj" for part in path.split("."))
 
 
 def _type_of(layer: nn.Module) -> LayerType:
@@ -149,29 +172,34 @@ def _insert_products(
     model: nn.Module,
     recipe: Recipe,
     ranges: StepRanges | None,
+    saved: Collection[str] | None,
     quantized: list[str],
     skipped: list[tuple[str, str]],
 ) -> None:
-    """The attention products' part of :func:`insert_quantizers`."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Attention):
-            continue
-        rule = recipe.rule_for(name, "attention")
-        if rule is not None and rule.skip:
-            skipped.append((f"{name}.processor", f"rule {rule.match!r}"))
-        elif type(module.processor) in (AttnProcessor, AttnProcessor2_0):
+    """The attention products' part of :func:`insert_quantizers`; every attention knows that it is quantized."""
+    for name, module in list(attention_modules(model)):
+        rule, products = recipe.rule_for(name, "attention"), None
+        part = f"{name}.{PRODUCTS}"
+        if saved is not None and part not in saved:
+            skipped.append((part, "saved in full precision"))
+        elif saved is None and not recipe.attention:
+            pass  # said by the recipe
+        elif saved is None and rule is not None and rule.skip:
+            skipped.append((part, f"rule {rule.match!r}"))
+        elif saved is None and not has_products(module.processor):
+            skipped.append((part, f"attention products of {type(module.processor).__name__}"))
+        else:
             _, activations, widths = recipe.quantizers_for(rule)
             count = _count(name, activations, ranges)
-            device = next(module.parameters()).device
-            module.set_processor(QuantAttnProcessor(activations, recipe.softmax_bits, widths, count).to(device))
-            quantized.append(f"{name}.processor")
-        else:
-            skipped.append((name, f"attention products of {type(module.processor).__name__}"))
+            device = next((x.device for x in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+            products = AttentionProducts(activations, recipe.softmax_bits, widths, count).to(device)
+            quantized.append(part)
+        quantize_attention(module, products)
 
 
 def _check_rules(model: nn.Module, recipe: Recipe, layers: dict[str, LayerType]) -> None:
     known: list[tuple[str, LayerType]] = [*layers.items()]
-    known += [(name, "attention") for name, module in model.named_modules() if isinstance(module, Attention)]
+    known += [(name, "attention") for name, _ in attention_modules(model)]
     for rule in recipe.rules:
         if not rule.optional and not any(rule.matches(name, kind) for name, kind in known):
             kind = "layer" if rule.type is None else f"{rule.type} layer"
@@ -182,9 +210,36 @@ def _check_rules(model: nn.Module, recipe: Recipe, layers: dict[str, LayerType])
 
 
 def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of the one with a dotted name."""
+    """Put a layer in the place of the one with a dotted name, under the adapters that it may have."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    above = find_layer(model, parent)
+    while hasattr(getattr(above, leaf, None), BASE):
+        above, leaf = getattr(above, leaf), BASE
+    setattr(above, leaf, layer)
+
+
+def check_full_precision(model: nn.Module, name: str) -> None:
+    """Refuse a model that is quantized already, by whatever library.
+
+    Raises:
+        InputError: it is; the message says by what.
+    """
+    by = getattr(model, "quantization_method", None)
+    config = getattr(model, "config", {}).get("quantization_config") if hasattr(model, "config") else None
+    if by is None and config is not None:
+        by = config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?")
+    modules = {type(module).__module__.split(".")[0]: module for module in model.modules()}
+    if by is None:
+        by = next((library for library in ("optimum", "bitsandbytes", "sdnq", "torchao", "nunchaku") if library in modules), None)
+    for key, value in model.named_parameters():
+        plain = type(value) in (nn.Parameter, torch.Tensor) and type(value.data) is torch.Tensor
+        if by is None and not plain:
+            by = f"{type(value.data if type(value) is nn.Parameter else value).__name__} weights"
+        if by is None and not value.is_floating_point():
+            by = f"{key} in {str(value.dtype).removeprefix('torch.')}"
+    if by is not None:
+        by = str(getattr(by, "value", by)).replace("optimum", "quanto")
+        raise InputError(f"{name} is already quantized ({by}); give the full-precision pipeline")
 
 
 def check_weights(model: nn.Module, name: str) -> None:

@@ -1,14 +1,14 @@
 """The modules that take the place of a denoiser's layers."""
 
 from ptqd.quantization.modules.activation import ActivationQuantizer, BitWidth
-from ptqd.quantization.modules.attention import QuantAttnProcessor
+from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import LayerOptions, QuantConv, QuantLayer, QuantLinear
 
 __all__ = [
     "ActivationQuantizer",
     "BitWidth",
     "LayerOptions",
-    "QuantAttnProcessor",
+    "AttentionProducts",
     "QuantConv",
     "QuantLayer",
     "QuantLinear",

@@ -1,17 +1,32 @@
-"""Quantized attention products."""
+"""Quantized attention products, whatever computes them.
 
-from collections.abc import Sequence
+The operands of q.k and p.v are rounded where torch multiplies them: inside an attention's ``forward`` a torch function
+mode takes ``scaled_dot_product_attention``, and the two plain products that diffusers' older processors make. So the
+processor stays diffusers' own, of any class, and may be exchanged: attention slicing, an IP-Adapter or PAG change who
+asks for the products, not that they are rounded. A processor that leaves torch's products aside is an error.
+"""
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.recipe import QuantSpec
 
+PRODUCTS = "products"  # the child of an attention that rounds its operands
+_MULTIPLIES = {"scaled_dot_product_attention", "dispatch_attention_fn", "get_attention_scores", "baddbmm"}
 
-class QuantAttnProcessor(nn.Module):
-    """Attention whose products q.k and p.v have quantized operands; replaces diffusers' AttnProcessor(2_0)."""
+
+class AttentionProducts(nn.Module):
+    """The products q.k and p.v with quantized operands."""
 
     def __init__(self, activations: QuantSpec, softmax_bits: int, widths: Sequence[int] = (), ranges: int = 1) -> None:
         super().__init__()
@@ -39,61 +54,177 @@ class QuantAttnProcessor(nn.Module):
         for quantizer in self.quantizers:
             quantizer.freeze()
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See :meth:`forward`; diffusers reads here which arguments it may pass."""
-        output: torch.Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return output
-
     def forward(
         self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        temb: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """What diffusers' AttnProcessor computes, of hidden states (N, L, C) or (N, C, H, W)."""
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if image_shape is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # N,L,C
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+        """What ``torch.nn.functional.scaled_dot_product_attention`` computes, without dropout.
 
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (attn.head_to_batch_dim(x) for x in (query, key, value))  # N*heads,L,D
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        scores = self.scores(attn, query, key, attention_mask)  # N*heads,L,K
-        hidden_states = torch.bmm(self.probabilities(scores), self.value(value))
-        hidden_states = attn.batch_to_head_dim(hidden_states)  # N,L,C
-        for module in attn.to_out:
-            hidden_states = module(hidden_states)
-        if image_shape is not None:
-            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        output: torch.Tensor = hidden_states / attn.rescale_output_factor
+        Args:
+            query: (..., L, D).
+            key: (..., K, D); with ``enable_gqa`` of fewer heads.
+            value: (..., K, V).
+            attn_mask: boolean, or added to the scores, of a shape that broadcasts to (..., L, K).
+            dropout_p: ignored; there is none at inference.
+            is_causal: a query sees the keys up to its own place.
+            scale: of the scores; ``1 / sqrt(D)`` where it is not said.
+            enable_gqa: neighbouring heads of the query share a head of key and value.
+
+        Returns:
+            (..., L, V).
+        """
+        heads = query.shape[:-2]
+        if enable_gqa and key.shape[-3] != query.shape[-3]:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
+        key, value = (x.expand(*heads, *x.shape[-2:]) for x in (key, value))
+        q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))  # N*heads,L,D
+        scores = self.scores(q, k, query.shape[-1] ** -0.5 if scale is None else scale)
+        seen = None
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            whole = scores.view(*heads, *scores.shape[1:])
+            if attn_mask.dtype == torch.bool:
+                seen = attn_mask.any(-1, keepdim=True)  # a query that sees no key gets 0, as torch does it
+                whole = whole.masked_fill(~attn_mask, torch.finfo(whole.dtype).min)
+            else:
+                whole = whole + attn_mask
+            scores = whole.view(scores.shape)
+        probabilities = scores.softmax(-1)
+        if seen is not None:
+            probabilities = (probabilities.view(*heads, *scores.shape[1:]) * seen).view(scores.shape)
+        output = torch.bmm(self.probabilities(probabilities), self.value(v))
+        return output.view(*heads, *output.shape[1:])
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        """Scores (N*heads, L, K) of queries (N*heads, L, D) and keys (N*heads, K, D)."""
+        query, key = self.query(query), self.key(key)
+        return torch.baddbmm(query.new_zeros(1), query, key.transpose(-1, -2), beta=0, alpha=scale)
+
+
+class _Rounding(TorchFunctionMode):
+    """Inside the block the operands of attention products are rounded.
+
+    Attributes:
+        seen: products of queries and keys so far.
+    """
+
+    def __init__(self, products: AttentionProducts) -> None:
+        super().__init__()
+        self.products, self.seen = products, 0
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, products = kwargs or {}, self.products
+        if func is F.scaled_dot_product_attention:
+            self.seen += 1
+            return products(*args, **kwargs)
+        if func is torch.baddbmm:  # of Attention.get_attention_scores, the key turned
+            self.seen += 1
+            added, query, turned = args
+            return func(added, products.query(query), products.key(turned.transpose(1, 2)).transpose(1, 2), **kwargs)
+        if func is torch.bmm:
+            probabilities, value = args
+            return func(products.probabilities(probabilities), products.value(value), **kwargs)
+        return func(*args, **kwargs)
+
+
+class QuantAttention:
+    """What a quantized attention adds to its own class, of diffusers; see :func:`quantized_class`.
+
+    Attributes:
+        products: rounds the operands; None where a recipe leaves the products in full precision.
+    """
+
+    products: AttentionProducts | None
+    plain_class: ClassVar[type[nn.Module]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the attention computes, its products' operands rounded.
+
+        Raises:
+            InputError: its processor computes no product that ptqd can round.
+        """
+        own: Any = super()
+        if self.products is None:
+            return own.forward(*args, **kwargs)
+        rounding = _Rounding(self.products)
+        with rounding:
+            output = own.forward(*args, **kwargs)
+        if not rounding.seen:
+            processor: Any = self.processor  # type: ignore[attr-defined]
+            backend = getattr(processor, "_attention_backend", None)
+            by = type(processor).__name__ + ("" if backend is None else f" with the backend {str(backend)!r}")
+            raise InputError(
+                f"{by} leaves torch's attention aside, so a quantized attention cannot round its products; use a "
+                "processor of torch's scaled_dot_product_attention (pipe.unet.set_default_attn_processor(), or "
+                "set_attention_backend('native')), or quantize with a recipe of attention = false"
+            )
         return output
 
-    def scores(
-        self, attn: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Probabilities (N*heads, L, K) of queries (N*heads, L, D) and keys (N*heads, K, D)."""
-        probabilities: torch.Tensor = attn.get_attention_scores(self.query(query), self.key(key), mask)
-        return probabilities
+    def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the fused layer would be a copy in full precision.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "the projections of a quantized attention cannot be fused: the fused layer would not be quantized; leave "
+            "fuse_qkv_projections out"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles know the class it was made from."""
+        return _new, (self.plain_class,), self.__dict__
+
+
+@functools.cache
+def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The quantized subclass of an attention's class, of the same name."""
+    body = {"plain_class": base, "__doc__": base.__doc__, "__module__": base.__module__}
+    return types.new_class(base.__name__, (QuantAttention, base), exec_body=lambda space: space.update(body))
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    kind: Any = quantized_class(base)
+    return cast(nn.Module, kind.__new__(kind))
+
+
+def quantize_attention(attention: nn.Module, products: AttentionProducts | None) -> None:
+    """Make an attention of diffusers a quantized one, in place."""
+    attention.__class__ = quantized_class(type(attention))
+    attention.products = products
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A denoiser's attentions by name: modules of diffusers that a processor computes."""
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) or callable(getattr(module, "processor", None)):
+            yield name, module
+
+
+def has_products(processor: object) -> bool:
+    """Whether a processor's code names a product that ptqd can round; linear attention, for one, has none."""
+    kind: Any = type(processor)
+    return any(_names(method, 2) & _MULTIPLIES for method in (kind.__call__, getattr(kind, "forward", None)))
+
+
+def _names(function: Any, depth: int) -> set[str]:
+    """What a function's code names, and what functions of its module that it calls do."""
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    names = set(code.co_names)
+    near = (function.__globals__.get(name) for name in names)
+    inner = [f for f in near if isinstance(f, types.FunctionType) and f.__module__ == function.__module__]
+    return names.union(*(_names(f, depth - 1) for f in inner)) if depth else names

@@ -23,6 +23,7 @@ from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
 from ptqd.quantization.recipe import LayerType, QuantSpec
 
 LOW_RANK_BITS = WIDE  # of both operands of a low-rank branch
+BASE = "base_layer"  # what PEFT calls the layer that an adapter changes
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class QuantLayer(nn.Module, ABC):
     """What quantized convolutions and linear layers share.
 
     It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
-    recipe's methods put them. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an
+    recipe's methods put them, and a second branch, of ``x`` itself, where a LoRA was fused. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an
     output channel, or one for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept
     in memory and never saved.
     """
@@ -59,6 +60,8 @@ class QuantLayer(nn.Module, ABC):
     smooth_scale: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
+    adapter_down: torch.Tensor | None
+    adapter_up: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -86,6 +89,7 @@ class QuantLayer(nn.Module, ABC):
         for name, size in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
             # bit patterns of float16, which a pipeline of another precision leaves alone
             self.register_buffer(name, torch.zeros(size, dtype=torch.int16, device=device) if rank else None)
+        self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
 
@@ -122,9 +126,46 @@ class QuantLayer(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
-        x = self.smoothed(x)
+        given, x = x, self.smoothed(x)
         y = self.matmul(self.input(x), self.weight, self.bias)
-        return y if self.low_rank_up is None else y + self.low_rank(x)
+        if self.low_rank_up is not None:
+            y = y + self.low_rank(x)
+        if self.adapter_down is not None and self.adapter_up is not None:
+            down = self.adapter_down.view(-1, *self.shape[1:]).to(given)
+            y = y + self.project(self.matmul(given, down), self.adapter_up.to(given))
+        return y
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the LoRAs that were fused; 0 where none was."""
+        return 0 if self.adapter_down is None else len(self.adapter_down)
+
+    def make_adapter(self, rank: int) -> None:
+        """Room for a fused LoRA of a rank; none of 0."""
+        device = self.codes.device
+        for name, size in (("adapter_down", (rank, self.columns)), ("adapter_up", (self.shape[0], rank))):
+            self.register_buffer(name, torch.zeros(size, device=device) if rank else None)
+
+    def push_adapter(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Fuse a LoRA ``up @ down``, (O, r) and (r, I, ...), beside those it has; codes and ranges stay.
+
+        Raises:
+            InputError: the layer has groups, of which each would need a branch.
+        """
+        if getattr(self, "groups", 1) != 1:
+            raise InputError("a LoRA of a convolution with groups cannot be fused; leave it loaded instead")
+        down, up = down.detach().float().flatten(1), up.detach().float().flatten(1)
+        if self.adapter_down is not None and self.adapter_up is not None:
+            down, up = torch.cat([self.adapter_down, down]), torch.cat([self.adapter_up, up], 1)
+        self.adapter_down, self.adapter_up = down.to(self.codes.device), up.to(self.codes.device)
+
+    def pop_adapter(self, rank: int) -> None:
+        """Take the LoRA that was fused last, of a rank, out again."""
+        assert self.adapter_down is not None
+        assert self.adapter_up is not None
+        whole = len(self.adapter_down) == rank
+        self.adapter_down = None if whole else self.adapter_down[:-rank].clone()
+        self.adapter_up = None if whole else self.adapter_up[:, :-rank].clone()
 
     def smoothed(self, x: torch.Tensor) -> torch.Tensor:
         """An input divided by what smooths it."""
@@ -285,12 +326,45 @@ class SplitConv(nn.Module):
     def __init__(self, hidden: QuantConv, skip: QuantConv) -> None:
         super().__init__()
         self.hidden, self.skip = hidden, skip
+        self.in_channels, self.out_channels = hidden.in_channels + skip.in_channels, hidden.out_channels
+        self.stride, self.padding, self.dilation = hidden.stride, hidden.padding, hidden.dilation
+        self.kernel_size, self.groups = hidden.kernel_size, hidden.groups
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole weight, as :attr:`QuantLayer.weight` is a half's."""
+        return torch.cat([self.hidden.weight, self.skip.weight], 1)
+
+    def push_adapter(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """See :meth:`QuantLayer.push_adapter`."""
+        for half, own in zip((self.hidden, self.skip), down.split((self.hidden.in_channels, self.skip.in_channels), 1)):
+            half.push_adapter(own, up)
+
+    def pop_adapter(self, rank: int) -> None:
+        """See :meth:`QuantLayer.pop_adapter`."""
+        self.hidden.pop_adapter(rank)
+        self.skip.pop_adapter(rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of ``x`` (N, hidden + skip, ...)."""
         own, skipped = x.split((self.hidden.in_channels, self.skip.in_channels), dim=1)
         result: torch.Tensor = self.hidden(own) + self.skip(skipped)
         return result
+
+
+def plain_name(path: str) -> str:
+    """A layer's name without the adapters around it, which come and go."""
+    return ".".join(part for part in path.split(".") if part != BASE)
+
+
+def find_layer(model: nn.Module, name: str) -> Any:
+    """The layer of a name, under the adapters that it may have; None where there is none."""
+    layer: Any = model
+    for part in plain_name(name).split(".") if name else ():
+        layer = getattr(layer, part, None)
+        while isinstance(getattr(layer, BASE, None), nn.Module):
+            layer = getattr(layer, BASE)
+    return layer if isinstance(layer, nn.Module) else None
 
 
 def full_weight(full: nn.Module, name: str, layer: QuantLayer) -> torch.Tensor:
@@ -300,12 +374,12 @@ def full_weight(full: nn.Module, name: str, layer: QuantLayer) -> torch.Tensor:
         InputError: that model has no such layer.
     """
     parent, _, half = name.rpartition(".")
-    modules = dict(full.named_modules())
+    own, above = find_layer(full, name), find_layer(full, parent)
     weight: Any
-    if isinstance(modules.get(name), Convolution | nn.Linear):
-        weight = modules[name].weight
-    elif half in ("hidden", "skip") and isinstance(modules.get(parent), Convolution):
-        whole: Any = modules[parent].weight
+    if isinstance(own, Convolution | nn.Linear):
+        weight = own.weight
+    elif half in ("hidden", "skip") and isinstance(above, Convolution):
+        whole: Any = above.weight
         weight = whole[:, : layer.shape[1]] if half == "hidden" else whole[:, -layer.shape[1] :]
     else:
         weight = None

@@ -25,7 +25,7 @@ from ptqd.progress import track
 from ptqd.quantization.blocks import find_units
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Learned
-from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, full_weight
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer, full_weight, plain_name
 from ptqd.quantization.rounding.capture import capture, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
 from ptqd.quantization.rounding.registry import Task, handles
@@ -96,7 +96,7 @@ def units_of(model: nn.Module, method: Learned, pool: CalibrationInputs) -> list
 
 
 def _full_name(unit: str, name: str) -> str:
-    return ".".join(part for part in (unit, name) if part)
+    return plain_name(".".join(part for part in (unit, name) if part))
 
 
 class _Unit:
@@ -113,6 +113,7 @@ class _Unit:
         folder: Path,
     ) -> None:
         self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
+        self._kinds = pool.kinds()
         self.step_ranges = range_steps_of(quantized)
         self.device = next(quantized.buffers()).device
         whole = method.unit == "model"
@@ -139,7 +140,7 @@ class _Unit:
         checkpoint = done.with_suffix(".ckpt")
         with self._learning():
             with torch.no_grad():
-                base = self._error(torch.arange(method.batch), None).clamp(min=1e-20)
+                base = self._error(self._kinds[0][: method.batch], None).clamp(min=1e-20)
             start = _resume(checkpoint, named, optimizer)
             for iteration in range(start, method.iterations):
                 progress = iteration / method.iterations
@@ -148,7 +149,7 @@ class _Unit:
                 random = torch.Generator().manual_seed(
                     int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
                 )
-                rows = torch.randint(len(self.pool), (method.batch,), generator=random)
+                rows = self._drawn(random)
                 loss = self._error(rows, random) / base
                 if method.unit != "model":
                     penalties = [weight.penalty(annealed(progress)) for weight in self.weights.values()]
@@ -164,6 +165,13 @@ class _Unit:
             scale.harden()
         write_tensors(done, self.module.state_dict(), {"ptqd.unit": "learned"})
         checkpoint.unlink(missing_ok=True)
+
+    def _drawn(self, random: torch.Generator) -> list[int]:
+        """A batch of rows, of the kind of one that is drawn from all."""
+        first = int(torch.randint(len(self.pool), (1,), generator=random)) if len(self._kinds) > 1 else 0
+        kind = next(rows for rows in self._kinds if first in rows) if len(self._kinds) > 1 else self._kinds[0]
+        chosen = torch.randint(len(kind), (self.method.batch,), generator=random)
+        return [kind[i] for i in chosen.tolist()]
 
     def _named(self) -> dict[str, nn.Parameter]:
         """All that moves."""
@@ -198,23 +206,24 @@ class _Unit:
             for parameter in taking:
                 parameter.requires_grad_(True)
 
-    def _error(self, rows: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
+    def _error(self, rows: list[int], random: torch.Generator | None) -> torch.Tensor:
         """Mean over rows of the squared distance to what full precision makes; with drops, where there is chance."""
         leaves = self.inputs.rows(rows)
         if self.method.drop > 0 and random is not None and self.inputs is not self.exact:
             for i, (leaf, exact) in enumerate(zip(leaves, self.exact.rows(rows), strict=True)):
-                if self.inputs.factors[i] and leaf.is_floating_point():
+                if self.inputs.factors(rows[0])[i] and leaf.is_floating_point():
                     leaves[i] = torch.where(torch.rand(leaf.shape, generator=random) < self.method.drop, exact, leaf)
-        args, kwargs = self.inputs.tree([x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves])
+        moved: list[object] = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = self.inputs.tree(moved, rows[0])
         for scale in self.scales.values():
             scale.generator = random
         for name, weight in self.weights.items():
-            self.module.get_submodule(name).weight = weight.weight()
+            find_layer(self.module, name).weight = weight.weight()
         if self.step_ranges is not None:
             self.step_ranges.set(self.pool.steps[rows].tolist())
         output = tree_flatten(self.module(*args, **kwargs))[0]
         error = torch.zeros((), device=self.device)
-        for out, target, factor in zip(output, self.targets.rows(rows), self.targets.factors, strict=True):
+        for out, target, factor in zip(output, self.targets.rows(rows), self.targets.factors(rows[0]), strict=True):
             if factor:
                 error = error + (out.float() - target.to(out.device).float()).square().sum() / len(rows)
         return error

@@ -5,6 +5,7 @@ that what lies in memory is a batch.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,24 +31,43 @@ class _Stop(Exception):  # noqa: N818  # no error: the unit was reached
 
 
 @dataclass
-class Captured:
-    """A tree of tensors for all rows; leaves that are the same for every row are kept once."""
+class _OfKind:
+    """A tree of tensors for the rows of one kind; leaves that are the same for every row are kept once."""
 
     leaves: list[Any]
     factors: list[int]  # entries of a leaf for each row; 0 where it is shared
     dtypes: list[Any]
     structure: Any
 
-    def rows(self, index: torch.Tensor) -> list[Any]:
-        """The leaves for some rows."""
+
+@dataclass
+class Captured:
+    """Trees of tensors for all rows, by their kind.
+
+    Attributes:
+        kinds: of each kind of rows.
+        place: of each row: its kind's number, and its own among them.
+    """
+
+    kinds: list[_OfKind]
+    place: dict[int, tuple[int, int]]
+
+    def rows(self, index: Sequence[int]) -> list[Any]:
+        """The leaves for some rows, of one kind."""
+        of = self.kinds[self.place[index[0]][0]]
+        own = np.array([self.place[row][1] for row in index])
         picked: list[Any] = []
-        for leaf, factor, dtype in zip(self.leaves, self.factors, self.dtypes, strict=True):
-            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[index.numpy()]).flatten(0, 1).to(dtype))
+        for leaf, factor, dtype in zip(of.leaves, of.factors, of.dtypes, strict=True):
+            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[own]).flatten(0, 1).to(dtype))
         return picked
 
-    def tree(self, leaves: list[object]) -> Any:
-        """Leaves as they were given or made."""
-        return tree_unflatten(leaves, self.structure)
+    def factors(self, row: int) -> list[int]:
+        """Of the leaves of a row's kind."""
+        return self.kinds[self.place[row][0]].factors
+
+    def tree(self, leaves: list[object], row: int) -> Any:
+        """Leaves as they were given or made, for rows of a row's kind."""
+        return tree_unflatten(leaves, self.kinds[self.place[row][0]].structure)
 
 
 def capture(
@@ -66,27 +86,27 @@ def capture(
     Raises:
         InputError: the unit is not reached when the denoiser is called.
     """
-    factors = [
-        _factors(*pair) for pair in zip(*(_run(model, unit, inputs, slice(0, n), outputs) for n in (2, 3)), strict=True)
-    ]
-    remaining: list[Captured | None] = [None, None]
-    for rows in inputs.batches(batch):
-        for side, tree in enumerate(_run(model, unit, inputs, rows, outputs)):
-            if side == 1 and not outputs:
-                continue
-            leaves, structure = tree_flatten(tree)
-            if remaining[side] is None:
-                mapped = [
-                    _mapped(folder / f"{side}-{i}.bin", leaf, factor, len(inputs)) if factor else leaf
-                    for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
-                ]
-                dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
-                remaining[side] = Captured(mapped, factors[side], dtypes, structure)
-            for into, leaf, factor in zip(remaining[side].leaves, leaves, factors[side], strict=True):  # type: ignore[union-attr]
-                if factor:
-                    into[rows] = _plain(leaf).unflatten(0, (-1, factor)).numpy()
-    assert remaining[0] is not None
-    return remaining[0], remaining[1]
+    place = {row: (k, i) for k, rows in enumerate(inputs.kinds()) for i, row in enumerate(rows)}
+    sides = [Captured([], place) for _ in range(1 + outputs)]
+    for k, rows in enumerate(inputs.kinds()):
+        both = zip(*(_run(model, unit, inputs, rows[:1] * n, outputs) for n in (2, 3)), strict=True)
+        factors = [_factors(*pair) for pair in both]
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            trees = _run(model, unit, inputs, some, outputs)
+            for side, (captured, tree) in enumerate(zip(sides, trees, strict=False)):
+                leaves, structure = tree_flatten(tree)
+                if len(captured.kinds) == k:
+                    mapped = [
+                        _mapped(folder / f"{side}-{k}-{i}.bin", leaf, factor, len(rows)) if factor else leaf
+                        for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
+                    ]
+                    dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
+                    captured.kinds.append(_OfKind(mapped, factors[side], dtypes, structure))
+                for into, leaf, factor in zip(captured.kinds[k].leaves, leaves, factors[side], strict=True):
+                    if factor:
+                        into[start : start + len(some)] = _plain(leaf).unflatten(0, (-1, factor)).numpy()
+    return sides[0], sides[1] if outputs else None
 
 
 def _mapped(path: Path, leaf: torch.Tensor, factor: int, rows: int) -> Any:
@@ -112,7 +132,9 @@ def _factors(two: object, three: object) -> list[int]:
     return result
 
 
-def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: slice, outputs: bool) -> tuple[Any, Any]:
+def _run(
+    model: nn.Module, unit: str, inputs: CalibrationInputs, rows: Sequence[int], outputs: bool
+) -> tuple[Any, Any]:
     """A unit's arguments and its output in a call with some rows."""
     args, kwargs = inputs.call(rows)
     remaining: list[Any] = []
@@ -160,7 +182,7 @@ def times_called(model: nn.Module, names: list[str], inputs: CalibrationInputs) 
         times[name] += 1
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(count, name=name)) for name in names]
-    args, kwargs = inputs.call(slice(0, 2))
+    args, kwargs = inputs.call(inputs.kinds()[0][:2])
     with hooked(*hooks), torch.no_grad():
         model(*args, **kwargs)
     return times
@@ -182,7 +204,7 @@ def reached_in_order(model: nn.Module, names: list[str], inputs: CalibrationInpu
             order.append(name)
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note, name=name)) for name in names]
-    args, kwargs = inputs.call(slice(0, 2))
+    args, kwargs = inputs.call(inputs.kinds()[0][:2])
     with hooked(*hooks), torch.no_grad():
         model(*args, **kwargs)
     return order

@@ -81,6 +81,7 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
     """Smooth every layer that has room for it, in one call of the denoiser in full precision.
 
     A layer is smoothed when its input comes, and goes on with the smoothed weight, which changes nothing of its output.
+    Of rows that cannot be called together it is the commonest kind that is looked at.
     """
     smoothed: set[str] = set()  # a layer may be called again
 
@@ -98,7 +99,7 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
         if layer.smooth_scale is not None
     ]
     with hooked(*hooks), torch.no_grad():
-        args, kwargs = inputs.call(slice(0, len(inputs)))
+        args, kwargs = inputs.call(inputs.kinds()[0])
         model(*args, **kwargs)
 
 

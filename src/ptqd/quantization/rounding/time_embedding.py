@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ptqd.quantization.activation_profile import ActivationProfile, temporal_inputs
-from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.modules.linear_conv import find_layer, QuantLayer, full_weight
 from ptqd.quantization.rounding.gptq import gptq, grid_on_cpu
 
 DAMPING = 0.01
@@ -30,7 +30,7 @@ def fit_temporal(model: nn.Module, full: nn.Module, profile: ActivationProfile, 
         alike = [name for name in left if torch.equal(inputs[name], inputs[left[0]])]
         now = temporal_inputs(model, profile, alike)  # smoothed already
         for name in alike:
-            layer: Any = model.get_submodule(name)
+            layer: Any = find_layer(model, name)
             exact = layer.smoothed(inputs[name].to(layer.weight)).float().cpu()
             x = now[name]
             if layer.input.ranges > 1:

@@ -1,0 +1,243 @@
+"""The rows of a denoiser's calls: what of the arguments belongs to each sample, and what all samples share.
+
+Which is which is asked of the pipeline itself: what is twice as long for two samples as for one belongs to the samples.
+A length alone does not say it: the rotary table of a transformer may be as long as the batch is large.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, scheduler_of
+from ptqd.diffusion.sampling import Sampling, run_batch
+from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.errors import InputError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+PROBED_PROMPTS = 16  # of which it is asked whether they are as long as each other
+
+
+class _Stop(Exception):  # noqa: N818  # no error: the call was seen
+    pass
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What one row has in a place of the arguments.
+
+    Attributes:
+        how: ``"stacked"``: a tensor (1, ...), the rows' to be put together along the first axis; ``"item"``: an element
+            of a list with one for each row; ``"shared"``: the same for all rows.
+        value: it.
+    """
+
+    how: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a call.
+
+    Attributes:
+        tree: the call's arguments and keywords, with a leaf in each place.
+        kind: rows of one kind can be called together.
+    """
+
+    tree: Any
+    kind: Any
+
+    def kept(self) -> "Row":
+        """The same with tensors of its own, that do not hold the whole batch in memory."""
+        return Row(_mapped(self.tree), self.kind)
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """Where in a denoiser's arguments the samples' rows are.
+
+    Attributes:
+        model: the denoiser.
+        by_row: the places, as paths of keys, of tensors and lists with an entry for each row.
+        padded: samples of one batch are padded to each other's length, or samples alone differ in their shapes.
+    """
+
+    model: nn.Module
+    by_row: frozenset[tuple[Any, ...]]
+    padded: bool
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, sampling: Sampling, name: str | None = None) -> "CallLayout":
+        """Of a run: found by the first calls for one sample and for two.
+
+        Raises:
+            InputError: the denoiser is never called, or no argument is longer for two samples.
+        """
+        model = denoiser_of(pipe, name)
+        run = sampling.replace(samples=max(2, sampling.samples))
+        one, two = (_with_timestep_by_row(model, *_first_call(pipe, run, range(n), name)) for n in (1, 2))
+        lengths = [dict(_lengths(call)) for call in (one, two)]
+        by_row = frozenset(
+            path for path, length in lengths[0].items() if length and lengths[1].get(path) == 2 * length
+        )
+        if not by_row:
+            raise InputError(
+                f"no argument of {type(model).__name__} is longer for two samples than for one, so that ptqd cannot "
+                "tell their rows apart; use a recipe without methods"
+            )
+        layout = cls(model, by_row, False)
+        alone = {i: layout.rows(*_first_call(pipe, run, [i], name))[0].kind for i in _different(run)}
+        return cls(model, by_row, len(set(alone.values())) > 1)
+
+    def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Row]:
+        """The rows of a call."""
+        call = _with_timestep_by_row(self.model, args, dict(kwargs))
+        lengths = [length for path, length in _lengths(call) if path in self.by_row]
+        trees = _split(call, (), self.by_row, min(lengths, default=1))
+        digests: dict[int, str] = {}
+        return [Row(tree, _kind(tree, digests)) for tree in trees]
+
+
+def join_rows(rows: Sequence[Row]) -> Call:
+    """The arguments of a call with some rows, of one kind."""
+    args, kwargs = _join([row.tree for row in rows])
+    return args, kwargs
+
+
+def _different(sampling: Sampling) -> list[int]:
+    """Samples whose arguments may be of different lengths."""
+    lists = [value for value in sampling.call.values() if isinstance(value, list) and len(set(map(repr, value))) > 1]
+    return list(range(min(max(map(len, lists), default=0), sampling.samples, PROBED_PROMPTS)))
+
+
+def _first_call(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[int], name: str | None) -> Call:
+    """The arguments of a denoiser's first call, for some samples."""
+    called: Any = getattr(pipe, name or denoiser_name(pipe))
+    seen: list[Call] = []
+
+    def keep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    state = [(key, value) for key, value in vars(scheduler_of(pipe)).items()]
+    try:
+        with hooked(called.register_forward_pre_hook(keep, with_kwargs=True)):
+            run_batch(pipe, sampling, indices, "latent")
+    except _Stop:
+        pass
+    finally:
+        vars(pipe.scheduler).update(state)
+    if not seen:
+        raise InputError(f"{type(pipe).__name__} never calls its {name or denoiser_name(pipe)}")
+    return seen[0]
+
+
+def _with_timestep_by_row(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
+    argument = timestep_argument(model)
+    if argument is None:
+        return args, dict(kwargs)
+    name, position = argument
+    others = [value for i, value in enumerate(args) if i != position] + [v for k, v in kwargs.items() if k != name]
+    sample = next((x for x in others if isinstance(x, torch.Tensor) and x.ndim > 1), None)
+    listed = next((x for x in others if isinstance(x, list) and x and isinstance(x[0], torch.Tensor)), None)
+    if sample is None and listed is None:
+        return args, dict(kwargs)
+    rows, device = (len(sample), sample.device) if sample is not None else (len(listed), listed[0].device)  # type: ignore[arg-type, index]
+    given = torch.as_tensor(kwargs[name] if name in kwargs else args[position]).to(device)
+    timestep = given.expand(rows) if given.numel() == 1 else given
+    if name in kwargs:
+        return args, {**kwargs, name: timestep}
+    return (*args[:position], timestep, *args[position + 1 :]), dict(kwargs)
+
+
+def _lengths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """The length of every tensor and list in a tree, by its path."""
+    if isinstance(node, torch.Tensor):
+        yield path, len(node) if node.ndim else 0
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _lengths(value, (*path, key))
+    elif isinstance(node, list | tuple):
+        if path and isinstance(node, list):
+            yield path, len(node)
+        for i, value in enumerate(node):
+            yield from _lengths(value, (*path, i))
+
+
+def _split(node: Any, path: tuple[Any, ...], by_row: frozenset[tuple[Any, ...]], rows: int) -> list[Any]:
+    """A tree for each row, with leaves in the places of tensors and plain values."""
+    if path in by_row and len(node) % rows == 0:
+        each_has = len(node) // rows  # frames, in some
+        if isinstance(node, torch.Tensor):
+            return [_Leaf("stacked", node[i * each_has : (i + 1) * each_has]) for i in range(rows)]
+        if each_has == 1:
+            return [_Leaf("item", value) for value in node]
+    if isinstance(node, Mapping):
+        each = {key: _split(value, (*path, key), by_row, rows) for key, value in node.items()}
+        return [{key: trees[i] for key, trees in each.items()} for i in range(rows)]
+    if isinstance(node, tuple | list):
+        lists = [_split(value, (*path, i), by_row, rows) for i, value in enumerate(node)]
+        return [type(node)(trees[i] for trees in lists) for i in range(rows)]
+    return [_Leaf("shared", node)] * rows
+
+
+def _join(trees: Sequence[Any]) -> Any:
+    first = trees[0]
+    if isinstance(first, _Leaf):
+        if first.how == "stacked":
+            return torch.cat([tree.value for tree in trees])
+        return [tree.value for tree in trees] if first.how == "item" else first.value
+    if isinstance(first, Mapping):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    return type(first)(_join([tree[i] for tree in trees]) for i in range(len(first)))
+
+
+def _mapped(node: Any) -> Any:
+    """The same tree with copies of the tensors that are stacked or items."""
+    if isinstance(node, _Leaf):
+        own = node.how != "shared" and isinstance(node.value, torch.Tensor)
+        return _Leaf(node.how, node.value.clone()) if own else node
+    if isinstance(node, Mapping):
+        return {key: _mapped(value) for key, value in node.items()}
+    return type(node)(_mapped(value) for value in node)
+
+
+def _kind(node: Any, digests: dict[int, str]) -> Any:
+    """What rows have in common that can be called together: shapes of their own tensors, and all that is shared."""
+    if isinstance(node, _Leaf):
+        return (node.how, _facts(node.value, digests if node.how == "shared" else None))
+    if isinstance(node, Mapping):
+        return tuple((key, _kind(value, digests)) for key, value in node.items())
+    return (type(node).__name__, *(_kind(value, digests) for value in node))
+
+
+def _facts(value: Any, digests: dict[int, str] | None) -> Any:
+    """Plain facts of a value: of tensors the shape, and what they hold where all rows share it."""
+    if isinstance(value, torch.Tensor):
+        shape = (tuple(value.shape), str(value.dtype))
+        if digests is None:
+            return shape
+        if id(value) not in digests:
+            digests[id(value)] = _digest(value)
+        return (*shape, digests[id(value)])
+    if isinstance(value, Mapping):
+        return tuple((key, _facts(one, digests)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_facts(one, digests) for one in value)
+    return value if value is None or isinstance(value, str | int | float) else repr(type(value))
+
+
+
+
+def _digest(value: torch.Tensor) -> str:
+    data = value.detach().cpu().contiguous()
+    return hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest() if data.numel() else ""
+
+

@@ -1,0 +1,160 @@
+"""LoRA on quantized layers: PEFT's own layers, around ours.
+
+``pipe.load_lora_weights`` and all that follows it (scales, several adapters, switching, unloading) stay PEFT's. A
+quantized layer's output gets the adapter's in full precision beside it; codes and ranges are not touched. Fusing puts
+the adapter into the layer, as a branch of its own that saves with it.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqd.errors import ArtifactError, InputError, MissingDependencyError
+from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear, SplitConv
+
+_made: list[dict[type[nn.Module], Any]] = []  # once PEFT is imported
+
+
+def support_lora() -> None:
+    """Let PEFT know the quantized layers, where it is installed."""
+    if _made or importlib.util.find_spec("peft") is None:
+        return
+    from peft.tuners.lora import model
+
+    plain: Any = model.dispatch_default
+    kinds = _layers()
+
+    def dispatch(target: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = kinds.get(type(target))
+        return plain(target, *args, **kwargs) if kind is None else kind(target, *args, **kwargs)
+
+    model.dispatch_default = dispatch
+    _made.append(kinds)
+
+
+def _layers() -> dict[type[nn.Module], Any]:
+    """PEFT's layers for each quantized one."""
+    from peft.tuners.lora import layer
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    class OnQuantized:
+        """What a LoRA on a quantized layer does otherwise: it is fused into a branch, not into the weight."""
+
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            if isinstance(module, QuantLinear):
+                return module.shape[1], module.shape[0]
+            return module.in_channels, module.out_channels
+
+        def merge(self: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
+            for name in check_adapters_to_merge(self, adapter_names) or ():
+                if name not in self.lora_A:
+                    continue
+                if name in self.lora_variant:
+                    raise InputError(f"the adapter {name!r} is a variant of LoRA that needs the weight itself; do not fuse")
+                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                self.get_base_layer().push_adapter(down, up.float() * self.scaling[name])
+                self.merged_adapters.append(name)
+
+        def unmerge(self: Any) -> None:
+            while self.merged_adapters:
+                self.get_base_layer().pop_adapter(self.r[self.merged_adapters.pop()])
+
+        def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+            return False
+
+    class LoraOnLinear(OnQuantized, layer.Linear):
+        pass
+
+    kinds: dict[type[nn.Module], Any] = {QuantLinear: LoraOnLinear}
+
+    def convolution(target: Any, *args: Any, **kwargs: Any) -> Any:
+        base = (layer.Conv1d, layer.Conv2d, layer.Conv3d)[target.weight.ndim - 3]
+        kind: Any = type(f"LoraOn{base.__name__}", (OnQuantized, base), {})
+        return kind(target, *args, **kwargs)
+
+    return {**kinds, QuantConv: convolution, SplitConv: convolution}
+
+
+def tuned_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers of a model by their paths."""
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield path, module
+
+
+def adapters_to_dict(model: nn.Module) -> dict[str, Any] | None:
+    """What makes a model's adapters anew, as plain values; None where it has none.
+
+    Raises:
+        InputError: adapters that are no LoRA of PEFT's.
+    """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    layers = dict(tuned_layers(model))
+    if not configs or not layers:
+        return None
+    adapters = {}
+    for name, config in configs.items():
+        values = {key: _plain(value) for key, value in config.to_dict().items() if value is not None}
+        if values.get("peft_type") != "LORA":
+            raise InputError(f"the adapter {name!r} is no LoRA but {values.get('peft_type')}, which cannot be saved; unload it")
+        scales = {path: float(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling}
+        adapters[name] = {"config": values, "scaling": scales}
+    some = next(iter(layers.values()))
+    return {
+        "loras": adapters,
+        "active": list(some.active_adapters),
+        "disabled": bool(some.disable_adapters),
+        "merged": list(some.merged_adapters),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset | list | tuple):
+        return [_plain(one) for one in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return value if value is None or isinstance(value, str | int | float) else str(getattr(value, "value", value))
+
+
+def insert_adapters(model: Any, values: Mapping[str, Any]) -> None:
+    """Make the adapters of a saved model anew, without numbers, before its weights are loaded.
+
+    Raises:
+        MissingDependencyError: PEFT is not installed.
+        ArtifactError: the saved adapters are damaged.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError("the saved model has a LoRA; install peft to load it (pip install peft)")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    support_lora()
+    try:
+        for name, adapter in values["loras"].items():
+            inject_adapter_in_model(
+                LoraConfig.from_peft_type(**adapter["config"]), model, adapter_name=name, low_cpu_mem_usage=True
+            )
+            layers = dict(tuned_layers(model))
+            for path, scaling in adapter["scaling"].items():
+                layers[path].scaling[name] = float(scaling)
+        for _, layer in tuned_layers(model):
+            layer.set_adapter([name for name in values["active"] if name in layer.lora_A])
+            layer.enable_adapters(not values["disabled"])
+            layer.merged_adapters = [name for name in values["merged"] if name in layer.lora_A]
+            layer.requires_grad_(False)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"the saved model's LoRA is damaged ({error}); save the pipeline again") from error
+    model._hf_peft_config_loaded = True
+
+
+def without_merged(model: nn.Module) -> None:
+    """Take adapters that are fused into full-precision weights away from around them, in place."""
+    for path, layer in list(tuned_layers(model)):
+        if layer.merged_adapters and torch.is_floating_point(layer.get_base_layer().weight):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    if not any(True for _ in tuned_layers(model)) and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
