@@ -45,6 +45,7 @@ def small(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def write(folder: Path, state: dict[str, Any], made: dict[str, Any]) -> tuple[Path, Path]:
+    (folder / "model.ckpt").unlink(missing_ok=True)  # a pipeline may have it mapped
     torch.save({"state_dict": state, "epoch": 3}, folder / "model.ckpt")
     (folder / "config.yaml").write_text(yaml.safe_dump(made))
     return folder / "model.ckpt", folder / "config.yaml"
@@ -185,8 +186,6 @@ def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "mid_block.attentions.0" in broken(tmp_path, short, made)
     extra = {**state, "cond_stage_model.transformer.weight": torch.zeros(2)}
     assert "1 tensors more than the YAML has a place for (cond_stage_model" in broken(tmp_path, extra, made)
-    raw = {name: value for name, value in state.items() if not name.startswith("model_ema")}
-    assert "has no EMA weights, which the YAML asks for; add 'use_ema: false'" in broken(tmp_path, raw, made)
     part = {name: value for name, value in state.items() if name != "model_ema.diffusion_modelout2bias"}
     assert "lacks 'model_ema.diffusion_modelout2bias'" in broken(tmp_path, part, made)
     other = {**state, "betas": torch.linspace(1e-4, 2e-2, 1000)}
@@ -199,9 +198,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     odd = {**state, qkv: torch.zeros(100, 128, 1)}
     ema = "model_ema.diffusion_modelmiddle_block1qkvweight"
     assert "are no queries, keys and values" in broken(tmp_path, {**odd, ema: odd[qkv]}, made)
-    raw_made = copy.deepcopy(made)
-    raw_made["model"]["params"]["use_ema"] = False
-    assert convert(*write(tmp_path, raw, raw_made))
+    whole = {**state, qkv: state[qkv].to(torch.int8), ema: state[ema].to(torch.int8)}
+    assert "as torch.int8; give weights of floating point" in broken(tmp_path, whole, made)
+    assert "'betas' twice, once as 'module.betas'" in broken(tmp_path, {**state, "module.betas": state["betas"]}, made)
+    with pytest.raises(InputError, match="is a folder; give the checkpoint's file"):
+        convert(tmp_path, tmp_path / "config.yaml")
 
 
 def test_what_the_yaml_says_and_we_do_not_know_is_named(tmp_path: Path) -> None:
@@ -231,11 +232,165 @@ def test_what_the_yaml_says_and_we_do_not_know_is_named(tmp_path: Path) -> None:
     assert "num_heads_upsample: 4" in changed(*unet, "params", "num_heads_upsample", value=4)
     assert "parameterization: 'x0'" in changed("params", "parameterization", value="x0")
     stage = ("params", "first_stage_config", "params", "ddconfig")
+    assert "attn_type: 'linear'" in changed(*stage, "attn_type", value="linear")
+    assert "use_linear_attn: True" in changed(*stage, "use_linear_attn", value=True)
     assert "attn_resolutions: [32]" in changed(*stage, "attn_resolutions", value=[32])
     for text, said in (("a: 1", "describes no model"), ("a: [", "cannot be read as YAML")):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             convert(tmp_path / "model.ckpt", tmp_path / "x.yaml")
+
+
+def unet_of(pipe: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = pipe.unet.state_dict()
+    return found
+
+
+def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_of_another_precision_is_converted(dtype: torch.dtype, tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+    cast = {name: value.to(dtype) for name, value in state.items()}
+    pipe = convert(*write(tmp_path, cast, made))
+    save_converted(pipe, tmp_path / "out")
+    assert unet_of(pipe)["conv_in.weight"].dtype == dtype
+    assert pipe.scheduler.config.beta_end == 0.0195
+    widened = convert(*write(tmp_path, {name: value.float() for name, value in cast.items()}, made))
+    loaded: Any = load(tmp_path / "out")
+    assert same(unet_of(loaded), unet_of(widened))
+    made["model"]["params"]["linear_end"] *= 1.02
+    assert "trained with other betas" in broken(tmp_path, cast, made)
+
+
+def test_where_the_unet_alone_is_in_half_precision_all_is_widened(tmp_path: Path) -> None:
+    state, made = small("ldm4-imagenet")
+    made["model"]["params"]["unet_config"]["params"]["use_fp16"] = True
+    mixed = {name: value.half() if name.startswith("model.") else value for name, value in state.items()}
+    pipe: Any = convert(*write(tmp_path, mixed, made))
+    assert torch.equal(pipe.unet.conv_in.weight, state["model.diffusion_model.input_blocks.0.0.weight"].half().float())
+    images = pipe([1], num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
+
+
+EMA = "model_ema.diffusion_model"
+
+
+def with_ema_alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rest = {name: value for name, value in state.items() if not name.startswith(("model.", "model_ema."))}
+    averaged = {f"{EMA}{name.replace('.', '')}": value for name, value in ema_of(state).items()}
+    return rest | averaged | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_checkpoint_of_ema_weights_alone_is_converted(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, made = small(name)
+    want = unet_of(convert(*write(tmp_path, state, made)))
+    alone = with_ema_alone(state)
+    assert same(unet_of(convert(*write(tmp_path, alone, made))), want)
+    keeps = name != "ldm4-imagenet"
+    assert ("EMA weights alone; they are taken, though the YAML says use_ema: false" in caplog.text) != keeps
+    caplog.clear()
+    pruned = {key: value for key, value in alone.items() if not key.startswith("model_ema.")}
+    pruned |= {f"model.diffusion_model.{key}": value for key, value in ema_of(state).items()}
+    assert same(unet_of(convert(*write(tmp_path, pruned, made))), want)
+    assert ("are the EMA's only if it was pruned to them" in caplog.text) == keeps
+    short = {key: value for key, value in alone.items() if key != f"{EMA}out2bias"}
+    assert "conv_out.bias should be" in broken(tmp_path, short, made)
+    assert "1 tensors more" in broken(tmp_path, {**alone, f"{EMA}label_embweight": torch.zeros(2)}, made)
+
+
+def test_an_ema_copy_is_ignored_where_the_yaml_keeps_none(tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+    made["model"]["params"]["use_ema"] = False
+    pipe: Any = convert(*write(tmp_path, state, made))
+    assert torch.equal(pipe.unet.conv_in.weight, state["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+EMA_SPELLINGS = ("ema.", "ema_model.module.", "ema.model.")
+
+
+def renamed(name: str, spelling: str) -> str:
+    """A name as some wrappers have it."""
+    inner = {"model.diffusion_model.": "model.{}.diffusion_model.", "first_stage_model.": "first_stage_model.{}."}
+    if spelling in EMA_SPELLINGS:
+        return name.replace("model_ema.", spelling)
+    if spelling == "inner":
+        for part, wrapped in inner.items():
+            name = name.replace(part, wrapped.format("_orig_mod"))
+        return name.replace(EMA, f"{EMA}_orig_mod")
+    return spelling + name
+
+
+@pytest.mark.parametrize("spelling", ["module.", "module._orig_mod.", "ldm.", "inner", *EMA_SPELLINGS])
+def test_names_of_wrappers_are_stripped(spelling: str, tmp_path: Path) -> None:
+    state, made = small("ldm4-bedrooms")
+    want: Any = convert(*write(tmp_path, state, made))
+    wrapped = {renamed(name, spelling): value for name, value in state.items()}
+    assert wrapped.keys() != state.keys()
+    pipe: Any = convert(*write(tmp_path, wrapped, made))
+    assert same(unet_of(pipe), unet_of(want))
+    assert same(pipe.vae.state_dict(), want.vae.state_dict())
+
+
+@pytest.mark.parametrize("nest", ["model", "model_state_dict", "module", "state_dict module"])
+def test_a_state_dict_is_found_where_trainers_keep_it(nest: str, tmp_path: Path) -> None:
+    state, made = small("ldm4-imagenet")
+    checkpoint, path = write(tmp_path, state, made)
+    kept: Any = state
+    for name in nest.split():
+        kept = {name: kept, "epoch": 3}
+    torch.save(kept, checkpoint)
+    pipe: Any = convert(checkpoint, path)
+    assert torch.equal(pipe.unet.conv_in.weight, state["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+def test_conditioning_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    for name in ("ldm4-imagenet", "ldm4-bedrooms"):
+        state, made = small(name)
+        model = made["model"]["params"]
+        only = "only crossattn (the class" if name == "ldm4-imagenet" else "only null (no condition)"
+        for key in ("concat", "hybrid", "adm", "nonsense", "None", ["crossattn"]):
+            model["conditioning_key"] = key
+            assert f"conditioning_key: {key!r} in model is not supported, {only}" in broken(tmp_path, state, made)
+        for known in ("crossattn", None):
+            model["conditioning_key"] = known
+            assert convert(*write(tmp_path, state, made))
+        model["concat_mode"] = True
+        if name == "ldm4-imagenet":
+            assert "only conditioning_key: crossattn is supported" in broken(tmp_path, state, made)
+        else:
+            assert convert(*write(tmp_path, state, made))
+
+
+@pytest.mark.parametrize(
+    ("target", "condition", "pipeline"),
+    [
+        ("ldm.models.diffusion.ddpm.LatentDiffusion", "FrozenCLIPEmbedder", "StableDiffusionPipeline"),
+        ("ldm.models.diffusion.ddpm.LatentDiffusion", "FrozenOpenCLIPEmbedder", "StableDiffusionPipeline"),
+        ("ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "FrozenCLIPEmbedder", "StableDiffusionInpaintPipeline"),
+        ("sgm.models.diffusion.DiffusionEngine", "FrozenOpenCLIPEmbedder2", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_stable_diffusion_is_sent_to_diffusers(target: str, condition: str, pipeline: str, tmp_path: Path) -> None:
+    _, made = small("ldm8-churches")
+    model = made["model"]
+    model["target"] = target
+    embedder = {"target": f"ldm.modules.encoders.modules.{condition}", "params": {"freeze": True}}
+    if target.startswith("sgm"):
+        model["params"]["conditioner_config"] = {"params": {"emb_models": [embedder]}}
+    else:
+        model["params"] |= {"cond_stage_config": embedder, "parameterization": "v"}
+    said = broken(tmp_path, {"a": torch.zeros(1)}, made)
+    assert f"is of Stable Diffusion ({condition} reads its prompts)" in said
+    assert f"{pipeline}.from_single_file(CHECKPOINT, original_config='{tmp_path / 'config.yaml'}')" in said
+    import diffusers
+
+    assert hasattr(getattr(diffusers, pipeline), "from_single_file")
 
 
 def test_the_scale_of_latents_is_the_yamls_where_training_found_none(tmp_path: Path) -> None:

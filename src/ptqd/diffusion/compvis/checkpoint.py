@@ -1,5 +1,6 @@
 """A checkpoint's tensors, of which each is taken once."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,10 @@ _SCHEDULE = (  # what the original keeps beside the weights and makes from its Y
     "cond_ids",
 )  # fmt: skip
 _BOOKKEEPING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # a key of Lightning's own notes
+_NESTS = ("state_dict", "model_state_dict", "model", "module")  # Lightning's, others', DeepSpeed's
+_WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")  # DDP, torch.compile, Lightning, FSDP
+_EMA = ("model_ema", "ema_model", "ema")
+_STAGE = "first_stage_model."
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -24,14 +29,33 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, damaged, or holds code or no state dict.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the checkpoint's file")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     with torch.serialization.safe_globals([(_Inert, _BOOKKEEPING)]):
-        read = read_pickle(path)
-    state = read.get("state_dict", read) if isinstance(read, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state_dict of tensors")
-    return state
+        state = read_pickle(path)
+    for _ in range(3):  # one in another at most
+        if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return {str(name): value for name, value in state.items()}
+        state = next((state[name] for name in _NESTS if name in state), None) if isinstance(state, dict) else None
+    raise InputError(f"{path} holds no state_dict of tensors; save the model's state_dict() alone")
+
+
+def _originals(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """Tensors by the names that the original gives, without those of wrappers around the model or its parts."""
+    outer = min((name.partition(_STAGE)[0] for name in tensors if _STAGE in name), key=len, default="")
+    result = {}
+    for name, tensor in tensors.items():
+        parts = [part for part in name.removeprefix(outer).split(".") if part not in _WRAPPERS]
+        plain = ".".join(parts)
+        if parts and parts[0] in _EMA:  # which leaves the dots of a parameter's name out
+            plain = functools.reduce(lambda text, wrapper: text.replace(wrapper, ""), _WRAPPERS, "".join(parts[1:]))
+            plain = f"model_ema.{plain.removeprefix('model')}"
+        if plain in result:
+            raise InputError(f"{where} holds {plain!r} twice, once as {name!r}; leave one of them out")
+        result[plain] = tensor
+    return result
 
 
 class _Inert:
@@ -42,7 +66,7 @@ class State:
     """A checkpoint's tensors, of which each is taken once."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        self.left, self.where = dict(tensors), where
+        self.left, self.where = _originals(tensors, where), where
 
     def take(self, name: str) -> torch.Tensor:
         """One of them."""
@@ -54,6 +78,10 @@ class State:
         """What follows a prefix, of those that are left."""
         return [name.removeprefix(prefix) for name in self.left if name.startswith(prefix)]
 
+    def drop(self, prefix: str) -> None:
+        """Leave those of a prefix out."""
+        self.left = {name: value for name, value in self.left.items() if not name.startswith(prefix)}
+
     def check_schedule(self, model: Model) -> None:
         """The noise schedule that was trained is the YAML's."""
         if "betas" not in self.left:
@@ -61,7 +89,11 @@ class State:
         ends = (model.linear_start**0.5, model.linear_end**0.5)
         required = torch.linspace(*ends, model.timesteps, dtype=torch.float64) ** 2
         betas = self.left["betas"].double()
-        if betas.shape != required.shape or not torch.allclose(betas, required, rtol=1e-4):
+        kept = next((d for d in (torch.bfloat16, torch.float16) if torch.equal(betas.to(d).double(), betas)), None)
+        rtol, atol = 1e-4, 1e-8
+        if kept is not None:  # they were in half precision once, whatever they are stored in now
+            rtol, atol = torch.finfo(kept).eps, torch.finfo(kept).smallest_normal * torch.finfo(kept).eps
+        if betas.shape != required.shape or not torch.allclose(betas, required, rtol=rtol, atol=atol):
             raise InputError(
                 f"{self.where} was trained with other betas than linear_start and linear_end in the YAML say"
             )
@@ -74,9 +106,9 @@ class State:
             raise InputError(f"{self.where} lacks 'scale_factor', which the YAML says was found in training")
         return model.scale
 
-    def check_empty(self, model: Model) -> None:
+    def check_empty(self) -> None:
         """Nothing is left over but what is no part of the model."""
-        unused = ("first_stage_model.loss.",) if model.ema else ("first_stage_model.loss.", "model_ema.")
+        unused = ("first_stage_model.loss.", "first_stage_model.model_ema.")
         known = (*_SCHEDULE, "scale_factor", "model_ema.decay", "model_ema.num_updates")
         left = [name for name in self.left if name not in known and not name.startswith(unused)]
         if left:

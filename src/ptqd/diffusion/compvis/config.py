@@ -1,6 +1,7 @@
 """What a YAML of CompVis' latent diffusion says; anything in it that is not understood is an error."""
 
 import dataclasses
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ VQ = "ldm.models.autoencoder.VQModelInterface"
 KL = "ldm.models.autoencoder.AutoencoderKL"
 CLASSES = "ldm.modules.encoders.modules.ClassEmbedder"
 UNCONDITIONAL = "__is_unconditional__"
+_SINGLE_FILE = {  # diffusers' pipelines for Stable Diffusion's classes
+    "LatentDiffusion": "StableDiffusionPipeline",
+    "LatentInpaintDiffusion": "StableDiffusionInpaintPipeline",
+    "LatentUpscaleDiffusion": "StableDiffusionUpscalePipeline",
+    "DiffusionEngine": "StableDiffusionXLPipeline",
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +99,18 @@ def read_config(path: Path) -> Model:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
         raise InputError(f"{path} describes no model; give the YAML that came with the checkpoint")
+    _refuse_stable_diffusion(path, read["model"])
     model = _Node(path, "model", read["model"]).of(DIFFUSION)
     model.refuse_unless("parameterization", "eps", "the original predicts noise")
     model.refuse_unless("beta_schedule", "linear", "the original's")
     model.ignore("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "monitor", "loss_type")
-    model.ignore("cond_stage_trainable", "concat_mode", "scheduler_config", "image_size", "channels", "ckpt_path")
-    model.ignore("ignore_keys", "conditioning_key", "load_only_unet", "original_elbo_weight")
+    model.ignore("cond_stage_trainable", "scheduler_config", "image_size", "channels", "ckpt_path")
+    model.ignore("ignore_keys", "load_only_unet", "original_elbo_weight")
     model.ignore("v_posterior", "l_simple_weight", "learn_logvar", "logvar_init", "clip_denoised")
+    condition = model.take("cond_stage_config", object, UNCONDITIONAL)
+    _check_conditioning(model, condition != UNCONDITIONAL)
     unet = _read_unet(model.child("unet_config").of(UNET))
     stage = _read_stage(model.child("first_stage_config").of(VQ, KL))
-    condition = model.take("cond_stage_config", object, UNCONDITIONAL)
     classes = class_width = 0
     if condition != UNCONDITIONAL:
         embedder = _Node(path, "cond_stage_config", condition).of(CLASSES)
@@ -129,6 +138,34 @@ def read_config(path: Path) -> Model:
     )
     model.done()
     return result
+
+
+def _refuse_stable_diffusion(path: Path, model: dict[str, Any]) -> None:
+    """Text goes through CLIP there, alone or as one of the embedders of a list; diffusers converts it."""
+    params = model.get("params")
+    conditions = [params.get("cond_stage_config"), params.get("conditioner_config")] if isinstance(params, dict) else []
+    encoder = re.search(r"\w*Frozen(?:Open)?CLIP(?:Text)?Embedder\w*", str(conditions))
+    pipeline = _SINGLE_FILE.get(str(model.get("target")).rpartition(".")[2])
+    if encoder is None or pipeline is None:
+        return
+    raise InputError(
+        f"{path} is of Stable Diffusion ({encoder[0]} reads its prompts), whose checkpoints diffusers converts itself: "
+        f"in Python, diffusers.{pipeline}.from_single_file(CHECKPOINT, original_config={str(path)!r})"
+        ".save_pretrained(FOLDER)"
+    )
+
+
+def _check_conditioning(model: "_Node", conditional: bool) -> None:
+    """A class reaches the UNet through cross-attention, and nothing else does."""
+    key, concat = model.values.pop("conditioning_key", None), model.values.pop("concat_mode", None)
+    if conditional and key is None and concat:
+        raise InputError(
+            f"{model.path}: concat_mode: {concat!r} in model, without a conditioning_key, means that the condition is "
+            "concatenated to the input; only conditioning_key: crossattn is supported"
+        )
+    supported = "crossattn (the class comes through the context)" if conditional else "null (no condition)"
+    if key not in (None, "crossattn"):
+        raise InputError(f"{model.path}: conditioning_key: {key!r} in model is not supported, only {supported}")
 
 
 def _read_unet(node: "_Node") -> Unet:
@@ -175,7 +212,9 @@ def _read_stage(node: "_Node") -> Stage:
     built.refuse_unless("attn_resolutions", [], "only the middle attends")
     built.refuse_unless("resamp_with_conv", True, "with convolutions")
     built.refuse_unless("tanh_out", False, "no tanh")
-    built.ignore("dropout", "use_linear_attn", "attn_type")
+    built.refuse_unless("use_linear_attn", False, "with full attention")
+    built.refuse_unless("attn_type", "vanilla", "full attention")
+    built.ignore("dropout")
     result = Stage(
         channels=built.take("ch", int),
         multipliers=tuple(built.take("ch_mult", list)),

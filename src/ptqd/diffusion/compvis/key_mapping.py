@@ -1,6 +1,7 @@
 """Which tensor of the original is which of diffusers."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -8,6 +9,9 @@ from ptqd.diffusion.compvis.checkpoint import State
 from ptqd.diffusion.compvis.config import Model, Stage, Unet
 from ptqd.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+_RAW, _EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -17,17 +21,48 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _STAGE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+_BLOCK = (  # of a transformer
+    *(f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+)
 
 
-def ema_names(state: State, model: Model) -> dict[str, str]:
-    """The name of each of the UNet's parameters in the EMA copy, which leaves the dots out."""
-    if not state.suffixes("model_ema."):
-        raise InputError(
-            f"{state.where} has no EMA weights, which the YAML asks for; add 'use_ema: false' to its model's params to "
-            "take the raw ones"
+def choose_weights(state: State, model: Model) -> None:
+    """Leave the UNet's weights that count, under the raw ones' names: the EMA's where the YAML keeps them.
+
+    Where the checkpoint has but one kind of them, that one is taken, and the log says so if the YAML says otherwise.
+    """
+    raw, ema = state.suffixes(_RAW), state.suffixes(_EMA)
+    if raw and not ema and model.ema:
+        logger.warning(
+            "%s has no EMA weights beside those of model.diffusion_model; these are taken, and are the EMA's only if "
+            "it was pruned to them",
+            state.where,
         )
-    names = state.suffixes("model.diffusion_model.")
-    return {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in names}
+    if ema and not raw and not model.ema:
+        logger.warning("%s has EMA weights alone; they are taken, though the YAML says use_ema: false", state.where)
+    if raw and not model.ema:
+        state.drop("model_ema.")
+    elif ema:
+        for name in _unet_names(model.unet):
+            copy = _EMA + name.replace(".", "")
+            if _RAW + name in state.left or (not raw and copy in state.left):
+                state.left[_RAW + name] = state.take(copy)
+
+
+def _unet_names(unet: Unet) -> Iterator[str]:
+    """The original's name of every parameter that a UNet may have."""
+    block = (f"transformer_blocks.{n}.{name}" for n in range(unet.depth) for name in _BLOCK)
+    parts = {
+        "layer": ("",),
+        "resnet": tuple(_RESNET),
+        "attention": ("norm", "qkv", "proj_out"),
+        "transformer": ("norm", "proj_in", "proj_out", *block),
+    }
+    for place, _, kind in _unet_places(unet):
+        for part in parts[kind]:
+            for leaf in ("weight", "bias"):
+                yield ".".join(filter(None, (place, part, leaf)))
 
 
 def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
@@ -72,16 +107,12 @@ def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
     yield "out.2", "conv_out", "layer"
 
 
-def unet_tensors(state: State, model: Model, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def unet_tensors(state: State, model: Model) -> dict[str, torch.Tensor]:
     """The UNet's, by their names in diffusers."""
     result: dict[str, torch.Tensor] = {}
-    raw = "model.diffusion_model."
     for theirs, ours, kind in _unet_places(model.unet):
-        for suffix in state.suffixes(f"{raw}{theirs}."):
-            name = f"{theirs}.{suffix}"
-            value = state.take(f"{raw}{name}")
-            if model.ema:
-                value = state.take(names[name])
+        for suffix in state.suffixes(f"{_RAW}{theirs}."):
+            value = state.take(f"{_RAW}{theirs}.{suffix}")
             part, _, leaf = suffix.rpartition(".")
             if kind == "resnet":
                 result[f"{ours}.{_RESNET.get(part, part)}.{leaf}"] = value

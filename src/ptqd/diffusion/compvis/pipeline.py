@@ -5,6 +5,7 @@ builds them as its YAML says. Here every parameter is placed by name; one that i
 is an error, and so is anything in the YAML that is not understood.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.compvis.checkpoint import State, read_checkpoint
 from ptqd.diffusion.compvis.config import read_config
-from ptqd.diffusion.compvis.key_mapping import ema_names, first_stage_tensors, unet_tensors
+from ptqd.diffusion.compvis.key_mapping import choose_weights, first_stage_tensors, unet_tensors
 from ptqd.diffusion.compvis.networks import build_denoiser, build_embedder, build_first_stage, build_scheduler
 from ptqd.errors import InputError
 from ptqd.files import write_large_tensors
@@ -25,8 +26,9 @@ from ptqd.pipelines.latent_class import LatentClassPipeline
 def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
     """A checkpoint and its YAML as a pipeline of diffusers.
 
-    Weights are mapped from the checkpoint's file. Where the configuration keeps an EMA copy, as the original does by
-    default, its weights are taken.
+    Weights are mapped from the checkpoint's file, in the precision that they have there. Where the configuration keeps
+    an EMA copy, as the original does by default, its weights are taken; where the checkpoint has one kind of weights
+    alone, those are, and the log says so if the configuration says otherwise.
 
     Args:
         checkpoint: ``model.ckpt``, or its state dict as ``.safetensors``.
@@ -43,15 +45,19 @@ def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
     state = State(read_checkpoint(checkpoint), str(checkpoint))
     state.check_schedule(model)
     scale = state.scale(model)
-    names = ema_names(state, model) if model.ema else {}
+    choose_weights(state, model)
     empty, stage = _built(config, lambda: (build_denoiser(model.unet), build_first_stage(model, scale)))
-    unet = _filled(empty, unet_tensors(state, model, names), checkpoint, config)
+    unet = _filled(empty, unet_tensors(state, model), checkpoint, config)
     vae = _filled(stage, first_stage_tensors(state, model), checkpoint, config)
     embedder = None
     if model.classes:
         rows = {"embedding.weight": state.take("cond_stage_model.embedding.weight")}
         embedder = _filled(build_embedder(model), rows, checkpoint, config)
-    state.check_empty(model)
+    state.check_empty()
+    parts = [part for part in (unet, vae, embedder) if part is not None]
+    widest = functools.reduce(torch.promote_types, {p.dtype for part in parts for p in part.parameters()})
+    for part in parts:  # some checkpoints have the UNet's in half precision alone
+        torch.nn.Module.to(part, widest)
     if embedder is None:
         return LatentPipeline(vae, unet, build_scheduler(model))
     return LatentClassPipeline(vae, unet, embedder, build_scheduler(model))
@@ -100,6 +106,8 @@ def _filled(network: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Path,
             raise InputError(
                 f"{checkpoint} is of another architecture than {config} says: {name} should be {shape}, and {has}"
             )
+        if not tensors[name].is_floating_point():
+            raise InputError(f"{checkpoint} has {name} as {tensors[name].dtype}; give weights of floating point")
     left = sorted(set(tensors) - set(required))
     if left:
         raise InputError(f"{checkpoint} is of another architecture than {config} says: there is no place for {left[0]}")
