@@ -25,6 +25,7 @@ from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
 
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
 
 
@@ -50,11 +51,11 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     if local:
         if not folder.is_dir():
             known = ", ".join(zoo.MODELS)
-            raise InputError(f"{model} is no folder; give a diffusers pipeline's folder, a hub id, or one of: {known}")
+            remedy = conversion(folder) or f"give a diffusers pipeline's folder, a hub id, or one of: {known}"
+            raise InputError(f"{model} is no folder; {remedy}")
         if not index.is_file():
-            raise InputError(
-                f"{folder} is no diffusers pipeline: it has no model_index.json; save one with save_pretrained"
-            )
+            remedy = conversion(folder) or "save one with save_pretrained"
+            raise InputError(f"{folder} is no diffusers pipeline: it has no model_index.json; {remedy}")
         finish(folder)
         pipeline_class = _class_in(index)
     elif (fetched := _fetched_index(str(model))) is not None:
@@ -80,6 +81,20 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     _keep_labels(pipe, index)
     _check_plan_file(pipe, folder / "plan.toml")
     return _keep_correction(pipe, model)
+
+
+def conversion(path: Path) -> str | None:
+    """How a checkpoint becomes a pipeline, of its file or of a folder with one; None of anything else."""
+    of_diffusers = any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    inside = sorted(path.iterdir()) if path.is_dir() and not of_diffusers else [path]
+    checkpoint = next((file for file in inside if file.suffix in _CHECKPOINTS and file.is_file()), None)
+    if checkpoint is None:
+        return None
+    return (
+        f"{checkpoint} is a checkpoint; make a pipeline of it: of latent diffusion's with 'ptqd convert {checkpoint} "
+        "CONFIG.yaml FOLDER', of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
+        f"({str(checkpoint)!r}).save_pretrained(FOLDER)"
+    )
 
 
 def _class_in(index: Path) -> type[DiffusionPipeline]:

@@ -1,6 +1,7 @@
 """Checkpoints of CompVis' latent diffusion as pipelines of diffusers."""
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -391,6 +392,24 @@ def test_stable_diffusion_is_sent_to_diffusers(target: str, condition: str, pipe
     import diffusers
 
     assert hasattr(getattr(diffusers, pipeline), "from_single_file")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".safetensors"])
+def test_a_checkpoint_as_model_names_its_conversion(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / f"model{suffix}"
+    checkpoint.write_bytes(b"")
+    out = str(tmp_path.parent / "out")
+    commands = (["quantize", "--recipe", "w8a8", "--out", out], ["sample", "--out", out], ["cost", "--recipe", "w8a8"])
+    for (verb, *options), model in itertools.product(commands, (checkpoint, tmp_path)):
+        assert main([verb, str(model), *options]) == 2
+        said = capsys.readouterr().err
+        assert f"'ptqd convert {checkpoint} CONFIG.yaml FOLDER'" in said
+        assert f"StableDiffusionPipeline.from_single_file('{checkpoint}')" in said
+    (tmp_path / "config.json").write_text("{}")  # a network's folder, of a pipeline
+    with pytest.raises(InputError, match="save one with save_pretrained"):
+        load(tmp_path)
 
 
 def test_the_scale_of_latents_is_the_yamls_where_training_found_none(tmp_path: Path) -> None:

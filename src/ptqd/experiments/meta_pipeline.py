@@ -19,6 +19,7 @@ from ptqd import zoo
 from ptqd.diffusion.macs import Macs, call_macs, from_configuration, meta_proxy
 from ptqd.errors import InputError, raised_by
 from ptqd.files import read_json
+from ptqd.loading import conversion
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
@@ -33,6 +34,8 @@ def meta_pipeline(model: str | Path) -> DiffusionPipeline:
         InputError: it is no pipeline, or one of its parts has a configuration that nothing can be made of.
     """
     source = str(zoo.MODELS.get(str(model), model))
+    if (remedy := conversion(Path(source))) is not None:
+        raise InputError(f"{model} is no diffusers pipeline; {remedy}")
     try:
         index = DiffusionPipeline.load_config(source)
         name = index["_class_name"]
