@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import save_file
 from torch import nn
 
 import original_ldm
 from ptqd import InputError, LatentClassPipeline, LatentPipeline, Sampling, load, measure, quantize
 from ptqd.diffusion.compvis import convert, save_converted
+from ptqd.pipelines.latent import _warn_of_late_start
 from ptqd.zoo import CONFIGS
 from ptqd_cli.main import main
 
@@ -410,6 +412,55 @@ def test_a_checkpoint_as_model_names_its_conversion(
     (tmp_path / "config.json").write_text("{}")  # a network's folder, of a pipeline
     with pytest.raises(InputError, match="save one with save_pretrained"):
         load(tmp_path)
+
+
+def sampled(pipe: Any, steps: int) -> list[int]:
+    """The timesteps that a denoiser of nothing is asked at."""
+    asked: list[int] = []
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Any:
+        asked.append(int(t))
+        return UNet2DOutput(sample=torch.zeros_like(x))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipe.unet, "forward", denoise)
+        pipe(num_inference_steps=steps, output_type="latent")
+    return asked
+
+
+def test_step_counts_that_the_original_would_take_otherwise_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, made = small("ldm4-bedrooms")
+    pipe: Any = convert(*write(tmp_path, state, made))
+    _warn_of_late_start.cache_clear()
+    near = {30: "25 or 40", 150: "125 or 200", 3: "2 or 4", 600: "500", 999: "500"}
+    for steps in (1, 2, 20, 50, 125, 200, 250, 500, *near):
+        original = list(range(1, 1001, 1000 // steps))[::-1]  # its make_ddim_timesteps, "uniform"
+        caplog.clear()
+        for _ in range(2):  # told once
+            asked = sampled(pipe, steps)
+        assert len(asked) == steps
+        told = [record.getMessage() for record in caplog.records]
+        if asked == original:
+            assert not told
+            assert steps not in near
+            continue
+        theirs = f"takes {len(original)} steps from {original[0]}" if original[0] < 1000 else "fails at that number"
+        assert told == [
+            f"{steps} steps do not divide 1000: sampling begins at timestep {asked[0]}, where CompVis' DDIM {theirs}; "
+            f"both are alike at {near[steps]} steps"
+        ]
+    assert (asked[0], sampled(pipe, 30)[0], sampled(pipe, 150)[0]) == (999, 958, 895)
+    with pytest.raises(
+        InputError, match="1000 steps would begin at timestep 1000, beyond 999, the last; take 500 or fewer"
+    ):
+        sampled(pipe, 1000)
+    with pytest.raises(ValueError, match="1001 cannot be larger than"):
+        sampled(pipe, 1001)
+    for steps in (0, -5):
+        with pytest.raises(InputError, match=f"num_inference_steps must be at least 1; got {steps}"):
+            sampled(pipe, steps)
 
 
 def test_the_scale_of_latents_is_the_yamls_where_training_found_none(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ Rombach et al., arXiv 2112.10752. Diffusers' ``LDMPipeline`` draws a batch's noi
 here every sample has a generator of its own, and latents can be had.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     ModelMixin,  # noqa: F401  looked for here when a folder with a MultiHeadUNet2DModel is loaded
     SchedulerMixin,
@@ -23,6 +27,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ptqd.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -121,8 +127,9 @@ def denoised(
         latents: start noise instead of drawn one.
 
     Raises:
-        InputError: start noise of another shape.
+        InputError: start noise of another shape, or a number of steps that the scheduler cannot take.
     """
+    _check_steps(pipe.scheduler, steps)
     device, size = pipe._execution_device, pipe.unet.config.sample_size
     shape = (count, pipe.unet.config.in_channels, size, size)
     if latents is None:
@@ -137,6 +144,51 @@ def denoised(
     for t in pipe.progress_bar(scheduler.timesteps):
         x = scheduler.step(predict(x, t), t, x, **extra).prev_sample
     return x
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """Refuse numbers of steps that reach beyond the trained timesteps; say where a grid begins late.
+
+    diffusers' leading grid of S steps is 0, r, ..., (S - 1) r with r = T // S, plus an offset; CompVis' DDIM goes on to
+    the end, range(0, T, r), plus 1, and takes more steps than S then. They agree where S divides T.
+    """
+    if steps < 1:
+        raise InputError(f"num_inference_steps must be at least 1; got {steps}")
+    known = isinstance(scheduler, DDIMScheduler | DDPMScheduler)
+    if not known or scheduler.config.timestep_spacing != "leading":
+        return
+    trained, offset = scheduler.config.num_train_timesteps, scheduler.config.steps_offset
+    if steps > trained:
+        return  # diffusers refuses it by itself
+    first = (steps - 1) * (trained // steps) + offset
+    if first >= trained:
+        raise InputError(
+            f"{steps} steps would begin at timestep {first}, beyond {trained - 1}, the last; take "
+            f"{_agreeing(trained)[-1]} or fewer"
+        )
+    if offset == 1 and trained % steps and isinstance(scheduler, DDIMScheduler):
+        _warn_of_late_start(steps, trained, first)
+
+
+@functools.cache
+def _warn_of_late_start(steps: int, trained: int, first: int) -> None:
+    """Once a process."""
+    theirs = range(1, trained + 1, trained // steps)
+    original = f"takes {len(theirs)} steps from {theirs[-1]}" if theirs[-1] < trained else "fails at that number"
+    near = [s for s in _agreeing(trained) if s < steps][-1:] + [s for s in _agreeing(trained) if s > steps][:1]
+    logger.warning(
+        "%d steps do not divide %d: sampling begins at timestep %d, where CompVis' DDIM %s; both are alike at %s steps",
+        steps,
+        trained,
+        first,
+        original,
+        " or ".join(map(str, near)),
+    )
+
+
+def _agreeing(trained: int) -> list[int]:
+    """Numbers of steps at which the grid of diffusers is CompVis'."""
+    return [s for s in range(1, trained) if trained % s == 0]
 
 
 def decoded(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
@@ -184,7 +236,7 @@ class LatentPipeline(DiffusionPipeline):
             The images, N of them.
 
         Raises:
-            InputError: start noise of another shape.
+            InputError: start noise of another shape, or a number of steps that the scheduler cannot take.
         """
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
 

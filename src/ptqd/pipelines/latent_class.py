@@ -91,7 +91,7 @@ class LatentClassPipeline(DiffusionPipeline):
             The images, N of them.
 
         Raises:
-            InputError: a label outside the classes the model knows.
+            InputError: a label outside the classes the model knows, or a number of steps the scheduler cannot take.
         """
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device, dtype=torch.long).reshape(-1)  # N
