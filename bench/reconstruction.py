@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 import ptqd
 from ptqd.diffusion import call_macs, from_configuration
+from ptqd.diffusion.call_rows import plain_rows
 from ptqd.diffusion.sampling import Sampling
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization import Brecq, CalibrationInputs, find_units, insert_quantizers, learn
@@ -87,15 +87,14 @@ def block(name: str) -> dict[str, Any]:
     minmax = dataclasses.replace(recipe.weights, range="minmax")  # a search would take longer than what is measured
     insert_quantizers(quantized, dataclasses.replace(recipe, weights=minmax))
     leaves = [torch.randn(2 * ROWS, channels, size, size), torch.randn(2 * ROWS, width)]
-    pool = CalibrationInputs(leaves, [True, True], None, torch.zeros(2 * ROWS).long())
+    pool = CalibrationInputs(plain_rows(*leaves), torch.zeros(2 * ROWS).long())
     return {"macs": macs, "parameters": sum(p.numel() for p in full.parameters()), **learned(full, quantized, pool)}
 
 
 def learned(full: nn.Module, quantized: nn.Module, pool: CalibrationInputs) -> dict[str, Any]:
-    _, pool.structure = tree_flatten(((pool.leaves[0], pool.leaves[1]), {}))
     for module in [site.module for site in quantized_sites(quantized)]:
         module.observe()
-    args, kwargs = pool.call(slice(0, ROWS))
+    args, kwargs = pool.call(range(ROWS))
     with torch.no_grad():
         quantized(*args, **kwargs)
     for module in [site.module for site in quantized_sites(quantized)]:

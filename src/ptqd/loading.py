@@ -14,8 +14,8 @@ from torch import nn
 
 from ptqd import zoo
 from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
-from ptqd.diffusion.fingerprints import activation_bits
-from ptqd.diffusion.pipeline_parts import denoiser_of, with_components
+from ptqd.diffusion.fingerprints import activation_bits_of
+from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.engines.module import EngineModule
 from ptqd.errors import ArtifactError, InputError, PtqdError, lack_of, raised_by
 from ptqd.files import read_json
@@ -172,7 +172,7 @@ def _keep_correction(pipe: DiffusionPipeline, model: str | Path) -> DiffusionPip
         if DiffusionPipeline.load_config(model)["scheduler"][1] != corrected.__name__:
             return pipe
         pipe.register_modules(scheduler=corrected.from_config(scheduler.config))
-    measured, bits = pipe.scheduler.correction.measured_on, activation_bits(denoiser_of(pipe))
+    measured, bits = pipe.scheduler.correction.measured_on, activation_bits_of(pipe)
     if measured.quantized is not None and measured.activation_bits != bits:  # a plan can have been edited since
         raise InputError(
             f"{model}: the plan was changed after the correction was measured; apply it to the uncorrected pipeline "

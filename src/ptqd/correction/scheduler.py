@@ -8,8 +8,7 @@ Nothing else of the step changes: its coefficients keep the original noise.
 import functools
 import inspect
 import logging
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -21,10 +20,26 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ptqd.correction.correction import Correction, StepCorrector
 from ptqd.correction.fit import DEFAULT, fit_correction
-from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
+from ptqd.diffusion.fingerprints import (
+    activation_bits_of,
+    denoisers_fingerprint,
+    own_config,
+    schedule_of,
+    simulated_by,
+    structure_of,
+)
 from ptqd.diffusion.intercept import step_with_noise
-from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, with_components
+from ptqd.diffusion.pipeline_parts import (
+    calling_pipeline,
+    copy_module,
+    denoiser_name,
+    denoisers_of,
+    plain_scheduler,
+    scheduler_of,
+    with_components,
+)
 from ptqd.diffusion.step_state import StepState
+from ptqd.diffusion.trajectory import one_timestep
 from ptqd.errors import InputError, MismatchError
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.stats import NoiseStats
@@ -50,22 +65,22 @@ class CorrectedStep:
     timesteps: torch.Tensor  # the plain class's
     _corrector: StepCorrector
     _position: int = 0
-    _pipeline: "weakref.ref[DiffusionPipeline] | None" = None
+    _structure: str | None = None  # of the denoiser that is corrected, where that is known
+    _adapters: tuple[str, ...] = ()
     _own: torch.Tensor | None = None  # the schedule's timesteps, where the denoiser gets others
 
     def _start(self) -> None:
         self._position, self._own = 0, None
-        pipe = None if self._pipeline is None else self._pipeline()
-        self.check_guidance(getattr(pipe, "guidance_scale", None))  # most pipelines show that of their call
+        pipe, guidance = calling_pipeline()
+        self._check_guidance(guidance)
+        if pipe is not None:
+            self._check_denoiser(pipe)
         required = [float(t) for t in self.timesteps]
         known = list(self.correction.timesteps)
-        if required[-len(known) :] != known:  # image-to-image takes the last steps of a schedule
+        if not _holds(required, known):  # some pipelines take a part of a schedule: its end, or its beginning
             raise MismatchError(
-                f"the correction was measured on {len(self.correction.timesteps)} steps "
-                f"({self.correction.timesteps[0]:g} to {self.correction.timesteps[-1]:g}), "
-                f"the pipeline takes {len(required)} ({required[0]:g} to {required[-1]:g}); "
-                "sample with the same steps, measure again with these, or carry the statistics over: ptqd.correct(..., "
-                f"steps={len(required)})"
+                f"the correction was measured on {len(known)} steps ({known[0]:g} to {known[-1]:g}), the pipeline "
+                f"takes {len(required)} ({required[0]:g} to {required[-1]:g}); {self._way_out(len(required))}"
             )
         if self.correction.model_timesteps:
             if len(required) != len(known):
@@ -76,21 +91,55 @@ class CorrectedStep:
             shifted = self.correction.model_timesteps[-len(required) :]
             self.timesteps = torch.tensor(shifted, dtype=torch.float32, device=self._own.device)
 
-    def watch_guidance(self, pipe: DiffusionPipeline) -> None:
-        """Know the pipeline, to see the guidance scale of its calls."""
-        self._pipeline = weakref.ref(pipe)
+    def _way_out(self, steps: int) -> str:
+        """What to do about another schedule."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        if config.get("use_dynamic_shifting") and steps == len(self.correction.timesteps):
+            return (
+                "its schedule depends on the image's size (use_dynamic_shifting): sample at the size that was "
+                "measured, or measure again at this one"
+            )
+        return (
+            "sample with the same steps, measure again with these, or carry the statistics over: ptqd.correct(..., "
+            f"steps={steps})"
+        )
 
-    def check_guidance(self, given: object) -> None:
-        """Refuse a guidance scale that was not measured; None is not known.
+    def _check_guidance(self, given: Mapping[str, float]) -> None:
+        """Refuse guidance that was not measured.
 
         Raises:
-            MismatchError: it is another one.
+            MismatchError: some argument of the pipeline's call has another value.
         """
-        measured = self.correction.measured_on.guidance
-        if isinstance(given, int | float) and measured is not None and given != measured:
+        on = self.correction.measured_on
+        measured = {**({} if on.guidance is None else {"guidance_scale": on.guidance}), **on.scales}
+        for name, value in given.items():
+            if name in measured and value != measured[name]:
+                raise MismatchError(
+                    f"the correction was measured at {name.replace('_', ' ')} {measured[name]:g}, the pipeline runs at "
+                    f"{value:g}; sample at the same scale, or measure again"
+                )
+
+    def watch_denoiser(self, pipe: DiffusionPipeline) -> None:
+        """Know what the pipeline's denoiser consists of, to notice when it is another."""
+        self._structure, self._adapters = structure_of(pipe), _adapters_of(pipe)
+
+    def _check_denoiser(self, pipe: DiffusionPipeline) -> None:
+        """Refuse a denoiser that was exchanged or changed since the pipeline was corrected; a LoRA is only told.
+
+        Raises:
+            MismatchError: so it is.
+        """
+        if self._structure is not None and structure_of(pipe) != self._structure:
             raise MismatchError(
-                f"the correction was measured at guidance scale {measured:g}, the pipeline runs at {given:g}; "
-                "sample at the same scale, or measure again"
+                "the denoiser is no longer the one that was measured: layers were added, taken away or exchanged (an "
+                "IP-Adapter, another model, other bits); undo that, or measure the pipeline as it is now and correct it"
+            )
+        adapters = _adapters_of(pipe)
+        if self._structure is not None and adapters != self._adapters:
+            self._adapters = adapters
+            logger.warning(
+                "the correction was measured with other LoRAs than are loaded now (%s); measure with them to be exact",
+                ", ".join(adapters) or "none",
             )
 
     @contextmanager
@@ -121,7 +170,7 @@ class CorrectedStep:
 
     def _corrected(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """The arguments of ``step`` with its output corrected, and the share of its noise to draw."""
-        output, sample, t = arguments["model_output"], arguments["sample"], arguments["timestep"]
+        output, sample, t = arguments["model_output"], arguments["sample"], one_timestep(arguments["timestep"])
         index = self._next_index(float(t))
         axis = self.correction.axis(sample)
         channels = sample.shape[axis]  # a learned variance may follow them
@@ -135,6 +184,16 @@ class CorrectedStep:
                 f"the pipeline runs at {arguments['eta']:g}; sample at the same eta, or measure again"
             )
         return arguments, self.correction.noise[index] if self.correction.noise else 1.0
+
+
+def _adapters_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """The names of the LoRAs on a pipeline's denoisers."""
+    return tuple(name for model in denoisers_of(pipe).values() for name in getattr(model, "peft_config", None) or ())
+
+
+def _holds(steps: Sequence[float], part: Sequence[float]) -> bool:
+    """Whether neighbouring steps of a schedule are these."""
+    return any(list(steps[i : i + len(part)]) == list(part) for i in range(len(steps) - len(part) + 1))
 
 
 @functools.cache
@@ -237,9 +296,9 @@ def apply_correction(
 def connect(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline that corrects, its scheduler and its plan knowing what they need of each other.
 
-    The scheduler sees the guidance scale of the pipeline's calls. Where a correction gives the denoiser other timesteps
-    and bits follow a plan, the pipeline gets a denoiser of its own that shares all tensors, with the plan's steps by
-    the timesteps that it will get.
+    The scheduler notices when the denoiser is another. Where a correction gives the denoiser other timesteps and bits
+    follow a plan, the pipeline gets a denoiser of its own that shares all tensors, with the plan's steps by the
+    timesteps that it will get.
 
     Args:
         pipe: its scheduler corrects.
@@ -247,18 +306,21 @@ def connect(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         MismatchError: the plan is for another number of steps.
     """
-    name, correction = denoiser_name(pipe), pipe.scheduler.correction
-    state, shifted = StepState.of(getattr(pipe, name)), correction.model_timesteps
-    if state is not None and state.plan is not None and shifted:
+    correction = pipe.scheduler.correction
+    shifted = correction.model_timesteps
+    for name, denoiser in denoisers_of(pipe).items():
+        state = StepState.of(denoiser)
+        if state is None or state.plan is None or not shifted:
+            continue
         planned = state.plan.timesteps
         if len(shifted) != len(planned):
             raise MismatchError(f"the plan is for {len(planned)} steps, the correction for {len(shifted)}")
-        model = copy_module(getattr(pipe, name), lambda tensor: tensor)  # other pipelines may share the denoiser
+        model = copy_module(denoiser, lambda tensor: tensor)  # other pipelines may share the denoiser
         triples = zip(shifted, correction.timesteps, planned, strict=True)
         own: Any = StepState.of(model)
         own.aliases = {got * mine / t if t else got: mine for got, t, mine in triples}
         pipe = with_components(pipe, **{name: model})
-    pipe.scheduler.watch_guidance(pipe)
+    pipe.scheduler.watch_denoiser(pipe)
     return pipe
 
 
@@ -298,15 +360,15 @@ def check_measured_on(qpipe: DiffusionPipeline, measured: MeasuredOn) -> None:
     Raises:
         MismatchError: they are of another model, or of another scheduler or configuration.
     """
-    name = denoiser_name(qpipe)
-    model = getattr(qpipe, name)
     result: dict[str, Any] = schedule_of(qpipe) if measured.scheduler else {}
+    known: dict[str, Any] = {fact: getattr(measured, fact) for fact in ("quantized", "activation_bits", "scheduler")}
+    known["config"] = own_config(type(scheduler_of(qpipe)), measured.config)
     if measured.quantized is not None:
-        result["activation_bits"] = activation_bits(model)
-        if measured.quantized != getattr(model, "simulated_by", None):  # else an engine computes what was measured
-            result["quantized"] = fingerprint(model)
-    whats = {"quantized": f"on another {name}", "activation_bits": "at other activation bits"}
+        result["activation_bits"] = activation_bits_of(qpipe)
+        simulated = simulated_by(qpipe)  # by an engine
+        result["quantized"] = denoisers_fingerprint(qpipe) if simulated is None else simulated
+    whats = {"quantized": f"on another {denoiser_name(qpipe)}", "activation_bits": "at other activation bits"}
     for fact in ("quantized", "activation_bits", "scheduler", "config"):
-        if fact in result and getattr(measured, fact) != result[fact]:
+        if fact in result and known[fact] != result[fact]:
             what = whats.get(fact, f"on another scheduler ({fact} differs)")
             raise MismatchError(f"the statistics were measured {what}; measure this pipeline, then correct it")

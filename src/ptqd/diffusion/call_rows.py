@@ -32,13 +32,15 @@ class _Leaf:
     """What one row has in a place of the arguments.
 
     Attributes:
-        how: ``"stacked"``: a tensor (1, ...), the rows' to be put together along the first axis; ``"item"``: an element
-            of a list with one for each row; ``"shared"``: the same for all rows.
+        how: ``"stacked"``: a tensor, the rows' to be put together along an axis; ``"item"``: an element of a list with
+            one for each row; ``"shared"``: the same for all rows.
         value: it.
+        axis: of rows that are stacked: the first, but for features that come by layer first.
     """
 
     how: str
     value: Any
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ class CallLayout:
 
     Attributes:
         model: the denoiser.
-        by_row: the places, as paths of keys, of tensors and lists with an entry for each row.
+        by_row: the places, as paths of keys, of tensors and lists with an entry for each row, and along which axis.
         padded: samples of one batch are padded to each other's length, or samples alone differ in their shapes.
     """
 
     model: nn.Module
-    by_row: frozenset[tuple[Any, ...]]
+    by_row: Mapping[tuple[Any, ...], int]
     padded: bool
 
     @classmethod
@@ -82,10 +84,13 @@ class CallLayout:
         model = denoiser_of(pipe, name)
         run = sampling.replace(samples=max(2, sampling.samples))
         one, two = (_with_timestep_by_row(model, *_first_call(pipe, run, range(n), name)) for n in (1, 2))
-        lengths = [dict(_lengths(call)) for call in (one, two)]
-        by_row = frozenset(
-            path for path, length in lengths[0].items() if length and lengths[1].get(path) == 2 * length
-        )
+        sizes = [dict(_sizes(call)) for call in (one, two)]
+        by_row: dict[tuple[Any, ...], int] = {}
+        for path, size in sizes[0].items():
+            pairs = zip(size, sizes[1].get(path, ()), strict=False)
+            axis = next((axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a), None)
+            if axis is not None:
+                by_row[path] = axis
         if not by_row:
             raise InputError(
                 f"no argument of {type(model).__name__} is longer for two samples than for one, so that ptqd cannot "
@@ -98,10 +103,16 @@ class CallLayout:
     def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Row]:
         """The rows of a call."""
         call = _with_timestep_by_row(self.model, args, dict(kwargs))
-        lengths = [length for path, length in _lengths(call) if path in self.by_row]
+        lengths = [size[self.by_row[path]] for path, size in _sizes(call) if path in self.by_row]
         trees = _split(call, (), self.by_row, min(lengths, default=1))
         digests: dict[int, str] = {}
         return [Row(tree, _kind(tree, digests)) for tree in trees]
+
+
+def plain_rows(*args: torch.Tensor) -> list[Row]:
+    """The rows of a call whose arguments are tensors with one entry for each row."""
+    by_row = {(0, i): 0 for i in range(len(args))}
+    return [Row(tree, _kind(tree, {})) for tree in _split((args, {}), (), by_row, len(args[0]))]
 
 
 def join_rows(rows: Sequence[Row]) -> Call:
@@ -157,28 +168,28 @@ def _with_timestep_by_row(model: nn.Module, args: tuple[Any, ...], kwargs: Mappi
     return (*args[:position], timestep, *args[position + 1 :]), dict(kwargs)
 
 
-def _lengths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """The length of every tensor and list in a tree, by its path."""
+def _sizes(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...]]]:
+    """The size of every tensor and list in a tree, by its path."""
     if isinstance(node, torch.Tensor):
-        yield path, len(node) if node.ndim else 0
+        yield path, tuple(node.shape)
     elif isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _lengths(value, (*path, key))
+            yield from _sizes(value, (*path, key))
     elif isinstance(node, list | tuple):
         if path and isinstance(node, list):
-            yield path, len(node)
+            yield path, (len(node),)
         for i, value in enumerate(node):
-            yield from _lengths(value, (*path, i))
+            yield from _sizes(value, (*path, i))
 
 
-def _split(node: Any, path: tuple[Any, ...], by_row: frozenset[tuple[Any, ...]], rows: int) -> list[Any]:
+def _split(node: Any, path: tuple[Any, ...], by_row: Mapping[tuple[Any, ...], int], rows: int) -> list[Any]:
     """A tree for each row, with leaves in the places of tensors and plain values."""
-    if path in by_row and len(node) % rows == 0:
-        each_has = len(node) // rows  # frames, in some
-        if isinstance(node, torch.Tensor):
-            return [_Leaf("stacked", node[i * each_has : (i + 1) * each_has]) for i in range(rows)]
-        if each_has == 1:
-            return [_Leaf("item", value) for value in node]
+    axis = by_row.get(path)
+    if axis is not None and isinstance(node, torch.Tensor) and node.shape[axis] % rows == 0:
+        each_has = node.shape[axis] // rows  # frames, in some
+        return [_Leaf("stacked", node.narrow(axis, i * each_has, each_has), axis) for i in range(rows)]
+    if axis is not None and isinstance(node, list) and len(node) == rows:
+        return [_Leaf("item", value) for value in node]
     if isinstance(node, Mapping):
         each = {key: _split(value, (*path, key), by_row, rows) for key, value in node.items()}
         return [{key: trees[i] for key, trees in each.items()} for i in range(rows)]
@@ -192,7 +203,7 @@ def _join(trees: Sequence[Any]) -> Any:
     first = trees[0]
     if isinstance(first, _Leaf):
         if first.how == "stacked":
-            return torch.cat([tree.value for tree in trees])
+            return torch.cat([tree.value for tree in trees], first.axis)
         return [tree.value for tree in trees] if first.how == "item" else first.value
     if isinstance(first, Mapping):
         return {key: _join([tree[key] for tree in trees]) for key in first}
@@ -203,7 +214,7 @@ def _mapped(node: Any) -> Any:
     """The same tree with copies of the tensors that are stacked or items."""
     if isinstance(node, _Leaf):
         own = node.how != "shared" and isinstance(node.value, torch.Tensor)
-        return _Leaf(node.how, node.value.clone()) if own else node
+        return _Leaf(node.how, node.value.clone(), node.axis) if own else node
     if isinstance(node, Mapping):
         return {key: _mapped(value) for key, value in node.items()}
     return type(node)(_mapped(value) for value in node)
@@ -234,10 +245,6 @@ def _facts(value: Any, digests: dict[int, str] | None) -> Any:
     return value if value is None or isinstance(value, str | int | float) else repr(type(value))
 
 
-
-
 def _digest(value: torch.Tensor) -> str:
     data = value.detach().cpu().contiguous()
     return hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest() if data.numel() else ""
-
-

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
+from ptqd.diffusion.pipeline_parts import denoisers_of, scheduler_of
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -65,6 +66,37 @@ def activation_bits(model: nn.Module) -> str | None:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def denoisers_fingerprint(pipe: DiffusionPipeline) -> str:
+    """The fingerprint of a pipeline's denoiser, or of both where it has two."""
+    return _together([fingerprint(model) for model in denoisers_of(pipe).values()])
+
+
+def activation_bits_of(pipe: DiffusionPipeline) -> str | None:
+    """:func:`activation_bits` of a pipeline's denoiser, or of both; None where ptqd quantized none."""
+    each = [activation_bits(model) for model in denoisers_of(pipe).values()]
+    return None if each[0] is None else _together([str(bits) for bits in each])
+
+
+def simulated_by(pipe: DiffusionPipeline) -> str | None:
+    """The fingerprint of the denoisers that an engine computes in this pipeline; None where none does."""
+    each = [getattr(model, "simulated_by", None) for model in denoisers_of(pipe).values()]
+    return None if None in each else _together([str(digest) for digest in each])
+
+
+def _together(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+
+def structure_of(pipe: DiffusionPipeline) -> str:
+    """A hash of what a pipeline's denoisers consist of, without their numbers and without LoRAs: made in no time."""
+    digest = hashlib.sha256(str(activation_bits_of(pipe)).encode())
+    for name, model in denoisers_of(pipe).items():
+        for key, value in sorted(model.state_dict().items()):
+            if ".lora_" not in key:
+                digest.update(f"{name}.{key.replace('.base_layer', '')} {tuple(value.shape)}".encode())
+    return digest.hexdigest()[:16]
+
+
 def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """A pipeline's scheduler, as plain facts; see :func:`scheduler_facts`."""
     return scheduler_facts(scheduler_of(pipe))
@@ -72,10 +104,17 @@ def schedule_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """A scheduler as plain facts; a corrected one counts as the class it was made from."""
-    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k != "correction"}
+    config = own_config(type(scheduler), scheduler.config)
     facts = {"scheduler": type(scheduler).__name__.removeprefix("Corrected"), "config": config}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
+
+
+def own_config(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration a scheduler's class knows; diffusers keeps what other classes left there."""
+    kind = getattr(kind, "plain_class", kind)
+    known = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in config.items() if name in known and name != "correction"}
 
 
 def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
@@ -84,9 +123,9 @@ def pipeline_fingerprint(pipe: DiffusionPipeline) -> str:
         "class": type(pipe).__name__,
         "schedule": schedule_of(pipe),
         "correction": pipe.scheduler.config.get("correction"),
-        "activation_bits": activation_bits(denoiser_of(pipe)),
+        "activation_bits": activation_bits_of(pipe),
     }
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module):
-            facts[name] = fingerprint(component)
+            facts[name] = fingerprint(getattr(component, "_orig_mod", component))
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -156,7 +156,8 @@ def steps_called(pipe: DiffusionPipeline, sampling: Sampling) -> dict[str, list[
     """The steps of a run at which each denoiser is called, by number: of networks without numbers, or of real ones."""
     denoisers = denoisers_of(pipe)
     try:
-        return _steps_called(with_components(pipe, **{name: _empty(pipe, model) for name, model in denoisers.items()}), sampling)
+        empty = {name: _empty(pipe, model) for name, model in denoisers.items()}
+        return _steps_called(with_components(pipe, **empty), sampling)
     except (PtqdError, RuntimeError):  # a RuntimeError is torch's for a look at numbers that are not there
         return _steps_called(pipe, sampling)
 

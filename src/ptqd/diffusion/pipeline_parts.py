@@ -3,6 +3,9 @@
 import contextlib
 import copy
 import inspect
+import re
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +14,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.errors import InputError, UnsupportedError
-
 
 DENOISERS = ("unet", "transformer", "decoder", "prior")  # the latter of Stable Cascade, Wuerstchen and Kandinsky
 
@@ -113,7 +115,7 @@ def is_plain(model: nn.Module) -> bool:
 def _hooks_on(module: nn.Module) -> list[str]:
     """The attributes by which accelerate and diffusers take the place of a module's ``forward``."""
     own = vars(module)
-    hooks = [name for name in ("_hf_hook", "_old_forward", "_diffusers_hook") if name in own]
+    hooks: list[str] = [name for name in ("_hf_hook", "_old_forward", "_diffusers_hook") if name in own]
     return [*hooks, "forward"] if hooks and "forward" in own else hooks
 
 
@@ -168,6 +170,29 @@ def scheduler_of(pipe: DiffusionPipeline) -> Any:
             "undo it with 'del pipe.scheduler.step', or make it a method of a subclass"
         )
     return scheduler
+
+
+GUIDANCE = re.compile(r"guidance|cfg|pag_.*scale")  # arguments that change the output at every step
+
+
+def calling_pipeline() -> tuple[DiffusionPipeline | None, dict[str, float]]:
+    """The pipeline in whose call this is called, and the guidance of that call by the names of its arguments.
+
+    It is read off the call itself: what a pipeline says of itself may be of an earlier call, and copies share it.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            code, values = frame.f_code, frame.f_locals
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            return values["self"], _guidance({name: values.get(name) for name in names})
+        frame = frame.f_back
+    return None, {}
+
+
+def _guidance(arguments: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {k: v for k, v in arguments.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: float(value) for name, value in numbers.items() if GUIDANCE.search(name)}
 
 
 def channel_axis(sample: torch.Tensor) -> int:

@@ -1,11 +1,13 @@
 """Sampling: one seed for each sample, so that results depend on neither batch size nor number of processes."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
 
@@ -26,6 +29,7 @@ OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
     "output_type": "leave it out",
     "return_dict": "leave it out",
 }
+SCHEDULES = ("sigmas", "timesteps")  # lists that are a run's steps, not one value a sample
 # whose errors are of what they are given
 REFUSING = ("diffusers", "transformers", "ptqd.pipelines")
 
@@ -42,8 +46,9 @@ class Sampling:
             scheduler.
         seed: of sample i is derived from (seed, i).
         call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
-            (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); anything else goes to every batch,
-            tuples too (``{"sigmas": (1.0, 0.5)}``).
+            (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); pictures for several ControlNets are a
+            tuple for each sample. Anything else goes to every batch, also a schedule, ``sigmas`` or ``timesteps``.
+        shared: arguments of the call that go to every batch as they are, lists too (``{"skip_guidance_layers": [7]}``).
 
     Raises:
         InputError: a count below 1, or eta below 0.
@@ -55,6 +60,7 @@ class Sampling:
     batch: int = 32
     seed: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, most in (("steps", MOST_STEPS), ("samples", MOST_SAMPLES), ("batch", MOST_SAMPLES)):
@@ -67,12 +73,15 @@ class Sampling:
             raise InputError(f"eta must be at least 0, and finite; got {self.eta}")
         if not 0 <= self.seed < MOST_SEEDS:
             raise InputError(f"seed must be at least 0, and below 2^63; got {self.seed}")
-        for name, value in self.call.items():
+        both = sorted(self.call.keys() & self.shared.keys())
+        if both:
+            raise InputError(f"the call's argument {both[0]!r} is given for every sample and for all; give it once")
+        for name, value in (*self.call.items(), *self.shared.items()):
             if name in OWN:
                 raise InputError(f"the call's argument {name!r} is ptqd's own to set; {OWN[name]}")
             if not _is_finite(value):
                 raise InputError(f"call argument {name!r} is NaN or infinite; got {value}")
-            if isinstance(value, list | torch.Tensor) and len(value) == 0:
+            if name in self.call and isinstance(value, list | torch.Tensor) and len(value) == 0:
                 raise InputError(f"call argument {name!r} is an empty list; give one value a sample")
 
     def replace(self, **changes: Any) -> "Sampling":
@@ -93,19 +102,22 @@ class Sampling:
         """The pipeline's arguments for some samples."""
         chosen: dict[str, Any] = {}
         for name, value in self.call.items():
-            if isinstance(value, torch.Tensor):
+            if name in SCHEDULES:
+                chosen[name] = value if value is None else list(value)
+            elif isinstance(value, torch.Tensor):
                 chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
             elif isinstance(value, list):
-                chosen[name] = [value[i % len(value)] for i in indices]
+                chosen[name] = _by_network([value[i % len(value)] for i in indices])
             else:
                 chosen[name] = value
-        return chosen
+        return {**chosen, **self.shared}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["call"] = _plain(self.call)
-        return plain
+        plain["shared"] = _plain(self.shared)
+        return plain if self.shared else {name: value for name, value in plain.items() if name != "shared"}
 
     @property
     def inputs_digest(self) -> str:
@@ -115,8 +127,16 @@ class Sampling:
     @property
     def shared_call(self) -> dict[str, Any]:
         """The call's arguments that go to every batch; plain values, ready for JSON."""
-        shared = {k: v for k, v in self.call.items() if not isinstance(v, list | torch.Tensor)}
+        shared = {k: v for k, v in self.call.items() if k in SCHEDULES or not isinstance(v, list | torch.Tensor)}
+        shared |= self.shared
         return {name: _plain(value) for name, value in shared.items()}
+
+
+def _by_network(values: list[Any]) -> list[Any]:
+    """Values of samples; pictures that come as a tuple for each sample by the network that takes them."""
+    if all(isinstance(value, tuple) and not any(isinstance(x, int | float | str) for x in value) for value in values):
+        return [list(pictures) for pictures in zip(*values, strict=True)]
+    return values
 
 
 def _is_finite(value: object) -> bool:
@@ -147,13 +167,24 @@ def _plain(value: object) -> Any:
 def guidance_of(pipe: DiffusionPipeline, sampling: Sampling) -> float | None:
     """The guidance scale a run is at, the pipeline's own where it says none; None where there is no guidance."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    return None if parameter is None else sampling.call.get("guidance_scale", parameter.default)
+    given = {**sampling.call, **sampling.shared}
+    return None if parameter is None else given.get("guidance_scale", parameter.default)
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
     """The random generator of one sample: the same on every device and for every batch size."""
     derived = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     return torch.Generator("cpu").manual_seed(int(derived) & (2**63 - 1))
+
+
+@functools.cache
+def gives_latents(kind: Any) -> bool:
+    """Whether a class of pipelines knows ``output_type="latent"``, as far as its code says."""
+    try:
+        sources = [inspect.getsource(base) for base in inspect.getmro(kind) if issubclass(base, DiffusionPipeline)]
+    except (OSError, TypeError):  # typed into an interpreter
+        return True
+    return any(re.search(r"""output_type[^\n]*["']latent["']""", source) for source in sources)
 
 
 def run_batch(
@@ -163,14 +194,16 @@ def run_batch(
 
     Returns:
         The first field of the pipeline's output, of its ``output_type``: images (n, H, W, C) in [0, 1] for ``"np"``;
-        frames, audio.
+        frames, audio. A pipeline that gives no latents gives images for ``"latent"`` too.
     """
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    kind: Any = type(pipe)
+    accepted = inspect.signature(kind.__call__).parameters
+    generators = [sample_generator(sampling.seed, i) for i in indices]
     arguments: dict[str, Any] = {
         "num_inference_steps": sampling.steps,
         "eta": sampling.eta,
-        "generator": [sample_generator(sampling.seed, i) for i in indices],
-        "output_type": output,
+        "generator": generators if len(indices) > 1 else generators[0],  # some take no list
+        "output_type": output if output == "np" or gives_latents(kind) else "np",
         "batch_size": len(indices),
         "return_dict": True,
     }
@@ -182,9 +215,6 @@ def run_batch(
             )
     if sampling.eta > 0 and "eta" not in accepted:
         raise InputError(f"{type(pipe).__name__} takes no eta; leave it at 0")
-    check_guidance = getattr(getattr(pipe, "scheduler", None), "check_guidance", None)
-    if check_guidance is not None:  # of a scheduler that corrects
-        check_guidance(guidance_of(pipe, sampling))
     given = {k: v for k, v in arguments.items() if k in accepted} | call
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
@@ -199,7 +229,8 @@ def run_batch(
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         if not raised_by(error, *REFUSING):
             raise  # a bug, of a hook's for one
-        raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
+        alone = " (with --batch 1 it may take them)" if "generator" in str(error) and len(indices) > 1 else ""
+        raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}{alone}") from error
     finally:
         pipe.set_progress_bar_config(**bar)
     if output == "np":
@@ -258,5 +289,16 @@ def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     if "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
         return {}
     embedder = getattr(pipe, "class_embedder", None)
-    known = range(embedder.config.classes) if embedder is not None else getattr(pipe, "labels", {}).values()
+    config = getattr(denoiser_of(pipe), "config", {})
+    if embedder is not None:
+        known: Iterable[int] = range(embedder.config.classes)
+    else:
+        known = getattr(pipe, "labels", {}).values() or range(config.get("num_class_embeds") or 0)
     return {"class_labels": sorted(set(known))} if known else {}
+
+
+def default_steps(pipe: DiffusionPipeline) -> int:
+    """How many steps a pipeline's call takes where it is told none; 50 where it does not say."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    default = None if parameter is None else parameter.default
+    return default if isinstance(default, int) and default > 0 else Sampling.steps

@@ -11,16 +11,26 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.intercept import hooked, stepping, stepping_as
-from ptqd.diffusion.pipeline_parts import denoiser_of, find_channel_axis, scheduler_of
+from ptqd.diffusion.pipeline_parts import (
+    calling_pipeline,
+    denoiser_name,
+    denoisers_of,
+    find_channel_axis,
+    scheduler_of,
+    uncompiled,
+)
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.timesteps import model_timestep
-from ptqd.errors import InputError, MismatchError
+from ptqd.errors import InputError, MismatchError, UnsupportedError
 
 _CHANGING = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict", "args", "kwargs"}
 
@@ -39,6 +49,7 @@ class Trajectory:
         keywords: arguments of ``step`` that are the same at every step, such as ``eta``.
         channel_axis: of samples and outputs.
         repeatable: every sample's noise comes from its own generator, whatever the batch.
+        guidance: that the pipeline's call is at, by the names of its arguments.
     """
 
     timesteps: list[Any] = field(default_factory=list)
@@ -50,6 +61,7 @@ class Trajectory:
     keywords: dict[str, Any] = field(default_factory=dict)
     channel_axis: int = 1
     repeatable: bool = True
+    guidance: dict[str, float] = field(default_factory=dict)
 
     @property
     def final(self) -> torch.Tensor:
@@ -70,6 +82,24 @@ class Replayed:
     step_changes: list[float] = field(default_factory=list)
 
 
+def one_timestep(timestep: Any) -> Any:
+    """The timestep of a step, where a scheduler is told one for each sample.
+
+    Raises:
+        UnsupportedError: the samples are at different ones.
+    """
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() == 1:
+        return timestep
+    if not bool((timestep == timestep.flatten()[0]).all()):
+        raise UnsupportedError("the samples of a batch are at different timesteps; ptqd follows one for all")
+    return timestep.flatten()[0]
+
+
+def _own(result: Any) -> Any:
+    """What a step returned, in tensors of its own."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, result)
+
+
 def next_sample(result: Any) -> torch.Tensor:
     """The sample in what ``step`` returned, a tuple or an output object."""
     sample: torch.Tensor = result[0]
@@ -84,7 +114,8 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
         InputError: its scheduler cannot be followed, or was not asked for a single step; an output is NaN or infinite.
     """
     trajectory = Trajectory()
-    model = denoiser_of(pipe)
+    models = denoisers_of(pipe)
+    model = models[denoiser_name(pipe)]
     kind = type(scheduler_of(pipe))
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
@@ -96,21 +127,32 @@ def record(pipe: DiffusionPipeline) -> Iterator[Trajectory]:
             trajectory.keywords = {k: v for k, v in bound.arguments.items() if k not in _CHANGING}
             trajectory.repeatable = bound.arguments.get("generator", "none taken") is not None
             trajectory.channel_axis = find_channel_axis(model, model_output, sample)
+            trajectory.guidance = calling_pipeline()[1]
         _check_finite(model_output, timestep, "the recorded pipeline")
+        before = sample.detach().clone()
         result = plain(model_output, timestep, sample, *args, **kw)
-        trajectory.timesteps.append(timestep)
-        trajectory.samples.append(sample.detach())
+        trajectory.timesteps.append(one_timestep(timestep))
+        trajectory.samples.append(before)
         trajectory.outputs.append(model_output.detach())
-        trajectory.results.append(result)
+        trajectory.results.append(_own(result))  # some pipelines change the next sample in place
         return result
 
-    def listen(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        timestep = model_timestep(module, args, kwargs)
-        if timestep is not None and len(trajectory.model_timesteps) == len(trajectory.timesteps):
-            trajectory.model_timesteps.append(timestep)  # of the first call of a step
+    def listen(network: nn.Module, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        timestep = model_timestep(network, args, kwargs)
+        told, steps = trajectory.model_timesteps, len(trajectory.timesteps)
+        if timestep is not None and len(told) <= steps:  # the first call of a step
+            told.extend([told[-1] if told else timestep] * (steps - len(told)))  # some step twice for one call
+            told.append(timestep)
 
-    with hooked(model.register_forward_pre_hook(listen, with_kwargs=True)), stepping(pipe, step):
+    called: dict[str, Any] = {name: getattr(pipe, name) for name in models}
+    hooks = [
+        called[name].register_forward_pre_hook(partial(listen, network), with_kwargs=True)
+        for name, network in models.items()
+    ]
+    with hooked(*hooks), uncompiled(*models.values()), stepping(pipe, step):
         yield trajectory
+    told = trajectory.model_timesteps
+    told.extend(told[-1:] * (len(trajectory.timesteps) - len(told)))
     if not trajectory.timesteps:
         raise InputError(
             f"{type(pipe).__name__} took no step with its {kind.__name__}; ptqd needs a pipeline that calls "
@@ -129,10 +171,9 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Replayed
 
     def step(plain: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         i = len(answer.outputs)
-        if i >= len(trajectory.timesteps) or float(trajectory.timesteps[i]) != float(timestep):
-            raise MismatchError(
-                f"replay: step {i} is at timestep {float(timestep):g}, not at the recorded one; use the same steps"
-            )
+        t = float(one_timestep(timestep))
+        if i >= len(trajectory.timesteps) or float(trajectory.timesteps[i]) != t:
+            raise MismatchError(f"replay: step {i} is at timestep {t:g}, not at the recorded one; use the same steps")
         _check_finite(model_output, timestep, "the replayed pipeline")
         if not torch.equal(sample, trajectory.samples[i]):
             raise MismatchError(
@@ -141,7 +182,7 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Replayed
         answer.outputs.append(model_output.detach())
         own = next_sample(plain(model_output, timestep, sample, *args, **kw))  # many schedulers count their steps
         answer.step_changes.append((own - next_sample(trajectory.results[i])).float().square().mean().item())
-        return trajectory.results[i]
+        return _own(trajectory.results[i])
 
     with stepping(pipe, step):
         yield answer
@@ -153,9 +194,8 @@ def replay(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[Replayed
 
 def _check_finite(model_output: torch.Tensor, timestep: Any, whose: str) -> None:
     if not bool(torch.isfinite(model_output).all()):
-        raise InputError(
-            f"the denoiser's output at timestep {float(timestep):g} is NaN or infinite, in {whose}; try a wider dtype"
-        )
+        t = float(one_timestep(timestep))
+        raise InputError(f"the denoiser's output at timestep {t:g} is NaN or infinite, in {whose}; try a wider dtype")
 
 
 @contextmanager

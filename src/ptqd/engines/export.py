@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_components
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.calls import captured
 from ptqd.engines.module import FACTS, EngineFacts, EngineModule, write_component
@@ -106,24 +106,25 @@ def _export(
     provider: Provider,
     layout: Layout,
 ) -> Exported:
-    name = denoiser_name(pipe)
-    model = getattr(pipe, name)
-    if isinstance(model, EngineModule):
-        raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
-    if model.dtype != torch.float32:
-        raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
-    pipe = pipe.to("cpu")
+    names = denoiser_names(pipe)
+    for name, model in denoisers_of(pipe).items():
+        if isinstance(model, EngineModule):
+            raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
+        if model.dtype != torch.float32:
+            raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
+    pipe = with_components(pipe, **denoisers_of(pipe)).to("cpu")
     if engine == TORCHAO:
         output, products = to_torchao(pipe, sampling, layout)
         with out.replacing() as temporary:
             output.save_pretrained(temporary)
-        return Exported(output, products, (name,))
-    _check_ranges(engine, changing_quantizers(model))
-    if provider == "tensorrt":
-        _check_symmetric(model)
+        return Exported(output, products, names)
+    for model in denoisers_of(pipe).values():
+        _check_ranges(engine, changing_quantizers(model))
+        if provider == "tensorrt":
+            _check_symmetric(model)
     with out.replacing() as temporary:
-        graph = _written(pipe, sampling, name, "forward", temporary, engine, provider)
-        components = [name]
+        graphs = [_written(pipe, sampling, name, "forward", temporary, engine, provider) for name in names]
+        components = list(names)
         for component, method in _others(pipe) if others != "none" else ():
             source = pipe
             if others == "int8":
@@ -133,7 +134,19 @@ def _export(
         loaded = with_components(pipe, **{component: EngineModule(temporary / component) for component in components})
         loaded.save_pretrained(temporary)
     engines = {component: EngineModule(out.path / component) for component in components}
-    return Exported(with_components(pipe, **engines), graph.products, tuple(components))
+    return Exported(with_components(pipe, **engines), _together(graphs, names), tuple(components))
+
+
+def _together(graphs: Sequence[Graph], names: Sequence[str]) -> Products:
+    """What is computed how, of two denoisers by their names."""
+    if len(graphs) == 1:
+        return graphs[0].products
+    pairs = [(name, graph.products) for name, graph in zip(names, graphs, strict=True)]
+    return Products(
+        tuple(f"{name}.{layer}" for name, products in pairs for layer in products.integer),
+        tuple((f"{name}.{layer}", why) for name, products in pairs for layer, why in products.floating),
+        tuple(f"{name}.{layer}" for name, products in pairs for layer in products.quantizers),
+    )
 
 
 def for_engine(exported: Path, engine: str, folder: Path) -> None:

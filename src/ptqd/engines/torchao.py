@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import denoiser_name, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_names, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.calls import FOUR_BITS, Call, captured
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
+from ptqd.errors import InputError
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
@@ -38,7 +39,10 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
         The pipeline, which saves and loads as diffusers' torchao pipelines do, and what is computed how.
     """
     required("torchao")
-    name = denoiser_name(pipe)
+    name, *others = denoiser_names(pipe)
+    if others:
+        kind = type(pipe).__name__
+        raise InputError(f"{kind} has two denoisers, of which torchao's layouts have one; export to onnxruntime")
     model = getattr(pipe, name)
     ranks = _ranks(model, captured(pipe, sampling, model))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}

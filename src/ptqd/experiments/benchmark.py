@@ -23,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
-from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, plain_scheduler, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.cpu import processor_name
 from ptqd.engines.export import Others, export, for_engine
@@ -116,13 +116,13 @@ def candidates(
     full = with_components(full, scheduler=plain_scheduler(next(iter(quantized.values())).scheduler))
     everything = {FULL: full, **quantized}
     makers = _Makers(folder, sampling, others, progress)
-    size = disk_bytes(denoiser_of(full))
+    size = disk_bytes(full)
     result = [Candidate(EAGER, FULL, makers.saved(FULL, full), size)]
     refused: dict[str, str] = {}
     for engine in KNOWN if engines is None else [name for name in KNOWN if name in engines]:
         if engine == EAGER:
             for name, pipe in quantized.items():
-                size = disk_bytes(denoiser_of(pipe))
+                size = disk_bytes(pipe)
                 result.append(Candidate(SIMULATED, name, makers.saved(name, pipe), size))
         elif engine == COMPILED:
             result.append(Candidate(COMPILED, FULL, result[0].folder, result[0].bytes, compiled=True))

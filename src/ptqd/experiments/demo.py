@@ -10,7 +10,7 @@ _LABELS = list(range(10))
 
 def demo(samples: int, stochastic_steps: int, measured: int, recipes: tuple[str, ...]) -> Experiment:
     """The demo's experiment: 20 steps, eta 0, guidance 3; and ``stochastic_steps`` steps, eta 1, guidance 1.5."""
-    shared = {"samples": samples, "batch": 100, "seed": 0}
+    shared: dict[str, Any] = {"samples": samples, "batch": 100, "seed": 0}
     return Experiment(
         model="fashion-ldm",
         settings=(

@@ -13,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.macs import Macs
-from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
 from ptqd.errors import ArtifactError, InputError
@@ -195,7 +194,7 @@ def plan_figures(
         macs: of a run.
     """
     plan, first = plan_of(planned), stats[problem.widths[0]]
-    cost = cost_of(denoiser_of(planned), macs)
+    cost = cost_of(planned, macs)
     known = first.levels is not None
     return PlanFigures(
         made=dict(plan.made),

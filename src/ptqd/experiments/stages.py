@@ -185,7 +185,7 @@ class Stages:
             inception=self.judge.inception,
             bops=bops,
             bops_ratio=self.full_bops / bops,
-            bytes=disk_bytes(denoiser_of(pipe)),
+            bytes=disk_bytes(pipe),
             seconds=sum(self.folder.seconds(name) for name in stages),
             images=images,
             observed=observed,
@@ -198,7 +198,7 @@ class Stages:
 
     def bops(self, pipe: DiffusionPipeline) -> int:
         """Bit operations of one sample of a quantized pipeline."""
-        return cost_of(denoiser_of(pipe), self.macs).total
+        return cost_of(pipe, self.macs).total
 
     def step_rows(self, key: RowKey, stats: NoiseStats) -> list[StepRow]:
         """What was measured, step by step."""

@@ -23,11 +23,12 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, denoiser_of
+from ptqd.diffusion.pipeline_parts import copy_module, denoiser_names, denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
 from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.errors import InputError
 from ptqd.progress import track
+from ptqd.quantization.calibration import as_calibrated
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
@@ -86,9 +87,11 @@ def measure_sensitivity(
     Raises:
         InputError: ptqd did not quantize the pipeline, or its denoiser cannot be differentiated.
     """
-    name = denoiser_name(pipe)
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
-    probe = _Probe(getattr(pipe, name), getattr(qpipe, name), recipe, sorted(weight_bits))
+    probes = {
+        name: _Probe(as_calibrated(full), denoiser_of(qpipe, name), recipe, sorted(weight_bits))
+        for name, full in denoisers_of(pipe).items()
+    }
     apart = sampling.with_seed_for("sensitivity").replace(
         samples=samples, batch=PROBED_BATCH
     )  # whatever the run's: the same result
@@ -96,13 +99,16 @@ def measure_sensitivity(
         with record(pipe) as trajectory, _calls(pipe, steps, trajectory) as calls:
             run_batch(pipe, apart, indices, "latent")
         axis = trajectory.channel_axis
-        for n, (step, args, kwargs) in enumerate(calls):
+        for n, (name, step, args, kwargs) in enumerate(calls):
             seed = sample_generator(n, indices[0]).initial_seed()
-            probe.add(step, args, kwargs, trajectory.samples[0].shape[axis], axis, seed)
-    return probe.result(len(trajectory.timesteps))
+            probes[name].add(step, args, kwargs, trajectory.samples[0].shape[axis], axis, seed)
+    first, *others = probes.values()
+    for other in others:  # at steps of its own
+        first.steps |= other.steps
+    return first.result(len(trajectory.timesteps))
 
 
-Call = tuple[int, tuple[Any, ...], dict[str, Any]]
+Call = tuple[str, int, tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -110,12 +116,16 @@ def _calls(pipe: DiffusionPipeline, count: int, trajectory: Trajectory) -> Itera
     """What the denoiser is called with at some steps, evenly spread over the run."""
     calls: list[Call] = []
 
-    def keep(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def keep(name: str, module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         step, total = len(trajectory.timesteps), len(pipe.scheduler.timesteps)
         if step in np.linspace(0, total - 1, min(count, total)).round():
-            calls.append((step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
+            calls.append((name, step, *tree_map_only(torch.Tensor, torch.clone, (args, kwargs))))
 
-    with hooked(denoiser_of(pipe).register_forward_pre_hook(keep, with_kwargs=True)):
+    hooks = [
+        getattr(pipe, name).register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+        for name in denoiser_names(pipe)
+    ]
+    with hooked(*hooks):
         yield calls
 
 

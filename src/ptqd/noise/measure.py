@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.diffusion.fingerprints import activation_bits, fingerprint, schedule_of
+from ptqd.diffusion.fingerprints import activation_bits_of, denoisers_fingerprint, schedule_of
 from ptqd.diffusion.noise_schedule import noise_levels
-from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
+from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import Replayed, Trajectory, record, replay, whole_samples
@@ -75,7 +75,7 @@ class PairedMeasurement:
     ) -> None:
         self.pipe, self.quantized, self.closed_loop = pipe, quantized, closed_loop
         self.run = sampling.with_seed_for("measuring")
-        model = fingerprint(denoiser_of(pipe))
+        model = denoisers_fingerprint(pipe)
         self.measured_on = {key: self._measured_on(qpipe, model) for key, qpipe in quantized.items()}
         self._first: dict[int, NoiseStats] = {}  # whose scheduler was asked how it steps
 
@@ -83,11 +83,10 @@ class PairedMeasurement:
         correction = getattr(scheduler_of(qpipe), "correction", None)
         if self.closed_loop and correction is not None and correction.model_timesteps:
             raise InputError("along shifted timesteps nothing can be measured; correct without stepbaq, then measure")
-        denoiser = denoiser_of(qpipe)
         return MeasuredOn(
             model=model,
-            quantized=fingerprint(denoiser),
-            activation_bits=activation_bits(denoiser),
+            quantized=denoisers_fingerprint(qpipe),
+            activation_bits=activation_bits_of(qpipe),
             **schedule_of(self.pipe),
             steps=self.run.steps,
             guidance=guidance_of(self.pipe, self.run),
@@ -165,6 +164,7 @@ class PairedMeasurement:
             keywords={k: v for k, v in keywords.items() if isinstance(v, int | float | str | None)},
             learned_variance=outputs[0].shape != trajectory.samples[0].shape,
             repeatable=trajectory.repeatable,
+            scales=trajectory.guidance,
         )
         rows, tables = [], []
         for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):

@@ -35,6 +35,7 @@ class MeasuredOn:
         learned_variance: the output has a variance beside the mean.
         repeatable: every sample's noise comes from its own generator, whatever the batch.
         interpolated_from: steps of the measured run, of statistics that were carried over to another; else None.
+        scales: of all guidance that the pipeline's call was at, by the names of its arguments.
     """
 
     scheduler: str = ""
@@ -56,6 +57,7 @@ class MeasuredOn:
     learned_variance: bool = False
     repeatable: bool = True
     interpolated_from: int | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, by the names that files have."""

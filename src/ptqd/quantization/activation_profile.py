@@ -112,7 +112,7 @@ def temporal_inputs(model: nn.Module, profile: ActivationProfile, names: Sequenc
 
     like = _timestep_of(model, profile.call)
     with hooked(*_on_inputs(layers, look)), torch.no_grad():
-        for step, t in enumerate(profile.timesteps):
+        for step, t in enumerate(profile.timesteps):  # noqa: B007
             timestep = torch.full_like(like, t) if isinstance(like, torch.Tensor) else t
             args, kwargs = _with_timestep(model, profile.call, timestep)
             model(*args, **kwargs)

@@ -9,7 +9,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import copy_module, denoiser_name, plain_scheduler, scheduler_of, with_components
+from ptqd.diffusion.pipeline_parts import (
+    copy_module,
+    denoiser_of,
+    denoisers_of,
+    plain_scheduler,
+    scheduler_of,
+    with_components,
+)
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
@@ -39,8 +46,16 @@ def apply_plan(
         InputError: the plan does not fit the model; see ``set_plan``. Or it asks for other weights than the model
         has, and there is no full-precision layer to take them from.
     """
-    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
-    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    parts: dict[str, Any] = {
+        name: _planned(model, ptqd_quantizer(qpipe, name), plan, None if pipe is None else denoiser_of(pipe, name))
+        for name, model in denoisers_of(qpipe).items()
+    }
+    return with_components(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def _planned(denoiser: nn.Module, source: PtqdQuantizer, plan: PrecisionPlan, full: nn.Module | None) -> nn.Module:
+    """One denoiser of :func:`apply_plan`."""
+    model = copy_module(denoiser, lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
     layers = dict(quantized_layers(model))
     planned = with_weights(recipe, plan, {layer: module.kind for layer, module in layers.items()})
@@ -48,17 +63,17 @@ def apply_plan(
         bits = planned.quantizers_for(planned.rule_for(names_of(layer), old.kind))[0].bits
         if old.weights.bits == bits:
             continue
-        if pipe is None:
+        if full is None:
             raise InputError(
                 f"the plan gives {layer!r} {bits}-bit weights, the model holds {old.weights.bits}-bit ones; "
                 "give the full-precision pipeline as well: ptqd.apply_plan(qpipe, plan, pipe)"
             )
-        _requantize(model, layer, bits, getattr(pipe, name))
+        _requantize(model, layer, bits, full)
     remove_plan(model)
     set_plan(model, plan)
     ranges = source.quantization_config.ranges
     PtqdQuantizer(PtqdConfig(recipe.to_dict(), plan.to_dict(), ranges)).adopt(model, source.coverage)
-    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+    return model  # type: ignore[no-any-return]
 
 
 def plan_of(qpipe: DiffusionPipeline) -> PrecisionPlan:
@@ -79,8 +94,7 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
     Raises:
         InputError: the model has no ranges for that width.
     """
-    source, name = ptqd_quantizer(qpipe), denoiser_name(qpipe)
-    recipe = Recipe.from_dict(source.quantization_config.recipe)
+    recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     if bits not in recipe.widths:
         known = " and ".join(map(str, recipe.widths))
         raise InputError(
@@ -88,7 +102,18 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
         )
     others = tuple(width for width in recipe.widths if width != bits)
     recipe = replace(recipe, activations=replace(recipe.activations, bits=bits), step_bits=others)
-    model = copy_module(getattr(qpipe, name), lambda tensor: tensor)
+    parts: dict[str, Any] = {
+        name: _at_width(qpipe, model, ptqd_quantizer(qpipe, name), recipe, bits)
+        for name, model in denoisers_of(qpipe).items()
+    }
+    return with_components(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
+
+
+def _at_width(
+    qpipe: DiffusionPipeline, denoiser: nn.Module, source: PtqdQuantizer, recipe: Recipe, bits: int
+) -> nn.Module:
+    """One denoiser of :func:`at_width`."""
+    model = copy_module(denoiser, lambda tensor: tensor)
     if source.quantization_config.plan is not None:  # its weights stay
         kinds = {layer: module.kind for layer, module in quantized_layers(model)}
         recipe = with_weights(recipe, plan_of(qpipe), kinds)
@@ -98,7 +123,7 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
             quantizer.active = BitWidth(quantizer.widths.index(bits))
     config = PtqdConfig(recipe.to_dict(), ranges=source.quantization_config.ranges)
     PtqdQuantizer(config).adopt(model, source.coverage)
-    return with_components(qpipe, **{name: model}, scheduler=plain_scheduler(scheduler_of(qpipe)))
+    return model  # type: ignore[no-any-return]
 
 
 def _requantize(model: nn.Module, name: str, bits: int, full: nn.Module) -> None:

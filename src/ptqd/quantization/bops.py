@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_of
+from ptqd.diffusion.pipeline_parts import denoisers_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
@@ -77,17 +77,19 @@ def run_cost(pipe: DiffusionPipeline, sampling: Sampling) -> Cost:
     Raises:
         InputError: the pipeline cannot run without numbers, because it looks at its denoiser's numbers.
     """
-    model = denoiser_of(pipe)
-    macs = run_macs(pipe, sampling)
-    return cost_of(model, macs)
+    return cost_of(pipe, run_macs(pipe, sampling))
 
 
-def cost_of(model: nn.Module, macs: Macs) -> Cost:
-    """The cost of a denoiser's run of which the multiply-accumulates are known."""
-    architecture = on_meta(model)
-    parameters = sum(p.numel() for p in architecture.parameters())
-    macs = by_halves(macs, model)
-    return Cost(macs, layer_bits(model, macs), parameters, disk_bytes(model), memory_bytes(model))
+def cost_of(quantized: DiffusionPipeline | nn.Module, macs: Macs) -> Cost:
+    """The cost of a run, of which the multiply-accumulates are known, of a pipeline or of its denoiser alone.
+
+    Two denoisers that share the steps have layers of the same names, and are taken to be quantized alike.
+    """
+    models = [quantized] if isinstance(quantized, nn.Module) else list(denoisers_of(quantized).values())
+    parameters = sum(p.numel() for model in models for p in on_meta(model).parameters())
+    macs = by_halves(macs, models[0])
+    disk, memory = (sum(map(count, models)) for count in (disk_bytes, memory_bytes))
+    return Cost(macs, layer_bits(models[0], macs), parameters, disk, memory)
 
 
 def by_halves(macs: Macs, model: nn.Module) -> Macs:
@@ -142,9 +144,10 @@ def _by_step(quantizer: ActivationQuantizer, planned: PlanSteps | None, steps: i
     return torch.tensor([float(row[group]) for row in planned.plan.bits], dtype=torch.float64)
 
 
-def disk_bytes(model: nn.Module) -> int:
-    """Bytes of a model's saved tensors: packed codes, scales and whatever stays in full precision."""
-    return _bytes(model.state_dict().values())
+def disk_bytes(quantized: DiffusionPipeline | nn.Module) -> int:
+    """Bytes of a model's saved tensors, or of a pipeline's denoisers': codes, scales and what is in full precision."""
+    models = [quantized] if isinstance(quantized, nn.Module) else denoisers_of(quantized).values()
+    return sum(_bytes(model.state_dict().values()) for model in models)
 
 
 def memory_bytes(model: nn.Module) -> int:

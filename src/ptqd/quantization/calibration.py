@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import attention_processor
 from torch import nn
 
 from ptqd.diffusion.call_rows import CallLayout, Row, join_rows
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import denoiser_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, is_plain, plain_copy
 from ptqd.diffusion.sampling import Sampling, run_batch, sample
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile, ActivationProfiler
+from ptqd.quantization.modules.adapters import tuned_layers, without_merged
+from ptqd.quantization.modules.attention import attention_modules
 from ptqd.quantization.recipe import CalibrationSteps
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
@@ -114,6 +117,42 @@ class Calibration:
     profile: ActivationProfile | None
 
 
+def as_calibrated(model: nn.Module) -> nn.Module:
+    """A denoiser as it computes, without what is done to it for speed or memory: itself, or a copy that is plain."""
+    fused = any(getattr(module, "fused_projections", False) for _, module in attention_modules(model))
+    merged = any(layer.merged_adapters for _, layer in tuned_layers(model))
+    if is_plain(model) and not fused and not merged:
+        return model
+    own: nn.Module = plain_copy(model)
+    without_merged(own)
+    for _, attention in attention_modules(own):
+        if getattr(attention, "fused_projections", False):
+            _unfuse(attention)
+    return own
+
+
+def _unfuse(attention: Any) -> None:
+    """Let an attention have three projections again, as it is saved; they are what was fused."""
+    if hasattr(attention, "unfuse_projections"):
+        attention.unfuse_projections()
+        return
+    for name in ("to_qkv", "to_kv", "to_added_qkv"):
+        if hasattr(attention, name):
+            delattr(attention, name)
+    attention.fused_projections = False
+    processor: Any = PLAIN_PROCESSORS.get(type(attention.processor).__name__)
+    if processor is not None:
+        attention.set_processor(processor())
+
+
+PLAIN_PROCESSORS: dict[str, Any] = {
+    f"Fused{name}": getattr(attention_processor, name)
+    for name in vars(attention_processor)
+    if f"Fused{name}" in vars(attention_processor)
+}
+"""The processor that each of diffusers' processors of fused projections stands for."""
+
+
 def draw_inputs(
     pipe: DiffusionPipeline,
     sampling: Sampling,
@@ -121,6 +160,8 @@ def draw_inputs(
     weights: np.ndarray[Any, Any],
     *,
     progress: str | None = None,
+    name: str | None = None,
+    steps: Sequence[int] | None = None,
 ) -> "CalibrationInputs":
     """Draw rows of the denoiser's calls from ``sampling``'s trajectories; in random order.
 
@@ -130,11 +171,13 @@ def draw_inputs(
         rows: wanted; fewer where the run has fewer.
         weights: probability of each step (T,).
         progress: title of a bar.
+        name: as for :func:`calibrate`.
+        steps: as for :func:`calibrate`.
 
     Raises:
         InputError: the denoiser is never called.
     """
-    inputs = calibrate(pipe, sampling, rows=rows, weights=weights, progress=progress).inputs
+    inputs = calibrate(pipe, sampling, rows=rows, weights=weights, progress=progress, name=name, steps=steps).inputs
     assert inputs is not None
     return inputs
 

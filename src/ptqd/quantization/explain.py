@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.macs import PRODUCTS, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name
+from ptqd.diffusion.macs import PRODUCTS, Macs, run_macs, steps_called
+from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
-from ptqd.quantization.calibration import draw_inputs, step_weights
+from ptqd.quantization.calibration import as_calibrated, draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
@@ -64,12 +64,31 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Samplin
     Raises:
         InputError: ptqd did not quantize ``qpipe``.
     """
-    recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
-    name = denoiser_name(pipe)
-    full, model = getattr(pipe, name), getattr(qpipe, name)
-    macs = by_halves(run_macs(pipe, sampling), model)
+    ptqd_quantizer(qpipe)
+    calls = steps_called(pipe, sampling)
+    macs = run_macs(pipe, sampling)
+    reports = []
+    for name in denoiser_names(pipe):
+        full = as_calibrated(denoiser_of(pipe, name))
+        plain = with_components(pipe, **{name: full})
+        reports += _explain(plain, name, full, denoiser_of(qpipe, name), sampling, macs, calls[name])
+    return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
+
+
+def _explain(
+    pipe: DiffusionPipeline,
+    name: str,
+    full: nn.Module,
+    model: Any,
+    sampling: Sampling,
+    macs: Macs,
+    steps: list[int],
+) -> list[LayerReport]:
+    """Reports on one denoiser."""
+    recipe = Recipe.from_dict(model.hf_quantizer.quantization_config.recipe)
+    macs = by_halves(Macs(macs.layers, macs.counts[steps]), model)
     counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
-    errors = _errors(pipe, full, model, sampling, len(macs.counts))
+    errors = _errors(pipe, name, full, model, sampling, steps)
     temporal = getattr(getattr(range_steps_of(model), "ranges", None), "temporal", ())
     reports = []
     for site in quantized_sites(model):
@@ -85,9 +104,10 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Samplin
             weights, methods = "", ()
             count = sum(counts.get(layer + product, 0) for product in PRODUCTS)
         fixed = range_of(quantizer) if quantizer.is_static and quantizer.spec.format == "int" else None
-        report = (layer, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
+        shown = layer if len(denoiser_names(pipe)) == 1 else f"{name}.{layer}"
+        report = (shown, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
         reports.append(LayerReport(*report, quantizer.ranges, errors.get(layer, float("nan"))))
-    return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
+    return reports
 
 
 def _format(spec: QuantSpec) -> str:
@@ -97,11 +117,11 @@ def _format(spec: QuantSpec) -> str:
 
 
 def _errors(
-    pipe: DiffusionPipeline, full: nn.Module, model: nn.Module, sampling: Sampling, steps: int
+    pipe: DiffusionPipeline, name: str, full: nn.Module, model: nn.Module, sampling: Sampling, steps: list[int]
 ) -> dict[str, float]:
     """Relative squared error of each layer's output."""
     few = sampling.with_seed_for("explaining").replace(samples=16, batch=16)
-    inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", steps))
+    inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", len(steps)), name=name, steps=steps)
     sums: dict[str, list[float]] = {}
     with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
         by_step = range_steps_of(model)
@@ -136,9 +156,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
     def required(module: nn.Module) -> bool:
         split = all(isinstance(getattr(module, half, None), QuantLayer) for half in HALVES)
         return (
-            isinstance(module, QuantLayer)
-            or split
-            or isinstance(getattr(module, ATTENTION, None), AttentionProducts)
+            isinstance(module, QuantLayer) or split or isinstance(getattr(module, ATTENTION, None), AttentionProducts)
         )
 
     hooks = [

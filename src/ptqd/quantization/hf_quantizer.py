@@ -5,6 +5,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -69,6 +70,9 @@ def coverage_of(pipe: DiffusionPipeline) -> Coverage:
     )
 
 
+SCALES = ("scale", "smooth_scale", "global_scale")  # half precision has not the range for them
+
+
 class _Method(StrEnum):
     PTQD = "ptqd"
 
@@ -117,7 +121,8 @@ class PtqdConfig(QuantizationConfigMixin):
 
     def describe(self, model: nn.Module, coverage: Coverage) -> None:
         """Take up what the model holds now: layers, adapters that were loaded or fused since."""
-        self.quantized = [f"{site.name}.{PRODUCTS}" if site.weight is None else site.name for site in quantized_sites(model)]
+        sites = list(quantized_sites(model))
+        self.quantized = [f"{site.name}.{PRODUCTS}" if site.weight is None else site.name for site in sites]
         self.skipped = [list(pair) for pair in coverage.skipped]
         self.adapters = adapters_to_dict(model)
         self.fused = {name: layer.adapter_rank for name, layer in quantized_layers(model) if layer.adapter_rank} or None
@@ -126,10 +131,12 @@ class PtqdConfig(QuantizationConfigMixin):
 class PtqdQuantizer(DiffusersQuantizer):
     """Lets diffusers' ``from_pretrained`` and ``save_pretrained`` handle denoisers that ptqd quantized."""
 
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True
     requires_calibration = False
     coverage: Coverage
     model: ModelMixin | None = None
+    dtype: torch.dtype | None = None  # that is loaded
+    _wide: tuple[str, ...] = ()  # modules that the class keeps in float32
 
     def adopt(self, model: ModelMixin, coverage: Coverage) -> None:
         """Mark a model as quantized by ptqd, so that it saves as such."""
@@ -150,21 +157,32 @@ class PtqdQuantizer(DiffusersQuantizer):
         """False: codes and scales are ordinary buffers."""
         return False
 
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """Take note of the type that is loaded, which stays."""
+        self.dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
+        return torch_dtype
+
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        kwargs["keep_in_fp32_modules"].extend(
-            ["scale", "smooth_scale", "global_scale"]
-        )  # half precision has not the range for them
+        keep: list[str] = kwargs["keep_in_fp32_modules"]  # the class's own
+        self._wide = tuple(name for name in keep if name not in SCALES)
+        keep.extend(name for name in SCALES if name not in keep)
         support_lora()
         self.coverage = prepare(model, self.quantization_config)
+        for _, layer in quantized_layers(model):
+            layer.weight = torch.empty(0, dtype=layer.weight.dtype)  # made of the codes, once these are here
         if self.quantization_config.quantized is None:
             _products_as_processors(model)
         self.model = model
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
+        kept: Any = type(model)._keep_in_fp32_modules
+        if isinstance(kept, list):
+            kept[:] = [name for name in kept if name not in SCALES]
         _processors_as_products(model)
-        for _, layer in quantized_layers(model):
-            layer.refresh(model.dtype)
+        for name, layer in quantized_layers(model):
+            wide = any(part in self._wide for part in name.split("."))
+            layer.refresh(torch.float32 if wide else self.dtype or model.dtype)
         for _, quantizer in activation_quantizers(model):
             quantizer.refresh()
 
@@ -228,8 +246,8 @@ def _check_loadable(model: ModelMixin, config: PtqdConfig) -> None:
     different = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
     if attached is not None and different:
         raise InputError(
-            f"{kind} has an IP-Adapter ({attached!r}), which is not saved with it; unload it (pipe.unload_ip_adapter()), "
-            "save, and load it onto the saved pipeline"
+            f"{kind} has an IP-Adapter ({attached!r}), which is not saved with it; unload it "
+            "(pipe.unload_ip_adapter()), save, and load it onto the saved pipeline"
         )
     if different:
         raise InputError(

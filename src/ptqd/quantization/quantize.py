@@ -1,6 +1,7 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
+import logging
 import re
 import tempfile
 from dataclasses import replace
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models import attention_processor
 from torch import nn
 
 from ptqd.diffusion.macs import steps_called
@@ -17,8 +17,6 @@ from ptqd.diffusion.pipeline_parts import (
     denoiser_names,
     denoiser_of,
     denoisers_of,
-    is_plain,
-    plain_copy,
     scheduler_of,
     with_components,
 )
@@ -32,14 +30,14 @@ from ptqd.quantization.calibration import (
     ERROR_SAMPLES,
     Calibration,
     CalibrationInputs,
+    as_calibrated,
     calibrate,
     measured_errors,
     step_weights,
 )
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.methods import OBSERVED, Method
-from ptqd.quantization.modules.adapters import tuned_layers, without_merged
-from ptqd.quantization.modules.attention import attention_modules
+from ptqd.quantization.modules.attention import PRODUCTS
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding import time_embedding
@@ -47,6 +45,8 @@ from ptqd.quantization.rounding.registry import Task, apply_method
 from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_full_precision, check_weights, insert_quantizers, names_of
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64  # rows at once
 
@@ -81,7 +81,7 @@ def quantize(
 
     Raises:
         InputError: a model that is already quantized, NaN weights or activations, a rule that matches nothing, groups
-            that do not fit a layer, layers that no call reaches, or fewer calibration inputs than a batch.
+            that do not fit a layer, or fewer calibration inputs than a batch.
     """
     recipe = Recipe.parse(recipe)
     recipe.check_steps(sampling.steps)
@@ -116,14 +116,16 @@ class _Quantizing:
         self, pipe: DiffusionPipeline, name: str, recipe: Recipe, sampling: Sampling, scratch: Path, progress: bool
     ) -> None:
         self.name, self.recipe, self.scratch, self.progress = name, recipe, scratch, progress
-        self.full: nn.Module = _as_calibrated(denoiser_of(pipe, name))
+        self.full: nn.Module = as_calibrated(denoiser_of(pipe, name))
         self.pipe = with_components(pipe, **{name: self.full})
         self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
         self.drawn = recipe.calibration_steps != "uniform"  # ranges are found on drawn rows
+        self.unreached: set[str] = set()  # layers that no call reaches
         self.steps: list[int] | None = None  # of the run at which the denoiser is called, where that is known
 
     def go(self) -> nn.Module:
         calibration, observed = self._calibrate()
+        observed = self._without_unreached(observed)
         ranges = self._step_ranges(calibration.profile, observed)
         quantized, coverage = self._inserted(ranges)
         model: Any = getattr(quantized, self.name)
@@ -149,6 +151,12 @@ class _Quantizing:
         """The pipeline with quantizers that are still to find their ranges."""
         model = copy.deepcopy(self.full)
         coverage = insert_quantizers(model, self.recipe, ranges)
+        if self.unreached:
+            model = copy.deepcopy(self.full)
+            kept = [name for name in coverage.quantized if name.removesuffix(f".{PRODUCTS}") not in self.unreached]
+            insert_quantizers(model, self.recipe, ranges, kept)
+            why = [(name, "no calibration call reaches it") for name in coverage.quantized if name not in kept]
+            coverage = Coverage(tuple(kept), (*coverage.skipped, *why))
         if ranges is not None:
             set_ranges(model, ranges)
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
@@ -190,6 +198,32 @@ class _Quantizing:
             steps=self.steps,
         )
         return calibration, [quantizer.observers for quantizer in quantizers]
+
+    def _without_unreached(self, observed: list[list[Observer]]) -> list[list[Observer]]:
+        """Leave layers in full precision that no call reached; experts get the ranges of their siblings instead."""
+        quantized, _ = self._inserted(None)
+        quantizers = list(layer_quantizers(getattr(quantized, self.name)))
+        near: dict[str, list[Observer]] = {}
+        for (name, _), observers in zip(quantizers, observed, strict=True):
+            reached = [observer for observer in observers if observer.low <= observer.high]
+            near.setdefault(_siblings(name), []).extend(reached)
+        result: list[list[Observer]] = []
+        for (name, quantizer), observers in zip(quantizers, observed, strict=True):
+            empty = quantizer.is_static and all(observer.low > observer.high for observer in observers)
+            siblings = near[_siblings(name)] if "expert" in name else []
+            if empty and not siblings:
+                self.unreached.add(name)
+            result.append([Observer.merged(siblings)] * len(observers) if empty and siblings else observers)
+        if self.unreached:
+            names = sorted(self.unreached)
+            logger.warning(
+                "no calibration call reaches %d layers of %s, which stay in full precision: %s; calibrate with a call "
+                "that reaches them to quantize them too",
+                len(names),
+                self.name,
+                shown(", ".join(names)),
+            )
+        return [seen for (name, _), seen in zip(quantizers, result, strict=True) if name not in self.unreached]
 
     def _rows(self) -> int:
         """How many rows of the denoiser's calls the recipe needs."""
@@ -283,69 +317,10 @@ class _Quantizing:
                 for rows in track(list(calibration.inputs.batches(BATCH)), self._title("observing")):
                     args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
-        observe_unreached(model)
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):
             site.module.freeze()
 
 
-def _as_calibrated(model: nn.Module) -> nn.Module:
-    """A denoiser as it computes, without what is done to it for speed or memory: itself, or a copy that is plain."""
-    fused = any(getattr(module, "fused_projections", False) for _, module in attention_modules(model))
-    merged = any(layer.merged_adapters for _, layer in tuned_layers(model))
-    if is_plain(model) and not fused and not merged:
-        return model
-    own: nn.Module = plain_copy(model)
-    without_merged(own)
-    for _, attention in attention_modules(own):
-        if getattr(attention, "fused_projections", False):
-            _unfuse(attention)
-    return own
-
-
-def _unfuse(attention: Any) -> None:
-    """Let an attention have three projections again, as it is saved; they are what was fused."""
-    if hasattr(attention, "unfuse_projections"):
-        attention.unfuse_projections()
-        return
-    for name in ("to_qkv", "to_kv", "to_added_qkv"):
-        if hasattr(attention, name):
-            delattr(attention, name)
-    attention.fused_projections = False
-    processor: Any = PLAIN_PROCESSORS.get(type(attention.processor).__name__)
-    if processor is not None:
-        attention.set_processor(processor())
-
-
-PLAIN_PROCESSORS: dict[str, Any] = {
-    f"Fused{name}": getattr(attention_processor, name)
-    for name in vars(attention_processor)
-    if f"Fused{name}" in vars(attention_processor)
-}
-"""The processor that each of diffusers' processors of fused projections stands for."""
-
-
-def observe_unreached(model: nn.Module) -> None:
-    """Give experts that no calibration call reached what their siblings saw.
-
-    Raises:
-        InputError: layers that no call reached and that have no siblings; it names them.
-    """
-    left: list[str] = []
-    seen: dict[str, list[Observer]] = {}
-    quantizers = [(name, q) for name, q in layer_quantizers(model) if q.is_static and q.observers]
-    for name, quantizer in quantizers:
-        reached = [observer for observer in quantizer.observers if observer.low <= observer.high]
-        seen.setdefault(re.sub(r"\.[0-9]+\.", ".*.", name), []).extend(reached)
-    for name, quantizer in quantizers:
-        if all(observer.low > observer.high for observer in quantizer.observers):
-            siblings = seen[re.sub(r"\.[0-9]+\.", ".*.", name)]
-            if not siblings or "expert" not in name:
-                left.append(name)
-            else:
-                quantizer.observers = [Observer.merged(siblings)] * len(quantizer.observers)
-    if left:
-        names = ", ".join(dict.fromkeys(left))
-        raise InputError(
-            f"no calibration call reaches {len(set(left))} layers ({shown(names)}); calibrate with a call that does, "
-            f"or leave them in full precision by a rule (match = {min(left)!r}, skip = true)"
-        )
+def _siblings(name: str) -> str:
+    """What the experts of a layer have in common."""
+    return re.sub(r"\.[0-9]+(?=\.|$)", ".*", name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.diffusion.pipeline_parts import is_plain
 from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.blocks import concatenations
 from ptqd.quantization.methods import LowRank, Smooth
@@ -97,7 +98,7 @@ def insert_quantizers(
     _insert_products(model, recipe, ranges, saved, quantized, skipped)
     if saved is not None and set(saved) - set(quantized):
         missing = min(set(saved) - set(quantized))
-        raise ArtifactError(f"{type(model).__name__} has no {missing!r}, which the saved model quantized; save it again")
+        raise ArtifactError(f"{type(model).__name__} has no {missing!r}, which the saved model had; save it again")
     if not quantized:
         raise InputError(f"{type(model).__name__} holds no convolution, linear layer or attention to quantize")
     return Coverage(tuple(quantized), tuple(skipped))
@@ -112,7 +113,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _of_adapter(path: str) -> bool:
     """Whether a module belongs to a LoRA or an IP-Adapter, not to the network that it changes."""
-    return any(part.startswith("lora_") or part == "processor" or part == "encoder_hid_proj" for part in path.split("."))
+    return any(part.startswith("lora_") or part in ("processor", "encoder_hid_proj") for part in path.split("."))
 
 
 def _type_of(layer: nn.Module) -> LayerType:
@@ -218,6 +219,9 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(above, leaf, layer)
 
 
+LIBRARIES = ("optimum", "bitsandbytes", "sdnq", "torchao", "nunchaku")  # whose modules a quantized model may have
+
+
 def check_full_precision(model: nn.Module, name: str) -> None:
     """Refuse a model that is quantized already, by whatever library.
 
@@ -230,12 +234,13 @@ def check_full_precision(model: nn.Module, name: str) -> None:
         by = config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?")
     modules = {type(module).__module__.split(".")[0]: module for module in model.modules()}
     if by is None:
-        by = next((library for library in ("optimum", "bitsandbytes", "sdnq", "torchao", "nunchaku") if library in modules), None)
+        by = next((library for library in LIBRARIES if library in modules), None)
     for key, value in model.named_parameters():
         plain = type(value) in (nn.Parameter, torch.Tensor) and type(value.data) is torch.Tensor
         if by is None and not plain:
             by = f"{type(value.data if type(value) is nn.Parameter else value).__name__} weights"
-        if by is None and not value.is_floating_point():
+        narrow = value.is_floating_point() and value.element_size() == 1 and is_plain(model)  # not cast for each call
+        if by is None and (narrow or not value.is_floating_point()):
             by = f"{key} in {str(value.dtype).removeprefix('torch.')}"
     if by is not None:
         by = str(getattr(by, "value", by)).replace("optimum", "quanto")
@@ -245,5 +250,6 @@ def check_full_precision(model: nn.Module, name: str) -> None:
 def check_weights(model: nn.Module, name: str) -> None:
     """Raise InputError, naming the first, if parameters are NaN or infinite."""
     for key, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
+        whole = value.float() if value.is_floating_point() and value.element_size() == 1 else value
+        if not value.is_meta and not bool(torch.isfinite(whole).all()):
             raise InputError(f"{name}.{key} holds NaN or infinite weights; the checkpoint is damaged, get it again")

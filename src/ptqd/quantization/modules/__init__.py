@@ -6,9 +6,9 @@ from ptqd.quantization.modules.linear_conv import LayerOptions, QuantConv, Quant
 
 __all__ = [
     "ActivationQuantizer",
+    "AttentionProducts",
     "BitWidth",
     "LayerOptions",
-    "AttentionProducts",
     "QuantConv",
     "QuantLayer",
     "QuantLinear",

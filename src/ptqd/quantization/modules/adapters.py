@@ -22,9 +22,10 @@ def support_lora() -> None:
     """Let PEFT know the quantized layers, where it is installed."""
     if _made or importlib.util.find_spec("peft") is None:
         return
-    from peft.tuners.lora import model
+    from peft.tuners.lora import model as peft_model
 
-    plain: Any = model.dispatch_default
+    model: Any = peft_model
+    plain = model.dispatch_default
     kinds = _layers()
 
     def dispatch(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +54,7 @@ def _layers() -> dict[type[nn.Module], Any]:
                 if name not in self.lora_A:
                     continue
                 if name in self.lora_variant:
-                    raise InputError(f"the adapter {name!r} is a variant of LoRA that needs the weight itself; do not fuse")
+                    raise InputError(f"the adapter {name!r} needs the weight itself (DoRA does); do not fuse it")
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
                 self.get_base_layer().push_adapter(down, up.float() * self.scaling[name])
                 self.merged_adapters.append(name)
@@ -99,7 +100,8 @@ def adapters_to_dict(model: nn.Module) -> dict[str, Any] | None:
     for name, config in configs.items():
         values = {key: _plain(value) for key, value in config.to_dict().items() if value is not None}
         if values.get("peft_type") != "LORA":
-            raise InputError(f"the adapter {name!r} is no LoRA but {values.get('peft_type')}, which cannot be saved; unload it")
+            kind = values.get("peft_type")
+            raise InputError(f"the adapter {name!r} is no LoRA but {kind}, which cannot be saved; unload it")
         scales = {path: float(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling}
         adapters[name] = {"config": values, "scaling": scales}
     some = next(iter(layers.values()))
@@ -133,9 +135,8 @@ def insert_adapters(model: Any, values: Mapping[str, Any]) -> None:
     support_lora()
     try:
         for name, adapter in values["loras"].items():
-            inject_adapter_in_model(
-                LoraConfig.from_peft_type(**adapter["config"]), model, adapter_name=name, low_cpu_mem_usage=True
-            )
+            make: Any = LoraConfig.from_peft_type
+            inject_adapter_in_model(make(**adapter["config"]), model, adapter_name=name, low_cpu_mem_usage=True)
             layers = dict(tuned_layers(model))
             for path, scaling in adapter["scaling"].items():
                 layers[path].scaling[name] = float(scaling)

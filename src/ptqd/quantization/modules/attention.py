@@ -81,6 +81,8 @@ class AttentionProducts(nn.Module):
             (..., L, V).
         """
         heads = query.shape[:-2]
+        if not key.shape[-2]:  # nothing to see
+            return F.scaled_dot_product_attention(query, key, value)
         if enable_gqa and key.shape[-3] != query.shape[-3]:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
@@ -188,21 +190,22 @@ class QuantAttention:
 
 
 @functools.cache
-def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+def quantized_class(base: Any) -> Any:
     """The quantized subclass of an attention's class, of the same name."""
     body = {"plain_class": base, "__doc__": base.__doc__, "__module__": base.__module__}
     return types.new_class(base.__name__, (QuantAttention, base), exec_body=lambda space: space.update(body))
 
 
-def _new(base: type[nn.Module]) -> nn.Module:
-    kind: Any = quantized_class(base)
+def _new(base: Any) -> nn.Module:
+    kind = quantized_class(base)
     return cast(nn.Module, kind.__new__(kind))
 
 
 def quantize_attention(attention: nn.Module, products: AttentionProducts | None) -> None:
     """Make an attention of diffusers a quantized one, in place."""
-    attention.__class__ = quantized_class(type(attention))
-    attention.products = products
+    changed: Any = attention
+    changed.__class__ = quantized_class(type(changed))
+    changed.products = products
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

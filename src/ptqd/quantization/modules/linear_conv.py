@@ -45,9 +45,9 @@ class QuantLayer(nn.Module, ABC):
     """What quantized convolutions and linear layers share.
 
     It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
-    recipe's methods put them, and a second branch, of ``x`` itself, where a LoRA was fused. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an
-    output channel, or one for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept
-    in memory and never saved.
+    recipe's methods put them, and a second branch, of ``x`` itself, where a LoRA was fused. The packed ``codes`` with
+    one ``scale`` (and, on an affine grid, ``zero_point``) an output channel, or one for each of its groups, are the
+    weight; ``weight`` is a float tensor derived from them, kept in memory and never saved.
     """
 
     kind: ClassVar[LayerType]
@@ -124,10 +124,15 @@ class QuantLayer(nn.Module, ABC):
         """Of its 16-bit branch; 0 where it has none."""
         return 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`forward`; hooks find the input among the arguments, also where it was given by torch's keyword."""
+        return super().__call__(kwargs.pop("input"), **kwargs) if not args else super().__call__(*args, **kwargs)
+
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
         given, x = x, self.smoothed(x)
-        y = self.matmul(self.input(x), self.weight, self.bias)
+        weight = self.weight if self.weight.numel() else self.dequantized().to(x.dtype)  # of codes that are offloaded
+        y = self.matmul(self.input(x), weight, self.bias)
         if self.low_rank_up is not None:
             y = y + self.low_rank(x)
         if self.adapter_down is not None and self.adapter_up is not None:
@@ -260,8 +265,12 @@ class QuantLayer(nn.Module, ABC):
 
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
-        weight = self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
-        self.weight = weight.to(dtype or self.weight.dtype)
+        if not self.codes.is_meta:
+            self.weight = self.dequantized().to(dtype or self.weight.dtype)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight that the codes stand for, float32."""
+        return self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -337,8 +346,9 @@ class SplitConv(nn.Module):
 
     def push_adapter(self, down: torch.Tensor, up: torch.Tensor) -> None:
         """See :meth:`QuantLayer.push_adapter`."""
-        for half, own in zip((self.hidden, self.skip), down.split((self.hidden.in_channels, self.skip.in_channels), 1)):
-            half.push_adapter(own, up)
+        own, skipped = down.split((self.hidden.in_channels, self.skip.in_channels), dim=1)
+        self.hidden.push_adapter(own, up)
+        self.skip.push_adapter(skipped, up)
 
     def pop_adapter(self, rank: int) -> None:
         """See :meth:`QuantLayer.pop_adapter`."""

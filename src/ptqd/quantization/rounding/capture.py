@@ -132,9 +132,7 @@ def _factors(two: object, three: object) -> list[int]:
     return result
 
 
-def _run(
-    model: nn.Module, unit: str, inputs: CalibrationInputs, rows: Sequence[int], outputs: bool
-) -> tuple[Any, Any]:
+def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: Sequence[int], outputs: bool) -> tuple[Any, Any]:
     """A unit's arguments and its output in a call with some rows."""
     args, kwargs = inputs.call(rows)
     remaining: list[Any] = []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ptqd.quantization.activation_profile import ActivationProfile, temporal_inputs
-from ptqd.quantization.modules.linear_conv import find_layer, QuantLayer, full_weight
+from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight
 from ptqd.quantization.rounding.gptq import gptq, grid_on_cpu
 
 DAMPING = 0.01
