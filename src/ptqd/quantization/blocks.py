@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer
 
 SKIPS = "res_hidden_states_tuple"
 LISTS = nn.ModuleList | nn.ModuleDict
@@ -28,7 +28,7 @@ def concatenations(model: nn.Module) -> dict[str, int]:
         if resnets is None or SKIPS not in inspect.signature(module.forward).parameters:
             continue
         for i, block in enumerate(resnets):
-            shortcut = getattr(block, "conv_shortcut", None)
+            shortcut = find_layer(block, "conv_shortcut")
             if isinstance(shortcut, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 0 < before < shortcut.in_channels:
                 result[f"{name}.resnets.{i}.conv_shortcut"] = before
             before = _width(block)

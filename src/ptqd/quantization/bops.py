@@ -18,7 +18,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
-from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv
+from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv, find_layer
 from ptqd.quantization.plan_steps import PlanSteps, plan_steps_of
 
 
@@ -94,11 +94,10 @@ def cost_of(quantized: DiffusionPipeline | nn.Module, macs: Macs) -> Cost:
 
 def by_halves(macs: Macs, model: nn.Module) -> Macs:
     """The same multiply-accumulates, those of split convolutions given to their halves."""
-    modules = dict(model.named_modules())
     layers: list[str] = []
     columns: list[torch.Tensor] = []
     for name, counts in zip(macs.layers, macs.counts.T, strict=True):
-        result = modules.get(name)
+        result = find_layer(model, name)
         parts = {"": 1}
         if isinstance(result, SplitConv):
             parts = {".hidden": result.hidden.in_channels, ".skip": result.skip.in_channels}
@@ -119,10 +118,9 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
         raise InputError(f"the plan is for {planned.plan.steps} steps, the run takes {steps}; make a plan for these")
     left, right = torch.full_like(macs.counts, FULL_BITS), torch.full_like(macs.counts, FULL_BITS)
     beside = torch.zeros(len(macs.layers), dtype=torch.float64)
-    modules = dict(model.named_modules())
     for n, name in enumerate(macs.layers):
         layer, _, product = name.rpartition(".")
-        result, attention = modules.get(name), modules.get(layer)
+        result, attention = find_layer(model, name), find_layer(model, layer)
         products = getattr(attention, ATTENTION, None)
         if isinstance(result, QuantLayer):
             left[:, n] = result.weights.bits

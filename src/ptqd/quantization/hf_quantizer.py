@@ -144,7 +144,7 @@ class PtqdQuantizer(DiffusersQuantizer):
         self.coverage, self.model = coverage, model
         model.register_to_config(quantization_config=self.quantization_config)
         model.hf_quantizer = self
-        model.is_quantized = True
+        model.is_quantized = False  # as which diffusers would not cast it; these layers know how to be cast
         model.quantization_method = self.quantization_config.quant_method
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
@@ -185,6 +185,7 @@ class PtqdQuantizer(DiffusersQuantizer):
             layer.refresh(torch.float32 if wide else self.dtype or model.dtype)
         for _, quantizer in activation_quantizers(model):
             quantizer.refresh()
+        model.is_quantized = False  # see adopt
 
     @property
     def is_serializable(self) -> bool:

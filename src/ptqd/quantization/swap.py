@@ -250,6 +250,6 @@ def check_full_precision(model: nn.Module, name: str) -> None:
 def check_weights(model: nn.Module, name: str) -> None:
     """Raise InputError, naming the first, if parameters are NaN or infinite."""
     for key, value in model.named_parameters():
-        whole = value.float() if value.is_floating_point() and value.element_size() == 1 else value
+        whole = value.detach().float() if value.element_size() == 1 else value.detach()
         if not value.is_meta and not bool(torch.isfinite(whole).all()):
             raise InputError(f"{name}.{key} holds NaN or infinite weights; the checkpoint is damaged, get it again")

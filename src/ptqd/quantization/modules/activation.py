@@ -6,7 +6,7 @@ batch or for each of its rows.
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,11 @@ class Mode(Enum):
     OBSERVE = "observe"
     ROUND = "round"
 
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether weights are in full precision still."""
+        return self is not Mode.ROUND
+
 
 class BitWidth:
     """Which of its widths a quantizer rounds to now; the quantizers of one group of layers share one.
@@ -42,7 +47,22 @@ class BitWidth:
         self.index = index
 
 
-class ActivationQuantizer(nn.Module):
+class KeptInFloat32(nn.Module):
+    """A module whose scales stay in float32 when it is cast: half precision has not the range for them."""
+
+    kept: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: getattr(self, name) for name in self.kept}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+
+class ActivationQuantizer(KeptInFloat32):
     """Rounds a tensor to one format.
 
     Args:

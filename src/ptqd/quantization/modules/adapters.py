@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ptqd.errors import ArtifactError, InputError, MissingDependencyError
 from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear, SplitConv
@@ -71,12 +72,32 @@ def _layers() -> dict[type[nn.Module], Any]:
 
     kinds: dict[type[nn.Module], Any] = {QuantLinear: LoraOnLinear}
 
+    class OnConvolution(OnQuantized):
+        def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+            """PEFT makes the adapter of the base's own class, which must be torch's for the time."""
+            quantized = self._modules["base_layer"]
+            self._modules["base_layer"] = _plain_convolution(quantized)
+            try:
+                super().update_layer(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._modules["base_layer"] = quantized
+
+    by_axes = [type(f"LoraOn{base.__name__}", (OnConvolution, base), {}) for base in (layer.Conv1d, layer.Conv2d, layer.Conv3d)]
+
     def convolution(target: Any, *args: Any, **kwargs: Any) -> Any:
-        base = (layer.Conv1d, layer.Conv2d, layer.Conv3d)[target.weight.ndim - 3]
-        kind: Any = type(f"LoraOn{base.__name__}", (OnQuantized, base), {})
+        kind: Any = by_axes[len(target.kernel_size) - 1]
         return kind(target, *args, **kwargs)
 
     return {**kinds, QuantConv: convolution, SplitConv: convolution}
+
+
+def _plain_convolution(layer: Any) -> nn.Module:
+    """A convolution of torch of a quantized one's sizes, type and place; its numbers are of no use."""
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(layer.kernel_size) - 1]
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    like = layer.weight
+    made: nn.Module = skip_init(kind, *sizes, groups=layer.groups, device=like.device, dtype=like.dtype)
+    return made
 
 
 def tuned_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqd.errors import InputError
-from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
@@ -41,7 +41,7 @@ class LayerOptions:
     ranges: int = 1
 
 
-class QuantLayer(nn.Module, ABC):
+class QuantLayer(KeptInFloat32, ABC):
     """What quantized convolutions and linear layers share.
 
     It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
@@ -50,6 +50,8 @@ class QuantLayer(nn.Module, ABC):
     weight; ``weight`` is a float tensor derived from them, kept in memory and never saved.
     """
 
+    kept = ("scale", "smooth_scale", "global_scale")
+    padding_mode = "zeros"
     kind: ClassVar[LayerType]
     axis: ClassVar[int]  # of the input's channels
 
@@ -92,6 +94,14 @@ class QuantLayer(nn.Module, ABC):
         self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast it; a weight of another type is made anew of the codes."""
+        before = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self.weight.dtype != before and not self.input.mode.is_calibrating:
+            self.refresh()
+        return self
 
     def _make_codes(self, device: torch.device) -> None:
         """Room for codes and scales of the weight's format."""
@@ -159,7 +169,7 @@ class QuantLayer(nn.Module, ABC):
         """
         if getattr(self, "groups", 1) != 1:
             raise InputError("a LoRA of a convolution with groups cannot be fused; leave it loaded instead")
-        down, up = down.detach().float().flatten(1), up.detach().float().flatten(1)
+        down, up = (x.detach().float().flatten(1).clone() for x in (down, up))
         if self.adapter_down is not None and self.adapter_up is not None:
             down, up = torch.cat([self.adapter_down, down]), torch.cat([self.adapter_up, up], 1)
         self.adapter_down, self.adapter_up = down.to(self.codes.device), up.to(self.codes.device)
@@ -338,6 +348,7 @@ class SplitConv(nn.Module):
         self.in_channels, self.out_channels = hidden.in_channels + skip.in_channels, hidden.out_channels
         self.stride, self.padding, self.dilation = hidden.stride, hidden.padding, hidden.dilation
         self.kernel_size, self.groups = hidden.kernel_size, hidden.groups
+        self.padding_mode = "zeros"
 
     @property
     def weight(self) -> torch.Tensor:
