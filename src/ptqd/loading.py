@@ -1,6 +1,7 @@
 """Load a pipeline: embedded, from a folder, or from the hub; quantized and corrected ones included."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
 
 
-def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load(model: str | Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None) -> DiffusionPipeline:
     """Load a pipeline that samples.
 
     Args:
         model: the name of an embedded model (``"fashion-ldm"``), a diffusers folder (also one that ptqd saved),
             or a hub id.
         dtype: of the floating-point weights.
+        variant: of the weights' files, such as ``"fp16"``; where a folder has one only, it need not be said.
 
     Raises:
         InputError: there is no such folder, it is no pipeline, or a file in it is damaged.
@@ -66,7 +68,8 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionP
     diffusers.utils.logging.disable_progress_bar()
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
-        pipe = pipeline_class.from_pretrained(folder if local else str(model), dtype=dtype)
+        named = variant or (_only_variant(folder) if local else None)
+        pipe = _from_pretrained(pipeline_class, folder if local else str(model), dtype, named)
     except PtqdError:
         raise
     except Exception as error:  # a file that is damaged, or edited by hand, fails in any way
@@ -95,6 +98,25 @@ def conversion(path: Path) -> str | None:
         "CONFIG.yaml FOLDER', of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
         f"({str(checkpoint)!r}).save_pretrained(FOLDER)"
     )
+
+
+def _from_pretrained(kind: Any, model: str | Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+    """A pipeline; of a hub id that has weights in half precision alone, these."""
+    try:
+        pipe: DiffusionPipeline = kind.from_pretrained(model, dtype=dtype, variant=variant)
+    except (OSError, ValueError) as error:
+        if isinstance(model, Path) or variant is not None or "fp16" not in str(error):
+            raise
+        pipe = kind.from_pretrained(model, dtype=dtype, variant="fp16")
+    return pipe
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant that all the weights in a folder's parts are of; None where some are of none, or of several."""
+    files = [path for kind in ("safetensors", "bin") for path in folder.glob(f"*/*.{kind}")]
+    middles = {re.sub(r"-[0-9]+-of-[0-9]+", "", path.name).split(".")[1] for path in files}  # or the ending, of none
+    only = middles.pop() if len(middles) == 1 else "bin"
+    return None if only in ("safetensors", "bin") else only
 
 
 def _class_in(index: Path) -> type[DiffusionPipeline]:

@@ -38,14 +38,20 @@ Others = Annotated[
 class ScheduleOptions:
     """How one sample is made."""
 
-    steps: Annotated[int, Parameter(help="denoising steps")] = 50
+    steps: Annotated[int | None, Parameter(help="denoising steps (default: the pipeline's own)")] = None
     eta: Annotated[float, Parameter(help="noise of DDIM's step")] = 0.0
     guidance: Annotated[float | None, Parameter(help="guidance scale (default: the pipeline's)")] = None
     scheduler: Annotated[str | None, Parameter(help="a diffusers scheduler class to use instead of the pipeline's")] = (
         None
     )
     call: Annotated[
-        tuple[str, ...], Parameter(help="NAME=JSON, a further argument of the pipeline's call; may be given again")
+        tuple[str, ...],
+        Parameter(
+            help="NAME=JSON, a further argument of the pipeline's call, a list one value a sample; may be given again"
+        ),
+    ] = ()
+    shared: Annotated[
+        tuple[str, ...], Parameter(help="NAME=JSON, the same, a list whole for every batch; may be given again")
     ] = ()
 
     def check(self) -> None:
@@ -59,7 +65,7 @@ class ScheduleOptions:
 
         if self.guidance is not None and not -1e6 < self.guidance < 1e6:
             raise InputError(f"--guidance must be a finite number; got {self.guidance}")
-        call = call_arguments(self.call)
+        call = call_arguments(self.call) | call_arguments(self.shared, "--shared")
         if self.guidance is not None and "guidance_scale" in call:
             raise InputError("--guidance and --call guidance_scale are one thing; give one of them")
         self.sampling(None)
@@ -69,12 +75,18 @@ class ScheduleOptions:
         self, pipe: "DiffusionPipeline | None", *, samples: int = 1, batch: int = 1, seed: int = 0
     ) -> "Sampling":
         """How a pipeline is run; or, of None, a denoiser on its own."""
-        from ptqd.diffusion.sampling import Sampling, default_call
+        from ptqd.diffusion.sampling import SCHEDULES, Sampling, default_call, default_steps
 
         call: dict[str, Any] = {} if pipe is None else default_call(pipe)
         if self.guidance is not None:
             call["guidance_scale"] = self.guidance
-        return Sampling(self.steps, self.eta, samples, batch, seed, call | call_arguments(self.call))
+        call |= call_arguments(self.call)
+        shared = call_arguments(self.shared, "--shared")
+        schedule = next((call[name] for name in SCHEDULES if isinstance(call.get(name), list)), None)
+        steps = self.steps if schedule is None or self.steps is not None else len(schedule)
+        if steps is None:
+            steps = Sampling.steps if pipe is None else default_steps(pipe)
+        return Sampling(steps, self.eta, samples, batch, seed, call, shared)
 
 
 @Parameter(name="*", group=SAMPLING)
@@ -173,7 +185,7 @@ class PlanOptions:
         return PlanRequest.parse(kind, self.budget, self.floor, self.weights or weights, self.groups)
 
 
-def call_arguments(texts: tuple[str, ...]) -> dict[str, Any]:
+def call_arguments(texts: tuple[str, ...], option: str = "--call") -> dict[str, Any]:
     """Arguments of a pipeline's call, from ``NAME=JSON``."""
     from ptqd.errors import ArtifactError, InputError
     from ptqd.files import parse_json
@@ -182,14 +194,14 @@ def call_arguments(texts: tuple[str, ...]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError(f"--call {text!r} must be NAME=VALUE, the value in JSON")
+            raise InputError(f"{option} {text!r} must be NAME=VALUE, the value in JSON")
         if name in call:
-            raise InputError(f"--call {name} is given twice; give it once")
+            raise InputError(f"{option} {name} is given twice; give it once")
         try:
-            call[name] = parse_json(value, f"--call {name}: {value!r}")
+            call[name] = parse_json(value, f"{option} {name}: {value!r}")
         except ArtifactError as error:
             raise InputError(
-                f"--call {name}: {value!r} is not JSON ({error.__cause__}); quote strings, as in '\"a cat\"'"
+                f"{option} {name}: {value!r} is not JSON ({error.__cause__}); quote strings, as in '\"a cat\"'"
             ) from error
     return call
 

@@ -1,4 +1,4 @@
-"""Pipelines as people really use them: compiled, offloaded, fused, with LoRAs, with two denoisers, at parts of a schedule."""
+"""Pipelines as people really use them: compiled, offloaded, with LoRAs, two denoisers, at parts of a schedule."""
 
 import copy
 import functools
@@ -28,7 +28,6 @@ from ptqd import (
 from ptqd.diffusion import fingerprint, record, run_batch, run_macs, with_components
 from ptqd.diffusion.sampling import default_call
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
-
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.sites import quantized_sites
 from tiny import CASES, PROMPTS, stable_diffusion, stable_diffusion_xl
@@ -186,8 +185,8 @@ def test_a_quantized_denoiser_compiles_without_graph_breaks() -> None:
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
     with torch.no_grad():
         want = denoiser(x, torch.tensor(401), context).sample
-        fresh = copy.deepcopy(denoiser)
-        got = torch.compile(fresh, backend="eager", fullgraph=True)(x, torch.tensor(401), context).sample
+        compiled_denoiser: Any = torch.compile(copy.deepcopy(denoiser), backend="eager", fullgraph=True)
+        got = compiled_denoiser(x, torch.tensor(401), context).sample
     assert torch.allclose(got, want, atol=1e-6)
 
 
@@ -272,7 +271,7 @@ def test_another_size_of_a_schedule_that_follows_the_size_is_refused_in_true_wor
     run = Sampling(steps=3, samples=4, batch=2, call={**CASES["flux"].call, "sigmas": (1.0, 0.7, 0.3)})
     made = quantize(flux(), quick("w4a8"), run)
     corrected = correct(made, measure(flux(), made, run), ("cnc", "bc"))
-    with pytest.raises(MismatchError, match="depends on the image's size .use_dynamic_shifting.: sample at the size"):
+    with pytest.raises(MismatchError, match=r"depends on the image's size .use_dynamic_shifting.: sample at the size"):
         samples(corrected, run.replace(call={**run.call, "width": 64}))
 
 
@@ -302,7 +301,7 @@ def test_copies_and_pickles_correct_and_know_their_own_calls_guidance() -> None:
     want = samples(pipe)
     with pytest.raises(MismatchError, match="guidance scale 3, the pipeline runs at 9"):
         pipe(**guided(9.0))
-    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):  # noqa: S301
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert torch.equal(samples(other), want)
         with pytest.raises(MismatchError, match="guidance scale 3, the pipeline runs at 9"):
             other(**guided(9.0))
@@ -310,7 +309,7 @@ def test_copies_and_pickles_correct_and_know_their_own_calls_guidance() -> None:
 
 
 def test_every_argument_of_guidance_is_looked_at() -> None:
-    with pytest.raises(MismatchError, match="guidance rescale 0, the pipeline runs at 0.7"):
+    with pytest.raises(MismatchError, match=r"guidance rescale 0, the pipeline runs at 0.7"):
         corrected_once()(**guided(3.0), guidance_rescale=0.7)
     case = CASES["flux"]
     run = Sampling(steps=3, samples=4, batch=2, call={**case.call, **(case.guidance or {})})
@@ -373,6 +372,39 @@ def test_both_denoisers_are_quantized_measured_planned_counted_saved_and_loaded(
     other = with_components(corrected, transformer_2=pipe.transformer_2)
     with pytest.raises(MismatchError, match="no longer the one"):
         samples(other, WAN)
+
+
+# B6, B10: rows of any shape, and calls as people write them
+
+
+def test_one_prompt_is_every_samples(tmp_path: Path) -> None:
+    run = SD.replace(call={"prompt": "a red cat", "guidance_scale": 3.0})
+    assert torch.equal(
+        samples(original(), run), samples(original(), run.replace(call={**run.call, "prompt": ["a red cat"]}))
+    )
+    with pytest.raises(InputError, match="leave 'num_images_per_prompt' out, and ask for more samples"):
+        SD.replace(call={**SD.call, "num_images_per_prompt": 2})
+
+
+def test_statistics_show_themselves_in_a_line() -> None:
+    text = repr(measure(original(), quantized_once(), SD))
+    assert text == "NoiseStats(4 samples, 3 steps of DDIMScheduler, guidance 3, 4 channels)"
+
+
+def test_a_folder_of_half_precision_alone_is_loaded(tmp_path: Path) -> None:
+    original().save_pretrained(tmp_path, variant="fp16")
+    assert list(tmp_path.glob("unet/*.fp16.safetensors"))
+    assert torch.equal(samples(load(tmp_path)), samples(original()))
+
+
+def test_a_pipeline_with_code_of_its_own_is_refused_in_a_line(tmp_path: Path) -> None:
+    from ptqd.files import read_json, write_json
+
+    original().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    write_json(index, {**read_json(index), "_class_name": ["pipeline", "Own"]})
+    with pytest.raises(InputError, match="cannot be loaded as a pipeline"):
+        load(tmp_path)
 
 
 # B6: rows of any shape
@@ -489,7 +521,8 @@ def test_a_pipeline_without_latents_goes_the_whole_way() -> None:
     made = quantize(pipe, quick("w4a8-gptq"), run)
     corrected = correct(made, measure(pipe, made, run), ("cnc", "bc"))
     got = [torch.as_tensor(run_batch(corrected, run.replace(batch=n), range(n))) for n in (1, 2)]
-    assert (got[0] - got[1][:1]).abs().max() < 0.02 < 0.3 < (got[0] - got[1][1:]).abs().max()
+    assert (got[0] - got[1][:1]).abs().max() < 0.02
+    assert (got[0] - got[1][1:]).abs().max() > 0.3
 
 
 def test_two_control_nets_get_a_picture_each_of_every_sample() -> None:
@@ -501,7 +534,7 @@ def test_two_control_nets_get_a_picture_each_of_every_sample() -> None:
 
 
 def test_what_is_quantized_already_is_named() -> None:
-    with pytest.raises(InputError, match="unet is already quantized .ptqd.; give the full-precision pipeline"):
+    with pytest.raises(InputError, match=r"unet is already quantized .ptqd.; give the full-precision pipeline"):
         quantize(quantized_once(), "w4a8", SD)
 
 
@@ -513,14 +546,14 @@ def test_models_of_other_libraries_are_named() -> None:
     pipe = own()
     quanto(pipe.unet, weights=qint8)
     freeze(pipe.unet)
-    with pytest.raises(InputError, match="unet is already quantized .quanto.; give the full-precision pipeline"):
+    with pytest.raises(InputError, match=r"unet is already quantized .quanto.; give the full-precision pipeline"):
         quantize(pipe, "w4a8", SD)
 
 
 def test_float8_weights_are_named() -> None:
     pipe = own()
     pipe.unet.to(torch.float8_e4m3fn)
-    with pytest.raises(InputError, match="already quantized .conv_in.weight in float8_e4m3fn."):
+    with pytest.raises(InputError, match=r"already quantized .conv_in.weight in float8_e4m3fn."):
         quantize(pipe, "w4a8", SD)
 
 
@@ -559,7 +592,7 @@ def test_modular_pipelines_are_named() -> None:
         blocks = ()
 
     with pytest.raises(InputError, match="Blocks is a modular pipeline"):
-        quantize(Blocks(), "w4a8", SD)  # type: ignore[arg-type]
+        quantize(Blocks(), "w4a8", SD)
 
 
 # LoRA
@@ -722,7 +755,10 @@ def ip_adapter() -> dict[str, Any]:
             number += 2
     width = denoiser.config.cross_attention_dim
     image = {"proj.weight": torch.randn(4 * width, 8), "proj.bias": torch.randn(4 * width)}
-    return {"image_proj": {**image, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}, "ip_adapter": values}
+    return {
+        "image_proj": {**image, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)},
+        "ip_adapter": values,
+    }
 
 
 IP = SD.replace(
@@ -756,7 +792,9 @@ def test_a_corrected_pipeline_notices_an_ip_adapter() -> None:
 
 
 def test_perturbed_attention_is_quantized_measured_and_corrected(tmp_path: Path) -> None:
-    pipe = d.StableDiffusionPAGPipeline(**original().components, pag_applied_layers=["mid"], requires_safety_checker=False)
+    pipe = d.StableDiffusionPAGPipeline(
+        **original().components, pag_applied_layers=["mid"], requires_safety_checker=False
+    )
     run = SD.replace(call={**SD.call, "pag_scale": 2.0})
     made = quantize(pipe, quick("w4a8-gptq"), run)
     assert products(made) == 8

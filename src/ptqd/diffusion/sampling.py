@@ -79,6 +79,8 @@ class Sampling:
         for name, value in (*self.call.items(), *self.shared.items()):
             if name in OWN:
                 raise InputError(f"the call's argument {name!r} is ptqd's own to set; {OWN[name]}")
+            if re.fullmatch("num_[a-z]+_per_prompt", name) and value != 1:
+                raise InputError(f"every sample has a seed of its own: leave {name!r} out, and ask for more samples")
             if not _is_finite(value):
                 raise InputError(f"call argument {name!r} is NaN or infinite; got {value}")
             if name in self.call and isinstance(value, list | torch.Tensor) and len(value) == 0:
@@ -106,6 +108,8 @@ class Sampling:
                 chosen[name] = value if value is None else list(value)
             elif isinstance(value, torch.Tensor):
                 chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
+            elif isinstance(value, str) and name.startswith("prompt"):
+                chosen[name] = [value] * len(indices)
             elif isinstance(value, list):
                 chosen[name] = _by_network([value[i % len(value)] for i in indices])
             else:

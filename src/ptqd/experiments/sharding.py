@@ -111,6 +111,7 @@ def sample_images(
     title: str | None,
     judge: Evaluator | None = None,
     keep: bool = True,
+    floats: bool = False,
 ) -> None:
     """Sample into ``path``, each process its share of the batches, through ``scratch``.
 
@@ -123,6 +124,7 @@ def sample_images(
         title: of a progress bar.
         judge: what it sees is kept too.
         keep: whether images are; else, with a judge, the first :data:`SHOWN` alone.
+        floats: keep ``latents`` of a pipeline that diffuses pixels too: its samples in the range that it diffuses.
     """
 
     def write(indices: range, shard: Path) -> None:
@@ -133,7 +135,7 @@ def sample_images(
         if labels is not None:
             tensors["labels"] = labels
         in_pixels = images.ndim == 4 and latents and latents[0].shape[1:] == images.permute(0, 3, 1, 2).shape[1:]
-        if latents and not in_pixels:
+        if latents and (floats or not in_pixels):
             tensors["latents"] = latents[0].float()
         if judge is not None:
             tensors |= extract_features(images, judge, texts=texts_of(sampling, indices)).tensors()

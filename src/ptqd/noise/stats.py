@@ -67,7 +67,7 @@ class NoiseFit:
     normality: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseStats:
     """Paired moments of the full-precision output and the quantization noise.
 
@@ -103,6 +103,13 @@ class NoiseStats:
     moved: torch.Tensor
     finals: torch.Tensor
     final_indices: torch.Tensor
+
+    def __repr__(self) -> str:
+        """In a line; its tensors would fill screens."""
+        on = self.measured_on
+        steps = f"{len(self.timesteps)} steps of {on.scheduler}" + (f" at eta {on.eta:g}" if on.eta else "")
+        guidance = "" if on.guidance is None else f", guidance {on.guidance:g}"
+        return f"NoiseStats({self.samples} samples, {steps}{guidance}, {self.moments.shape[2]} channels)"
 
     @property
     def samples(self) -> int:

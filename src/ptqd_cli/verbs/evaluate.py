@@ -9,6 +9,8 @@ from cyclopts import Parameter
 
 from ptqd_cli.options import Device, JudgeOptions, tell
 
+FASHION = (28, 28)  # of the embedded models' images
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Evaluate:
                 raise InputError(f"{path} does not exist; give a folder of images, an .npz or a .safetensors file")
         check_files({"--out": self.out}, [self.samples, self.against, self.prompts, self.judging.reference])
         check_file(self.out, is_json_of("value", "low", "high", each=True), "result of 'ptqd evaluate'")
-        judge = self.judging.load("fashion", self.device) or Evaluator()
+        judge = self.judging.load(self._default_judge(), self.device) or Evaluator()
         if judge.extractor is None and self.against is None and (judge.clip is None or self.prompts is None):
             raise InputError("nothing judges these images; give --judge, --against, or --clip with --prompts")
         call: dict[str, Any] = {"class_labels": list(range(self.classes))} if self.classes else {}
@@ -75,6 +77,17 @@ class Evaluate:
         note = few_samples(count, judge)
         if note is not None:
             say(note)
+
+    def _default_judge(self) -> str:
+        """The embedded models' of images of their size, as 'ptqd run' has it for these models; else none."""
+        from ptqd.errors import InputError
+        from ptqd.metrics.images import open_images
+
+        try:
+            height, width = open_images(self.samples, grey=True).part(range(1)).shape[1:3]
+        except InputError:  # said by whoever reads it
+            return "fashion"
+        return "fashion" if (height, width) == FASHION else "none"
 
 
 def _lines(path: Path) -> list[str]:

@@ -36,7 +36,8 @@ class Quantize:
             raise InputError("give --out, a folder to write the pipeline to, or --explain")
         self.sampling.check_all()
         recipe = Recipe.parse(self.recipe)
-        recipe.check_steps(self.sampling.steps, f"the recipe {self.recipe}")
+        if self.sampling.steps is not None:
+            recipe.check_steps(self.sampling.steps, f"the recipe {self.recipe}")
         none: AbstractContextManager[OutputFolder | None] = nullcontext()
         with none if self.out is None else output_folder(self.out, [self.model, self.recipe]) as out:
             pipe = self.sampling.load(self.model)

@@ -174,7 +174,7 @@ class Run:
         mine, defaults = self.sampling, SamplingOptions()
         given = [name for name in ("recipe", "plan", "ablation") if getattr(self, name)]
         given += [name for name in ("budget", "floor", "weights", "groups") if getattr(self.planning, name)]
-        given += [name for name in ("call", "guidance", "scheduler") if getattr(mine, name)]
+        given += [name for name in ("call", "shared", "guidance", "scheduler") if getattr(mine, name)]
         given += [name for name in ("steps", "eta", "seed") if getattr(mine, name) != getattr(defaults, name)]
         given += ["measured"] * (self.measured != MEASURED) + ["methods"] * (self.methods != "auto")
         if given:

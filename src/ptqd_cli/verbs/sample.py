@@ -26,6 +26,12 @@ class Sample:
     no_images: Annotated[
         bool, Parameter(help="keep what the judge sees of images as they come, and only the first few images")
     ] = False
+    floats: Annotated[
+        bool,
+        Parameter(
+            help="keep the samples after the last step as floats too, of pipelines that diffuse pixels; others' are"
+        ),
+    ] = False
     judging: JudgeOptions = JudgeOptions()
     samples: Annotated[int, Parameter(help="how many")] = 64
     sampling: SamplingOptions = SamplingOptions()
@@ -53,9 +59,12 @@ class Sample:
         inputs: dict[str, Any] = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
         if judge is not None:
             inputs |= {"networks": judge.networks_key, "images": not self.no_images}
+        if self.floats:
+            inputs["floats"] = True
 
         def build(path: Path, scratch: Path) -> None:
-            sample_images(pipe, run, path, scratch, title="sampling", judge=judge, keep=not self.no_images)
+            keep = not self.no_images
+            sample_images(pipe, run, path, scratch, title="sampling", judge=judge, keep=keep, floats=self.floats)
 
         folder = RunFolder(self.out, "samples")
         path = folder.value("samples.safetensors", inputs, build, whole_file, shared=True)

@@ -82,7 +82,9 @@ def _layers() -> dict[type[nn.Module], Any]:
             finally:
                 self._modules["base_layer"] = quantized
 
-    by_axes = [type(f"LoraOn{base.__name__}", (OnConvolution, base), {}) for base in (layer.Conv1d, layer.Conv2d, layer.Conv3d)]
+    by_axes = [
+        type(f"LoraOn{base.__name__}", (OnConvolution, base), {}) for base in (layer.Conv1d, layer.Conv2d, layer.Conv3d)
+    ]
 
     def convolution(target: Any, *args: Any, **kwargs: Any) -> Any:
         kind: Any = by_axes[len(target.kernel_size) - 1]

@@ -134,6 +134,8 @@ class _Rounding(TorchFunctionMode):
             self.seen += 1
             added, query, turned = args
             return func(added, products.query(query), products.key(turned.transpose(1, 2)).transpose(1, 2), **kwargs)
+        if func is torch.Tensor.unflatten:  # whose own code in Python torch.compile does not trace inside a mode
+            return torch.unflatten(*args, **kwargs)
         if func is torch.bmm:
             probabilities, value = args
             return func(products.probabilities(probabilities), products.value(value), **kwargs)
@@ -204,7 +206,8 @@ def _new(base: Any) -> nn.Module:
 def quantize_attention(attention: nn.Module, products: AttentionProducts | None) -> None:
     """Make an attention of diffusers a quantized one, in place."""
     changed: Any = attention
-    changed.__class__ = quantized_class(type(changed))
+    kind: Any = type(attention)
+    changed.__class__ = quantized_class(kind)
     changed.products = products
 
 
