@@ -66,7 +66,8 @@ def has_lora(pipe: Any, run: Sampling, folder: Path) -> str:
     by_hand = copy.deepcopy(plain)
 
     def add(module: Any, args: Any, output: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return output + args[0] @ down.T @ up.T * 4  # alpha 8, rank 2
+        changed: torch.Tensor = output + args[0] @ down.T @ up.T * 4  # alpha 8, rank 2
+        return changed
 
     for path in layers:
         tuned: Any = denoiser.get_submodule(path)

@@ -19,6 +19,7 @@ from ptqd import (
     Sampling,
     apply_plan,
     correct,
+    export,
     load,
     measure,
     measure_widths,
@@ -30,6 +31,7 @@ from ptqd.diffusion.sampling import default_call
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.sites import quantized_sites
+from ptqd_cli.main import main
 from tiny import CASES, PROMPTS, stable_diffusion, stable_diffusion_xl
 from tiny_more import MORE_CASES
 
@@ -323,6 +325,24 @@ def test_a_corrected_pipeline_notices_another_denoiser() -> None:
     pipe = with_components(corrected_once(), unet=own().unet)
     with pytest.raises(MismatchError, match="the denoiser is no longer the one that was measured"):
         samples(pipe)
+
+
+def test_a_class_of_pipeline_that_drops_the_correction_says_so(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    pipe, run = CASES["ddim"].build(), Sampling(steps=3, samples=4, batch=2)
+    made = quantize(pipe, quick("w4a8"), run)
+    corrected = correct(made, measure(pipe, made, run), ("cnc", "bc"))
+    corrected.save_pretrained(tmp_path)
+    d.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            d.DDIMPipeline.from_pretrained(tmp_path)
+    finally:
+        d.utils.logging.disable_propagation()
+    assert "'correction': <what ptqd corrects; to keep it, load the pipeline with ptqd.load>" in caplog.text
+    assert torch.equal(samples(load(tmp_path), run), samples(corrected, run))
 
 
 # B5: two denoisers
@@ -740,6 +760,20 @@ def test_plans_and_costs_see_the_layers_under_a_lora() -> None:
     assert run_cost(planned, SD).ratio == pytest.approx(want, rel=0.05)
 
 
+@pytest.mark.engines
+@pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
+def test_a_lora_is_exported(fused: bool, tmp_path: Path) -> None:
+    pipe, first = quantized(), lora(1)
+    pipe.load_lora_weights(dict(first), adapter_name="first")
+    if fused:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    made = export(pipe, SD, "onnxruntime", tmp_path / "made", others="none")
+    got, want = samples(made.pipeline), samples(pipe)
+    assert (got - want).abs().mean() < 0.2 * (want - samples(quantized_once())).abs().mean()
+    assert torch.equal(samples(load(tmp_path / "made")), got)
+
+
 # IP-Adapter and PAG
 
 
@@ -803,3 +837,45 @@ def test_perturbed_attention_is_quantized_measured_and_corrected(tmp_path: Path)
     assert torch.equal(samples(saved_and_loaded(corrected, tmp_path), run), want)
     with pytest.raises(MismatchError, match="pag scale 2, the pipeline runs at 3"):
         samples(corrected, run.replace(call={**run.call, "pag_scale": 3.0}))
+
+
+# From the shell
+
+
+def test_the_shell_takes_the_pipelines_own_steps_and_keeps_floats(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    labelled().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--samples", "3", "--device", "cpu", "--floats"]
+    assert main([*command, "--out", str(tmp_path / "own")]) == 0
+    kept = load_file(tmp_path / "own" / "samples.safetensors")
+    assert kept["labels"].tolist() == [0, 1, 2]
+    assert kept["latents"].dtype == torch.float32
+    pictures = kept["latents"].movedim(1, -1).div(2).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    assert torch.equal(pictures, kept["images"])
+    assert main([*command, "--steps", "1", "--out", str(tmp_path / "one")]) == 0
+    assert torch.equal(load_file(tmp_path / "one" / "samples.safetensors")["latents"], kept["latents"])
+
+
+def test_the_shell_gives_a_list_to_every_batch_and_a_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--samples", "3", "--batch", "2", "--device", "cpu"]
+    assert main([*command, "--call", "timesteps=[9, 5, 0]", "--out", str(tmp_path / "three")]) == 0
+    assert main([*command, "--steps", "3", "--out", str(tmp_path / "other")]) == 0
+    images = [(tmp_path / name / "samples.safetensors").read_bytes() for name in ("three", "other")]
+    assert images[0] != images[1]
+    capsys.readouterr()
+    given = ["--call", "class_labels=[1]", "--shared", "class_labels=[1]", "--out", str(tmp_path / "both")]
+    assert main([*command, *given]) == 2
+    assert "'class_labels' is given for every sample and for all; give it once" in capsys.readouterr().err
+    assert main([*command, "--shared", "class_labels=[1, 2]", "--out", str(tmp_path / "shared")]) == 2  # a rest of one
+    assert "3 samples" not in capsys.readouterr().out
+
+
+def test_images_that_are_no_fashion_are_not_judged_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled().save_pretrained(tmp_path / "model")
+    assert main(["sample", str(tmp_path / "model"), "--samples", "3", "--out", str(tmp_path / "out")]) == 0
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert "nothing judges these images; give --judge" in capsys.readouterr().err

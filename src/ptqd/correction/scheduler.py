@@ -186,6 +186,13 @@ class CorrectedStep:
         return arguments, self.correction.noise[index] if self.correction.noise else 1.0
 
 
+class _Stored(dict[str, Any]):
+    """A correction in a configuration; what diffusers says when a plain scheduler is made of that names the remedy."""
+
+    def __repr__(self) -> str:
+        return "<what ptqd corrects; to keep it, load the pipeline with ptqd.load>"
+
+
 def _adapters_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
     """The names of the LoRAs on a pipeline's denoisers."""
     return tuple(name for model in denoisers_of(pipe).values() for name in getattr(model, "peft_config", None) or ())
@@ -204,7 +211,7 @@ def corrected_class(base: type[SchedulerMixin]) -> type[SchedulerMixin]:
 
     def __init__(self: Any, *args: Any, correction: dict[str, Any], **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
-        self.register_to_config(correction=correction)
+        self.register_to_config(correction=_Stored(correction))
         self.correction = Correction.from_dict(correction)
         self._corrector = self.correction.corrector()
 

@@ -287,6 +287,8 @@ class _Product(nn.Module):
     bias: torch.Tensor | None
     down: torch.Tensor
     up: torch.Tensor
+    adapter_down: torch.Tensor
+    adapter_up: torch.Tensor
 
     def __init__(self, layer: QuantLayer, rounding: _Rounding) -> None:
         super().__init__()
@@ -313,14 +315,19 @@ class _Product(nn.Module):
             down, up = layer._low_rank()
             self.register_buffer("down", down.half())
             self.register_buffer("up", up.half())
+        if layer.adapter_down is not None and layer.adapter_up is not None:
+            self.register_buffer("adapter_down", layer.adapter_down.view(-1, *layer.shape[1:]))
+            self.register_buffer("adapter_up", layer.adapter_up)
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        layer = self.layer[0]
+        layer, given = self.layer[0], x
         x = layer.smoothed(x)
         output = self._multiplied(self.rounding(x))
         if layer.rank:
             down, up = self.down.float(), self.up.float()
             output = output + layer.project(layer.matmul(x, down.view(-1, *layer.shape[1:])), up)
+        if layer.adapter_rank:
+            output = output + layer.project(layer.matmul(given, self.adapter_down), self.adapter_up)
         return output
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:

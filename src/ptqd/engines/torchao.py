@@ -18,6 +18,7 @@ from ptqd.engines.calls import FOUR_BITS, Call, captured
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
 from ptqd.errors import InputError
+from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
@@ -44,6 +45,8 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
         kind = type(pipe).__name__
         raise InputError(f"{kind} has two denoisers, of which torchao's layouts have one; export to onnxruntime")
     model = getattr(pipe, name)
+    if any(True for _ in tuned_layers(model)):
+        raise InputError(f"the {name} has a LoRA, which torchao's layouts have no place for; unload it, or fuse it")
     ranks = _ranks(model, captured(pipe, sampling, model))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     plain = type(model).from_config(config).eval().to(torch.bfloat16 if layout == "int4" else torch.float32)
@@ -97,6 +100,7 @@ def _why_not(layer: nn.Module, layout: Layout) -> str | None:
     obstacles = {
         f"{weights.format} weights": weights.format != "int",
         "a 16-bit branch": layer.rank > 0,
+        "a fused LoRA": layer.adapter_rank > 0,
         "weights with zero points or groups": layer.zero_point is not None or layer.scale.ndim != 1,
     }
     if layout == "int4":
@@ -162,6 +166,8 @@ def _rounded(layer: nn.Module) -> torch.Tensor:
         weight = weight + (up @ down).view(layer.shape)
     if layer.smooth_scale is not None:
         weight = weight / layer.smooth_scale.view(1, -1, *[1] * (weight.ndim - 2))
+    if layer.adapter_down is not None and layer.adapter_up is not None:
+        weight = weight + (layer.adapter_up @ layer.adapter_down).view(layer.shape)
     return weight
 
 

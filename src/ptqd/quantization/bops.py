@@ -127,6 +127,8 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * LOW_RANK_BITS**2
+            fused = result.adapter_rank * (1 / result.shape[0] + 1 / result.columns)
+            beside[n] += fused * FULL_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(products, AttentionProducts):
             first, second = (0, 1) if product == "qk" else (2, 3)
             left[:, n] = _by_step(products.quantizers[first], planned, steps)
