@@ -182,14 +182,28 @@ def test_a_processor_that_leaves_torchs_products_aside_is_an_error() -> None:
         samples(pipe)
 
 
-def test_a_quantized_denoiser_compiles_without_graph_breaks() -> None:
-    denoiser = quantized().unet
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
-    with torch.no_grad():
-        want = denoiser(x, torch.tensor(401), context).sample
-        compiled_denoiser: Any = torch.compile(copy.deepcopy(denoiser), backend="eager", fullgraph=True)
-        got = compiled_denoiser(x, torch.tensor(401), context).sample
-    assert torch.allclose(got, want, atol=1e-6)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+def test_a_corrected_pipelines_denoiser_compiles_without_graph_breaks(loaded: bool, tmp_path: Path) -> None:
+    """As one whole graph, and whatever was called before."""
+    want, pipe = samples(corrected_once()), copy.deepcopy(corrected_once())
+    if loaded:
+        pipe = saved_and_loaded(corrected_once(), tmp_path)
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    assert torch.allclose(samples(pipe), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", [compiled, compiled_in_place], ids=lambda state: state.__name__)
+def test_a_plan_is_followed_by_a_compiled_denoiser(state: Any) -> None:
+    base = quantize(original(), quick("w4a4+8-steps2"), SD)
+    steps = tuple(measure(original(), base, SD).measured_on.model_timesteps)
+    plan = PrecisionPlan.uniform(steps, 4).replace(bits=((8,), (4,), (8,)))
+    planned = apply_plan(base, plan)
+    want = samples(planned)
+    assert not torch.equal(want, samples(apply_plan(base, PrecisionPlan.uniform(steps, 4))))
+    pipe = with_components(planned, unet=copy.deepcopy(planned.unet))
+    state(pipe)
+    for _ in range(2):
+        assert torch.allclose(samples(pipe), want, atol=1e-5)
 
 
 def test_a_compiled_quantized_pipeline_is_measured_corrected_and_samples_alike() -> None:
@@ -469,6 +483,13 @@ def test_a_quantized_pipeline_is_offloaded(state: Any) -> None:
     assert torch.equal(samples(pipe), samples(quantized_once()))
 
 
+def test_weights_in_files_are_not_taken_for_others(tmp_path: Path) -> None:
+    pipe, place = own(), torch.device("cpu")
+    pipe.unet.enable_group_offload(place, place, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    with pytest.raises(InputError, match="is offloaded to the disk in groups; load it without that"):
+        quantize(pipe, "w4a8", SD)
+
+
 def test_weights_that_are_stored_narrow_are_quantized_as_they_compute() -> None:
     pipe, rounded = own(), own()
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -730,6 +751,22 @@ def test_a_lora_that_is_loaded_before_stays_exact(shorthand: str, tmp_path: Path
     assert torch.equal(samples(saved_and_loaded(corrected, tmp_path / "corrected")), samples(corrected))
 
 
+@pytest.mark.parametrize("when", ["before", "saved"])
+def test_a_lora_is_fused_whenever_it_was_loaded(when: str, tmp_path: Path) -> None:
+    pipe, first = own(), lora(1)
+    pipe.load_lora_weights(dict(first), adapter_name="first")
+    made = quantize(pipe, quick("w4a8"), SD)
+    if when == "saved":
+        made = saved_and_loaded(made, tmp_path / "loaded")
+    want = samples(made)
+    pickled = pickle.loads(pickle.dumps(made))
+    assert torch.equal(samples(pickled), want)
+    made.fuse_lora()
+    assert close(samples(made), want)
+    made.unload_lora_weights()
+    assert close(samples(saved_and_loaded(made, tmp_path / "fused")), want)
+
+
 def test_a_lora_that_was_fused_before_is_part_of_the_weights() -> None:
     pipe, first = own(), lora(1)
     pipe.load_lora_weights(dict(first), adapter_name="first")
@@ -814,6 +851,16 @@ def test_an_ip_adapter_is_loaded_onto_a_quantized_pipeline_and_is_not_saved(tmp_
     pipe.unload_ip_adapter()
     assert torch.equal(samples(pipe, plain), before)
     assert torch.equal(samples(saved_and_loaded(pipe, tmp_path / "yes"), plain), before)
+
+
+def test_a_pipeline_with_an_ip_adapter_is_quantized_without_it(tmp_path: Path) -> None:
+    pipe = own()
+    pipe.unet._load_ip_adapter_weights([ip_adapter()])
+    made = quantize(pipe, quick("w4a8"), IP.replace(batch=1))
+    assert coverage_of(made).quantized == coverage_of(quantized_once()).quantized
+    made.unload_ip_adapter()
+    plain = IP.replace(shared={})
+    assert torch.equal(samples(saved_and_loaded(made, tmp_path), plain), samples(made, plain))
 
 
 def test_a_corrected_pipeline_notices_an_ip_adapter() -> None:

@@ -80,6 +80,10 @@ def plain_copy(model: nn.Module) -> Any:
     Raises:
         InputError: weights that are nowhere to be had.
     """
+    if any(_on_disk(module) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} is offloaded to the disk in groups; load it without that to quantize it"
+        )
     elsewhere = _weights_elsewhere(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -117,6 +121,19 @@ def _hooks_on(module: nn.Module) -> list[str]:
     own = vars(module)
     hooks: list[str] = [name for name in ("_hf_hook", "_old_forward", "_diffusers_hook") if name in own]
     return [*hooks, "forward"] if hooks and "forward" in own else hooks
+
+
+def check_weights_are_here(model: nn.Module) -> None:
+    """Refuse weights that diffusers' group offloading keeps in files: what stands in their place is anything.
+
+    Raises:
+        InputError: so it is.
+    """
+    for module in model.modules():
+        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
+        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
+            kind = type(model).__name__
+            raise InputError(f"{kind} is offloaded to the disk in groups; load it without that to quantize it")
 
 
 def _weights_elsewhere(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from ptqd.diffusion.macs import on_meta
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
 from ptqd.errors import ArtifactError, InputError
-from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, support_lora
+from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, know_quantized, support_lora
 from ptqd.quantization.modules.attention import PRODUCTS, QuantAttention, attention_modules
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
@@ -141,6 +141,7 @@ class PtqdQuantizer(DiffusersQuantizer):
     def adopt(self, model: ModelMixin, coverage: Coverage) -> None:
         """Mark a model as quantized by ptqd, so that it saves as such."""
         support_lora()
+        know_quantized(model)
         self.coverage, self.model = coverage, model
         model.register_to_config(quantization_config=self.quantization_config)
         model.hf_quantizer = self
@@ -217,6 +218,7 @@ def prepare(model: nn.Module, config: PtqdConfig) -> Coverage:
     if plan is not None:
         recipe = with_weights(recipe, plan, layer_types(model, recipe))
     coverage = insert_quantizers(model, recipe, ranges, config.quantized)
+    know_quantized(model)
     for name, rank in (config.fused or {}).items():
         dict(quantized_layers(model))[name].make_adapter(rank)
     if ranges is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ptqd.diffusion.macs import steps_called
 from ptqd.diffusion.pipeline_parts import (
+    check_weights_are_here,
     denoiser_names,
     denoiser_of,
     denoisers_of,
@@ -87,6 +88,7 @@ def quantize(
     recipe.check_steps(sampling.steps)
     names = denoiser_names(pipe)
     for name, model in denoisers_of(pipe).items():
+        check_weights_are_here(model)
         check_full_precision(model, name)
         check_weights(model, name)
     scheduler_of(pipe)

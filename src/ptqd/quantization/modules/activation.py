@@ -173,8 +173,14 @@ class ActivationQuantizer(KeptInFloat32):
                 scales[s, i], zeros[s, i] = affine_parameters(low, high, grid)
 
     def refresh(self) -> None:
-        """Forget what was derived from the buffers, after they changed."""
-        self._numbers = []
+        """Derive plain numbers from the buffers anew, after they changed: ``torch.compile`` traces through these."""
+        if self.scale.is_meta:
+            self._numbers = []
+            return
+        both = (t.view(self.ranges, -1).tolist() for t in (self.scale, self.zero_point))
+        self._numbers = [
+            list(zip(scales, map(float, zeros), self.grids, strict=True)) for scales, zeros in zip(*both, strict=True)
+        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` itself while observing or bypassed, else rounded to the active width's grid; any shape."""
@@ -197,11 +203,7 @@ class ActivationQuantizer(KeptInFloat32):
             scale, zero = (self.by_row(t, x, index) for t in (self.scale, self.zero_point))
             return _round(x, scale.to(x.dtype), zero, self.spec, self.grids[index])
         if not self._numbers:
-            both = (t.view(self.ranges, -1).tolist() for t in (self.scale, self.zero_point))
-            self._numbers = [
-                list(zip(scales, map(float, zeros), self.grids, strict=True))
-                for scales, zeros in zip(*both, strict=True)
-            ]
+            self.refresh()
         here = self._numbers[self.step.index if self.ranges > 1 else 0]
         scale_, zero_, grid = here[index]
         return _round(x, scale_, zero_, self.spec, grid)

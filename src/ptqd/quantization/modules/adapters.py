@@ -5,92 +5,118 @@ quantized layer's output gets the adapter's in full precision beside it; codes a
 the adapter into the layer, as a branch of its own that saves with it.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
 from ptqd.errors import ArtifactError, InputError, MissingDependencyError
-from ptqd.quantization.modules.linear_conv import QuantConv, QuantLinear, SplitConv
-
-_made: list[dict[type[nn.Module], Any]] = []  # once PEFT is imported
+from ptqd.quantization.modules.linear_conv import BASE, QuantConv, QuantLinear, SplitConv
 
 
+class OnQuantized:
+    """What a LoRA of PEFT on a quantized layer does otherwise: it is fused into a branch, not into the weight."""
+
+    plain_class: ClassVar[type[nn.Module]]  # of PEFT
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        if isinstance(module, QuantLinear):
+            return module.shape[1], module.shape[0]
+        return module.in_channels, module.out_channels
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        """Put adapters into the layer, as branches of its own; codes and ranges stay.
+
+        Raises:
+            InputError: a kind of LoRA that is no product of two matrices.
+        """
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        for name in check_adapters_to_merge(self, adapter_names) or ():
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_variant:
+                raise InputError(f"the adapter {name!r} needs the weight itself (DoRA does); do not fuse it")
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            self.get_base_layer().push_adapter(down, up.float() * self.scaling[name])
+            self.merged_adapters.append(name)
+
+    def unmerge(self: Any) -> None:
+        """Take them out again."""
+        while self.merged_adapters:
+            self.get_base_layer().pop_adapter(self.r[self.merged_adapters.pop()])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Other kinds of adapters are not made into this one."""
+        return False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles know the class it was made from."""
+        return _new, (self.plain_class,), self.__dict__
+
+
+class OnConvolution(OnQuantized):
+    """The same of convolutions."""
+
+    def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter: PEFT makes it of the base layer's own class, which must be torch's for the time."""
+        quantized = self._modules[BASE]
+        self._modules[BASE] = _plain_convolution(quantized)
+        try:
+            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._modules[BASE] = quantized
+
+
+@functools.cache
+def _on_quantized(plain: Any) -> Any:
+    """The subclass of a LoRA layer of PEFT that knows quantized layers, of the same name."""
+    from peft.tuners.lora.layer import Linear
+
+    own = OnQuantized if issubclass(plain, Linear) else OnConvolution
+    return type(plain.__name__, (own, plain), {"plain_class": plain, "__module__": plain.__module__})
+
+
+def _new(plain: Any) -> Any:
+    kind = _on_quantized(plain)
+    return kind.__new__(kind)
+
+
+def _is_quantized(layer: object) -> bool:
+    return isinstance(layer, QuantLinear | QuantConv | SplitConv)
+
+
+@functools.cache
 def support_lora() -> None:
     """Let PEFT know the quantized layers, where it is installed."""
-    if _made or importlib.util.find_spec("peft") is None:
+    if importlib.util.find_spec("peft") is None:
         return
+    from peft.tuners.lora import layer
     from peft.tuners.lora import model as peft_model
 
     model: Any = peft_model
     plain = model.dispatch_default
-    kinds = _layers()
+    convolutions = (layer.Conv1d, layer.Conv2d, layer.Conv3d)
 
     def dispatch(target: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = kinds.get(type(target))
-        return plain(target, *args, **kwargs) if kind is None else kind(target, *args, **kwargs)
+        if not _is_quantized(target):
+            return plain(target, *args, **kwargs)
+        own = layer.Linear if isinstance(target, QuantLinear) else convolutions[len(target.kernel_size) - 1]
+        return _on_quantized(own)(target, *args, **kwargs)
 
     model.dispatch_default = dispatch
-    _made.append(kinds)
 
 
-def _layers() -> dict[type[nn.Module], Any]:
-    """PEFT's layers for each quantized one."""
-    from peft.tuners.lora import layer
-    from peft.tuners.tuners_utils import check_adapters_to_merge
-
-    class OnQuantized:
-        """What a LoRA on a quantized layer does otherwise: it is fused into a branch, not into the weight."""
-
-        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-            if isinstance(module, QuantLinear):
-                return module.shape[1], module.shape[0]
-            return module.in_channels, module.out_channels
-
-        def merge(self: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
-            for name in check_adapters_to_merge(self, adapter_names) or ():
-                if name not in self.lora_A:
-                    continue
-                if name in self.lora_variant:
-                    raise InputError(f"the adapter {name!r} needs the weight itself (DoRA does); do not fuse it")
-                down, up = self.lora_A[name].weight, self.lora_B[name].weight
-                self.get_base_layer().push_adapter(down, up.float() * self.scaling[name])
-                self.merged_adapters.append(name)
-
-        def unmerge(self: Any) -> None:
-            while self.merged_adapters:
-                self.get_base_layer().pop_adapter(self.r[self.merged_adapters.pop()])
-
-        def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-            return False
-
-    class LoraOnLinear(OnQuantized, layer.Linear):
-        pass
-
-    kinds: dict[type[nn.Module], Any] = {QuantLinear: LoraOnLinear}
-
-    class OnConvolution(OnQuantized):
-        def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
-            """PEFT makes the adapter of the base's own class, which must be torch's for the time."""
-            quantized = self._modules["base_layer"]
-            self._modules["base_layer"] = _plain_convolution(quantized)
-            try:
-                super().update_layer(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                self._modules["base_layer"] = quantized
-
-    by_axes = [
-        type(f"LoraOn{base.__name__}", (OnConvolution, base), {}) for base in (layer.Conv1d, layer.Conv2d, layer.Conv3d)
-    ]
-
-    def convolution(target: Any, *args: Any, **kwargs: Any) -> Any:
-        kind: Any = by_axes[len(target.kernel_size) - 1]
-        return kind(target, *args, **kwargs)
-
-    return {**kinds, QuantConv: convolution, SplitConv: convolution}
+def know_quantized(model: nn.Module) -> None:
+    """Let LoRAs that were there before their layers were quantized know it, in place."""
+    for _, tuned in tuned_layers(model):
+        kind: Any = type(tuned)
+        if _is_quantized(tuned.get_base_layer()) and not isinstance(tuned, OnQuantized):
+            tuned.__class__ = _on_quantized(kind)
 
 
 def _plain_convolution(layer: Any) -> nn.Module:
@@ -105,7 +131,7 @@ def _plain_convolution(layer: Any) -> nn.Module:
 def tuned_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers of a model by their paths."""
     for path, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+        if hasattr(module, BASE) and hasattr(module, "lora_A"):
             yield path, module
 
 
