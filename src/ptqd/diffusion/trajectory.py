@@ -20,14 +20,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.intercept import hooked, stepping, stepping_as
-from ptqd.diffusion.pipeline_parts import (
-    calling_pipeline,
-    denoiser_name,
-    denoisers_of,
-    find_channel_axis,
-    scheduler_of,
-    uncompiled,
-)
+from ptqd.diffusion.pipeline_parts import calling_pipeline, denoiser_name, denoisers_of, find_channel_axis, scheduler_of
+from ptqd.diffusion.plain_copy import uncompiled
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.timesteps import model_timestep
 from ptqd.errors import InputError, MismatchError, UnsupportedError

@@ -17,7 +17,8 @@ from torch import nn
 
 from ptqd.diffusion.call_rows import CallLayout, Row, join_rows
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import denoiser_of, is_plain, plain_copy
+from ptqd.diffusion.pipeline_parts import denoiser_of
+from ptqd.diffusion.plain_copy import is_plain, plain_copy
 from ptqd.diffusion.sampling import Sampling, run_batch, sample
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.trajectory import Trajectory, record, replay

@@ -13,14 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.macs import steps_called
-from ptqd.diffusion.pipeline_parts import (
-    check_weights_are_here,
-    denoiser_names,
-    denoiser_of,
-    denoisers_of,
-    scheduler_of,
-    with_components,
-)
+from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, denoisers_of, scheduler_of, with_components
+from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import is_plain
+from ptqd.diffusion.plain_copy import is_plain
 from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.blocks import concatenations
 from ptqd.quantization.methods import LowRank, Smooth
