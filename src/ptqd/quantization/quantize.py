@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,15 @@ def _observers_by_step(steps: int) -> list[Observer]:
     return [buckets[step * len(buckets) // steps] for step in range(steps)]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the observers of one of a layer's quantizers saw, by step where that is needed."""
+
+    layer: str
+    observers: list[Observer]
+    is_static: bool
+
+
 class _Quantizing:
     """One denoiser of a call of :func:`quantize`: its parts, in the order they come."""
 
@@ -120,8 +129,8 @@ class _Quantizing:
         self.steps: list[int] | None = None  # of the run at which the denoiser is called, where that is known
 
     def go(self) -> nn.Module:
-        calibration, observed = self._calibrate()
-        observed = self._without_unreached(observed)
+        calibration, seen = self._calibrate()
+        observed = self._without_unreached(seen)
         ranges = self._step_ranges(calibration.profile, observed)
         quantized, coverage = self._inserted(ranges)
         model: Any = getattr(quantized, self.name)
@@ -158,8 +167,8 @@ class _Quantizing:
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
         return with_components(self.pipe, **parts), coverage
 
-    def _calibrate(self) -> tuple[Calibration, list[list[Observer]]]:
-        """The one pass over the trajectories, and what each quantizer's observers saw, by step where that is needed."""
+    def _calibrate(self) -> tuple[Calibration, list[_Seen]]:
+        """The one pass over the trajectories, and what each quantizer's observers saw."""
         recipe = self.recipe
         rows = self._rows()
         by_step = recipe.step_ranges > 1
@@ -176,9 +185,9 @@ class _Quantizing:
                 weights = step_weights(recipe.calibration_steps, total, errors)[self.steps]
                 weights = weights / weights.sum()
         quantized, _ = self._inserted(None)
-        quantizers = [quantizer for _, quantizer in layer_quantizers(getattr(quantized, self.name))]
+        quantizers = list(layer_quantizers(getattr(quantized, self.name)))
         index = StepIndex()
-        for quantizer in quantizers:
+        for _, quantizer in quantizers:
             quantizer.observe(_observers_by_step(steps) if by_step and quantizer.is_static else None)
             if by_step:
                 quantizer.step = index
@@ -193,23 +202,21 @@ class _Quantizing:
             name=self.name,
             steps=self.steps,
         )
-        return calibration, [quantizer.observers for quantizer in quantizers]
+        return calibration, [_Seen(name, quantizer.observers, quantizer.is_static) for name, quantizer in quantizers]
 
-    def _without_unreached(self, observed: list[list[Observer]]) -> list[list[Observer]]:
+    def _without_unreached(self, quantizers: list[_Seen]) -> list[list[Observer]]:
         """Leave layers in full precision that no call reached; experts get the ranges of their siblings instead."""
-        quantized, _ = self._inserted(None)
-        quantizers = list(layer_quantizers(getattr(quantized, self.name)))
         near: dict[str, list[Observer]] = {}
-        for (name, _), observers in zip(quantizers, observed, strict=True):
-            reached = [observer for observer in observers if observer.low <= observer.high]
-            near.setdefault(_siblings(name), []).extend(reached)
+        for seen in quantizers:
+            reached = [observer for observer in seen.observers if observer.low <= observer.high]
+            near.setdefault(_siblings(seen.layer), []).extend(reached)
         result: list[list[Observer]] = []
-        for (name, quantizer), observers in zip(quantizers, observed, strict=True):
-            empty = quantizer.is_static and all(observer.low > observer.high for observer in observers)
-            siblings = near[_siblings(name)] if "expert" in name else []
+        for seen in quantizers:
+            empty = seen.is_static and all(observer.low > observer.high for observer in seen.observers)
+            siblings = near[_siblings(seen.layer)] if "expert" in seen.layer else []
             if empty and not siblings:
-                self.unreached.add(name)
-            result.append([Observer.merged(siblings)] * len(observers) if empty and siblings else observers)
+                self.unreached.add(seen.layer)
+            result.append([Observer.merged(siblings)] * len(seen.observers) if empty and siblings else seen.observers)
         if self.unreached:
             names = sorted(self.unreached)
             logger.warning(
@@ -219,7 +226,7 @@ class _Quantizing:
                 self.name,
                 shown(", ".join(names)),
             )
-        return [seen for (name, _), seen in zip(quantizers, result, strict=True) if name not in self.unreached]
+        return [own for seen, own in zip(quantizers, result, strict=True) if seen.layer not in self.unreached]
 
     def _rows(self) -> int:
         """How many rows of the denoiser's calls the recipe needs."""

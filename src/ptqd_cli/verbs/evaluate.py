@@ -9,8 +9,6 @@ from cyclopts import Parameter
 
 from ptqd_cli.options import Device, JudgeOptions, tell
 
-FASHION = (28, 28)  # of the embedded models' images
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -79,15 +77,17 @@ class Evaluate:
             say(note)
 
     def _default_judge(self) -> str:
-        """The embedded models' of images of their size, as 'ptqd run' has it for these models; else none."""
+        """The embedded models' of grey images of their size, as 'ptqd run' has it for these models; else none."""
         from ptqd.errors import InputError
+        from ptqd.metrics.features.fashion_classifier import FashionClassifier
         from ptqd.metrics.images import open_images
 
         try:
-            height, width = open_images(self.samples, grey=True).part(range(1)).shape[1:3]
+            image = open_images(self.samples, grey=False).part(range(1))
         except InputError:  # said by whoever reads it
             return "fashion"
-        return "fashion" if (height, width) == FASHION else "none"
+        grey = bool((image == image[..., :1]).all())
+        return "fashion" if grey and image.shape[1:3] == FashionClassifier.image_shape[:2] else "none"
 
 
 def _lines(path: Path) -> list[str]:
