@@ -1,5 +1,6 @@
 """Pipelines that other libraries quantized, through diffusers' own configurations: measured, corrected, saved."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from diffusers import (
 from torch import nn
 
 from conftest import SCHEDULE
-from ptqd import LatentClassPipeline, MismatchError, NoiseStats, Sampling, correct, load, measure
+from ptqd import InputError, LatentClassPipeline, MismatchError, NoiseStats, Sampling, correct, load, measure, quantize
 from ptqd.diffusion import fingerprint, run_batch, with_components
 from ptqd.pipelines.latent_class import ClassEmbedder
 
@@ -169,6 +170,19 @@ def test_what_another_library_quantized_is_measured_and_corrected(
     corrected.scheduler.save_pretrained(tmp_path / "scheduler")  # where the model itself cannot be saved
     scheduler = type(corrected.scheduler).from_pretrained(tmp_path / "scheduler")
     assert torch.equal(latents(with_components(again, scheduler=scheduler), run), want)
+
+    library = "[^;]*sdnq" if "sdnq" in backend else f"{backend.split(maxsplit=1)[0]}"
+    with pytest.raises(InputError, match=rf"transformer is already quantized \({library}\); give the full-precision"):
+        quantize(qpipe, "w4a8", run)
+
+
+def test_a_model_that_was_quantized_by_hand_is_named(flux: FluxPipeline, run: Sampling) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    transformer = copy.deepcopy(flux.transformer)
+    quantize_(transformer, Int8WeightOnlyConfig())
+    with pytest.raises(InputError, match=r"transformer is already quantized \(.* weights\); give the full-precision"):
+        quantize(with_components(flux, transformer=transformer), "w4a8", run)
 
 
 @pytest.mark.parametrize("backend", ["torchao int4", "gguf Q4_0"])
