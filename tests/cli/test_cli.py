@@ -232,7 +232,8 @@ def test_files_that_are_something_else(model: Path, tmp_path: Path, capsys: pyte
     assert "differ in number: 2 against 3" in fails(
         capsys, "evaluate", tmp_path / "a", "--against", tmp_path / "b", "--judge", "none"
     )
-    assert "takes images of shape (32, 32, 1)" in fails(capsys, "evaluate", tmp_path / "a")
+    assert "takes images of shape (32, 32, 1)" in fails(capsys, "evaluate", tmp_path / "a", "--judge", "fashion")
+    assert "nothing judges these images; give --judge" in fails(capsys, "evaluate", tmp_path / "a")
     (tmp_path / "report.json").write_text('{"rows": []}')
     assert "is no report" in fails(capsys, "report", tmp_path)
     swapped = tmp_path / "swapped"

@@ -192,7 +192,7 @@ def test_a_corrected_pipelines_denoiser_compiles_without_graph_breaks(loaded: bo
     assert torch.allclose(samples(pipe), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("state", [compiled, compiled_in_place], ids=lambda state: state.__name__)
+@pytest.mark.parametrize("state", [compiled, pytest.param(compiled_in_place, marks=pytest.mark.slow)])
 def test_a_plan_is_followed_by_a_compiled_denoiser(state: Any) -> None:
     base = quantize(original(), quick("w4a4+8-steps2"), SD)
     steps = tuple(measure(original(), base, SD).measured_on.model_timesteps)
@@ -798,7 +798,7 @@ def test_plans_and_costs_see_the_layers_under_a_lora() -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["loaded", "fused"])
 def test_a_lora_is_exported(fused: bool, tmp_path: Path) -> None:
     pipe, first = quantized(), lora(1)
     pipe.load_lora_weights(dict(first), adapter_name="first")
