@@ -82,7 +82,8 @@ class ScheduleOptions:
             call["guidance_scale"] = self.guidance
         call |= call_arguments(self.call)
         shared = call_arguments(self.shared, "--shared")
-        schedule = next((call[name] for name in SCHEDULES if isinstance(call.get(name), list)), None)
+        both = call | shared
+        schedule = next((both[name] for name in SCHEDULES if isinstance(both.get(name), list)), None)
         steps = self.steps if schedule is None or self.steps is not None else len(schedule)
         if steps is None:
             steps = Sampling.steps if pipe is None else default_steps(pipe)

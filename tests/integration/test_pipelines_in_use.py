@@ -2,15 +2,18 @@
 
 import copy
 import functools
+import json
 import logging
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 import diffusers as d
+import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 
 from ptqd import (
     InputError,
@@ -19,6 +22,7 @@ from ptqd import (
     Sampling,
     apply_plan,
     correct,
+    explain,
     export,
     load,
     measure,
@@ -30,12 +34,15 @@ from ptqd.diffusion import fingerprint, record, run_batch, run_macs, with_compon
 from ptqd.diffusion.sampling import default_call
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.plan import PrecisionPlan
-from ptqd.quantization.sites import quantized_sites
+from ptqd.quantization.sites import activation_quantizers, quantized_sites
 from ptqd_cli.main import main
 from tiny import CASES, PROMPTS, stable_diffusion, stable_diffusion_xl
 from tiny_more import MORE_CASES
 
 SD = Sampling(steps=3, samples=4, batch=2, call={"prompt": PROMPTS, "guidance_scale": 3.0})
+
+
+FLUX = Sampling(steps=3, samples=4, batch=2, call={**CASES["flux"].call, "sigmas": (1.0, 0.7, 0.3)})
 
 
 def quick(shorthand: str, **changes: Any) -> Recipe:
@@ -59,6 +66,12 @@ def original() -> Any:
 def own() -> Any:
     """The pipeline, its denoiser to do with as one likes."""
     return with_components(original(), unet=copy.deepcopy(original().unet))
+
+
+@functools.cache
+def flux() -> Any:
+    torch.manual_seed(0)
+    return CASES["flux"].build()
 
 
 @functools.cache
@@ -145,6 +158,21 @@ def test_a_folder_of_an_earlier_version_has_its_products_in_the_processors_place
     loaded = load(tmp_path)
     assert fingerprint(loaded.unet) == fingerprint(quantized_once().unet)
     assert torch.equal(samples(loaded), samples(quantized_once()))
+
+
+def test_a_folder_of_an_earlier_version_has_no_products_of_newer_attention(tmp_path: Path) -> None:
+    """Before, a recipe said what was quantized, and of FLUX that was the layers alone."""
+    from ptqd.files import read_json, write_json
+
+    made = quantize(flux(), quick("w4a8", attention=False), FLUX)
+    made.save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    values = read_json(config)
+    values["quantization_config"]["recipe"]["attention"] = True
+    for name in ("quantized", "skipped"):
+        del values["quantization_config"][name]
+    write_json(config, values)
+    assert torch.equal(samples(load(tmp_path), FLUX), samples(made, FLUX))
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
@@ -277,23 +305,18 @@ def test_a_list_of_sigmas_is_the_schedule_at_any_batch(batch: int) -> None:
     assert len(trajectory.timesteps) == 4
 
 
-@functools.cache
-def flux() -> Any:
-    torch.manual_seed(0)
-    return CASES["flux"].build()
-
-
 def test_another_size_of_a_schedule_that_follows_the_size_is_refused_in_true_words() -> None:
-    run = Sampling(steps=3, samples=4, batch=2, call={**CASES["flux"].call, "sigmas": (1.0, 0.7, 0.3)})
-    made = quantize(flux(), quick("w4a8"), run)
-    corrected = correct(made, measure(flux(), made, run), ("cnc", "bc"))
+    run, made = FLUX, quantize(flux(), quick("w4a8"), FLUX)
+    stats = measure(flux(), made, run)
+    assert torch.equal(samples(correct(made, stats, ()), run), samples(made, run))
+    corrected = correct(made, stats, ("cnc", "bc"))
     with pytest.raises(MismatchError, match=r"depends on the image's size .use_dynamic_shifting.: sample at the size"):
         samples(corrected, run.replace(call={**run.call, "width": 64}))
 
 
 def test_arguments_for_every_batch_are_not_one_for_each_sample() -> None:
     run = SD.replace(shared={"negative_prompt": "x", "cross_attention_kwargs": None})
-    assert run.call_for([0, 1])["negative_prompt"] == "x"
+    assert run.call_for([0, 1])["negative_prompt"] == ["x", "x"]
     pair = SD.replace(shared={"ip_adapter_image": ["a", "b"]})
     assert pair.call_for([2])["ip_adapter_image"] == ["a", "b"]
     with pytest.raises(InputError, match="'prompt' is given for every sample and for all"):
@@ -359,6 +382,14 @@ def test_a_class_of_pipeline_that_drops_the_correction_says_so(
     assert torch.equal(samples(load(tmp_path), run), samples(corrected, run))
 
 
+@pytest.mark.parametrize(
+    "scale", [np.float32(9), np.int64(9), torch.tensor(9.0)], ids=lambda scale: type(scale).__name__
+)
+def test_guidance_may_be_any_number(scale: Any) -> None:
+    with pytest.raises(MismatchError, match="guidance scale 3, the pipeline runs at 9"):
+        corrected_once()(**guided(scale))
+
+
 # B5: two denoisers
 
 
@@ -408,6 +439,38 @@ def test_both_denoisers_are_quantized_measured_planned_counted_saved_and_loaded(
         samples(other, WAN)
 
 
+def test_two_denoisers_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ptqd.files import parse_json
+
+    made = quantize(wan(), quick("w4a8"), WAN)
+    made.save_pretrained(tmp_path / "q")
+    call = [f"--call={name}={json.dumps(value)}" for name, value in WAN.call.items()]
+    capsys.readouterr()
+    assert main(["cost", str(tmp_path / "q"), "--steps", "4", *call, "--json"]) == 0
+    cost = parse_json(capsys.readouterr().out, "cost")
+    assert cost["disk_bytes"] == disk_bytes(made)
+    assert cost["parameters"] == sum(
+        p.numel() for name in ("", "_2") for p in getattr(wan(), f"transformer{name}").parameters()
+    )
+
+
+def test_a_denoiser_that_the_run_never_calls_is_named() -> None:
+    pipe = with_components(wan(), scheduler=wan().scheduler)
+    pipe.register_to_config(boundary_ratio=0.0)
+    with pytest.raises(InputError, match="never calls its transformer_2"):
+        quantize(pipe, quick("w4a8"), WAN.replace(call={k: v for k, v in WAN.call.items() if k != "guidance_scale_2"}))
+
+
+def test_products_of_flux_are_counted_as_they_are_quantized() -> None:
+    """Of 8 bits by 8, sixteen times fewer than of 32 by 32."""
+    made = quantize(flux(), quick("w8a8"), FLUX)
+    cost = run_cost(made, FLUX)
+    products = torch.tensor([name.endswith((".qk", ".pv")) for name in cost.macs.layers])
+    assert products.sum() == 4
+    full = cost.macs.counts[:, products].sum() * 32**2
+    assert full / cost.bops[:, products].sum() == 16
+
+
 # B6, B10: rows of any shape, and calls as people write them
 
 
@@ -455,6 +518,22 @@ def test_a_batch_as_large_as_a_number_of_tokens_is_told_apart() -> None:
     assert prints[0] == prints[1]
 
 
+@pytest.mark.parametrize("shorthand", ["w4a8", "w4a8-steps2"])
+def test_prompts_of_other_lengths_give_the_same_ranges_at_any_batch(shorthand: str) -> None:
+    """Also where nothing is learned: in a batch, some prompts are padded."""
+    case = MORE_CASES["qwen-image"]
+    torch.manual_seed(0)
+    pipe = case.build()
+    call = {**case.call, "prompt": ["a cat", "a very long description of two red birds and a dog", "birds"]}
+    recipe = quick(shorthand, calibration_samples=3)
+    scales = []
+    for batch in (1, 3):
+        made = quantize(pipe, recipe, Sampling(steps=3, samples=3, batch=batch, call=call))
+        quantizers = activation_quantizers(made.transformer)
+        scales.append(torch.cat([q.scale.flatten() for _, q in quantizers]))
+    assert torch.allclose(scales[0], scales[1], rtol=1e-4)
+
+
 # B8: offloaded, dispatched, cast
 
 
@@ -498,6 +577,32 @@ def test_weights_that_are_stored_narrow_are_quantized_as_they_compute() -> None:
             module.to(torch.float8_e4m3fn).to(torch.float32)
     recipe = quick("w4a8")
     assert fingerprint(quantize(pipe, recipe, SD).unet) == fingerprint(quantize(rounded, recipe, SD).unet)
+
+
+@pytest.mark.parametrize("state", [sequentially, by_groups], ids=lambda state: state.__name__)
+def test_offloaded_pipelines_go_the_whole_way(state: Any, tmp_path: Path) -> None:
+    full, pipe, base = own(), own(), quantize(original(), quick("w4a4+8"), SD)
+    offloaded = with_components(base, unet=copy.deepcopy(base.unet))
+    for one in (pipe, offloaded):
+        state(one)
+    stats = measure(pipe, offloaded, SD)
+    assert stats.measured_on == measure(full, base, SD).measured_on
+    steps = tuple(stats.measured_on.model_timesteps)
+    plan = PrecisionPlan.uniform(steps, 8).replace(weights={"mid_block.resnets.0.conv1": 8})
+    want = apply_plan(base, plan, full)
+    planned = apply_plan(offloaded, plan, pipe)
+    assert fingerprint(planned.unet) == fingerprint(want.unet)
+    assert len(explain(pipe, offloaded, SD)) == len(coverage_of(base).quantized)
+    corrected = correct(offloaded, stats, ("cnc", "bc"))
+    want = samples(correct(base, stats, ("cnc", "bc")))
+    assert torch.equal(samples(corrected), want)
+    assert torch.equal(samples(saved_and_loaded(corrected, tmp_path)), want)
+
+
+def test_a_dispatched_pipeline_samples_alike() -> None:
+    pipe = quantized()
+    dispatch_model(pipe.unet, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(samples(pipe), samples(quantized_once()))
 
 
 @pytest.mark.parametrize("place", ["cpu", "balanced"])
@@ -767,6 +872,53 @@ def test_a_lora_is_fused_whenever_it_was_loaded(when: str, tmp_path: Path) -> No
     assert close(samples(saved_and_loaded(made, tmp_path / "fused")), want)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # of PEFT, for every second adapter
+def test_loras_of_other_layers_are_saved_as_each_is_fused(tmp_path: Path) -> None:
+    pipe = quantized()
+    linear = {name: value for name, value in lora(1).items() if "attn1" in name}
+    convolution = {name: value for name, value in lora(2).items() if "conv1" in name}
+    pipe.load_lora_weights(linear, adapter_name="first")
+    pipe.load_lora_weights(convolution, adapter_name="second")
+    pipe.set_adapters(["first", "second"])
+    pipe.fuse_lora(adapter_names=["second"])
+    assert torch.equal(samples(saved_and_loaded(pipe, tmp_path)), samples(pipe))
+
+
+def test_a_lora_is_loaded_onto_flux(tmp_path: Path) -> None:
+    """Whose loader looks for the layers' weights itself."""
+    base = quantize(flux(), quick("w4a8"), FLUX)
+    random, values = torch.Generator().manual_seed(3), dict[str, torch.Tensor]()
+    for name, module in flux().transformer.named_modules():
+        if name.endswith(("attn.to_q", "attn.to_k")):
+            values[f"transformer.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=random)
+            values[f"transformer.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=random)
+    pipe = with_components(base, transformer=copy.deepcopy(base.transformer))
+    pipe.load_lora_weights(dict(values), adapter_name="own")
+    got = samples(pipe, FLUX)
+    assert not torch.allclose(got, samples(base, FLUX), atol=1e-3)
+    assert torch.equal(samples(saved_and_loaded(pipe, tmp_path), FLUX), got)
+    pipe.unload_lora_weights()
+    assert torch.equal(samples(pipe, FLUX), samples(base, FLUX))
+
+
+def test_statistics_of_a_lora_are_of_its_scale() -> None:
+    pipe = quantized()
+    pipe.load_lora_weights(lora(1), adapter_name="first")
+    full = own()
+    full.load_lora_weights(lora(1), adapter_name="first")
+    stats = measure(full, pipe, SD)
+    pipe.set_adapters("first", 0.3)
+    with pytest.raises(MismatchError, match="measured on another unet"):
+        correct(pipe, stats, ("cnc", "bc"))
+
+
+def test_layers_under_a_lora_are_explained() -> None:
+    pipe = own()
+    pipe.load_lora_weights(lora(1), adapter_name="first")
+    reports = explain(pipe, quantize(pipe, quick("w4a8"), SD), SD)
+    assert all(math.isfinite(report.error) for report in reports)
+
+
 def test_a_lora_that_was_fused_before_is_part_of_the_weights() -> None:
     pipe, first = own(), lora(1)
     pipe.load_lora_weights(dict(first), adapter_name="first")
@@ -853,9 +1005,16 @@ def test_an_ip_adapter_is_loaded_onto_a_quantized_pipeline_and_is_not_saved(tmp_
     assert torch.equal(samples(saved_and_loaded(pipe, tmp_path / "yes"), plain), before)
 
 
-def test_a_pipeline_with_an_ip_adapter_is_quantized_without_it(tmp_path: Path) -> None:
-    pipe = own()
+def test_a_pipeline_with_an_ip_adapter_is_quantized_around_it(tmp_path: Path) -> None:
+    pipe, run = own(), IP.replace(batch=1)
     pipe.unet._load_ip_adapter_weights([ip_adapter()])
+    made = quantize(pipe, quick("w8a8"), run)
+    effect = (samples(pipe, run) - samples(original(), run.replace(shared={}))).abs().mean()
+    assert (samples(made, run) - samples(pipe, run)).abs().mean() < 0.5 * effect
+    before = samples(made, run)
+    with pytest.raises(InputError, match="has an IP-Adapter"):
+        made.save_pretrained(tmp_path / "not")
+    assert torch.equal(samples(made, run), before)
     made = quantize(pipe, quick("w4a8"), IP.replace(batch=1))
     assert coverage_of(made).quantized == coverage_of(quantized_once()).quantized
     made.unload_ip_adapter()

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,32 @@ def test_attention_observed_is_diffusers_own(context: int | None, shape: tuple[i
     got = attention(x, encoder_hidden_states=tokens)
     assert 1e-5 < (got - want).abs().max() < 0.1
     assert processor.probabilities.scale.item() <= 1 / 255 + 1e-6
+
+
+MASK = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.4
+MASK[0, 0, 2] = False  # a query that sees no key
+PRODUCTS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((2, 3, 5, 4), (2, 3, 7, 4), {}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"scale": 0.3}),
+    ((5, 4), (7, 4), {"is_causal": True}),
+    ((2, 5, 4), (2, 7, 4), {}),
+    ((2, 6, 5, 4), (2, 3, 7, 4), {"enable_gqa": True}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": MASK}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": torch.where(MASK, 0.5, -torch.inf)}),
+    ((2, 3, 0, 4), (2, 3, 7, 4), {}),
+]
+
+
+@pytest.mark.parametrize(("query", "key", "how"), PRODUCTS)
+def test_attention_products_in_full_precision_are_torchs(
+    query: tuple[int, ...], key: tuple[int, ...], how: dict[str, Any]
+) -> None:
+    random = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(shape, generator=random) for shape in (query, key, key))
+    products = AttentionProducts(QuantSpec(8, symmetric=False), 8)
+    products.bypass()
+    want = F.scaled_dot_product_attention(q, k, v, **how)
+    assert torch.allclose(products(q, k, v, **how), want, atol=1e-6)
 
 
 def test_attention_takes_a_mask() -> None:

@@ -88,8 +88,7 @@ class CorrectedStep:
                     "stepbaq gives the denoiser other timesteps, of a whole schedule; use another method"
                 )
             self._own = self.timesteps
-            shifted = self.correction.model_timesteps[-len(required) :]
-            self.timesteps = torch.tensor(shifted, dtype=torch.float32, device=self._own.device)
+            self.timesteps = torch.tensor(self.correction.model_timesteps, dtype=torch.float32, device=self._own.device)
 
     def _way_out(self, steps: int) -> str:
         """What to do about another schedule."""
@@ -132,7 +131,8 @@ class CorrectedStep:
         if self._structure is not None and structure_of(pipe) != self._structure:
             raise MismatchError(
                 "the denoiser is no longer the one that was measured: layers were added, taken away or exchanged (an "
-                "IP-Adapter, another model, other bits); undo that, or measure the pipeline as it is now and correct it"
+                "IP-Adapter, another model, other bits, a LoRA that was fused); undo that, or measure the pipeline as "
+                "it is now and correct it"
             )
         adapters = _adapters_of(pipe)
         if self._structure is not None and adapters != self._adapters:

@@ -179,8 +179,10 @@ def search_correction(
         raise InputError("statistics carried over to other steps have no full-precision samples to check against")
     for fact, value in required.items():
         if getattr(stats.measured_on, fact) != value:
+            what = "arguments of the call (--call, --shared)" if fact == "inputs" else f"another {fact}"
             raise MismatchError(
-                f"the statistics were measured with another {fact}; give the run they were measured with"
+                f"the statistics were measured with {'other ' * (fact == 'inputs')}{what}; give the run they were "
+                "measured with"
             )
     indices = stats.final_indices.tolist()
     if not stats.measured_on.repeatable and (stats.response.draws or not stats.response.exact):

@@ -67,7 +67,7 @@ class CallLayout:
     Attributes:
         model: the denoiser.
         by_row: the places, as paths of keys, of tensors and lists with an entry for each row, and along which axis.
-        padded: samples of one batch are padded to each other's length, or samples alone differ in their shapes.
+        padded: see :func:`padded`.
     """
 
     model: nn.Module
@@ -96,9 +96,7 @@ class CallLayout:
                 f"no argument of {type(model).__name__} is longer for two samples than for one, so that ptqd cannot "
                 "tell their rows apart; use a recipe without methods"
             )
-        layout = cls(model, by_row, False)
-        alone = {i: layout.rows(*_first_call(pipe, run, [i], name))[0].kind for i in _different(run)}
-        return cls(model, by_row, len(set(alone.values())) > 1)
+        return cls(model, by_row, padded(pipe, run, name))
 
     def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Row]:
         """The rows of a call."""
@@ -107,6 +105,16 @@ class CallLayout:
         trees = _split(call, (), self.by_row, min(lengths, default=1))
         digests: dict[int, str] = {}
         return [Row(tree, _kind(tree, digests)) for tree in trees]
+
+
+def padded(pipe: DiffusionPipeline, sampling: Sampling, name: str | None = None) -> bool:
+    """Whether samples alone differ in the shapes of what a denoiser is given, so that in a batch some are padded.
+
+    That is asked of the first :data:`PROBED_PROMPTS` samples whose arguments differ.
+    """
+    run = sampling.replace(samples=max(2, sampling.samples))
+    shapes = {repr(list(_sizes(_first_call(pipe, run, [i], name)))) for i in _different(run)}
+    return len(shapes) > 1
 
 
 def plain_rows(*args: torch.Tensor) -> list[Row]:
@@ -136,13 +144,14 @@ def _first_call(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[i
         seen.append((args, kwargs))
         raise _Stop
 
-    state = [(key, value) for key, value in vars(scheduler_of(pipe)).items()]
+    state = dict(vars(scheduler_of(pipe)))
     try:
         with hooked(called.register_forward_pre_hook(keep, with_kwargs=True)):
             run_batch(pipe, sampling, indices, "latent")
     except _Stop:
         pass
     finally:
+        vars(pipe.scheduler).clear()
         vars(pipe.scheduler).update(state)
     if not seen:
         raise InputError(f"{type(pipe).__name__} never calls its {name or denoiser_name(pipe)}")

@@ -13,17 +13,23 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.pipeline_parts import denoisers_of, scheduler_of
+from ptqd.diffusion.plain_copy import weights_elsewhere
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """A hash of a model's parameters and buffers, equal after saving and loading, and on every device.
 
     Tensors of other libraries' own classes are hashed by what they are made of: ``__tensor_flatten__`` gives a
     wrapper's plain tensors (torchao's codes and scales) and what else it knows (how it quantizes activations).
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    elsewhere = weights_elsewhere(model)
+    for name, value in sorted({**model.state_dict(), **elsewhere}.items()):
         _hash(digest, name.replace(".products.", ".processor."), value)  # as earlier versions called them
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "scaling"):  # an adapter's share is a plain number
+            shares = {key: module.scaling[key] for key in module.active_adapters if key in module.scaling}
+            _hash(digest, name, [shares, module.disable_adapters, module.merged_adapters])
     return digest.hexdigest()[:16]
 
 

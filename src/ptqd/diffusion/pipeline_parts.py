@@ -1,4 +1,4 @@
-"""A pipeline's parts: its denoiser, its scheduler, and fingerprints that tell whether two things belong together."""
+"""A pipeline's parts: its denoisers, its scheduler, the call it is in; and copies with other parts."""
 
 import copy
 import inspect
@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -104,8 +105,9 @@ def calling_pipeline() -> tuple[DiffusionPipeline | None, dict[str, float]]:
 
 
 def _guidance(arguments: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {k: v for k, v in arguments.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {name: float(value) for name, value in numbers.items() if GUIDANCE.search(name)}
+    single = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in arguments.items()}
+    numbers = {k: float(v) for k, v in single.items() if isinstance(v, Real)}
+    return {name: value for name, value in numbers.items() if GUIDANCE.search(name)}
 
 
 def channel_axis(sample: torch.Tensor) -> int:

@@ -33,7 +33,7 @@ def plain_copy(model: nn.Module) -> Any:
     Raises:
         InputError: weights that are nowhere to be had.
     """
-    elsewhere = _weights_elsewhere(model)
+    elsewhere = weights_elsewhere(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name in _hooks_on(module):
@@ -55,6 +55,11 @@ def plain_copy(model: nn.Module) -> Any:
         if path in wide:
             nn.Module.to(twin, wide[path])
     return copied
+
+
+def as_plain(model: nn.Module) -> Any:
+    """A network as it computes: itself where it is so, else a copy; see :func:`plain_copy`."""
+    return model if is_plain(model) else plain_copy(model)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -85,7 +90,7 @@ def check_weights_are_here(model: nn.Module) -> None:
             raise InputError(f"{kind} is offloaded to the disk in groups; load it without that to quantize it")
 
 
-def _weights_elsewhere(model: nn.Module) -> dict[str, torch.Tensor]:
+def weights_elsewhere(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights that accelerate keeps outside a network, by name."""
     result: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():

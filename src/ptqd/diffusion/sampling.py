@@ -29,6 +29,7 @@ OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
     "output_type": "leave it out",
     "return_dict": "leave it out",
 }
+PROMPT = re.compile(r"(negative_)?prompt(_[0-9])?")  # of which one text stands for all samples
 SCHEDULES = ("sigmas", "timesteps")  # lists that are a run's steps, not one value a sample
 # whose errors are of what they are given
 REFUSING = ("diffusers", "transformers", "ptqd.pipelines")
@@ -108,13 +109,13 @@ class Sampling:
                 chosen[name] = value if value is None else list(value)
             elif isinstance(value, torch.Tensor):
                 chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
-            elif isinstance(value, str) and name.startswith("prompt"):
-                chosen[name] = [value] * len(indices)
             elif isinstance(value, list):
                 chosen[name] = _by_network([value[i % len(value)] for i in indices])
             else:
                 chosen[name] = value
-        return {**chosen, **self.shared}
+        chosen |= self.shared
+        one = [name for name, value in chosen.items() if isinstance(value, str) and PROMPT.fullmatch(name)]
+        return chosen | {name: [chosen[name]] * len(indices) for name in one}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -126,7 +127,8 @@ class Sampling:
     @property
     def inputs_digest(self) -> str:
         """A hash of the call's arguments."""
-        return hashlib.sha256(json.dumps(_plain(self.call), sort_keys=True).encode()).hexdigest()[:16]
+        given = _plain([self.call, self.shared] if self.shared else self.call)
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def shared_call(self) -> dict[str, Any]:

@@ -20,10 +20,21 @@ class StepIndex:
 
     Attributes:
         index: an integer, or a tensor with one for each row of the batch (N,).
+        place: the integer as a tensor, for code that is compiled: it is then an input, and no constant.
     """
 
     def __init__(self, index: int = 0) -> None:
-        self.index: int | torch.Tensor = index
+        self.index = index
+
+    @property
+    def index(self) -> int | torch.Tensor:
+        """See the class."""
+        return self._index
+
+    @index.setter
+    def index(self, index: int | torch.Tensor) -> None:
+        self._index = index
+        self.place = index if isinstance(index, torch.Tensor) else torch.tensor(index)
 
 
 class StepTable(ABC):

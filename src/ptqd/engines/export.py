@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_components
+from ptqd.diffusion.plain_copy import as_plain
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.calls import captured
 from ptqd.engines.module import FACTS, EngineFacts, EngineModule, write_component
@@ -112,7 +113,7 @@ def _export(
             raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
         if model.dtype != torch.float32:
             raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
-    pipe = with_components(pipe, **denoisers_of(pipe)).to("cpu")
+    pipe = with_components(pipe, **{name: as_plain(model) for name, model in denoisers_of(pipe).items()}).to("cpu")
     if engine == TORCHAO:
         output, products = to_torchao(pipe, sampling, layout)
         with out.replacing() as temporary:

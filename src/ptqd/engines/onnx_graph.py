@@ -20,7 +20,7 @@ from torch import nn
 from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.engines.calls import CODES, Call
 from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
-from ptqd.errors import InputError
+from ptqd.errors import InputError, UnsupportedError, raised_by
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
@@ -100,25 +100,22 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
         names += RANGES
         tensors += [table.scale, table.zero, table.low, table.high]
     wrapper = _Called(twin, call, method, table if products.quantizers else None)
-    with torch.no_grad():
+    kind = type(model).__name__
+    with torch.no_grad(), _traced(kind):
         wrapper(*tensors)
     dims = [{0: torch.export.Dim.DYNAMIC} if name in call.by_sample else {} for name in names]
-    try:
-        with warnings.catch_warnings(), _silent():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                wrapper.eval(),
-                tuple(tensors),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=[f"{OUT}{name}" for name in wrapper.outputs],
-                dynamic_shapes=(tuple(dims),),
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        first = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{type(model).__name__} cannot be traced to an ONNX graph: {first}") from error
+    with warnings.catch_warnings(), _silent(), _traced(kind):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            wrapper.eval(),
+            tuple(tensors),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=[f"{OUT}{name}" for name in wrapper.outputs],
+            dynamic_shapes=(tuple(dims),),
+            verbose=False,
+        )
     assert program is not None
     proto = program.model_proto
     if not signed:
@@ -151,6 +148,23 @@ class _Called(nn.Module):
         self.outputs = tuple(result)
         self.kind = f"{type(output).__module__}.{type(output).__qualname__}" if isinstance(output, Mapping) else "tuple"
         return tuple(result.values())
+
+
+@contextlib.contextmanager
+def _traced(kind: str) -> Iterator[None]:
+    """Say of what torch's exporter and the network's own code cannot do that the network cannot be traced.
+
+    Raises:
+        UnsupportedError: so it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        by_exporter = isinstance(error, torch.onnx.errors.OnnxExporterError)
+        if not by_exporter and not raised_by(error, "torch", "diffusers", "onnx_ir", "onnxscript"):
+            raise
+        lines = str(error.__cause__ or error).strip().splitlines()
+        raise UnsupportedError(f"{kind} cannot be traced to an ONNX graph: {' '.join(lines[:2])[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -319,6 +333,9 @@ class _Product(nn.Module):
             self.register_buffer("adapter_down", layer.adapter_down.view(-1, *layer.shape[1:]))
             self.register_buffer("adapter_up", layer.adapter_up)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(kwargs.pop("input"), **kwargs) if not args else super().__call__(*args, **kwargs)
+
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         layer, given = self.layer[0], x
         x = layer.smoothed(x)
@@ -347,7 +364,7 @@ class _Product(nn.Module):
 class _Attention(AttentionProducts):
     """Attention whose operands are rounded in the graph."""
 
-    OPERANDS = (".query", ".key", ".probabilities", ".value")
+    OPERANDS = tuple(f".{ATTENTION}.{name}" for name in ("query", "key", "probabilities", "value"))
 
     def __init__(self, *quantizers: _Rounding) -> None:
         nn.Module.__init__(self)

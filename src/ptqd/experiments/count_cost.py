@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.macs import Macs, on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of
+from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.experiments.meta_pipeline import (
@@ -53,21 +53,22 @@ def count_cost(
     Raises:
         InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
     """
-    denoiser, config, macs = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
+    denoisers, config, macs = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
     required, chosen = _bits(model, config, recipe, plan)
     if required is None:
-        return cost_of(denoiser, macs)
+        return cost_of(denoisers, macs)
     if chosen is not None:
-        required = with_weights(required, chosen, layer_types(denoiser, required))
-    with torch.device("meta"):
-        insert_quantizers(denoiser, required)
-    if chosen is not None:
-        set_plan(denoiser, chosen)
-    return cost_of(denoiser, macs)
+        required = with_weights(required, chosen, layer_types(denoisers[0], required))
+    for denoiser in denoisers:
+        with torch.device("meta"):
+            insert_quantizers(denoiser, required)
+        if chosen is not None:
+            set_plan(denoiser, chosen)
+    return cost_of(denoisers, macs)
 
 
-def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[str, Any], Macs]:
-    """A denoiser in full precision on the meta device, its configuration, and what its run takes."""
+def _described(model: str, sampling: Any, scheduled: Any) -> tuple[list[Any], Mapping[str, Any], Macs]:
+    """A pipeline's denoisers in full precision on the meta device, their configuration, and what a run takes."""
     config = denoiser_config(model)
     if config is None:
         pipe = scheduled(meta_pipeline(model))
@@ -77,11 +78,12 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[Any, Mapping[
             logger.warning("%s; it is loaded", error)
             pipe = scheduled(load(model))
             macs = run_macs(pipe, sampling(pipe))
-        denoiser = denoiser_of(pipe)
-        return on_meta(denoiser), saved_configuration(model, denoiser_name(pipe), denoiser), macs
+        first = denoiser_of(pipe)
+        every = [on_meta(denoiser) for denoiser in denoisers_of(pipe).values()]
+        return every, saved_configuration(model, denoiser_name(pipe), first), macs
     denoiser, run = bare_denoiser(config), sampling(None)
     guided = run.call.get("guidance_scale", 1.0) != 1.0
-    return denoiser, config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
+    return [denoiser], config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
 
 
 def _bits(

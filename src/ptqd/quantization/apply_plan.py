@@ -11,12 +11,12 @@ from torch import nn
 
 from ptqd.diffusion.pipeline_parts import (
     copy_module,
-    denoiser_of,
     denoisers_of,
     plain_scheduler,
     scheduler_of,
     with_components,
 )
+from ptqd.diffusion.plain_copy import as_plain
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
@@ -46,8 +46,9 @@ def apply_plan(
         InputError: the plan does not fit the model; see ``set_plan``. Or it asks for other weights than the model
         has, and there is no full-precision layer to take them from.
     """
+    full = {} if pipe is None else {name: as_plain(model) for name, model in denoisers_of(pipe).items()}
     parts: dict[str, Any] = {
-        name: _planned(model, ptqd_quantizer(qpipe, name), plan, None if pipe is None else denoiser_of(pipe, name))
+        name: _planned(model, ptqd_quantizer(qpipe, name), plan, full.get(name))
         for name, model in denoisers_of(qpipe).items()
     }
     return with_components(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
@@ -55,7 +56,7 @@ def apply_plan(
 
 def _planned(denoiser: nn.Module, source: PtqdQuantizer, plan: PrecisionPlan, full: nn.Module | None) -> nn.Module:
     """One denoiser of :func:`apply_plan`."""
-    model = copy_module(denoiser, lambda tensor: tensor)
+    model = copy_module(as_plain(denoiser), lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
     layers = dict(quantized_layers(model))
     planned = with_weights(recipe, plan, {layer: module.kind for layer, module in layers.items()})
@@ -113,7 +114,7 @@ def _at_width(
     qpipe: DiffusionPipeline, denoiser: nn.Module, source: PtqdQuantizer, recipe: Recipe, bits: int
 ) -> nn.Module:
     """One denoiser of :func:`at_width`."""
-    model = copy_module(denoiser, lambda tensor: tensor)
+    model = copy_module(as_plain(denoiser), lambda tensor: tensor)
     if source.quantization_config.plan is not None:  # its weights stay
         kinds = {layer: module.kind for layer, module in quantized_layers(model)}
         recipe = with_weights(recipe, plan_of(qpipe), kinds)

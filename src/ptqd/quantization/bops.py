@@ -3,7 +3,7 @@
 BOPs = sum over layers of MACs x b_w x b_a;  FP32 counts as 32 x 32 = 1024 for each MAC.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,13 @@ def run_cost(pipe: DiffusionPipeline, sampling: Sampling) -> Cost:
     return cost_of(pipe, run_macs(pipe, sampling))
 
 
-def cost_of(quantized: DiffusionPipeline | nn.Module, macs: Macs) -> Cost:
-    """The cost of a run, of which the multiply-accumulates are known, of a pipeline or of its denoiser alone.
+def cost_of(quantized: DiffusionPipeline | nn.Module | Sequence[nn.Module], macs: Macs) -> Cost:
+    """The cost of a run, of which the multiply-accumulates are known, of a pipeline or of its denoisers alone.
 
     Two denoisers that share the steps have layers of the same names, and are taken to be quantized alike.
     """
-    models = [quantized] if isinstance(quantized, nn.Module) else list(denoisers_of(quantized).values())
+    models = [quantized] if isinstance(quantized, nn.Module) else quantized
+    models = list(denoisers_of(models).values()) if isinstance(models, DiffusionPipeline) else models
     parameters = sum(p.numel() for model in models for p in on_meta(model).parameters())
     macs = by_halves(macs, models[0])
     disk, memory = (sum(map(count, models)) for count in (disk_bytes, memory_bytes))

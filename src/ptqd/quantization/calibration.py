@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models import attention_processor
 from torch import nn
 
-from ptqd.diffusion.call_rows import CallLayout, Row, join_rows
+from ptqd.diffusion.call_rows import CallLayout, Row, join_rows, padded
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.plain_copy import is_plain, plain_copy
@@ -212,10 +212,9 @@ def calibrate(
         InputError: a denoiser is never called.
     """
     model = denoiser_of(pipe, name)
-    if weights is not None:
-        layout = CallLayout.of(pipe, sampling, name)
-        if layout.padded:  # how far a prompt is padded would depend on the batch
-            sampling = sampling.replace(batch=1)
+    layout = CallLayout.of(pipe, sampling, name) if weights is not None else None
+    if padded(pipe, sampling, name) if layout is None else layout.padded:
+        sampling = sampling.replace(batch=1)  # how far a prompt is padded would depend on the batch
     if not rows and not profile and index is None:  # nothing that needs the steps told apart
         for _ in sample(pipe, sampling, output="latent", progress=progress):
             pass
@@ -226,7 +225,7 @@ def calibrate(
     for indices in track(list(sampling.batches()), progress):
         with record(pipe) as trajectory, contextlib.ExitStack() as stack:
             step = _OwnStep(trajectory, steps)
-            if weights is not None:
+            if weights is not None and layout is not None:
                 required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
                 stack.enter_context(_listening(model, step, layout, indices, required, taken))
             if index is not None:

@@ -12,13 +12,14 @@ from torch import nn
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import PRODUCTS, Macs, run_macs, steps_called
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, with_components
+from ptqd.diffusion.plain_copy import as_plain
 from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.calibration import as_calibrated, draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
-from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight, plain_name
 from ptqd.quantization.recipe import QuantSpec, Recipe
 from ptqd.quantization.sites import quantized_sites
 from ptqd.quantization.step_ranges import range_of, range_steps_of
@@ -71,7 +72,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Samplin
     for name in denoiser_names(pipe):
         full = as_calibrated(denoiser_of(pipe, name))
         plain = with_components(pipe, **{name: full})
-        reports += _explain(plain, name, full, denoiser_of(qpipe, name), sampling, macs, calls[name])
+        reports += _explain(plain, name, full, as_plain(denoiser_of(qpipe, name)), sampling, macs, calls[name])
     return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
 
 
@@ -144,6 +145,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
 
     def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         twin: Any = quantized[name]
+        name = plain_name(name)
         if isinstance(twin, QuantLayer) or isinstance(getattr(twin, ATTENTION, None), AttentionProducts):
             compare(name, twin(*args, **kwargs), output)
         else:
@@ -160,7 +162,7 @@ def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[s
         )
 
     hooks = [
-        full.get_submodule(name).register_forward_hook(
+        find_layer(full, name).register_forward_hook(
             lambda m, args, kwargs, output, name=name: shadow(name, m, args, kwargs, output), with_kwargs=True
         )
         for name, module in quantized.items()

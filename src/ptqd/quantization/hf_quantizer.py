@@ -14,6 +14,7 @@ from torch import nn
 
 from ptqd.diffusion.macs import on_meta
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
+from ptqd.diffusion.plain_copy import weights_elsewhere
 from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, know_quantized, support_lora
 from ptqd.quantization.modules.attention import PRODUCTS, QuantAttention, attention_modules
@@ -22,7 +23,14 @@ from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
 from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
-from ptqd.quantization.swap import Coverage, insert_quantizers, layer_types, names_of
+from ptqd.quantization.swap import (
+    Coverage,
+    has_ip_adapter,
+    insert_quantizers,
+    layer_types,
+    names_of,
+    quantized_by_earlier_versions,
+)
 
 
 def with_weights(recipe: Recipe, plan: PrecisionPlan, layers: Mapping[str, LayerType]) -> Recipe:
@@ -138,12 +146,17 @@ class PtqdQuantizer(DiffusersQuantizer):
     dtype: torch.dtype | None = None  # that is loaded
     _wide: tuple[str, ...] = ()  # modules that the class keeps in float32
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """PEFT has to know the quantized layers in the process that a pickle is read in, too."""
+        support_lora()
+        self.__dict__.update(state)
+
     def adopt(self, model: ModelMixin, coverage: Coverage) -> None:
         """Mark a model as quantized by ptqd, so that it saves as such."""
         support_lora()
         know_quantized(model)
         self.coverage, self.model = coverage, model
-        model.register_to_config(quantization_config=self.quantization_config)
+        _register(model, self.quantization_config)
         model.hf_quantizer = self
         model.is_quantized = False  # as which diffusers would not cast it; these layers know how to be cast
         model.quantization_method = self.quantization_config.quant_method
@@ -198,14 +211,30 @@ class PtqdQuantizer(DiffusersQuantizer):
         if self.model is not None:
             config = self.quantization_config
             config.describe(self.model, self.coverage)
-            self.model.register_to_config(quantization_config=config)
+            _register(self.model, config)
             _check_loadable(self.model, config)
         return True
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is written: weights that are offloaded are fetched."""
+        elsewhere = {} if self.model is None else weights_elsewhere(self.model)
+        return {name: elsewhere.get(name, value) for name, value in state_dict.items()}, {}
 
     @property
     def is_trainable(self) -> bool:
         """Codes are integers."""
         return False
+
+
+def _register(model: Any, config: PtqdConfig) -> None:
+    """Put a configuration into a model's, and keep what diffusers has set there beside the values it was made with."""
+    before = vars(model.config)
+    model.register_to_config(quantization_config=config)
+    for name, value in before.items():
+        if not name.startswith("_") and name != "quantization_config":
+            setattr(model.config, name, value)
 
 
 def prepare(model: nn.Module, config: PtqdConfig) -> Coverage:
@@ -217,7 +246,10 @@ def prepare(model: nn.Module, config: PtqdConfig) -> Coverage:
         insert_adapters(model, config.adapters)
     if plan is not None:
         recipe = with_weights(recipe, plan, layer_types(model, recipe))
-    coverage = insert_quantizers(model, recipe, ranges, config.quantized)
+    saved = config.quantized
+    if saved is None:
+        saved = quantized_by_earlier_versions(model, recipe)
+    coverage = insert_quantizers(model, recipe, ranges, saved)
     know_quantized(model)
     for name, rank in (config.fused or {}).items():
         dict(quantized_layers(model))[name].make_adapter(rank)
@@ -237,7 +269,9 @@ def _check_loadable(model: ModelMixin, config: PtqdConfig) -> None:
     """
     kind = type(model).__name__
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    attached = next((name for name in own if ".processor." in name or name.startswith("encoder_hid_proj.")), None)
+    attached = next((name for name in own if ".processor." in name), None)
+    if attached is None and has_ip_adapter(model):
+        attached = "encoder_hid_proj"
     try:
         fresh = on_meta(model)
         prepare(fresh, config)

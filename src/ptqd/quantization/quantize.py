@@ -217,6 +217,8 @@ class _Quantizing:
             if empty and not siblings:
                 self.unreached.add(seen.layer)
             result.append([Observer.merged(siblings)] * len(seen.observers) if empty and siblings else seen.observers)
+        if self.unreached == {seen.layer for seen in quantizers}:
+            raise InputError(f"the run never calls the {self.name}; sample with more steps, or leave it out")
         if self.unreached:
             names = sorted(self.unreached)
             logger.warning(

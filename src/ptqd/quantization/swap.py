@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from ptqd.diffusion.plain_copy import is_plain
@@ -106,18 +107,46 @@ def insert_quantizers(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Its convolutions and linear layers, by name; those of an adapter stay as they are, the layer under it is one."""
+    ip_adapter = has_ip_adapter(model)
     for path, module in model.named_modules():
-        if isinstance(module, Convolution | nn.Linear) and not _of_adapter(path):
+        if isinstance(module, Convolution | nn.Linear) and not _of_adapter(path, ip_adapter):
             yield plain_name(path), module
 
 
-def _of_adapter(path: str) -> bool:
+def has_ip_adapter(model: nn.Module) -> bool:
+    """Whether diffusers has put an IP-Adapter into a denoiser, which its configuration as saved does not know."""
+    config: Any = getattr(model, "config", {})
+    return (
+        hasattr(model, "encoder_hid_proj")
+        and config.get("encoder_hid_dim_type") is None
+        and (model.encoder_hid_proj is not None)
+    )
+
+
+def _of_adapter(path: str, ip_adapter: bool) -> bool:
     """Whether a module belongs to a LoRA or an IP-Adapter, not to the network that it changes."""
-    return any(part.startswith("lora_") or part in ("processor", "encoder_hid_proj") for part in path.split("."))
+    own = ("processor", "encoder_hid_proj") if ip_adapter else ("processor",)
+    return any(part.startswith("lora_") or part in own for part in path.split("."))
 
 
 def _type_of(layer: nn.Module) -> LayerType:
     return "linear" if isinstance(layer, nn.Linear) else "conv"
+
+
+def quantized_by_earlier_versions(model: nn.Module, recipe: Recipe) -> list[str]:
+    """What a recipe quantized before it was saved by name: products of diffusers' first class of attention alone."""
+    names = []
+    for name, layer in _layers(model):
+        for part in _parts(name, _splits(model, recipe)):
+            rule = recipe.rule_for(names_of(part), _type_of(layer))
+            if not (rule is not None and rule.skip) and getattr(layer, "padding_mode", "zeros") == "zeros":
+                names.append(part)
+    for name, module in attention_modules(model) if recipe.attention else ():
+        rule = recipe.rule_for(name, "attention")
+        plain = isinstance(module, Attention) and type(module.processor) in (AttnProcessor, AttnProcessor2_0)
+        if plain and not (rule is not None and rule.skip):
+            names.append(f"{name}.{PRODUCTS}")
+    return names
 
 
 def _splits(model: nn.Module, recipe: Recipe) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Correct:
     batch: Annotated[int, Parameter(help="for auto: at once")] = 64
     seed: Annotated[int, Parameter(help="for auto: as measured")] = 0
     call: Annotated[tuple[str, ...], Parameter(help="for auto: NAME=JSON, as measured; may be given again")] = ()
+    shared: Annotated[tuple[str, ...], Parameter(help="for auto: NAME=JSON, as measured; may be given again")] = ()
     device: Device = None
 
     def run(self) -> None:
@@ -39,7 +40,8 @@ class Correct:
         from ptqd.outputs import output_folder
 
         methods, given = correction_methods(self.methods), call_arguments(self.call)
-        Sampling(self.steps or 1, batch=self.batch, seed=self.seed, call=given)
+        shared = call_arguments(self.shared, "--shared")
+        Sampling(self.steps or 1, batch=self.batch, seed=self.seed, call=given, shared=shared)
         scheduler_class(self.scheduler)
         check_device(self.device)
         if self.steps is not None and self.steps < 1:
@@ -63,7 +65,8 @@ class Correct:
             guidance = measured.call.get("guidance_scale")
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
             call |= given
-            run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call)
+            shared = call_arguments(self.shared, "--shared")
+            run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call, shared)
             choice = search_correction(quantized, stats, run, progress=True)
             tell("\n".join(describe(choice.trials)))
             corrected = apply_correction(quantized, choice.correction)

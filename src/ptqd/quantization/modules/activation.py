@@ -199,6 +199,11 @@ class ActivationQuantizer(KeptInFloat32):
         if self.spec.dynamic:
             scale, zero = self._as_it_comes(x, index)
             return _round(x, scale, zero, self.spec, self.grids[index])
+        if self.ranges > 1 and torch.compiler.is_compiling():
+            place = self.step.place.to(self.scale.device)
+            if place.ndim == 0:
+                scale, zero = self.scale[place, index], self.zero_point[place, index]
+                return _round(x, scale.to(x.dtype), zero, self.spec, self.grids[index])
         if isinstance(self.step.index, torch.Tensor):
             scale, zero = (self.by_row(t, x, index) for t in (self.scale, self.zero_point))
             return _round(x, scale.to(x.dtype), zero, self.spec, self.grids[index])

@@ -42,6 +42,10 @@ class OnQuantized:
             if name in self.lora_variant:
                 raise InputError(f"the adapter {name!r} needs the weight itself (DoRA does); do not fuse it")
             down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            if self.lora_bias[name]:
+                raise InputError(f"the adapter {name!r} has a bias, which a branch has no place for; do not fuse it")
+            if safe_merge and not bool(torch.isfinite(up.float().flatten(1) @ down.float().flatten(1)).all()):
+                raise InputError(f"the adapter {name!r} holds NaN or infinite weights; it is not fused")
             self.get_base_layer().push_adapter(down, up.float() * self.scaling[name])
             self.merged_adapters.append(name)
 
@@ -95,6 +99,7 @@ def support_lora() -> None:
     """Let PEFT know the quantized layers, where it is installed."""
     if importlib.util.find_spec("peft") is None:
         return
+    from diffusers.loaders import FluxLoraLoaderMixin
     from peft.tuners.lora import layer
     from peft.tuners.lora import model as peft_model
 
@@ -109,6 +114,27 @@ def support_lora() -> None:
         return _on_quantized(own)(target, *args, **kwargs)
 
     model.dispatch_default = dispatch
+
+    flux: Any = FluxLoraLoaderMixin
+    expand = flux._maybe_expand_lora_state_dict.__func__
+    flux._maybe_expand_lora_state_dict = classmethod(
+        lambda cls, transformer, *args, **kwargs: expand(cls, _WithWeights(transformer), *args, **kwargs)
+    )
+
+
+class _WithWeights:
+    """A denoiser whose state dict has the weights of quantized layers too, for who asks for their shapes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """With ``weight`` of each quantized layer, by its path."""
+        weights = {f"{name}.weight": m.weight for name, m in self._model.named_modules() if _is_quantized(m)}
+        return {**self._model.state_dict(), **weights}
 
 
 def know_quantized(model: nn.Module) -> None:
@@ -143,8 +169,6 @@ def adapters_to_dict(model: nn.Module) -> dict[str, Any] | None:
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
     layers = dict(tuned_layers(model))
-    if not configs or not layers:
-        return None
     adapters = {}
     for name, config in configs.items():
         values = {key: _plain(value) for key, value in config.to_dict().items() if value is not None}
@@ -153,12 +177,15 @@ def adapters_to_dict(model: nn.Module) -> dict[str, Any] | None:
             raise InputError(f"the adapter {name!r} is no LoRA but {kind}, which cannot be saved; unload it")
         scales = {path: float(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling}
         adapters[name] = {"config": values, "scaling": scales}
+    if not adapters or not layers:
+        return None
     some = next(iter(layers.values()))
+    merged = {path: list(layer.merged_adapters) for path, layer in layers.items() if layer.merged_adapters}
     return {
         "loras": adapters,
         "active": list(some.active_adapters),
         "disabled": bool(some.disable_adapters),
-        "merged": list(some.merged_adapters),
+        "merged": merged,
     }
 
 
@@ -189,10 +216,10 @@ def insert_adapters(model: Any, values: Mapping[str, Any]) -> None:
             layers = dict(tuned_layers(model))
             for path, scaling in adapter["scaling"].items():
                 layers[path].scaling[name] = float(scaling)
-        for _, layer in tuned_layers(model):
+        for path, layer in tuned_layers(model):
             layer.set_adapter([name for name in values["active"] if name in layer.lora_A])
             layer.enable_adapters(not values["disabled"])
-            layer.merged_adapters = [name for name in values["merged"] if name in layer.lora_A]
+            layer.merged_adapters = list(values["merged"].get(path, ()))
             layer.requires_grad_(False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"the saved model's LoRA is damaged ({error}); save the pipeline again") from error

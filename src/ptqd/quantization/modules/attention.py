@@ -7,6 +7,7 @@ asks for the products, not that they are rounded. A processor that leaves torch'
 """
 
 import functools
+import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
@@ -84,22 +85,21 @@ class AttentionProducts(nn.Module):
         if not key.shape[-2]:  # nothing to see
             return F.scaled_dot_product_attention(query, key, value)
         if enable_gqa and key.shape[-3] != query.shape[-3]:
-            repeats = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         key, value = (x.expand(*heads, *x.shape[-2:]) for x in (key, value))
-        q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))  # N*heads,L,D
+        q, k, v = (x.flatten(0, -3) if x.ndim > 2 else x[None] for x in (query, key, value))  # N*heads,L,D
         scores = self.scores(q, k, query.shape[-1] ** -0.5 if scale is None else scale)
         seen = None
         if is_causal:
             attn_mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None:
             whole = scores.view(*heads, *scores.shape[1:])
-            if attn_mask.dtype == torch.bool:
-                seen = attn_mask.any(-1, keepdim=True)  # a query that sees no key gets 0, as torch does it
-                whole = whole.masked_fill(~attn_mask, torch.finfo(whole.dtype).min)
-            else:
-                whole = whole + attn_mask
-            scores = whole.view(scores.shape)
+            boolean = attn_mask.dtype == torch.bool
+            hidden = ~attn_mask if boolean else attn_mask == -math.inf
+            if not boolean:
+                whole = whole + attn_mask.masked_fill(hidden, 0)
+            seen = ~hidden.all(-1, keepdim=True)  # a query that sees no key gets 0, as torch does it
+            scores = whole.masked_fill(hidden, torch.finfo(whole.dtype).min).view(scores.shape)
         probabilities = scores.softmax(-1)
         if seen is not None:
             probabilities = (probabilities.view(*heads, *scores.shape[1:]) * seen).view(scores.shape)
@@ -169,8 +169,8 @@ class QuantAttention:
             backend = getattr(processor, "_attention_backend", None)
             by = type(processor).__name__ + ("" if backend is None else f" with the backend {str(backend)!r}")
             raise InputError(
-                f"{by} leaves torch's attention aside, so a quantized attention cannot round its products; use a "
-                "processor of torch's scaled_dot_product_attention (pipe.unet.set_default_attn_processor(), or "
+                f"{by} leaves torch's attention aside, so a quantized attention cannot round its products; use one of "
+                "torch's scaled_dot_product_attention (the denoiser's set_default_attn_processor(), or "
                 "set_attention_backend('native')), or quantize with a recipe of attention = false"
             )
         return output

@@ -351,6 +351,11 @@ class SplitConv(nn.Module):
         self.padding_mode = "zeros"
 
     @property
+    def bias(self) -> torch.Tensor | None:
+        """Of the whole, which the first half holds."""
+        return self.hidden.bias
+
+    @property
     def weight(self) -> torch.Tensor:
         """The whole weight, as :attr:`QuantLayer.weight` is a half's."""
         return torch.cat([self.hidden.weight, self.skip.weight], 1)

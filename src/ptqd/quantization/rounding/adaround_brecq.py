@@ -7,6 +7,7 @@ mapped from disk. Every batch follows from the method's seed, the unit and the i
 goes on with the same result.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,15 +23,17 @@ from torch.utils._pytree import tree_flatten
 from ptqd.errors import InputError
 from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
 from ptqd.progress import track
-from ptqd.quantization.blocks import find_units
+from ptqd.quantization.blocks import find_units, inner_units
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Learned
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer, full_weight, plain_name
-from ptqd.quantization.rounding.capture import capture, units_in_order
+from ptqd.quantization.rounding.capture import UnsplittableError, capture, reached_in_order, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import activation_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import range_steps_of
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = 50  # iterations between two checkpoints
 LEVELS = 16  # of the grid that a method's scale_rate is for
@@ -70,7 +73,8 @@ def learn(
             "calibration_samples or steps, or a smaller batch"
         )
     pool = pool.first(method.inputs)
-    for number, unit in enumerate(track(units_of(quantized, method, pool), progress)):
+    units = units_of(quantized, method, pool)
+    for number, unit in enumerate(track(units, progress)):
         done = scratch / f"{method.name}-{number:04d}.safetensors"
         layers = dict(quantized_layers(quantized.get_submodule(unit)))
         if not any(_full_name(unit, name) not in fixed for name in layers):
@@ -79,6 +83,17 @@ def learn(
             folder = scratch / "inputs"
             try:
                 _Unit(quantized, full, unit, pool, method, fixed, folder).learn(done, seed + 1000 * number)
+            except UnsplittableError:
+                if not unit:
+                    kind = type(full).__name__
+                    raise InputError(
+                        f"{kind} cannot be learned as a whole; take {method.name} out of the recipe"
+                    ) from None
+                inner = inner_units(unit, quantized.get_submodule(unit))
+                units += reached_in_order(quantized, inner, pool)  # its parts, after the others
+                if not inner:
+                    logger.info("%s keeps codes rounded to nearest: its inputs are not one for each row", unit)
+                continue
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         quantized.get_submodule(unit).load_state_dict(read_tensors(done)[0])
@@ -210,8 +225,9 @@ class _Unit:
         """Mean over rows of the squared distance to what full precision makes; with drops, where there is chance."""
         leaves = self.inputs.rows(rows)
         if self.method.drop > 0 and random is not None and self.inputs is not self.exact:
+            by_row = self.inputs.by_row(rows[0])
             for i, (leaf, exact) in enumerate(zip(leaves, self.exact.rows(rows), strict=True)):
-                if self.inputs.factors(rows[0])[i] and leaf.is_floating_point():
+                if by_row[i] and leaf.is_floating_point():
                     leaves[i] = torch.where(torch.rand(leaf.shape, generator=random) < self.method.drop, exact, leaf)
         moved: list[object] = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = self.inputs.tree(moved, rows[0])
@@ -223,7 +239,7 @@ class _Unit:
             self.step_ranges.set(self.pool.steps[rows].tolist())
         output = tree_flatten(self.module(*args, **kwargs))[0]
         error = torch.zeros((), device=self.device)
-        for out, target, factor in zip(output, self.targets.rows(rows), self.targets.factors(rows[0]), strict=True):
+        for out, target, factor in zip(output, self.targets.rows(rows), self.targets.by_row(rows[0]), strict=True):
             if factor:
                 error = error + (out.float() - target.to(out.device).float()).square().sum() / len(rows)
         return error

@@ -30,12 +30,29 @@ class _Stop(Exception):  # noqa: N818  # no error: the unit was reached
     pass
 
 
+class UnsplittableError(Exception):
+    """What a unit is given, or makes, is not one entry for each row: experts are given tokens of all of them."""
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a leaf has something for each row.
+
+    Attributes:
+        each: entries for a row; 0 where the leaf is the same for every row.
+        axis: of these entries; None of a number that counts them.
+    """
+
+    each: int = 0
+    axis: int | None = 0
+
+
 @dataclass
 class _OfKind:
     """A tree of tensors for the rows of one kind; leaves that are the same for every row are kept once."""
 
     leaves: list[Any]
-    factors: list[int]  # entries of a leaf for each row; 0 where it is shared
+    how: list[_How]
     dtypes: list[Any]
     structure: Any
 
@@ -57,13 +74,18 @@ class Captured:
         of = self.kinds[self.place[index[0]][0]]
         own = np.array([self.place[row][1] for row in index])
         picked: list[Any] = []
-        for leaf, factor, dtype in zip(of.leaves, of.factors, of.dtypes, strict=True):
-            picked.append(leaf if factor == 0 else torch.from_numpy(leaf[own]).flatten(0, 1).to(dtype))
+        for leaf, how, dtype in zip(of.leaves, of.how, of.dtypes, strict=True):
+            if how.each == 0:
+                picked.append(leaf)
+            elif how.axis is None:
+                picked.append(how.each * len(own))
+            else:
+                picked.append(torch.from_numpy(leaf[own]).flatten(0, 1).movedim(0, how.axis).to(dtype))
         return picked
 
-    def factors(self, row: int) -> list[int]:
-        """Of the leaves of a row's kind."""
-        return self.kinds[self.place[row][0]].factors
+    def by_row(self, row: int) -> list[bool]:
+        """Which of the leaves of a row's kind are tensors with entries for each row."""
+        return [how.each > 0 and how.axis is not None for how in self.kinds[self.place[row][0]].how]
 
     def tree(self, leaves: list[object], row: int) -> Any:
         """Leaves as they were given or made, for rows of a row's kind."""
@@ -85,33 +107,55 @@ def capture(
 
     Raises:
         InputError: the unit is not reached when the denoiser is called.
+        UnsplittableError: what it is given or makes cannot be told apart by rows.
     """
     place = {row: (k, i) for k, rows in enumerate(inputs.kinds()) for i, row in enumerate(rows)}
     sides = [Captured([], place) for _ in range(1 + outputs)]
     for k, rows in enumerate(inputs.kinds()):
-        both = zip(*(_run(model, unit, inputs, rows[:1] * n, outputs) for n in (2, 3)), strict=True)
-        factors = [_factors(*pair) for pair in both]
+        probed = [_run(model, unit, inputs, rows[:1] * n, outputs) for n in (2, 3)]
+        hows = [_how(*pair) for pair in zip(*probed, strict=True)]
+        shared = [tree_flatten(tree)[0] for tree in probed[0]]
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             trees = _run(model, unit, inputs, some, outputs)
             for side, (captured, tree) in enumerate(zip(sides, trees, strict=False)):
                 leaves, structure = tree_flatten(tree)
+                pairs = zip(hows[side], leaves, shared[side], strict=True)
+                same = [how.each > 0 or _alike(own, probed_leaf) for how, own, probed_leaf in pairs]
+                if not all(same):
+                    raise UnsplittableError(unit)
                 if len(captured.kinds) == k:
                     mapped = [
-                        _mapped(folder / f"{side}-{k}-{i}.bin", leaf, factor, len(rows)) if factor else leaf
-                        for i, (leaf, factor) in enumerate(zip(leaves, factors[side], strict=True))
+                        _mapped(folder / f"{side}-{k}-{i}.bin", leaf, how, len(rows)) if _is_kept(how) else leaf
+                        for i, (leaf, how) in enumerate(zip(leaves, hows[side], strict=True))
                     ]
                     dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
-                    captured.kinds.append(_OfKind(mapped, factors[side], dtypes, structure))
-                for into, leaf, factor in zip(captured.kinds[k].leaves, leaves, factors[side], strict=True):
-                    if factor:
-                        into[start : start + len(some)] = _plain(leaf).unflatten(0, (-1, factor)).numpy()
+                    captured.kinds.append(_OfKind(mapped, hows[side], dtypes, structure))
+                for into, leaf, how in zip(captured.kinds[k].leaves, leaves, hows[side], strict=True):
+                    if how.each and how.axis is not None:
+                        first = _plain(leaf).movedim(how.axis, 0)
+                        if len(first) != how.each * len(some):
+                            raise UnsplittableError(unit)
+                        into[start : start + len(some)] = first.unflatten(0, (-1, how.each)).numpy()
     return sides[0], sides[1] if outputs else None
 
 
-def _mapped(path: Path, leaf: torch.Tensor, factor: int, rows: int) -> Any:
+def _alike(a: object, b: object) -> bool:
+    """Whether what is shared by the rows of two calls is of one shape; a mask may be there for some rows alone."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape
+    return not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor)
+
+
+def _is_kept(how: _How) -> bool:
+    return how.each > 0 and how.axis is not None
+
+
+def _mapped(path: Path, leaf: torch.Tensor, how: _How, rows: int) -> Any:
+    assert how.axis is not None
     make_folder(path.parent)
-    shape, dtype = (rows, factor, *leaf.shape[1:]), _plain(leaf[:1]).numpy().dtype
+    others = leaf.movedim(how.axis, 0).shape[1:]
+    shape, dtype = (rows, how.each, *others), _plain(leaf.flatten()[:1]).numpy().dtype
     with explained(path):
         reserve(path, math.prod(shape) * dtype.itemsize)
     return np.memmap(path, dtype, "r+", shape=shape)
@@ -123,13 +167,30 @@ def _plain(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.float() if leaf.is_floating_point() else leaf
 
 
-def _factors(two: object, three: object) -> list[int]:
-    """How many entries of each leaf a row has, from calls with two and with three rows."""
-    result = []
-    for a, b in zip(tree_flatten(two)[0], tree_flatten(three)[0], strict=True):
-        grows = isinstance(a, torch.Tensor) and a.ndim > 0 and 3 * len(a) == 2 * len(b)
-        result.append(len(a) // 2 if grows else 0)
-    return result
+def _how(two: object, three: object) -> list[_How]:
+    """How each leaf has something for each row, from calls with one row twice and three times.
+
+    Raises:
+        UnsplittableError: a leaf neither grows with the rows nor stays the same.
+    """
+    pairs = [tree_flatten(tree)[0] for tree in (two, three)]
+    if len(pairs[0]) != len(pairs[1]):
+        raise UnsplittableError("another structure")
+    return [_how_of(a, b) for a, b in zip(*pairs, strict=True)]
+
+
+def _how_of(a: Any, b: Any) -> _How:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.ndim == b.ndim:
+        grows = [axis for axis in range(a.ndim) if a.shape[axis] and 3 * a.shape[axis] == 2 * b.shape[axis]]
+        if grows:
+            return _How(a.shape[grows[0]] // 2, grows[0])
+        if a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
+            return _How()
+    elif type(a) is type(b) is int and a and 3 * a == 2 * b:
+        return _How(a // 2, None)
+    elif not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+        return _How()
+    raise UnsplittableError("an argument that is no row's own, and not the same for all")
 
 
 def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: Sequence[int], outputs: bool) -> tuple[Any, Any]:
