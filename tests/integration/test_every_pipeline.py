@@ -30,6 +30,14 @@ ALL = {**CASES, **MORE_CASES}
 NO_PEFT = "its class takes no LoRA"
 
 
+REFUSED: dict[str, tuple[str, ...]] = {  # what cannot be, and is said in a line; of graphs see below
+    "amused": ("quantized",),  # discrete samples
+    "ltx-2": ("quantized",),  # steps copies of its scheduler
+    "cosmos": ("measured",),  # steps samples of several shapes
+    "kandinsky-prior": ("measured",),  # steps vectors
+}
+
+
 def learning_recipe() -> Recipe:
     """One that smooths, rounds by GPTQ and learns, as the best recipes do, in a few steps each."""
     values = Recipe.parse("w4a8-smooth-gptq-brecq").to_dict()
@@ -52,7 +60,7 @@ def products_of(pipe: Any) -> tuple[int, int]:
     return own, sum(1 for model in models for _ in attention_modules(model))
 
 
-def has_lora(pipe: Any, run: Sampling, folder: Path) -> str:
+def has_lora(pipe: Any, run: Sampling, folder: Path | None) -> str:
     """A LoRA on three linear layers adds what it says, and is saved."""
     peft = pytest.importorskip("peft")
     name = denoiser_name(pipe)
@@ -77,8 +85,9 @@ def has_lora(pipe: Any, run: Sampling, folder: Path) -> str:
     got = samples(made, run)
     torch.testing.assert_close(got, samples(want, run), rtol=1e-4, atol=1e-4)
     assert not torch.equal(got, samples(pipe, run))
-    made.save_pretrained(folder)
-    assert torch.equal(samples(load(folder), run), got)
+    if folder is not None:
+        made.save_pretrained(folder)
+        assert torch.equal(samples(load(folder), run), got)
     return "yes"
 
 
@@ -110,6 +119,7 @@ def test_a_pipeline_goes_the_whole_way(
     batch = 1 if name == "wan-vace" else 2  # it takes one generator
     call = {**case.call, **(case.guidance or {})}
     run = Sampling(steps=case.steps, eta=case.eta, samples=4, batch=batch, call=call)
+    more = run.replace(samples=16, batch=1 if batch == 1 else 8)
     state: dict[str, Any] = {}
 
     def quantized() -> str:
@@ -119,16 +129,30 @@ def test_a_pipeline_goes_the_whole_way(
         return "yes"
 
     def measured() -> str:
-        state["stats"] = measure(pipe, state["q"], run.replace(samples=16, batch=batch * 4))
+        state["stats"] = measure(pipe, state["q"], more)
         assert bool(torch.isfinite(state["stats"].fit().variance.value).all())
         return "yes"
 
     def searched() -> str:
-        state["c"] = correct(state["q"], state["stats"], "auto", sampling=run.replace(samples=16, batch=batch * 4))
+        state["c"] = correct(
+            state["q"], state["stats"], "auto", sampling=run.replace(samples=16, batch=1 if batch == 1 else 8)
+        )
         assert bool(torch.isfinite(samples(state["c"], run)).all())
         return "yes"
 
+    def loads() -> bool:
+        """Whether diffusers itself loads what it saves of the pipeline in full precision, equal."""
+        if "loads" not in state:
+            try:
+                pipe.save_pretrained(tmp_path / "full")
+                state["loads"] = torch.equal(samples(load(tmp_path / "full"), run), samples(pipe, run))
+            except Exception:  # whatever it is, it is not of quantization
+                state["loads"] = False
+        return bool(state["loads"])
+
     def saved() -> str:
+        if not loads():
+            return "nor without ptqd"
         corrected = state.get("c", state["q"])
         corrected.save_pretrained(tmp_path / "saved")
         assert torch.equal(samples(load(tmp_path / "saved"), run), samples(corrected, run))
@@ -156,17 +180,20 @@ def test_a_pipeline_goes_the_whole_way(
         return "yes"
 
     def tuned() -> str:
-        return has_lora(state["q"], run, tmp_path / "lora")
+        return has_lora(state["q"], run, tmp_path / "lora" if loads() else None)
 
     for column in (quantized, measured, searched, saved, exported, compiled, offloaded, tuned):
         title = column.__name__
-        if title != "quantized" and "q" not in state:
+        if (title != "quantized" and "q" not in state) or (title == "searched" and "stats" not in state):
             record_property(title, "-")
             continue
         try:
             record_property(title, column())
         except PtqdError as error:
-            record_property(title, f"refused: {' '.join(str(error).split())}")
+            line = " ".join(str(error).replace(str(tmp_path), "FOLDER").split())
+            record_property(title, f"refused: {line}")
+            if title not in (*REFUSED.get(name, ()), "exported"):  # of many arguments and operators no graph is made
+                broken.append(f"{title}: {line}")
         except Exception as error:  # all columns are looked at
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             record_property(title, f"no: {line}")

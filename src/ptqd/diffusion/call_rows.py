@@ -83,11 +83,22 @@ class CallLayout:
         """
         model = denoiser_of(pipe, name)
         run = sampling.replace(samples=max(2, sampling.samples))
-        one, two = (_with_timestep_by_row(model, *_first_call(pipe, run, range(n), name)) for n in (1, 2))
-        sizes = [dict(_sizes(call)) for call in (one, two)]
+        one = dict(_sizes(_with_timestep_by_row(model, *_first_call(pipe, run, range(1), name))))
+        try:
+            two = dict(_sizes(_with_timestep_by_row(model, *_first_call(pipe, run, range(2), name))))
+        except InputError:
+            if sampling.batch > 1:
+                raise
+            rows = next((size[0] for size in one.values() if len(size) > 1), 0)  # a pipeline that takes one at a time
+            argument = timestep_argument(model) or ()
+            two = {
+                path: (2 * size[0], *size[1:])
+                for path, size in one.items()
+                if size and size[0] == rows and (len(size) > 1 or path[-1] in argument)
+            }
         by_row: dict[tuple[Any, ...], int] = {}
-        for path, size in sizes[0].items():
-            pairs = zip(size, sizes[1].get(path, ()), strict=False)
+        for path, size in one.items():
+            pairs = zip(size, two.get(path, ()), strict=False)
             axis = next((axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a), None)
             if axis is not None:
                 by_row[path] = axis

@@ -111,6 +111,8 @@ def _export(
     for name, model in denoisers_of(pipe).items():
         if isinstance(model, EngineModule):
             raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
+        if hasattr(model, "post_process_latents"):
+            raise InputError(f"the {name} computes beside its call too, which no graph holds; leave it to torch")
         if model.dtype != torch.float32:
             raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = with_components(pipe, **{name: as_plain(model) for name, model in denoisers_of(pipe).items()}).to("cpu")

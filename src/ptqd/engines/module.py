@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
@@ -244,6 +244,10 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
             set_ranges(self, StepRanges.from_dict(config["ranges"]))
         if config.get("plan") is not None:
             set_plan(self, PrecisionPlan.from_dict(config["plan"], "the saved plan"))
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """One without numbers: some pipelines read their network's type off the first."""
+        yield nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """What the component that it stands for returns for the same arguments."""

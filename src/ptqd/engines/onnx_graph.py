@@ -8,6 +8,7 @@ least and largest values are inputs of the graph, one vector each; else they are
 
 import ast
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,7 +141,10 @@ class _Called(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.table is not None:
             *tensors, self.table.scale, self.table.zero, self.table.low, self.table.high = tensors  # type: ignore[assignment]
-        output = getattr(self.model, self.method)(**self.call.arguments(tensors))
+        method = getattr(self.model, self.method)
+        required = [name for name, p in inspect.signature(method).parameters.items() if p.default is p.empty]
+        nothing = dict.fromkeys(name for name in required if name in self.call.parameters)
+        output = method(**{**nothing, **self.call.arguments(tensors)})
         result = (
             dict(output.items()) if isinstance(output, Mapping) else {str(i): value for i, value in enumerate(output)}
         )
@@ -332,6 +336,11 @@ class _Product(nn.Module):
         if layer.adapter_down is not None and layer.adapter_up is not None:
             self.register_buffer("adapter_down", layer.adapter_down.view(-1, *layer.shape[1:]))
             self.register_buffer("adapter_up", layer.adapter_up)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of its type; some networks look at that of their layers."""
+        return self.scale[:0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(kwargs.pop("input"), **kwargs) if not args else super().__call__(*args, **kwargs)

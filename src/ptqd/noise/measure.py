@@ -18,7 +18,7 @@ from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
 from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import Replayed, Trajectory, record, replay, whole_samples
-from ptqd.errors import InputError
+from ptqd.errors import InputError, UnsupportedError
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
 from ptqd.noise.stats import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
@@ -150,6 +150,7 @@ class PairedMeasurement:
         samples: Sequence[int],
     ) -> NoiseStats:
         """Statistics of one batch's steps; how the scheduler steps is asked of the first batch alone."""
+        _check_samples(type(self.pipe).__name__, trajectory)
         indices = torch.tensor(list(samples))
         axis = trajectory.channel_axis
         channels = trajectory.samples[0].shape[axis]  # a learned variance follows the mean
@@ -189,6 +190,19 @@ class PairedMeasurement:
         )
         self._first.setdefault(key, stats)
         return stats
+
+
+def _check_samples(pipeline: str, trajectory: Trajectory) -> None:
+    """Refuse steps of which no moments can be taken.
+
+    Raises:
+        UnsupportedError: samples without places beside their channels, or that come in batches of several sizes.
+    """
+    shapes = {tuple(sample.shape) for sample in trajectory.samples}
+    if len(shapes) > 1:
+        raise UnsupportedError(f"{pipeline} steps samples of several shapes in one run; ptqd measures those of one")
+    if trajectory.samples[0].ndim < 3:
+        raise UnsupportedError(f"{pipeline} steps vectors, not images, frames or tokens; ptqd cannot measure these")
 
 
 def _response(trajectory: Trajectory) -> Response:
