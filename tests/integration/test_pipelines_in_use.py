@@ -671,9 +671,20 @@ def test_a_pipeline_without_latents_goes_the_whole_way() -> None:
     assert (got[0] - got[1][1:]).abs().max() > 0.3
 
 
+def test_lists_of_numbers_are_one_for_all_but_for_class_labels() -> None:
+    run = Sampling(call={"skip_guidance_layers": [1, 3], "class_labels": [4, 5], "original_size": (32, 24)})
+    assert run.call_for([0, 1, 2]) == {
+        "skip_guidance_layers": [1, 3],
+        "class_labels": [4, 5, 4],
+        "original_size": (32, 24),
+    }
+    assert run.shared_call == {"skip_guidance_layers": [1, 3], "original_size": [32, 24]}
+
+
 def test_two_control_nets_get_a_picture_each_of_every_sample() -> None:
     run = Sampling(call={"image": [(1j, 2j), (3j, 4j)]})
     assert run.call_for([0, 1]) == {"image": [[1j, 3j], [2j, 4j]]}
+    assert Sampling(call={"image": (1j, 2j)}).call_for([0, 1]) == {"image": [1j, 2j]}
 
 
 # B11: already quantized, never reached, inference mode

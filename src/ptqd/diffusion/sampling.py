@@ -48,8 +48,9 @@ class Sampling:
         seed: of sample i is derived from (seed, i).
         call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
             (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); pictures for several ControlNets are a
-            tuple for each sample. Anything else goes to every batch, also a schedule, ``sigmas`` or ``timesteps``.
-        shared: arguments of the call that go to every batch as they are, lists too (``{"skip_guidance_layers": [7]}``).
+            tuple for each sample. Anything else goes to every batch, also other numbers than class labels, such as
+            ``sigmas``, ``timesteps`` or ``skip_guidance_layers``.
+        shared: arguments of the call that go to every batch as they are, lists too (``{"image": [canny, depth]}``).
 
     Raises:
         InputError: a count below 1, or eta below 0.
@@ -105,8 +106,9 @@ class Sampling:
         """The pipeline's arguments for some samples."""
         chosen: dict[str, Any] = {}
         for name, value in self.call.items():
-            if name in SCHEDULES:
-                chosen[name] = value if value is None else list(value)
+            if _is_whole(name, value):
+                as_list = isinstance(value, tuple) and (name in SCHEDULES or _of_networks(value))
+                chosen[name] = list(value) if as_list or isinstance(value, list) else value
             elif isinstance(value, torch.Tensor):
                 chosen[name] = value[torch.tensor([i % len(value) for i in indices])]
             elif isinstance(value, list):
@@ -115,6 +117,8 @@ class Sampling:
                 chosen[name] = value
         chosen |= self.shared
         one = [name for name, value in chosen.items() if isinstance(value, str) and PROMPT.fullmatch(name)]
+        if len(indices) == 1:
+            return chosen
         return chosen | {name: [chosen[name]] * len(indices) for name in one}
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,9 +137,21 @@ class Sampling:
     @property
     def shared_call(self) -> dict[str, Any]:
         """The call's arguments that go to every batch; plain values, ready for JSON."""
-        shared = {k: v for k, v in self.call.items() if k in SCHEDULES or not isinstance(v, list | torch.Tensor)}
+        shared = {k: v for k, v in self.call.items() if _is_whole(k, v)}
         shared |= self.shared
         return {name: _plain(value) for name, value in shared.items()}
+
+
+def _is_whole(name: str, value: object) -> bool:
+    """Whether an argument goes to every batch: no list or tensor of one value a sample."""
+    if name in SCHEDULES or not isinstance(value, list | torch.Tensor):
+        return True
+    return name != "class_labels" and isinstance(value, list) and all(type(x) in (int, float) for x in value)
+
+
+def _of_networks(values: Sequence[object]) -> bool:
+    """Whether a tuple is of things for several networks, such as pictures, which pipelines want as a list."""
+    return not any(isinstance(x, int | str) for x in values)
 
 
 def _by_network(values: list[Any]) -> list[Any]:
