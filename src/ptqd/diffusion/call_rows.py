@@ -141,8 +141,12 @@ def join_rows(rows: Sequence[Row]) -> Call:
 
 
 def _different(sampling: Sampling) -> list[int]:
-    """Samples whose arguments may be of different lengths."""
-    lists = [value for value in sampling.call.values() if isinstance(value, list) and len(set(map(repr, value))) > 1]
+    """Samples whose arguments may be of different lengths: other texts, or pictures and tensors of other sizes."""
+
+    def size(value: object) -> object:
+        return value if isinstance(value, str) else getattr(value, "shape", getattr(value, "size", None))
+
+    lists = [value for value in sampling.call.values() if isinstance(value, list) and len(set(map(size, value))) > 1]
     return list(range(min(max(map(len, lists), default=0), sampling.samples, PROBED_PROMPTS)))
 
 
