@@ -6,6 +6,7 @@ python bench/pipelines.py results.xml     # writes it of results that pytest --j
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ COLUMNS = {
     "offloaded": "offloaded",
     "tuned": "LoRA",
 }
+LONGEST = 160  # of a note
 SHORT = {
     "its class takes no LoRA": "no LoRA in diffusers",
     "nor without ptqd": "nor without ptqd",
@@ -62,7 +64,8 @@ def table(rows: list[tuple[str, str, dict[str, str]]]) -> str:
         for column in COLUMNS:
             outcome = found.get(column, "-")
             if outcome.startswith(("refused: ", "no: ")):
-                note = outcome.replace("|", "\\|")
+                note = re.sub(r"/\S*/", "", outcome.replace("|", "\\|"))  # no path of a machine
+                note = note if len(note) <= LONGEST else f"{note[:LONGEST]} ..."
                 outcome = f"{note.partition(':')[0]} [{notes.setdefault(note, len(notes) + 1)}]"
             cells.append(SHORT.get(outcome, outcome))
         lines.append(f"| `{kind}` | {case} | " + " | ".join(cells) + " |")
