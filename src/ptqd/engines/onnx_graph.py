@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from ptqd.diffusion.pipeline_parts import copy_module
@@ -24,7 +25,7 @@ from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
 from ptqd.errors import InputError, UnsupportedError, raised_by
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
-from ptqd.quantization.modules.attention import AttentionProducts
+from ptqd.quantization.modules.attention import AttentionProducts, attention_modules
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE
 from ptqd.quantization.sites import activation_quantizers, quantized_sites
@@ -193,6 +194,9 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     for hook in list(twin._forward_pre_hooks):  # its step state: the ranges come from outside
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
+    for _, attention in attention_modules(twin):
+        if type(attention.processor) is AttnProcessor2_0:  # which mixes the numbers of rows of image and text
+            attention.set_processor(AttnProcessor())
     changing = changing_quantizers(twin)
     count = len(changing)
     table = _Table(

@@ -133,7 +133,8 @@ class _Rounding(TorchFunctionMode):
         if func is torch.baddbmm:  # of Attention.get_attention_scores, the key turned
             self.seen += 1
             added, query, turned = args
-            return func(added, products.query(query), products.key(turned.transpose(1, 2)).transpose(1, 2), **kwargs)
+            scores = products.scores(query, turned.transpose(1, 2), kwargs.get("alpha", 1))
+            return scores + added if kwargs.get("beta", 1) else scores
         if func is torch.Tensor.unflatten:  # whose own code in Python torch.compile does not trace inside a mode
             return torch.unflatten(*args, **kwargs)
         if func is torch.bmm:
