@@ -213,7 +213,7 @@ def test_what_cannot_be_repeated_cannot_be_checked(stats: NoiseStats) -> None:
     unseeded = dataclasses.replace(drawing, measured_on=dataclasses.replace(drawing.measured_on, repeatable=False))
     with pytest.raises(InputError, match="hands its scheduler no generator"):
         search_correction(gaussian_pipeline(**NOISE), unseeded, run)
-    with pytest.raises(MismatchError, match="measured with another inputs"):
+    with pytest.raises(MismatchError, match="measured with other arguments of the call"):
         search_correction(gaussian_pipeline(**NOISE), stats, RUN.replace(call={"colour": "red"}))
 
 

@@ -47,9 +47,9 @@ def test_resuming_gives_the_rest(pipe: Any, run: Sampling) -> None:
 
 
 def test_lists_are_one_value_a_sample() -> None:
-    run = Sampling(call={"a": [1, 2, 3], "b": torch.tensor([5, 6]), "c": "x"})
+    run = Sampling(call={"class_labels": [1, 2, 3], "b": torch.tensor([5, 6]), "c": "x"})
     call = run.call_for(range(2, 5))
-    assert call["a"] == [3, 1, 2]
+    assert call["class_labels"] == [3, 1, 2]
     assert call["b"].tolist() == [5, 6, 5]
     assert call["c"] == "x"
     assert run.to_dict()["call"]["b"] == [5, 6]
@@ -57,7 +57,7 @@ def test_lists_are_one_value_a_sample() -> None:
 
 def test_tuples_and_pictures_go_to_every_batch() -> None:
     picture = Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))
-    run = Sampling(call={"a": [1, 2], "size": (16, 24), "image": picture, "more": {"scale": np.ones(2)}, "hook": print})
+    run = Sampling(call={"a": ["x", "y"], "size": (16, 24), "image": picture, "more": {"scale": np.ones(2)}, "hook": print})
     call = run.call_for(range(3))
     assert call["size"] == (16, 24)
     assert call["image"] is picture
