@@ -57,7 +57,9 @@ def test_lists_are_one_value_a_sample() -> None:
 
 def test_tuples_and_pictures_go_to_every_batch() -> None:
     picture = Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))
-    run = Sampling(call={"a": ["x", "y"], "size": (16, 24), "image": picture, "more": {"scale": np.ones(2)}, "hook": print})
+    run = Sampling(
+        call={"a": ["x", "y"], "size": (16, 24), "image": picture, "more": {"scale": np.ones(2)}, "hook": print}
+    )
     call = run.call_for(range(3))
     assert call["size"] == (16, 24)
     assert call["image"] is picture

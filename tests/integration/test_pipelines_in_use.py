@@ -220,7 +220,8 @@ def test_a_corrected_pipelines_denoiser_compiles_without_graph_breaks(loaded: bo
     assert torch.allclose(samples(pipe), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("state", [compiled, pytest.param(compiled_in_place, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("state", [compiled, compiled_in_place])
 def test_a_plan_is_followed_by_a_compiled_denoiser(state: Any) -> None:
     base = quantize(original(), quick("w4a4+8-steps2"), SD)
     steps = tuple(measure(original(), base, SD).measured_on.model_timesteps)
