@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from ptqd.errors import InputError
 from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
@@ -237,7 +236,7 @@ class _Unit:
             find_layer(self.module, name).weight = weight.weight()
         if self.step_ranges is not None:
             self.step_ranges.set(self.pool.steps[rows].tolist())
-        output = tree_flatten(self.module(*args, **kwargs))[0]
+        output = self.targets.flat(self.module(*args, **kwargs), rows[0])
         error = torch.zeros((), device=self.device)
         for out, target, factor in zip(output, self.targets.rows(rows), self.targets.by_row(rows[0]), strict=True):
             if factor:

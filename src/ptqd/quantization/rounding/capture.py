@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
@@ -40,11 +40,18 @@ class _How:
 
     Attributes:
         each: entries for a row; 0 where the leaf is the same for every row.
-        axis: of these entries; None of a number that counts them.
+        axis: of these entries; None of a number that counts them, or of one value in a list of as many.
+        listed: the leaf is a list with an element for each row: of tensors, which are kept stacked, or of one value.
     """
 
     each: int = 0
     axis: int | None = 0
+    listed: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a tensor of each row to keep."""
+        return self.each > 0 and self.axis is not None
 
 
 @dataclass
@@ -55,6 +62,7 @@ class _OfKind:
     how: list[_How]
     dtypes: list[Any]
     structure: Any
+    lists: frozenset[Any]  # the paths of lists with an element for each row
 
 
 @dataclass
@@ -70,26 +78,35 @@ class Captured:
     place: dict[int, tuple[int, int]]
 
     def rows(self, index: Sequence[int]) -> list[Any]:
-        """The leaves for some rows, of one kind."""
-        of = self.kinds[self.place[index[0]][0]]
+        """The leaves for some rows, of one kind; lists of tensors are stacked."""
+        of = self._of(index[0])
         own = np.array([self.place[row][1] for row in index])
         picked: list[Any] = []
         for leaf, how, dtype in zip(of.leaves, of.how, of.dtypes, strict=True):
             if how.each == 0:
                 picked.append(leaf)
             elif how.axis is None:
-                picked.append(how.each * len(own))
+                picked.append([leaf] * len(own) if how.listed else how.each * len(own))
             else:
                 picked.append(torch.from_numpy(leaf[own]).flatten(0, 1).movedim(0, how.axis).to(dtype))
         return picked
 
     def by_row(self, row: int) -> list[bool]:
         """Which of the leaves of a row's kind are tensors with entries for each row."""
-        return [how.each > 0 and how.axis is not None for how in self.kinds[self.place[row][0]].how]
+        return [how.kept for how in self._of(row).how]
 
-    def tree(self, leaves: list[object], row: int) -> Any:
-        """Leaves as they were given or made, for rows of a row's kind."""
-        return tree_unflatten(leaves, self.kinds[self.place[row][0]].structure)
+    def tree(self, leaves: list[Any], row: int) -> Any:
+        """Leaves, as :meth:`rows` gives them, as they were given or made, for rows of a row's kind."""
+        of = self._of(row)
+        pairs = zip(leaves, of.how, strict=True)
+        return tree_unflatten([list(leaf) if how.listed else leaf for leaf, how in pairs], of.structure)
+
+    def flat(self, tree: object, row: int) -> list[Any]:
+        """The leaves of a tree, as :meth:`rows` gives them for rows of a row's kind."""
+        return _flat(tree, self._of(row).lists)[0]
+
+    def _of(self, row: int) -> _OfKind:
+        return self.kinds[self.place[row][0]]
 
 
 def capture(
@@ -113,24 +130,26 @@ def capture(
     sides = [Captured([], place) for _ in range(1 + outputs)]
     for k, rows in enumerate(inputs.kinds()):
         probed = [_run(model, unit, inputs, rows[:1] * n, outputs) for n in (2, 3)]
-        hows = [_how(*pair) for pair in zip(*probed, strict=True)]
-        shared = [tree_flatten(tree)[0] for tree in probed[0]]
+        lists = [_row_lists(*pair) for pair in zip(*probed, strict=True)]
+        shared, more = ([_flat(tree, of)[0] for tree, of in zip(trees, lists, strict=True)] for trees in probed)
+        listed = [_is_list(tree, of) for tree, of in zip(probed[0], lists, strict=True)]
+        hows = [_how(two, three, which) for two, three, which in zip(shared, more, listed, strict=True)]
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             trees = _run(model, unit, inputs, some, outputs)
             for side, (captured, tree) in enumerate(zip(sides, trees, strict=False)):
-                leaves, structure = tree_flatten(tree)
+                leaves, structure = _flat(tree, lists[side])
                 pairs = zip(hows[side], leaves, shared[side], strict=True)
                 same = [how.each > 0 or _alike(own, probed_leaf) for how, own, probed_leaf in pairs]
                 if not all(same):
                     raise UnsplittableError(unit)
                 if len(captured.kinds) == k:
                     mapped = [
-                        _mapped(folder / f"{side}-{k}-{i}.bin", leaf, how, len(rows)) if _is_kept(how) else leaf
+                        _mapped(folder / f"{side}-{k}-{i}.bin", leaf, how, len(rows)) if how.kept else leaf
                         for i, (leaf, how) in enumerate(zip(leaves, hows[side], strict=True))
                     ]
                     dtypes = [getattr(leaf, "dtype", None) for leaf in leaves]
-                    captured.kinds.append(_OfKind(mapped, hows[side], dtypes, structure))
+                    captured.kinds.append(_OfKind(mapped, hows[side], dtypes, structure, lists[side]))
                 for into, leaf, how in zip(captured.kinds[k].leaves, leaves, hows[side], strict=True):
                     if how.each and how.axis is not None:
                         first = _plain(leaf).movedim(how.axis, 0)
@@ -145,10 +164,6 @@ def _alike(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape
     return not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor)
-
-
-def _is_kept(how: _How) -> bool:
-    return how.each > 0 and how.axis is not None
 
 
 def _mapped(path: Path, leaf: torch.Tensor, how: _How, rows: int) -> Any:
@@ -167,16 +182,58 @@ def _plain(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.float() if leaf.is_floating_point() else leaf
 
 
-def _how(two: object, three: object) -> list[_How]:
-    """How each leaf has something for each row, from calls with one row twice and three times.
+def _paths_of_lists(tree: object) -> dict[Any, list[Any]]:
+    """The outermost lists in a tree by their paths."""
+    found = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, list))[0]
+    return {path: leaf for path, leaf in found if isinstance(leaf, list)}
+
+
+def _row_lists(two: object, three: object) -> frozenset[Any]:
+    """The paths of lists with an element for each row, from calls with one row twice and three times."""
+    a, b = (_paths_of_lists(tree) for tree in (two, three))
+    return frozenset(path for path in a.keys() & b.keys() if (len(a[path]), len(b[path])) == (2, 3))
+
+
+def _flat(tree: object, lists: frozenset[Any]) -> tuple[list[Any], Any]:
+    """Leaves and structure of a tree, in which some lists are one leaf: stacked, or the value of all elements."""
+    rows = {id(value) for path, value in _paths_of_lists(tree).items() if path in lists}
+    leaves, structure = tree_flatten(tree, is_leaf=lambda node: id(node) in rows)
+    return [_together(leaf) if id(leaf) in rows else leaf for leaf in leaves], structure
+
+
+def _is_list(tree: object, lists: frozenset[Any]) -> list[bool]:
+    """Which of the leaves that :func:`_flat` gives are lists."""
+    rows = {id(value) for path, value in _paths_of_lists(tree).items() if path in lists}
+    return [id(leaf) in rows for leaf in tree_flatten(tree, is_leaf=lambda node: id(node) in rows)[0]]
+
+
+def _together(values: list[Any]) -> Any:
+    """A list of tensors stacked, or the one value of another.
+
+    Raises:
+        UnsplittableError: tensors of several shapes, or several values.
+    """
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) == len(values) and len({value.shape for value in tensors}) == 1:
+        return torch.stack(tensors)
+    if tensors or any(value != values[0] for value in values):
+        raise UnsplittableError("a list of several kinds of things")
+    return values[0]
+
+
+def _how(two: list[Any], three: list[Any], listed: list[bool]) -> list[_How]:
+    """How each leaf has something for each row, from the leaves of calls with one row twice and three times.
 
     Raises:
         UnsplittableError: a leaf neither grows with the rows nor stays the same.
     """
-    pairs = [tree_flatten(tree)[0] for tree in (two, three)]
-    if len(pairs[0]) != len(pairs[1]):
+    if len(two) != len(three):
         raise UnsplittableError("another structure")
-    return [_how_of(a, b) for a, b in zip(*pairs, strict=True)]
+    return [_how_of_list(a) if one else _how_of(a, b) for a, b, one in zip(two, three, listed, strict=True)]
+
+
+def _how_of_list(together: object) -> _How:
+    return _How(1, 0 if isinstance(together, torch.Tensor) else None, listed=True)
 
 
 def _how_of(a: Any, b: Any) -> _How:
