@@ -76,15 +76,20 @@ class ScheduleOptions:
     ) -> "Sampling":
         """How a pipeline is run; or, of None, a denoiser on its own."""
         from ptqd.diffusion.sampling import SCHEDULES, Sampling, default_call, default_steps
+        from ptqd.errors import InputError
 
-        call: dict[str, Any] = {} if pipe is None else default_call(pipe)
+        shared = call_arguments(self.shared, "--shared")
+        defaults = {} if pipe is None else default_call(pipe)
+        call: dict[str, Any] = {name: value for name, value in defaults.items() if name not in shared}
         if self.guidance is not None:
             call["guidance_scale"] = self.guidance
         call |= call_arguments(self.call)
-        shared = call_arguments(self.shared, "--shared")
         both = call | shared
-        schedule = next((both[name] for name in SCHEDULES if isinstance(both.get(name), list)), None)
-        steps = self.steps if schedule is None or self.steps is not None else len(schedule)
+        schedules = {name: both[name] for name in SCHEDULES if isinstance(both.get(name), list)}
+        for name, schedule in schedules.items():
+            if self.steps not in (None, len(schedule)):
+                raise InputError(f"--steps {self.steps} and the {len(schedule)} {name} are one thing; give one of them")
+        steps = self.steps if self.steps is not None else next(map(len, schedules.values()), None)
         if steps is None:
             steps = Sampling.steps if pipe is None else default_steps(pipe)
         return Sampling(steps, self.eta, samples, batch, seed, call, shared)

@@ -85,12 +85,12 @@ def test_another_pipeline_is_refused(written: Path, tmp_path: Path) -> None:
 
 
 def test_arguments_for_all_samples_stay_so_and_pictures_are_refused(written: Path, tmp_path: Path) -> None:
-    shared = Sampling(call={"sigmas": (1.0, 0.5), "class_labels": [0, 1]})
+    shared = Sampling(call={"sigmas": (1.0, 0.5), "class_labels": [0, 1]}, shared={"timesteps": [9, 5], "size": (8, 8)})
     facts = msgspec.convert(json.loads(msgspec.json.encode(SettingFacts.of(shared))), SettingFacts)
     assert facts.sampling() == shared
-    facts = SettingFacts.of(Sampling(call={"image": np.zeros((4, 4))}))
-    with pytest.raises(InputError, match="cannot hold image"):
-        facts.sampling()
+    for given in (Sampling(call={"image": np.zeros((4, 4))}), Sampling(shared={"image": np.zeros((4, 4))})):
+        with pytest.raises(InputError, match="cannot hold image"):
+            SettingFacts.of(given).sampling()
 
 
 def test_plans_are_kept_whole() -> None:

@@ -151,12 +151,12 @@ def _is_whole(name: str, value: object) -> bool:
 
 def _of_networks(values: Sequence[object]) -> bool:
     """Whether a tuple is of things for several networks, such as pictures, which pipelines want as a list."""
-    return not any(isinstance(x, int | str) for x in values)
+    return not any(isinstance(x, int | float | str) for x in values)
 
 
 def _by_network(values: list[Any]) -> list[Any]:
     """Values of samples; pictures that come as a tuple for each sample by the network that takes them."""
-    if all(isinstance(value, tuple) and not any(isinstance(x, int | float | str) for x in value) for value in values):
+    if all(isinstance(value, tuple) and _of_networks(value) for value in values):
         return [list(pictures) for pictures in zip(*values, strict=True)]
     return values
 

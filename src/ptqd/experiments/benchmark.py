@@ -23,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
-from ptqd.diffusion.pipeline_parts import denoiser_name, plain_scheduler, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_names, plain_scheduler, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.cpu import processor_name
 from ptqd.engines.export import Others, export, for_engine
@@ -133,7 +133,8 @@ def candidates(
                 except PtqdError as error:
                     refused[f"{engine} {name}"] = str(error)
                     continue
-                size = sum(path.stat().st_size for path in (target / denoiser_name(pipe)).iterdir())
+                files = [path for part in denoiser_names(pipe) for path in (target / part).iterdir()]
+                size = sum(path.stat().st_size for path in files)
                 result.append(Candidate(engine, name, target, size))
     return result, refused
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ptqd.diffusion.pipeline_parts import denoiser_of
+from ptqd.diffusion.pipeline_parts import denoisers_of
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.loading import load
 
@@ -40,7 +40,8 @@ def main() -> None:
         torch.set_num_threads(timestep["threads"])
         pipe, run = load(timestep["folder"]).to(timestep["device"]), Sampling(**timestep["run"])
         if timestep["compiled"]:
-            denoiser_of(pipe).compile()
+            for denoiser in denoisers_of(pipe).values():
+                denoiser.compile()
         answer(ready=True)
         images = np.empty(0)
         for line in sys.stdin:

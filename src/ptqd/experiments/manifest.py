@@ -49,8 +49,9 @@ class SettingFacts:
     @classmethod
     def of(cls, sampling: Sampling) -> "SettingFacts":
         """Of a way to sample."""
-        opaque = tuple(name for name, value in sampling.call.items() if not _is_plain(value))
-        return cls(sampling.to_dict(), tuple(n for n, v in sampling.call.items() if isinstance(v, tuple)), opaque)
+        given = {**sampling.call, **sampling.shared}
+        opaque = tuple(name for name, value in given.items() if not _is_plain(value))
+        return cls(sampling.to_dict(), tuple(n for n, v in given.items() if isinstance(v, tuple)), opaque)
 
     def sampling(self) -> Sampling:
         """As it was.
@@ -64,10 +65,11 @@ class SettingFacts:
                 "ptqd.run_experiment with the same arguments instead"
             )
         sampling: Sampling = typed(self.run, Sampling, "the manifest's setting")
-        call = {
-            name: tuple(v) if name in self.shared and isinstance(v, list) else v for name, v in sampling.call.items()
-        }
-        return sampling.replace(call=call)
+        call, shared = (
+            {name: tuple(v) if name in self.shared and isinstance(v, list) else v for name, v in given.items()}
+            for given in (sampling.call, sampling.shared)
+        )
+        return sampling.replace(call=call, shared=shared)
 
 
 @dataclass(frozen=True)

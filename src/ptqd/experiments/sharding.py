@@ -360,7 +360,7 @@ def _latents(path: Path) -> torch.Tensor | None:
 
 def labels_of(sampling: Sampling, indices: range) -> torch.Tensor | None:
     """The classes that some samples of a run were asked for (n,), int64; None where it names none by number."""
-    labels = sampling.call.get("class_labels")
+    labels = {**sampling.call, **sampling.shared}.get("class_labels")
     labels = [labels] if isinstance(labels, int) else labels
     if labels is None or not all(isinstance(label, int) for label in labels):
         return None
