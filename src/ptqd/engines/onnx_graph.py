@@ -103,7 +103,7 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
         tensors += [table.scale, table.zero, table.low, table.high]
     wrapper = _Called(twin, call, method, table if products.quantizers else None)
     kind = type(model).__name__
-    with torch.no_grad(), _traced(kind):
+    with torch.no_grad():
         wrapper(*tensors)
     dims = [{0: torch.export.Dim.DYNAMIC} if name in call.by_sample else {} for name in names]
     with warnings.catch_warnings(), _silent(), _traced(kind):

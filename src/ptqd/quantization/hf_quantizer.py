@@ -15,9 +15,10 @@ from torch import nn
 from ptqd.diffusion.macs import on_meta
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
 from ptqd.diffusion.plain_copy import weights_elsewhere
-from ptqd.errors import ArtifactError, InputError
+from ptqd.errors import ArtifactError, InputError, PtqdError, raised_by
 from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, know_quantized, support_lora
 from ptqd.quantization.modules.attention import PRODUCTS, QuantAttention, attention_modules
+from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import LayerType, Recipe, Rule
@@ -76,9 +77,6 @@ def coverage_of(pipe: DiffusionPipeline) -> Coverage:
         tuple(f"{name}.{layer}" for name, coverage in each.items() for layer in coverage.quantized),
         tuple((f"{name}.{layer}", why) for name, coverage in each.items() for layer, why in coverage.skipped),
     )
-
-
-SCALES = ("scale", "smooth_scale", "global_scale")  # half precision has not the range for them
 
 
 class _Method(StrEnum):
@@ -178,8 +176,8 @@ class PtqdQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         keep: list[str] = kwargs["keep_in_fp32_modules"]  # the class's own
-        self._wide = tuple(name for name in keep if name not in SCALES)
-        keep.extend(name for name in SCALES if name not in keep)
+        self._wide = tuple(name for name in keep if name not in QuantLayer.kept)
+        keep.extend(name for name in QuantLayer.kept if name not in keep)
         support_lora()
         self.coverage = prepare(model, self.quantization_config)
         for _, layer in quantized_layers(model):
@@ -192,7 +190,7 @@ class PtqdQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
         kept: Any = type(model)._keep_in_fp32_modules
         if isinstance(kept, list):
-            kept[:] = [name for name in kept if name not in SCALES]
+            kept[:] = [name for name in kept if name not in QuantLayer.kept]
         _processors_as_products(model)
         for name, layer in quantized_layers(model):
             wide = any(part in self._wide for part in name.split("."))
@@ -276,7 +274,9 @@ def _check_loadable(model: ModelMixin, config: PtqdConfig) -> None:
         fresh = on_meta(model)
         prepare(fresh, config)
         wanted = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except (PtqdError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if raised_by(error, "ptqd") and not isinstance(error, PtqdError):
+            raise  # a bug
         if attached is None:
             raise InputError(f"{kind} cannot be saved, its configuration does not make it again: {error}") from error
         wanted = {}
