@@ -31,6 +31,7 @@ from ptqd import (
     search_correction,
 )
 from ptqd.diffusion import fingerprint, record, run_batch, run_macs, with_components
+from ptqd.diffusion.call_rows import CallLayout
 from ptqd.diffusion.sampling import default_call
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.plan import PrecisionPlan
@@ -731,6 +732,29 @@ def test_layers_that_no_call_reaches_are_named_and_stay(caplog: pytest.LogCaptur
     assert coverage_of(loaded) == coverage_of(made)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries' own code
+@pytest.mark.parametrize("name", ["qwen-image", "z-image", "sd-pag", "hunyuan-dit", "wan-image"])
+def test_denoisers_are_distilled_whatever_they_are_given(name: str) -> None:
+    """Lists with an element a row, attention that a run exchanges, a table of one entry, no tokens of an image."""
+    case = MORE_CASES[name]
+    torch.manual_seed(0)
+    pipe = case.build()
+    run = Sampling(steps=case.steps, samples=4, batch=2, call={**case.call, **(case.guidance or {})})
+    want, values, errors = samples(pipe, run), quick("w4a8-best").to_dict(), []
+    for methods in ([], [{"name": "smooth"}, {"name": "distill", "inputs": 32, "iterations": 40, "batch": 8}]):
+        recipe = Recipe.from_dict({**values, "methods": methods})
+        errors.append(float((samples(quantize(pipe, recipe, run), run) - want).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_look_at_the_first_call_leaves_the_attention_that_pag_exchanges() -> None:
+    case = MORE_CASES["sd-pag"]
+    pipe = case.build()
+    before = dict(pipe.unet.attn_processors)
+    CallLayout.of(pipe, Sampling(steps=case.steps, samples=4, batch=2, call={**case.call, **(case.guidance or {})}))
+    assert pipe.unet.attn_processors == before
+
+
 def test_rounding_is_learned_in_inference_mode() -> None:
     recipe = quick("w4a8-brecq")
     with torch.inference_mode():
@@ -1009,7 +1033,10 @@ def test_an_ip_adapter_is_loaded_onto_a_quantized_pipeline_and_is_not_saved(tmp_
     pipe.unet._load_ip_adapter_weights([ip_adapter()])
     assert products(pipe) == 8
     with_image = samples(pipe, IP.replace(batch=1))
-    assert bool(torch.isfinite(with_image).all())
+    full = own()
+    full.unet._load_ip_adapter_weights([ip_adapter()])
+    effect = samples(full, IP.replace(batch=1)) - samples(original(), plain)
+    assert torch.cosine_similarity((with_image - before).flatten(), effect.flatten(), dim=0) > 0.6  # 0.78
     with pytest.raises(InputError, match=r"has an IP-Adapter .*; unload it"):
         pipe.save_pretrained(tmp_path / "not")
     pipe.unload_ip_adapter()
@@ -1088,8 +1115,14 @@ def test_the_shell_gives_a_list_to_every_batch_and_a_schedule(
     given = ["--call", "class_labels=[1]", "--shared", "class_labels=[1]", "--out", str(tmp_path / "both")]
     assert main([*command, *given]) == 2
     assert "'class_labels' is given for every sample and for all; give it once" in capsys.readouterr().err
-    assert main([*command, "--shared", "class_labels=[1, 2]", "--out", str(tmp_path / "shared")]) == 2  # a rest of one
-    assert "3 samples" not in capsys.readouterr().out
+    given = ["--steps", "20", "--call", "timesteps=[9, 5, 0]", "--out", str(tmp_path / "twenty")]
+    assert main([*command, *given]) == 2
+    assert "--steps 20 and the 3 timesteps are one thing; give one of them" in capsys.readouterr().err
+    assert main([*command, "--steps", "3", "--shared", "class_labels=[1]", "--out", str(tmp_path / "ones")]) == 0
+    assert main([*command, "--steps", "3", "--call", "class_labels=[1]", "--out", str(tmp_path / "each")]) == 0
+    assert (tmp_path / "ones" / "samples.safetensors").read_bytes() == (
+        tmp_path / "each" / "samples.safetensors"
+    ).read_bytes()
 
 
 def test_images_that_are_no_fashion_are_not_judged_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,9 @@ from torch import nn
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, scheduler_of
 from ptqd.diffusion.sampling import Sampling, run_batch
-from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.diffusion.timesteps import Call, timestep_argument, timestep_in, with_timestep
 from ptqd.errors import InputError
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 PROBED_PROMPTS = 16  # of which it is asked whether they are as long as each other
 
 
@@ -151,8 +150,13 @@ def _different(sampling: Sampling) -> list[int]:
 
 
 def _first_call(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[int], name: str | None) -> Call:
-    """The arguments of a denoiser's first call, for some samples."""
+    """The arguments of a denoiser's first call, for some samples.
+
+    The pipeline is stopped there. What it would set back at its end is set back here: its scheduler, and the processors
+    of the attentions, which perturbed-attention guidance (PAG) exchanges.
+    """
     called: Any = getattr(pipe, name or denoiser_name(pipe))
+    processors = [(module, module.processor) for module in called.modules() if hasattr(module, "processor")]
     seen: list[Call] = []
 
     def keep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,6 +172,8 @@ def _first_call(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[i
     finally:
         vars(pipe.scheduler).clear()
         vars(pipe.scheduler).update(state)
+        for module, processor in processors:
+            module.processor = processor
     if not seen:
         raise InputError(f"{type(pipe).__name__} never calls its {name or denoiser_name(pipe)}")
     return seen[0]
@@ -175,21 +181,18 @@ def _first_call(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[i
 
 def _with_timestep_by_row(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """The same call with one timestep for each row of the batch, so that rows of several steps can be mixed."""
-    argument = timestep_argument(model)
-    if argument is None:
-        return args, dict(kwargs)
-    name, position = argument
-    others = [value for i, value in enumerate(args) if i != position] + [v for k, v in kwargs.items() if k != name]
+    call = (args, dict(kwargs))
+    told = timestep_in(model, call)
+    if told is None:
+        return call
+    others = [value for value in (*args, *kwargs.values()) if value is not told]
     sample = next((x for x in others if isinstance(x, torch.Tensor) and x.ndim > 1), None)
     listed = next((x for x in others if isinstance(x, list) and x and isinstance(x[0], torch.Tensor)), None)
     if sample is None and listed is None:
-        return args, dict(kwargs)
+        return call
     rows, device = (len(sample), sample.device) if sample is not None else (len(listed), listed[0].device)  # type: ignore[arg-type, index]
-    given = torch.as_tensor(kwargs[name] if name in kwargs else args[position]).to(device)
-    timestep = given.expand(rows) if given.numel() == 1 else given
-    if name in kwargs:
-        return args, {**kwargs, name: timestep}
-    return (*args[:position], timestep, *args[position + 1 :]), dict(kwargs)
+    given = torch.as_tensor(told).to(device)
+    return with_timestep(model, call, given.expand(rows) if given.numel() == 1 else given)
 
 
 def _sizes(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...]]]:

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ptqd.diffusion.call_rows import CallLayout, join_rows
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.timesteps import timestep_argument
+from ptqd.diffusion.timesteps import Call, timestep_in, with_timestep
 from ptqd.quantization.sites import quantized_layers
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class ActivationProfile:
     Attributes:
         timesteps: that the denoiser got, step by step (T,).
         temporal: the inputs of the quantizers of layers that see nothing but the step (T, I), by the layers' names.
-        call: arguments of one call of the denoiser, for one sample.
+        call: arguments of one call of the denoiser, for one row.
     """
 
     timesteps: tuple[float, ...]
@@ -40,21 +39,22 @@ class ActivationProfiler:
 
     Args:
         model: the denoiser; its quantizers do not round yet.
+        layout: of its calls.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, layout: CallLayout) -> None:
+        self.model, self.layout = model, layout
         self._layers = dict(quantized_layers(model))
         self._inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in self._layers}
         self._call: Call | None = None
 
     @contextmanager
-    def watching(self, step: Callable[[], int], samples: int) -> Iterator[None]:
-        """Note what each layer gets at each step, whose number ``step`` says, of some samples, and the first call."""
+    def watching(self, step: Callable[[], int]) -> Iterator[None]:
+        """Note what each layer gets at each step, whose number ``step`` says, and a row of the first call."""
 
         def keep(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self._call is None:
-                self._call = _of_one_sample(args, kwargs, samples)
+                self._call = join_rows([self.layout.rows(args, kwargs)[0].kept()])
 
         def look(name: str, x: torch.Tensor) -> None:
             if name not in self._inputs:
@@ -89,15 +89,20 @@ class ActivationProfiler:
                 return x + torch.randn(x.shape, generator=random).to(x)
             return x if x.dtype == torch.bool else torch.where(x == 0, 1, 0).to(x)
 
+        def within(table: nn.Embedding, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (args[0].clamp(max=table.num_embeddings - 1), *args[1:])
+
         def compare(name: str, x: torch.Tensor) -> None:
             if name in self._inputs and not _all_alike(x, self._inputs[name][0]):
                 del self._inputs[name]
 
-        timestep = _timestep_of(self.model, call)
+        timestep = timestep_in(self.model, call)
         if timestep is None:
             return
-        args, kwargs = _with_timestep(self.model, tree_map_only(torch.Tensor, other, call), timestep)
-        with hooked(*_on_inputs(self._layers, compare)), torch.no_grad():
+        args, kwargs = with_timestep(self.model, tree_map_only(torch.Tensor, other, call), timestep)
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        bounds = [table.register_forward_pre_hook(within) for table in tables]
+        with hooked(*_on_inputs(self._layers, compare), *bounds), torch.no_grad():
             self.model(*args, **kwargs)
 
 
@@ -110,11 +115,11 @@ def temporal_inputs(model: nn.Module, profile: ActivationProfile, names: Sequenc
         if len(seen[name]) == step:  # some are called more than once
             seen[name].append(x[:1].detach().flatten().float().cpu())
 
-    like = _timestep_of(model, profile.call)
+    like = timestep_in(model, profile.call)
     with hooked(*_on_inputs(layers, look)), torch.no_grad():
         for step, t in enumerate(profile.timesteps):  # noqa: B007
             timestep = torch.full_like(like, t) if isinstance(like, torch.Tensor) else t
-            args, kwargs = _with_timestep(model, profile.call, timestep)
+            args, kwargs = with_timestep(model, profile.call, timestep)
             model(*args, **kwargs)
     return {name: torch.stack(rows) for name, rows in seen.items()}
 
@@ -130,33 +135,3 @@ def _on_inputs(layers: dict[str, Any], look: Any) -> list[Any]:
 def _all_alike(x: torch.Tensor, known: torch.Tensor) -> bool:
     """Whether all rows of an input are a known one, but for rounding."""
     return torch.allclose(x.detach().float().cpu(), known.expand(x.shape), rtol=1e-4, atol=1e-6)
-
-
-def _of_one_sample(args: tuple[object, ...], kwargs: dict[str, object], samples: int) -> Call:
-    """The rows of one sample of a call's arguments."""
-    sample = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim)
-    batch = len(sample)
-
-    def first(x: torch.Tensor) -> torch.Tensor:
-        return x[::samples].clone() if x.ndim > 0 and len(x) == batch else x.clone()
-
-    call: Call = tree_map_only(torch.Tensor, first, (args, kwargs))
-    return call
-
-
-def _timestep_of(model: nn.Module, call: Call) -> Any:
-    argument = timestep_argument(model)
-    if argument is None:
-        return None
-    (name, position), (args, kwargs) = argument, call
-    return kwargs[name] if name in kwargs else args[position]
-
-
-def _with_timestep(model: nn.Module, call: Call, timestep: object) -> Call:
-    """The same call at another timestep."""
-    argument = timestep_argument(model)
-    assert argument is not None
-    (name, position), (args, kwargs) = argument, call
-    if name in kwargs:
-        return args, {**kwargs, name: timestep}
-    return (*args[:position], timestep, *args[position + 1 :]), kwargs

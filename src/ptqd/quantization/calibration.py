@@ -212,7 +212,7 @@ def calibrate(
         InputError: a denoiser is never called.
     """
     model = denoiser_of(pipe, name)
-    layout = CallLayout.of(pipe, sampling, name) if weights is not None else None
+    layout = CallLayout.of(pipe, sampling, name) if weights is not None or profile else None
     if padded(pipe, sampling, name) if layout is None else layout.padded:
         sampling = sampling.replace(batch=1)  # how far a prompt is padded would depend on the batch
     if not rows and not profile and index is None:  # nothing that needs the steps told apart
@@ -221,7 +221,7 @@ def calibrate(
         return Calibration(None, None)
     count = -(-rows // sampling.samples)
     taken: list[_Taken] = []
-    profiler = ActivationProfiler(model) if profile else None
+    profiler = ActivationProfiler(model, layout) if profile and layout is not None else None
     for indices in track(list(sampling.batches()), progress):
         with record(pipe) as trajectory, contextlib.ExitStack() as stack:
             step = _OwnStep(trajectory, steps)
@@ -231,7 +231,7 @@ def calibrate(
             if index is not None:
                 stack.enter_context(_numbering(model, step, index))
             if profiler is not None:
-                stack.enter_context(profiler.watching(step, len(indices)))
+                stack.enter_context(profiler.watching(step))
             run_batch(pipe, sampling, indices, "latent")
     taken.sort(key=lambda part: (part.sample, part.step))
     inputs = _shuffled(taken, rows, sampling.seed) if weights is not None else None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
@@ -62,7 +62,7 @@ class _OfKind:
     how: list[_How]
     dtypes: list[Any]
     structure: Any
-    lists: frozenset[Any]  # the paths of lists with an element for each row
+    lists: frozenset[int]  # the lists with an element for each row, by their places among the leaves
 
 
 @dataclass
@@ -182,28 +182,28 @@ def _plain(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.float() if leaf.is_floating_point() else leaf
 
 
-def _paths_of_lists(tree: object) -> dict[Any, list[Any]]:
-    """The outermost lists in a tree by their paths."""
-    found = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, list))[0]
-    return {path: leaf for path, leaf in found if isinstance(leaf, list)}
+def _lists_in(tree: object) -> dict[int, list[Any]]:
+    """The outermost lists in a tree, by their places among its leaves, where such a list is one leaf."""
+    leaves = tree_flatten(tree, is_leaf=lambda node: isinstance(node, list))[0]
+    return {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, list)}
 
 
-def _row_lists(two: object, three: object) -> frozenset[Any]:
-    """The paths of lists with an element for each row, from calls with one row twice and three times."""
-    a, b = (_paths_of_lists(tree) for tree in (two, three))
-    return frozenset(path for path in a.keys() & b.keys() if (len(a[path]), len(b[path])) == (2, 3))
+def _row_lists(two: object, three: object) -> frozenset[int]:
+    """The lists with an element for each row, from calls with one row twice and three times."""
+    a, b = _lists_in(two), _lists_in(three)
+    return frozenset(place for place in a.keys() & b.keys() if (len(a[place]), len(b[place])) == (2, 3))
 
 
-def _flat(tree: object, lists: frozenset[Any]) -> tuple[list[Any], Any]:
+def _flat(tree: object, lists: frozenset[int]) -> tuple[list[Any], Any]:
     """Leaves and structure of a tree, in which some lists are one leaf: stacked, or the value of all elements."""
-    rows = {id(value) for path, value in _paths_of_lists(tree).items() if path in lists}
+    rows = {id(value) for place, value in _lists_in(tree).items() if place in lists}
     leaves, structure = tree_flatten(tree, is_leaf=lambda node: id(node) in rows)
     return [_together(leaf) if id(leaf) in rows else leaf for leaf in leaves], structure
 
 
-def _is_list(tree: object, lists: frozenset[Any]) -> list[bool]:
+def _is_list(tree: object, lists: frozenset[int]) -> list[bool]:
     """Which of the leaves that :func:`_flat` gives are lists."""
-    rows = {id(value) for path, value in _paths_of_lists(tree).items() if path in lists}
+    rows = {id(value) for place, value in _lists_in(tree).items() if place in lists}
     return [id(leaf) in rows for leaf in tree_flatten(tree, is_leaf=lambda node: id(node) in rows)[0]]
 
 

@@ -86,7 +86,7 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
     smoothed: set[str] = set()  # a layer may be called again
 
     def smooth(layer: Any, args: Any, name: str) -> None:
-        if name in smoothed:
+        if name in smoothed or not args[0].numel():
             return
         smoothed.add(name)
         weight = full_weight(full, name, layer)
