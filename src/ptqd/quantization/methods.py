@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
+from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
 MOST = 10_000_000  # of anything that a method counts
 SMOOTHED = 64  # rows that smoothing is searched on
@@ -35,6 +36,38 @@ class Method:
     def rows(self, *, dynamic: bool) -> int:
         """How many rows of the denoiser's calls it needs, where activations' ranges are dynamic or not."""
         return 0
+
+
+@dataclass(frozen=True)
+class Widen(Method):
+    """Give more bits to the operands whose rounding moves the denoiser's output most for what they cost.
+
+    See :mod:`ptqd.quantization.widen`.
+
+    Attributes:
+        bits: that an activation gets.
+        weight_bits: that a weight gets, where it has fewer.
+        budget: bit operations of the whole denoiser, at most so many times those before.
+        inputs: rows of the denoiser's calls that the effect on the output is estimated on.
+    """
+
+    name: ClassVar[str] = "wide"
+    changes_layers: ClassVar[bool] = True
+    bits: int = 16
+    weight_bits: int = 8
+    budget: float = 1.25
+    inputs: int = 16
+
+    def __post_init__(self) -> None:
+        _ = Grid(self.bits, symmetric=False)
+        check_weight_bits(self.weight_bits)
+        if not 1 <= self.budget < math.inf:
+            raise InputError(f"budget must be at least 1, this many times the bit operations; got {self.budget}")
+        _check_count("inputs", self.inputs)
+
+    def rows(self, *, dynamic: bool) -> int:
+        """The inputs that effects are estimated on."""
+        return self.inputs
 
 
 @dataclass(frozen=True)
@@ -187,6 +220,8 @@ def check_order(methods: tuple[Method, ...]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"the method {name!r} is named twice; name it once")
+    if "wide" in names[1:]:
+        raise InputError("'wide' decides what the other methods work on; name it first")
     for before, after in itertools.pairwise(methods):
         if after.changes_layers and not before.changes_layers:
             raise InputError(f"{after.name!r} changes what {before.name!r} quantizes; name it before")

@@ -36,7 +36,7 @@ from typing import Any
 
 from ptqd.errors import InputError
 from ptqd.files import read_toml, write_text
-from ptqd.quantization.numerics.affine import Grid
+from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
 _ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*)\s*")
 _KEYS = ("steps", "bits", "groups", "weights", "made")
@@ -54,8 +54,8 @@ class PrecisionPlan:
         made: plain facts of how it was made, for people.
 
     Raises:
-        InputError: no step, rows of another length than there are groups, bits outside 2 to 8, or other bits for two
-            steps at one timestep.
+        InputError: no step, rows of another length than there are groups, bits outside 2 to 16 of activations or 2 to 8
+            of weights, or other bits for two steps at one timestep.
     """
 
     timesteps: tuple[float, ...]
@@ -72,8 +72,10 @@ class PrecisionPlan:
                 raise InputError(
                     f"step {i} of the plan has {len(row)} bits for {len(self.groups)} groups; give one each"
                 )
-        for bits in {*self.weights.values(), *(b for row in self.bits for b in row)}:
-            Grid(bits, symmetric=True)
+        for bits in self.weights.values():
+            check_weight_bits(bits)
+        for bits in {b for row in self.bits for b in row}:
+            _ = Grid(bits, symmetric=True)
         first: dict[float, int] = {}
         for i, t in enumerate(self.timesteps):
             if self.bits[first.setdefault(t, i)] != self.bits[i]:

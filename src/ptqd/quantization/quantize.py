@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.macs import steps_called
+from ptqd.diffusion.macs import Macs, call_macs, steps_called
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, denoisers_of, scheduler_of, with_components
 from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
@@ -21,6 +21,7 @@ from ptqd.errors import InputError
 from ptqd.names import shown
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile
+from ptqd.quantization.bops import by_halves
 from ptqd.quantization.calibration import (
     ERROR_SAMPLES,
     Calibration,
@@ -31,7 +32,7 @@ from ptqd.quantization.calibration import (
     step_weights,
 )
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
-from ptqd.quantization.methods import OBSERVED, Method
+from ptqd.quantization.methods import OBSERVED, Method, Widen
 from ptqd.quantization.modules.attention import PRODUCTS
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
@@ -40,6 +41,7 @@ from ptqd.quantization.rounding.registry import Task, apply_method
 from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_full_precision, check_weights, insert_quantizers, names_of
+from ptqd.quantization.widen import widened
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +137,12 @@ class _Quantizing:
         quantized, coverage = self._inserted(ranges)
         model: Any = getattr(quantized, self.name)
         self._take_over(model, observed, ranges)
+        if self._widen(model, calibration.inputs, ranges):
+            quantized, coverage = self._inserted(ranges)
+            model = getattr(quantized, self.name)
+            self._take_over(model, observed, ranges)
         for method in self.recipe.methods:
-            if method.changes_layers:
+            if method.changes_layers and not isinstance(method, Widen):
                 self._apply(method, model, calibration.inputs)
         self._find_ranges(model, calibration, ranges)
         temporal = frozenset(ranges.temporal) if ranges is not None else frozenset[str]()
@@ -283,6 +289,19 @@ class _Quantizing:
                     grouped = []
                 quantizer.observe(grouped)
             quantizer.bypass()
+
+    def _widen(self, model: nn.Module, inputs: CalibrationInputs | None, ranges: StepRanges | None) -> bool:
+        """Let the recipe give some layers' activations more bits, if it has a method for it; whether it did."""
+        method = next((each for each in self.recipe.methods if isinstance(each, Widen)), None)
+        if method is None or inputs is None:
+            return False
+        args, kwargs = inputs.call([0])
+        macs = by_halves(Macs.of([call_macs(self.full, *args, **kwargs)]), model)
+        counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
+        exempt = self._exempt(model, method.name) | frozenset(() if ranges is None else ranges.temporal)
+        before, title = self.recipe, self._title(method.name)
+        self.recipe = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
+        return self.recipe is not before and self.recipe.rules != before.rules
 
     def _exempt(self, model: nn.Module, method: str) -> frozenset[str]:
         """Layers that a rule keeps from a method."""

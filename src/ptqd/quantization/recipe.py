@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from ptqd.errors import InputError
 from ptqd.files import read_toml
-from ptqd.quantization.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, check_order
-from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid
+from ptqd.quantization.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, Widen, check_order
+from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid, check_weight_bits
 from ptqd.quantization.numerics.formats import BLOCKS, FORMAT_BITS, Format
 from ptqd.quantization.numerics.range_search import RangeMethod
 from ptqd.quantization.schema import build
@@ -29,7 +29,8 @@ class QuantSpec:
     """One kind of quantizer.
 
     Attributes:
-        bits: 2 to 8; those of the format where it is none of integers. 8 where they are not said.
+        bits: 2 to 8 of weights, 2 to 16 of activations; those of the format where it is none of integers. 8 where
+            they are not said.
         symmetric: signed grid around zero, or unsigned with a zero point; of integers.
         range: how the range of integers is found: ``"minmax"``, ``"percentile"`` or ``"pnorm"``.
         percentile: share of values inside the range, for ``"percentile"``.
@@ -104,9 +105,10 @@ class Rule:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.weight_bits, self.activation_bits):
-            if bits is not None:
-                Grid(bits, symmetric=True)
+        if self.weight_bits is not None:
+            check_weight_bits(self.weight_bits)
+        if self.activation_bits is not None:
+            _ = Grid(self.activation_bits, symmetric=True)
         for name in self.without:
             if name not in METHODS:
                 raise InputError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
@@ -143,7 +145,7 @@ class Recipe:
         attention: quantize the products q.k and p.v as well.
         step_bits: further widths that activations get ranges for; a plan chooses among these and ``activations.bits``.
             A rule's ``activation_bits`` are not for a plan to change.
-        softmax_bits: of the attention probabilities, 2 to 8 or 16 (Q-Diffusion, arXiv 2302.04304, has 8 and 16).
+        softmax_bits: of the attention probabilities, 2 to 16 (Q-Diffusion, arXiv 2302.04304, has 8 and 16).
         calibration_samples: samples whose whole trajectories everything is found on.
         rules: exceptions by layer name and type.
         split_shortcuts: the halves of a skip connection's concatenation get ranges, of activations and weights, of
@@ -184,9 +186,7 @@ class Recipe:
         if len({*self.step_bits, self.activations.bits}) <= len(self.step_bits):
             widths = "+".join(map(str, sorted((*self.step_bits, self.activations.bits))))
             raise InputError(f"the activations' widths {widths} name one twice; name each once")
-        for bits in (self.weights.bits, self.activations.bits, *self.step_bits):
-            if bits == WIDE:
-                raise InputError(f"bits must be 2 to {MAX_BITS}; got {WIDE}, which only softmax_bits can be")
+        check_weight_bits(self.weights.bits)
         if self.weights.dynamic:
             raise InputError("weights do not change from call to call; dynamic is for activations")
         if self.activations.group:
@@ -299,7 +299,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "time_embedding": True,
         "calibration_samples": 64,
         "rules": (*BY_TOKEN, *UNCLIPPED),
-        "methods": (Smooth(), Gptq(), Distill()),
+        "methods": (Widen(), Smooth(), Gptq(), Distill()),
     },
     "unclipped": {"rules": UNCLIPPED},
     "split": {"split_shortcuts": True},

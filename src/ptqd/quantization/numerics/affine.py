@@ -14,8 +14,8 @@ import torch
 
 from ptqd.errors import InputError
 
-MIN_BITS, MAX_BITS = 2, 8
-WIDE = 16  # of activations that are never packed
+MIN_BITS, MAX_BITS = 2, 8  # of weights, whose codes are packed
+WIDE = 16  # of activations, at most
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Grid:
     """The integers a tensor is rounded to.
 
     Attributes:
-        bits: 2 to 8, or 16.
+        bits: 2 to 16.
         symmetric: signed and centred (z = 0) or unsigned with a zero point.
 
     Raises:
@@ -39,8 +39,8 @@ class Grid:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS and self.bits != WIDE:
-            raise InputError(f"bits must be {MIN_BITS} to {MAX_BITS}; got {self.bits}")
+        if not MIN_BITS <= self.bits <= WIDE:
+            raise InputError(f"bits must be {MIN_BITS} to {WIDE}; got {self.bits}")
 
     @property
     def qmin(self) -> int:
@@ -51,6 +51,16 @@ class Grid:
     def qmax(self) -> int:
         """The largest code."""
         return (1 << (self.bits - (1 if self.symmetric else 0))) - 1
+
+
+def check_weight_bits(bits: int) -> None:
+    """Refuse a number of bits that weights cannot have.
+
+    Raises:
+        InputError: it is not 2 to 8.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise InputError(f"weights' bits must be {MIN_BITS} to {MAX_BITS}; got {bits}")
 
 
 def affine_parameters(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
