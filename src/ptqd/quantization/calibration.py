@@ -31,6 +31,7 @@ from ptqd.quantization.recipe import CalibrationSteps
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
 ERROR_SAMPLES = 8
+BATCH = 64  # rows that a denoiser is called with at once, at most
 
 
 class CalibrationInputs:

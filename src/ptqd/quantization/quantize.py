@@ -22,7 +22,9 @@ from ptqd.names import shown
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile
 from ptqd.quantization.bops import by_halves
+from ptqd.quantization.budget import Budget, device_of, rows_that_fit
 from ptqd.quantization.calibration import (
+    BATCH,
     ERROR_SAMPLES,
     Calibration,
     CalibrationInputs,
@@ -45,8 +47,6 @@ from ptqd.quantization.widen import widened
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64  # rows at once
-
 
 @torch.inference_mode(False)  # rounding is learned by gradients
 def quantize(
@@ -55,6 +55,7 @@ def quantize(
     sampling: Sampling,
     *,
     scratch: Path | None = None,
+    budget: Budget | None = None,
     progress: bool = False,
 ) -> DiffusionPipeline:
     """Quantize a pipeline's denoiser, or both where it has two.
@@ -70,6 +71,7 @@ def quantize(
         sampling: how it samples.
         scratch: a folder that keeps what was learned over a kill: the same call goes on from there, with the same
             result. It belongs to this pipeline, recipe and run, and is left to the caller to delete.
+        budget: memory and minutes that it may take; without it the recipe as it is, in the memory that is free.
         progress: show a bar.
 
     Returns:
@@ -93,7 +95,7 @@ def quantize(
         for name in names:
             kept = scratch or Path(temporary)
             parts[name] = _Quantizing(
-                pipe, name, recipe, sampling, kept if len(names) == 1 else kept / name, progress
+                pipe, name, recipe, sampling, kept if len(names) == 1 else kept / name, budget or Budget(), progress
             ).go()
     return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
 
@@ -120,9 +122,17 @@ class _Quantizing:
     """One denoiser of a call of :func:`quantize`: its parts, in the order they come."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, name: str, recipe: Recipe, sampling: Sampling, scratch: Path, progress: bool
+        self,
+        pipe: DiffusionPipeline,
+        name: str,
+        recipe: Recipe,
+        sampling: Sampling,
+        scratch: Path,
+        budget: Budget,
+        progress: bool,
     ) -> None:
         self.name, self.recipe, self.scratch, self.progress = name, recipe, scratch, progress
+        self.budget = budget
         self.full: nn.Module = as_calibrated(denoiser_of(pipe, name))
         self.pipe = with_components(pipe, **{name: self.full})
         self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
@@ -314,7 +324,7 @@ class _Quantizing:
         """Let a method do what it does."""
         kept, title = self.scratch / method.name, self._title(method.name)
         exempt |= self._exempt(model, method.name)
-        apply_method(Task(model, self.full, inputs, exempt, kept, self.run.seed, title), method)
+        apply_method(Task(model, self.full, inputs, exempt, kept, self.run.seed, title, self.budget), method)
 
     def _find_ranges(self, model: nn.Module, calibration: Calibration, ranges: StepRanges | None) -> None:
         """Fix ranges and round weights to nearest.
@@ -337,8 +347,10 @@ class _Quantizing:
             quantizer.observe()
         if again:
             assert calibration.inputs is not None
+            row = calibration.inputs.call(calibration.inputs.kinds()[0][:1])
+            at_once = rows_that_fit(model, row, self.budget.spare(device_of(model)), BATCH)
             with torch.no_grad():
-                for rows in track(list(calibration.inputs.batches(BATCH)), self._title("observing")):
+                for rows in track(list(calibration.inputs.batches(at_once)), self._title("observing")):
                     args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):

@@ -7,11 +7,13 @@ mapped from disk. Every batch follows from the method's seed, the unit and the i
 goes on with the same result.
 """
 
+import dataclasses
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from ptqd.errors import InputError
 from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units, inner_units
-from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import Learned
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer, full_weight, plain_name
 from ptqd.quantization.rounding.capture import UnsplittableError, capture, reached_in_order, units_in_order
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, LearnedWeight, Soft, Straight, annealed
 from ptqd.quantization.rounding.registry import Task, handles
+from ptqd.quantization.rounding.training_memory import RowsAtOnce, computed_again, kept_bytes, rows_at_once
 from ptqd.quantization.sites import activation_quantizers, quantized_layers
 from ptqd.quantization.step_ranges import range_steps_of
 
@@ -49,6 +52,8 @@ def learn(
     scratch: Path,
     *,
     seed: int = 0,
+    spare: int = sys.maxsize,
+    at_once: int = BATCH,
     progress: str | None = None,
 ) -> None:
     """Learn a quantized denoiser's rounding, in place.
@@ -61,6 +66,8 @@ def learn(
         fixed: layers that stay as they are.
         scratch: keeps finished units, and the one at work, over a kill.
         seed: of batches and drops.
+        spare: bytes that may be taken; a batch is learned from in parts that fit.
+        at_once: rows of a call without gradients.
         progress: title of a bar.
 
     Raises:
@@ -81,7 +88,8 @@ def learn(
         if not is_whole(done):
             folder = scratch / "inputs"
             try:
-                _Unit(quantized, full, unit, pool, method, fixed, folder).learn(done, seed + 1000 * number)
+                one = _Unit(quantized, full, unit, pool, method, fixed, folder, at_once)
+                one.learn(done, seed + 1000 * number, spare)
             except UnsplittableError:
                 if not unit:
                     kind = type(full).__name__
@@ -125,16 +133,18 @@ class _Unit:
         method: Learned,
         fixed: frozenset[str],
         folder: Path,
+        at_once: int,
     ) -> None:
         self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
         self._kinds = pool.kinds()
         self.step_ranges = range_steps_of(quantized)
         self.device = next(quantized.buffers()).device
         whole = method.unit == "model"
-        self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True)
+        self._units = find_units(self.module) if whole else []
+        self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True, batch=at_once)
         assert targets is not None
         self.targets = targets
-        self.inputs = self.exact if whole else capture(quantized, unit, pool, folder / "quantized")[0]
+        self.inputs = self.exact if whole else capture(quantized, unit, pool, folder / "quantized", batch=at_once)[0]
         kind: Any = Straight if whole else Soft
         self.weights: dict[str, LearnedWeight] = {}
         self.scales: dict[str, LearnedScale] = {}
@@ -146,16 +156,20 @@ class _Unit:
             if _full_name(unit, name).removesuffix(".input") not in fixed:
                 self.scales[name] = LearnedScale(quantizer, method.drop)
 
-    def learn(self, done: Path, seed: int) -> None:
-        """Learn, and write the unit's tensors."""
+    def learn(self, done: Path, seed: int, spare: int) -> None:
+        """Learn, and write the unit's tensors; ``spare`` bytes may be taken."""
         method, named = self.method, self._named()
         optimizer = torch.optim.Adam(self._rates(named))
         rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint = done.with_suffix(".ckpt")
-        with self._learning():
+        with ExitStack() as stack:
+            stack.enter_context(self._learning())
+            plan = self._plan_memory(spare)
             with torch.no_grad():
-                base = self._error(self._kinds[0][: method.batch], None).clamp(min=1e-20)
-            start = _resume(checkpoint, named, optimizer)
+                base = self._base(plan.rows)
+            start, plan = _resume(checkpoint, named, optimizer, plan)
+            if plan.again:
+                stack.enter_context(computed_again(self.module, self._units))
             for iteration in range(start, method.iterations):
                 progress = iteration / method.iterations
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -164,21 +178,43 @@ class _Unit:
                     int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
                 )
                 rows = self._drawn(random)
-                loss = self._error(rows, random) / base
-                if method.unit != "model":
-                    penalties = [weight.penalty(annealed(progress)) for weight in self.weights.values()]
-                    loss = loss + PENALTY * torch.stack(penalties).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                for first in range(0, len(rows), plan.rows):
+                    part = rows[first : first + plan.rows]
+                    loss = self._error(part, random) * (len(part) / len(rows)) / base
+                    if method.unit != "model":
+                        penalties = [weight.penalty(annealed(progress)) for weight in self.weights.values()]
+                        loss = loss + PENALTY * torch.stack(penalties).mean() * (len(part) / len(rows))
+                    loss.backward()
                 optimizer.step()
                 if (iteration + 1) % CHECKPOINT == 0:
-                    _keep(checkpoint, iteration + 1, named, optimizer)
+                    _keep(checkpoint, iteration + 1, named, optimizer, plan)
         for weight in self.weights.values():
             weight.harden()
         for scale in self.scales.values():
             scale.harden()
         write_tensors(done, self.module.state_dict(), {"ptqd.unit": "learned"})
         checkpoint.unlink(missing_ok=True)
+
+    def _plan_memory(self, spare: int) -> RowsAtOnce:
+        """How many rows are learned from at once, with what is free beside the optimiser's own."""
+        rows = self._kinds[0]
+        one, two = (
+            kept_bytes(lambda n=n: self._error([rows[0]] * n, None), self.module, self._units)  # type: ignore[misc]
+            for n in (1, 2)
+        )
+        own = 3 * sum(p.numel() * p.element_size() for p in self._named().values())  # gradients, and Adam's moments
+        plan = rows_at_once(one, two, self.method.batch, spare - own)
+        if not plan.fits:
+            logger.warning("%s may take more memory than there is: one row at a time is the least", self.method.name)
+        return plan
+
+    def _base(self, at_once: int) -> torch.Tensor:
+        """The error before anything is learned, of a batch."""
+        rows = self._kinds[0][: self.method.batch]
+        parts = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+        errors = [self._error(part, None) * (len(part) / len(rows)) for part in parts]
+        return torch.stack(errors).sum().clamp(min=1e-20)
 
     def _drawn(self, random: torch.Generator) -> list[int]:
         """A batch of rows, of the kind of one that is drawn from all."""
@@ -244,29 +280,45 @@ class _Unit:
         return error
 
 
-def _keep(path: Path, iteration: int, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def _keep(
+    path: Path, iteration: int, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: RowsAtOnce
+) -> None:
     state = {"iteration": iteration, "parameters": dict(named), "optimizer": optimizer.state_dict()}
+    state["plan"] = dataclasses.asdict(plan)
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Go on from a checkpoint; the iteration it was written after, 0 where there is none."""
+def _resume(
+    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: RowsAtOnce
+) -> tuple[int, RowsAtOnce]:
+    """Go on from a checkpoint: the iteration it was written after, 0 where there is none, and its rows at once."""
     if not path.is_file():
-        return 0
+        return 0, plan
     try:
         state = read_pickle(path)
     except InputError:  # after a loss of power
-        return 0
+        return 0, plan
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["iteration"])
+    return int(state["iteration"]), RowsAtOnce(**state["plan"])
 
 
 @handles(Learned)
 def handle_learned(task: Task, method: Learned) -> None:
     """Learn by AdaRound, BRECQ or distillation."""
     inputs = task.rows(method.inputs)
-    learn(task.model, task.full, inputs, method, task.exempt, task.scratch, seed=task.seed, progress=task.title)
+    learn(
+        task.model,
+        task.full,
+        inputs,
+        method,
+        task.exempt,
+        task.scratch,
+        seed=task.seed,
+        spare=task.spare(),
+        at_once=task.rows_at_once(),
+        progress=task.title,
+    )

@@ -21,9 +21,7 @@ from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
 from ptqd.files import explained, make_folder, reserve
 from ptqd.quantization.blocks import inner_units
-from ptqd.quantization.calibration import CalibrationInputs
-
-BATCH = 64  # rows that a model runs at once
+from ptqd.quantization.calibration import BATCH, CalibrationInputs
 
 
 class _Stop(Exception):  # noqa: N818  # no error: the unit was reached

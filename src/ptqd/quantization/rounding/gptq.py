@@ -4,6 +4,7 @@ Column by column, each rounding's error is made up for by the columns still to c
 layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +16,13 @@ from torch import nn
 from ptqd.diffusion.intercept import hooked
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units
-from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.budget import live_bytes
+from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import Gptq
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
-from ptqd.quantization.rounding.capture import BATCH, run_until, times_called, units_in_order
+from ptqd.quantization.rounding.capture import run_until, times_called, units_in_order
+from ptqd.quantization.rounding.lockstep import in_lockstep
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
@@ -88,10 +91,13 @@ def fit_gptq(
     method: Gptq,
     exempt: frozenset[str],
     title: str | None,
+    spare: int,
+    at_once: int = BATCH,
 ) -> None:
     """Round a denoiser's layers unit by unit, in place.
 
-    Hessians are of the inputs that layers get behind units that are already rounded; each unit's calls stop there.
+    Hessians are of the inputs that layers get behind units that are already rounded. All calls go from unit to unit
+    together where memory allows it; else, or where a unit is called more than once, they are run anew up to each unit.
 
     Args:
         model: the quantized denoiser, rounded to nearest.
@@ -100,32 +106,59 @@ def fit_gptq(
         method: says how.
         exempt: layers that stay as they are.
         title: of a progress bar.
+        spare: bytes that may be taken.
+        at_once: rows of a call.
     """
     units = units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
-    for unit in track(units, title):
-        layers = {
-            name: layer
-            for name, layer in quantized_layers(model)
-            if f"{name}.".startswith(f"{unit}.") and name not in exempt
-        }
-        if not layers:
-            continue
-        hessians: dict[str, torch.Tensor] = {}
+    bar = iter(track(units, title))
+    if max(times.values()) == 1 and len(inputs) * live_bytes(model, units, inputs.call([0])) <= spare:
 
-        def add(layer: Any, args: Any, name: str) -> None:
-            x = hessian_inputs(layer, layer.input(layer.smoothed(args[0].detach()))).float()
-            product = (x.T @ x).cpu()
-            hessians[name] = product if name not in hessians else hessians[name] + product  # noqa: B023
+        def visit(unit: str, call_unit: Callable[[], None]) -> None:
+            next(bar, None)
+            _round_unit(model, full, unit, method, exempt, call_unit)
 
-        hooks = [layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items()]
-        with hooked(*hooks), torch.no_grad():
-            for rows in inputs.batches(BATCH):
-                run_until(model, unit, inputs.call(rows), times[unit])
-        for name, hessian in hessians.items():
-            layer = layers[name]
-            grid, target = grid_on_cpu(layer), layer.target_weight(full_weight(full, name, layer))
-            layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
+        in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], units, visit)
+        return
+    for unit in bar:
+
+        def call_unit(unit: str = unit) -> None:
+            with torch.no_grad():
+                for rows in inputs.batches(at_once):
+                    run_until(model, unit, inputs.call(rows), times[unit])
+
+        _round_unit(model, full, unit, method, exempt, call_unit)
+
+
+def _round_unit(
+    model: nn.Module,
+    full: nn.Module,
+    unit: str,
+    method: Gptq,
+    exempt: frozenset[str],
+    call_unit: Callable[[], None],
+) -> None:
+    """Round the layers of one unit by the inputs that they get when the unit is called."""
+    layers = {
+        name: layer
+        for name, layer in quantized_layers(model)
+        if f"{name}.".startswith(f"{unit}.") and name not in exempt
+    }
+    if not layers:
+        return
+    hessians: dict[str, torch.Tensor] = {}
+
+    def add(layer: Any, args: Any, name: str) -> None:
+        x = hessian_inputs(layer, layer.input(layer.smoothed(args[0].detach()))).float()
+        product = (x.T @ x).cpu()
+        hessians[name] = product if name not in hessians else hessians[name] + product
+
+    with hooked(*(layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items())):
+        call_unit()
+    for name, hessian in hessians.items():
+        layer = layers[name]
+        grid, target = grid_on_cpu(layer), layer.target_weight(full_weight(full, name, layer))
+        layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
 
 
 def grid_on_cpu(layer: QuantLayer) -> WeightGrid:
@@ -137,4 +170,7 @@ def grid_on_cpu(layer: QuantLayer) -> WeightGrid:
 @handles(Gptq)
 def handle_gptq(task: Task, method: Gptq) -> None:
     """Round by GPTQ."""
-    fit_gptq(task.model, task.full, task.rows(method.inputs), method, task.exempt, task.title)
+    inputs = task.rows(method.inputs)
+    fit_gptq(
+        task.model, task.full, inputs, method, task.exempt, task.title, spare=task.spare(), at_once=task.rows_at_once()
+    )

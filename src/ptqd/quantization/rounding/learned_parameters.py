@@ -113,10 +113,10 @@ class Straight:
         self.log_scale = nn.Parameter(self.found.scale.log())
 
     def _expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        grid = WeightGrid(
-            self.layer.weights, self.log_scale.exp(), self.found.zero.to(self.w.device), self.layer.columns
-        )
-        return grid.expanded()
+        scale, zero = self.log_scale.exp(), self.found.zero.to(self.w.device)
+        if scale.shape[1] == 1:  # which broadcasts
+            return scale, zero
+        return WeightGrid(self.layer.weights, scale, zero, self.layer.columns).expanded()
 
     def weight(self) -> torch.Tensor:
         """The weight to compute with now."""
@@ -180,10 +180,34 @@ class LearnedScale:
 
 
 def straight_round(x: torch.Tensor, scale: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
-    """``s clamp(round(x / s), low, high)``; the gradient passes rounding as if it were not there."""
-    inside = torch.clamp(x / scale, low, high)
-    result: torch.Tensor = scale * (inside + (inside.round() - inside).detach())
+    """``s round(clamp(x / s, low, high))``; the gradient passes rounding as if it were not there.
+
+    What the gradient needs is computed again from ``x``, so that nothing of its size is kept beside it.
+    """
+    result: torch.Tensor = _StraightRound.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
     return result
+
+
+class _StraightRound(torch.autograd.Function):
+    """See :func:`straight_round`: ``d/dx = 1`` inside, and ``d/ds = round(x / s) - x / s`` inside, else the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.ends = (low, high)
+        return torch.clamp(x / scale, low, high).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,), (x, scale) = gradients, ctx.saved_tensors
+        parts = x / scale
+        clamped = torch.clamp(parts, *ctx.ends)
+        inside = parts == clamped
+        to_scale = None
+        if ctx.needs_input_grad[1]:
+            parts *= inside
+            to_scale = (gradient * (clamped.round_() - parts)).sum_to_size(scale.shape)
+        return gradient * inside, to_scale, None, None
 
 
 def annealed(progress: float, warm_up: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:

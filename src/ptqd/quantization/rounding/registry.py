@@ -1,13 +1,14 @@
 """What a method of a recipe does: a handler by the class of its options."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
-from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.budget import Budget, device_of, rows_that_fit
+from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import Method
 
 
@@ -24,6 +25,7 @@ class Task:
         scratch: a folder of the method's own that survives a kill.
         seed: of all that is drawn.
         title: of a progress bar; None for none.
+        budget: of memory and time.
     """
 
     model: nn.Module
@@ -33,6 +35,16 @@ class Task:
     scratch: Path
     seed: int
     title: str | None
+    budget: Budget = field(default_factory=Budget)
+
+    def spare(self) -> int:
+        """Bytes that may be taken beside what is held now."""
+        return self.budget.spare(device_of(self.model))
+
+    def rows_at_once(self, most: int = BATCH) -> int:
+        """Rows that the model can be called with, without gradients, in the memory that there is."""
+        assert self.inputs is not None
+        return rows_that_fit(self.model, self.inputs.call(self.inputs.kinds()[0][:1]), self.spare(), most)
 
     def rows(self, count: int) -> CalibrationInputs:
         """The first rows of the inputs, which are in random order."""

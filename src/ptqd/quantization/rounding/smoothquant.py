@@ -106,4 +106,4 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
 @handles(Smooth)
 def handle_smooth(task: Task, method: Smooth) -> None:
     """Smooth by SmoothQuant."""
-    fit_smoothing(task.model, task.full, task.rows(SMOOTHED), method)
+    fit_smoothing(task.model, task.full, task.rows(task.rows_at_once(SMOOTHED)), method)
