@@ -35,6 +35,12 @@ def track(items: Sequence[T], title: str | None) -> Iterator[T]:
             yield item
 
 
+def announce(text: str) -> None:
+    """A line, by the main process alone."""
+    if processes.is_main():
+        console.print(shown(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 def busy(title: str | None) -> AbstractContextManager[Any]:
     """A spinner for the block's time, where there is a title and a terminal."""
     if title is None or not console.is_terminal or not processes.is_main():

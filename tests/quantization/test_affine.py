@@ -11,6 +11,7 @@ from ptqd import InputError
 from ptqd.quantization.numerics import (
     Grid,
     affine_parameters,
+    check_weight_bits,
     dequantize_affine,
     fake_quantize,
     pack,
@@ -18,7 +19,7 @@ from ptqd.quantization.numerics import (
     unpack,
 )
 
-bits = st.integers(2, 8)
+bits = st.integers(2, 8)  # that are packed
 grids = st.builds(Grid, bits, st.booleans())
 arrays = hnp.arrays(
     np.float32, st.integers(1, 40), elements=st.floats(-1e4, 1e4, width=32, allow_nan=False, allow_infinity=False)
@@ -101,10 +102,16 @@ def test_nan_has_no_code() -> None:
     assert quantize_affine(torch.tensor([math.inf]), torch.tensor(1.0), torch.tensor(0), grid).item() == grid.qmax
 
 
-@pytest.mark.parametrize("width", [1, 9, 0])
-def test_bits_outside_two_to_eight_are_refused(width: int) -> None:
-    with pytest.raises(InputError, match="bits must be 2 to 8"):
+@pytest.mark.parametrize("width", [1, 17, 0])
+def test_bits_outside_two_to_sixteen_are_refused(width: int) -> None:
+    with pytest.raises(InputError, match="bits must be 2 to 16"):
         Grid(width, symmetric=True)
+
+
+@pytest.mark.parametrize("width", [1, 9, 16])
+def test_weights_of_other_than_two_to_eight_bits_are_refused(width: int) -> None:
+    with pytest.raises(InputError, match="weights' bits must be 2 to 8"):
+        check_weight_bits(width)
 
 
 def test_unpack_refuses_a_truncated_buffer() -> None:

@@ -76,7 +76,7 @@ def test_odd_timesteps_are_kept_to_the_last_digit() -> None:
         (lambda p: p["bits"].__setitem__(2, "2: t 251 bits 4"), "'2: t 251 bits 4' is no step"),
         (lambda p: p["bits"].__setitem__(2, "2: t x, bits 4 4"), "is no step"),
         (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4"), "step 2 of the plan has 1 bits for 2 groups"),
-        (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4 9"), "bits must be 2 to 8; got 9"),
+        (lambda p: p["bits"].__setitem__(2, "2: t 251, bits 4 17"), "bits must be 2 to 16; got 17"),
         (lambda p: p["bits"].__setitem__(2, "2: t 751, bits 8 8"), "other bits for step 0 and step 2, both at t 751"),
         (lambda p: p.update(groups={"a": "x"}), "must be a list of lines"),
         (lambda p: p.update(groups=["down_blocks.*", "rest: *"]), "'down_blocks.*' is no group"),

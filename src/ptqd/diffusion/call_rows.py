@@ -117,6 +117,16 @@ class CallLayout:
         return [Row(tree, _kind(tree, digests)) for tree in trees]
 
 
+def first_rows(pipe: DiffusionPipeline, sampling: Sampling, name: str | None = None) -> list[Row]:
+    """The rows of a denoiser's first call for one sample: two, with classifier-free guidance in one call.
+
+    Raises:
+        InputError: as :meth:`CallLayout.of`.
+    """
+    layout = CallLayout.of(pipe, sampling, name)
+    return [row.kept() for row in layout.rows(*_first_call(pipe, sampling, range(1), name))]
+
+
 def padded(pipe: DiffusionPipeline, sampling: Sampling, name: str | None = None) -> bool:
     """Whether samples alone differ in the shapes of what a denoiser is given, so that in a batch some are padded.
 

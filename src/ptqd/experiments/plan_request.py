@@ -23,7 +23,7 @@ from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import cost_of
-from ptqd.quantization.numerics.affine import Grid
+from ptqd.quantization.numerics.affine import check_weight_bits
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.schema import typed
@@ -71,7 +71,7 @@ class PlanRequest:
         for value in bits:
             if not value.is_integer():
                 raise InputError(f"--weights are whole numbers of bits, like 4,6,8; got {value:g}")
-            Grid(int(value), symmetric=True)
+            check_weight_bits(int(value))
         return cls(
             kind,
             None if budget is None else _number(budget.removesuffix("x"), "budget", "19.9x"),
@@ -104,7 +104,7 @@ class PlanRequest:
         if not (bounded and wanted) or (given is None) != (request.kind in ("auto", "paper")):
             raise ArtifactError("the manifest's plan is none that can be asked for; copy the manifest again")
         for bits in request.weight_bits:
-            Grid(bits, symmetric=True)
+            check_weight_bits(bits)
         return request if given is None else dataclasses.replace(request, given=PrecisionPlan.from_dict(given))
 
     def to_dict(self) -> dict[str, Any]:

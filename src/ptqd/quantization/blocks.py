@@ -73,3 +73,8 @@ def _holds_blocks(module: nn.Module) -> bool:
     return any(
         sum(isinstance(m, QuantLayer) for m in item.modules()) > 1 for items in lists for item in items.children()
     )
+
+
+def is_inside(name: str, unit: str) -> bool:
+    """Whether a module is a unit, or is in it."""
+    return not unit or f"{name}.".startswith(f"{unit}.")

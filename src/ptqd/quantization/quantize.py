@@ -1,6 +1,7 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
+import json
 import logging
 import re
 import tempfile
@@ -12,14 +13,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.macs import Macs, call_macs, steps_called
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, denoisers_of, scheduler_of, with_components
 from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
+from ptqd.files import read_json, write_text
 from ptqd.names import shown
-from ptqd.progress import track
+from ptqd.progress import announce, track
 from ptqd.quantization.activation_profile import ActivationProfile
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.budget import Budget, device_of, rows_that_fit
@@ -33,6 +36,7 @@ from ptqd.quantization.calibration import (
     measured_errors,
     step_weights,
 )
+from ptqd.quantization.estimate import Estimate, fitted, measure_costs
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.methods import OBSERVED, Method, Widen
 from ptqd.quantization.modules.attention import PRODUCTS
@@ -141,6 +145,7 @@ class _Quantizing:
         self.steps: list[int] | None = None  # of the run at which the denoiser is called, where that is known
 
     def go(self) -> nn.Module:
+        self._prepare()
         calibration, seen = self._calibrate()
         observed = self._without_unreached(seen)
         ranges = self._step_ranges(calibration.profile, observed)
@@ -164,6 +169,35 @@ class _Quantizing:
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
         return model  # type: ignore[no-any-return]
+
+    def _prepare(self) -> None:
+        """Find out how many samples give the rows that are needed, what it all takes, and what fits into the budget."""
+        decided = self.scratch / "recipe.json"
+        if decided.is_file():  # before a kill
+            self.recipe = Recipe.from_dict(read_json(decided))
+        elif self.recipe.calibration_rows or self.budget.minutes is not None or (self.progress and self.recipe.methods):
+            self._decide()
+            if self.budget.minutes is not None:
+                write_text(decided, json.dumps(self.recipe.to_dict()))
+        self.run = self.run.replace(samples=self.recipe.calibration_samples)
+
+    def _decide(self) -> None:
+        steps = len(steps_called(self.pipe, self.run)[self.name])
+        if not steps:
+            raise InputError(f"the run never calls the {self.name}; sample with more steps, or leave it out")
+        a_sample = steps * len(first_rows(self.pipe, self.run, self.name))
+        samples = max(self.recipe.calibration_samples, -(-self.recipe.calibration_rows // a_sample))
+        self.recipe = replace(self.recipe, calibration_samples=samples)
+        if self.budget == Budget() and not self.progress:
+            return
+        costs = measure_costs(self.full, self.pipe, self.recipe, self.run, self.name)
+
+        def estimate(recipe: Recipe) -> Estimate:
+            return costs.estimate(recipe, self.run, steps, self.budget)
+
+        self.recipe, taken = fitted(self.recipe, self.budget, estimate, lambda samples: samples * a_sample)
+        if self.progress:
+            announce(f"quantizing the {self.name} takes {taken}")
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None

@@ -147,6 +147,7 @@ class Recipe:
             A rule's ``activation_bits`` are not for a plan to change.
         softmax_bits: of the attention probabilities, 2 to 16 (Q-Diffusion, arXiv 2302.04304, has 8 and 16).
         calibration_samples: samples whose whole trajectories everything is found on.
+        calibration_rows: of the denoiser's calls that these give at least: a model of few steps gets more samples.
         rules: exceptions by layer name and type.
         split_shortcuts: the halves of a skip connection's concatenation get ranges, of activations and weights, of
             their own (Q-Diffusion, section 4.2).
@@ -169,6 +170,7 @@ class Recipe:
     attention: bool = True
     softmax_bits: int = 8
     calibration_samples: int = 32
+    calibration_rows: int = 0
     rules: tuple[Rule, ...] = FIRST_AND_LAST
     split_shortcuts: bool = False
     time_embedding: bool = False
@@ -183,6 +185,8 @@ class Recipe:
         for name in ("calibration_samples", "step_ranges"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise InputError(f"{name} must be at least 1, and at most {MOST:,}; got {getattr(self, name)}")
+        if not 0 <= self.calibration_rows <= MOST:
+            raise InputError(f"calibration_rows must be 0 to {MOST:,}; got {self.calibration_rows}")
         if len({*self.step_bits, self.activations.bits}) <= len(self.step_bits):
             widths = "+".join(map(str, sorted((*self.step_bits, self.activations.bits))))
             raise InputError(f"the activations' widths {widths} name one twice; name each once")
@@ -298,6 +302,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "split_shortcuts": True,
         "time_embedding": True,
         "calibration_samples": 64,
+        "calibration_rows": 256,
         "rules": (*BY_TOKEN, *UNCLIPPED),
         "methods": (Widen(), Smooth(), Gptq(), Distill()),
     },

@@ -3,6 +3,7 @@
 from ptqd.quantization.numerics.affine import (
     Grid,
     affine_parameters,
+    check_weight_bits,
     dequantize_affine,
     fake_quantize,
     pack,
@@ -33,6 +34,7 @@ __all__ = [
     "affine_parameters",
     "block_codes",
     "block_scales",
+    "check_weight_bits",
     "dequantize_affine",
     "fake_blocks",
     "fake_quantize",

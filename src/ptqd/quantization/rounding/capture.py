@@ -250,13 +250,18 @@ def _how_of(a: Any, b: Any) -> _How:
 
 def _run(model: nn.Module, unit: str, inputs: CalibrationInputs, rows: Sequence[int], outputs: bool) -> tuple[Any, Any]:
     """A unit's arguments and its output in a call with some rows."""
-    args, kwargs = inputs.call(rows)
+    remaining = _reached(model, unit, inputs.call(rows), outputs)
+    return remaining[0], remaining[1] if outputs else ()
+
+
+def _reached(model: nn.Module, unit: str, call: tuple[Any, Any], outputs: bool) -> list[Any]:
+    args, kwargs = call
     remaining: list[Any] = []
     with _reaching(model.get_submodule(unit), remaining, outputs), torch.no_grad(), suppress(_Stop):
         model(*args, **kwargs)
     if not remaining:
         raise InputError(f"the denoiser never calls its module {unit!r}, so it cannot be learned as a whole")
-    return remaining[0], remaining[1] if outputs else ()
+    return remaining
 
 
 def _reaching(module: nn.Module, kept: list[object], outputs: bool) -> AbstractContextManager[None]:
@@ -272,6 +277,15 @@ def _reaching(module: nn.Module, kept: list[object], outputs: bool) -> AbstractC
             raise _Stop
 
     return hooked(module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
+
+
+def reaching(model: nn.Module, unit: str, call: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The arguments that a denoiser calls one of its modules with, in a call with some arguments.
+
+    Raises:
+        InputError: it does not call it.
+    """
+    return _reached(model, unit, call, outputs=False)[0]  # type: ignore[no-any-return]
 
 
 def run_until(model: nn.Module, unit: str, call: tuple[tuple[object, ...], dict[str, object]], times: int = 1) -> None:

@@ -4,7 +4,7 @@ Column by column, each rounding's error is made up for by the columns still to c
 layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.progress import track
-from ptqd.quantization.blocks import find_units
+from ptqd.quantization.blocks import find_units, is_inside
 from ptqd.quantization.budget import live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import Gptq
@@ -139,13 +139,15 @@ def _round_unit(
     call_unit: Callable[[], None],
 ) -> None:
     """Round the layers of one unit by the inputs that they get when the unit is called."""
-    layers = {
-        name: layer
-        for name, layer in quantized_layers(model)
-        if f"{name}.".startswith(f"{unit}.") and name not in exempt
-    }
-    if not layers:
-        return
+    layers = {name: x for name, x in quantized_layers(model) if is_inside(name, unit) and name not in exempt}
+    if layers:
+        hessians = hessians_of(layers, call_unit)
+        weights = {name: full_weight(full, name, layers[name]) for name in hessians}
+        round_layers(layers, weights, hessians, method)
+
+
+def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """``X^T X`` (I, I) of the inputs that each layer gets in calls, where it is called."""
     hessians: dict[str, torch.Tensor] = {}
 
     def add(layer: Any, args: Any, name: str) -> None:
@@ -154,10 +156,20 @@ def _round_unit(
         hessians[name] = product if name not in hessians else hessians[name] + product
 
     with hooked(*(layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items())):
-        call_unit()
+        call()
+    return hessians
+
+
+def round_layers(
+    layers: Mapping[str, QuantLayer],
+    weights: Mapping[str, torch.Tensor],
+    hessians: Mapping[str, torch.Tensor],
+    method: Gptq,
+) -> None:
+    """Round layers' full-precision weights by their Hessians, in place."""
     for name, hessian in hessians.items():
         layer = layers[name]
-        grid, target = grid_on_cpu(layer), layer.target_weight(full_weight(full, name, layer))
+        grid, target = grid_on_cpu(layer), layer.target_weight(weights[name])
         layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
 
 
