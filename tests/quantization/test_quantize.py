@@ -128,7 +128,7 @@ def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:
         coverage_of(pipe)
 
 
-def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> None:
+def test_explain_ranks_layers_by_what_their_error_does_to_the_output(pipe: Any, run: Sampling) -> None:
     from ptqd.quantization.explain import explain
 
     rules = [{"match": "mid_block.resnets.0.conv1", "weight_bits": 2}]
@@ -141,7 +141,10 @@ def test_explain_ranks_layers_by_their_own_error(pipe: Any, run: Sampling) -> No
     assert reports[0].name == "mid_block.resnets.0.conv1"
     assert reports[0].weights == "int2"
     assert reports[0].error > 10 * reports[-1].error
-    assert all(a.error >= b.error for a, b in itertools.pairwise(reports))
+    assert all(a.effect >= b.effect for a, b in itertools.pairwise(reports))
+    streams = {report.name for report in reports if report.stream}
+    assert {"up_blocks.0.resnets.0.conv_shortcut.hidden", "up_blocks.0.resnets.0.conv_shortcut.skip"} <= streams
+    assert not {name for name in streams if name.endswith((".conv1", ".conv2", ".to_q", ".proj_in"))}
     by_name = {report.name: report for report in reports}
     assert by_name["time_embedding.linear_1"].methods == ("exact",)
     assert by_name["time_embedding.linear_1"].ranges == run.steps

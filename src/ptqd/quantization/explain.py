@@ -1,13 +1,15 @@
 """What a recipe did, layer by layer: bits, methods, cost, range, and the error each layer makes on its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import PRODUCTS, Macs, run_macs, steps_called
@@ -15,11 +17,13 @@ from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, with_comp
 from ptqd.diffusion.plain_copy import as_plain
 from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
+from ptqd.quantization.budget import Budget, device_of, rows_that_fit
 from ptqd.quantization.calibration import as_calibrated, draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import ptqd_quantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
-from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight, plain_name
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer, full_weight, plain_name
+from ptqd.quantization.output_effect import EFFECT_ROWS, OutputEffects
 from ptqd.quantization.recipe import QuantSpec, Recipe
 from ptqd.quantization.sites import quantized_sites
 from ptqd.quantization.step_ranges import range_of, range_steps_of
@@ -42,6 +46,9 @@ class LayerReport:
         ranges: how many ranges it has, by step.
         error: squared error of its output, quantized alone, over the output's energy, on inputs of the full-precision
             model; of an attention that of all of it, its own layers quantized too.
+        effect: of that error on the denoiser's output: its squared error over the output's energy, to first order (see
+            :mod:`ptqd.quantization.output_effect`).
+        stream: whether it is given a sum of layers' outputs without a norm since, whose range has no bound.
     """
 
     name: str
@@ -52,10 +59,12 @@ class LayerReport:
     range: tuple[float, float] | None
     ranges: int
     error: float
+    effect: float = float("nan")
+    stream: bool = False
 
 
 def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> list[LayerReport]:
-    """Report on each layer that a recipe quantized, worst first.
+    """Report on each layer that a recipe quantized, that first whose error the denoiser's output shows most.
 
     Args:
         pipe: full precision.
@@ -73,7 +82,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Samplin
         full = as_calibrated(denoiser_of(pipe, name))
         plain = with_components(pipe, **{name: full})
         reports += _explain(plain, name, full, as_plain(denoiser_of(qpipe, name)), sampling, macs, calls[name])
-    return sorted(reports, key=lambda report: (-report.error if report.error == report.error else 1.0, report.name))
+    return sorted(reports, key=lambda report: (-report.effect if report.effect == report.effect else 1.0, report.name))
 
 
 def _explain(
@@ -107,7 +116,9 @@ def _explain(
         fixed = range_of(quantizer) if quantizer.is_static and quantizer.spec.format == "int" else None
         shown = layer if len(denoiser_names(pipe)) == 1 else f"{name}.{layer}"
         report = (shown, weights, _format(quantizer.spec), methods or ("nearest",) * bool(weights), int(count), fixed)
-        reports.append(LayerReport(*report, quantizer.ranges, errors.get(layer, float("nan"))))
+        own, effect = (found.get(layer, float("nan")) for found in (errors.own, errors.effects))
+        whole = layer.rpartition(".")[0] if layer.endswith(HALVES) else layer
+        reports.append(LayerReport(*report, quantizer.ranges, own, effect, whole in errors.streams))
     return reports
 
 
@@ -117,49 +128,101 @@ def _format(spec: QuantSpec) -> str:
     return text + (" dynamic" if spec.dynamic else "")
 
 
+Answers = Callable[[], dict[str, tuple[torch.Tensor, torch.Tensor]]]  # of each layer's, quantized and as it should be
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """What was found of each layer: of its own output, and of the denoiser's."""
+
+    own: dict[str, float]
+    effects: dict[str, float]
+    streams: set[str]
+
+
 def _errors(
     pipe: DiffusionPipeline, name: str, full: nn.Module, model: nn.Module, sampling: Sampling, steps: list[int]
-) -> dict[str, float]:
-    """Relative squared error of each layer's output."""
+) -> _Errors:
+    """Relative squared error that each layer makes alone, in its output and in the denoiser's."""
     few = sampling.with_seed_for("explaining").replace(samples=16, batch=16)
     inputs = draw_inputs(pipe, few, ROWS, step_weights("uniform", len(steps)), name=name, steps=steps)
+    twins, by_step = dict(model.named_modules()), range_steps_of(model)
     sums: dict[str, list[float]] = {}
-    with _shadowing(full, dict(model.named_modules()), sums), torch.no_grad():
-        by_step = range_steps_of(model)
-        for rows in inputs.batches(len(inputs)):
-            args, kwargs = inputs.call(rows)
-            if by_step is not None:
-                by_step.set(inputs.steps[rows].tolist())
-            full(*args, **kwargs)
-    return {name: wrong / energy if energy > 0 else wrong for name, (wrong, energy) in sums.items()}
+    found = OutputEffects[str](few.seed)
+
+    def compare(place: str, output: torch.Tensor, answers: Answers) -> None:
+        for layer, (got, want) in answers().items():
+            both = sums.setdefault(layer, [0.0, 0.0])
+            both[0] += float((got - want).double().square().sum())
+            both[1] += float(want.double().square().sum())
+
+    def watch(place: str, output: torch.Tensor, answers: Answers) -> torch.Tensor:
+        return found.watch(place, output, lambda: {layer: got - want for layer, (got, want) in answers().items()})
+
+    def call(rows: list[int]) -> Any:
+        if by_step is not None:
+            by_step.set(inputs.steps[rows].tolist())
+        args, kwargs = inputs.call(rows)
+        return full(*args, **kwargs)
+
+    row = inputs.call(inputs.kinds()[0][:1])
+    at_once = rows_that_fit(full, row, Budget().spare(device_of(full)), len(inputs))
+    with _shadowing(full, twins, compare), torch.no_grad():
+        for rows in inputs.batches(at_once):
+            call(rows)
+    with _shadowing(full, twins, watch), hooked(*_stream_hooks(full, twins, found)):
+        found.run(call, min(EFFECT_ROWS, len(inputs)))
+    own = {layer: wrong / energy if energy > 0 else wrong for layer, (wrong, energy) in sums.items()}
+    return _Errors(own, found.effects, found.streams)
+
+
+def _stream_hooks(full: nn.Module, quantized: Mapping[str, nn.Module], found: OutputEffects[str]) -> list[Any]:
+    """Hooks that note which layers are given a stream."""
+
+    def note(name: str, layer: object, args: Any) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            found.note(plain_name(name), args[0])
+
+    return [
+        find_layer(full, name).register_forward_pre_hook(partial(note, name))
+        for name, module in quantized.items()
+        if isinstance(module, QuantLayer | SplitConv) and not name.endswith(HALVES)
+    ]
 
 
 @contextmanager
-def _shadowing(full: nn.Module, quantized: Mapping[str, nn.Module], sums: dict[str, list[float]]) -> Iterator[None]:
-    """Let each quantized layer answer the inputs of its full-precision self."""
+def _shadowing(
+    full: nn.Module, quantized: Mapping[str, nn.Module], seen: Callable[[str, torch.Tensor, Answers], Any]
+) -> Iterator[None]:
+    """Show each layer's output, and what its quantized self makes of the same inputs; go on with what is returned."""
 
-    def compare(name: str, got: Any, want: Any) -> None:
-        both = sums.setdefault(name, [0.0, 0.0])
-        both[0] += float((got - want).double().square().sum())
-        both[1] += float(want.double().square().sum())
-
-    def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def shadow(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         twin: Any = quantized[name]
         name = plain_name(name)
-        if isinstance(twin, QuantLayer) or isinstance(getattr(twin, ATTENTION, None), AttentionProducts):
-            compare(name, twin(*args, **kwargs), output)
-        else:
+
+        def answers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+            if not isinstance(twin, SplitConv):
+                made = twin(*args, **kwargs)
+                got = next(x for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+                return {name: (got, tensor.detach())}
+            answered = {}
             parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)
             for half, x in zip(HALVES, parts, strict=True):
                 layer: QuantLayer = getattr(twin, half)
                 want = layer.matmul(x, full_weight(full, f"{name}.{half}", layer), layer.bias)
-                compare(f"{name}.{half}", layer(x), want)
+                answered[f"{name}.{half}"] = (layer(x), want)
+            return answered
+
+        leaves, structure = tree_flatten(output)
+        place, tensor = next((i, x) for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
+        own = seen(name, tensor, answers)
+        if own is None:
+            return None
+        return tree_unflatten([own if i == place else x for i, x in enumerate(leaves)], structure)
 
     def required(module: nn.Module) -> bool:
-        split = all(isinstance(getattr(module, half, None), QuantLayer) for half in HALVES)
-        return (
-            isinstance(module, QuantLayer) or split or isinstance(getattr(module, ATTENTION, None), AttentionProducts)
-        )
+        own = isinstance(module, QuantLayer | SplitConv)
+        return own or isinstance(getattr(module, ATTENTION, None), AttentionProducts)
 
     hooks = [
         find_layer(full, name).register_forward_hook(

@@ -14,11 +14,9 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ptqd.progress import track
-from ptqd.quantization.calibration import CalibrationInputs
 
 EFFECT_ROWS = 16  # rows of the denoiser's calls, each with a direction of its own
 Name = TypeVar("Name", bound=Hashable)
@@ -57,8 +55,7 @@ class OutputEffects(Generic[Name]):
             value: of any shape.
             moves: gives, when the gradient comes, how far each rounding moves the value, by the roundings' names.
         """
-        if self._kinds is not None and _kind(value.grad_fn, self._kinds)[0]:
-            self.streams.add(place)
+        self.note(place, value)
         own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
 
         def add(gradient: torch.Tensor) -> None:
@@ -69,13 +66,22 @@ class OutputEffects(Generic[Name]):
         own.register_hook(add)
         return own
 
-    def run(self, model: nn.Module, inputs: CalibrationInputs, title: str | None = None) -> None:
-        """Call the denoiser, and go back through it once, for every row of its inputs."""
+    def note(self, place: str, value: torch.Tensor) -> None:
+        """Find out whether a value is a stream."""
+        if self._kinds is not None and _kind(value.grad_fn, self._kinds)[0]:
+            self.streams.add(place)
+
+    def run(self, call: Callable[[list[int]], object], rows: int, title: str | None = None) -> None:
+        """Call a denoiser, and go back through it once, for each of so many rows.
+
+        Args:
+            call: the denoiser with some rows, by number.
+            rows: how many.
+            title: of a progress bar.
+        """
         with torch.enable_grad():
-            for row in track(range(len(inputs)), title):
-                args, kwargs = inputs.call([row])
-                outputs = [x for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, torch.Tensor)]
-                outputs = [x for x in outputs if x.requires_grad]
+            for row in track(range(rows), title):
+                outputs = [x for x in tree_leaves(call([row])) if isinstance(x, torch.Tensor) and x.requires_grad]
                 self._kinds = None
                 directions = [torch.randn(x.shape, generator=self._generator).to(x) for x in outputs]
                 self._energy += sum(float(x.detach().double().square().sum()) for x in outputs)

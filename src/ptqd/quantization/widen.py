@@ -191,8 +191,13 @@ def _effects(
             widths = {site.weight.weights.bits, max(site.weight.weights.bits, wider["weights"])}
             hooks.append(site.weight.register_forward_hook(partial(_watch_output, found, site.name, widths)))
     with hooked(*hooks):
-        found.run(model, inputs, title)
+        found.run(lambda rows: _called(model, inputs, rows), len(inputs), title)
     return found.effects
+
+
+def _called(model: nn.Module, inputs: CalibrationInputs, rows: list[int]) -> Any:
+    args, kwargs = inputs.call(rows)
+    return model(*args, **kwargs)
 
 
 def _frozen(quantizer: ActivationQuantizer, bits: int) -> ActivationQuantizer:
