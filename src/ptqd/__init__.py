@@ -10,6 +10,7 @@ from ptqd.correction.correct import correct
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import fit_correction
 from ptqd.correction.search import CorrectionSearch, search_correction
+from ptqd.diffusion.from_module import from_module
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.export import export
 from ptqd.errors import (
@@ -35,6 +36,7 @@ from ptqd.noise.stats import NoiseStats
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.quantization.apply_plan import apply_plan
+from ptqd.quantization.budget import Budget
 from ptqd.quantization.explain import explain
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.quantize import quantize
@@ -44,6 +46,7 @@ __version__ = _version("ptqd")
 
 __all__ = [
     "ArtifactError",
+    "Budget",
     "Correction",
     "CorrectionSearch",
     "Evaluator",
@@ -70,6 +73,7 @@ __all__ = [
     "explain",
     "export",
     "fit_correction",
+    "from_module",
     "load",
     "load_evaluator",
     "measure",

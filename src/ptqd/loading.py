@@ -23,14 +23,21 @@ from ptqd.files import read_json
 from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.pipelines.module import ModulePipeline, network_for_loading
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
+_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, ModulePipeline)}
 
 
-def load(model: str | Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None) -> DiffusionPipeline:
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    network: nn.Module | None = None,
+) -> DiffusionPipeline:
     """Load a pipeline that samples.
 
     Args:
@@ -38,6 +45,8 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32, variant: str 
             or a hub id.
         dtype: of the floating-point weights.
         variant: of the weights' files, such as ``"fp16"``; where a folder has one only, it need not be said.
+        network: of a pipeline that :func:`ptqd.from_module` made, whose folder does not have the network's code; a copy
+            of it gets the folder's weights.
 
     Raises:
         InputError: there is no such folder, it is no pipeline, or a file in it is damaged.
@@ -69,7 +78,8 @@ def load(model: str | Path, *, dtype: torch.dtype = torch.float32, variant: str 
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
         named = variant or (_only_variant(folder) if local else None)
-        pipe = _from_pretrained(pipeline_class, folder if local else str(model), dtype, named)
+        with network_for_loading(network):
+            pipe = _from_pretrained(pipeline_class, folder if local else str(model), dtype, named)
     except PtqdError:
         raise
     except Exception as error:  # a file that is damaged, or edited by hand, fails in any way

@@ -55,6 +55,9 @@ class Macs:
 
 def on_meta(model: nn.Module) -> Any:
     """A denoiser's architecture in full precision on the meta device, whatever it is quantized by."""
+    own: Any = getattr(model, "on_meta", None)
+    if own is not None:
+        return own()
     config: Any = getattr(model, "config", None)
     kind: Any = getattr(type(model), "proxy_for", type(model))
     if isinstance(config, Mapping) and hasattr(kind, "from_config"):
@@ -96,6 +99,8 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
             if above in own:
                 own[above] -= count
                 break
+    config: Any = getattr(model, "config", {})
+    plain = (config.get("products") if isinstance(config, Mapping) else None) or ()
     layers: dict[str, int] = {}
     for name, count in own.items():
         if count <= 0:  # less where a child was also called by another
@@ -103,7 +108,7 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
         module = modules.get(name)
         if isinstance(getattr(module, "weight", None), torch.Tensor):
             layers[name] = count
-        elif hasattr(module, "processor"):
+        elif hasattr(module, "processor") or name in plain:
             layers |= {f"{name}{product}".lstrip("."): count // 2 for product in PRODUCTS}
         else:
             layers[f"{name}.matmul".lstrip(".")] = count

@@ -230,8 +230,9 @@ def run_batch(
         "return_dict": True,
     }
     call = sampling.call_for(indices)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for name in call:
-        if name == "self" or name not in accepted:
+        if name == "self" or (name not in accepted and not open_ended):
             raise InputError(
                 f"{type(pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(accepted)[1:])}"
             )

@@ -143,7 +143,8 @@ class _Called(nn.Module):
         if self.table is not None:
             *tensors, self.table.scale, self.table.zero, self.table.low, self.table.high = tensors  # type: ignore[assignment]
         method = getattr(self.model, self.method)
-        required = [name for name, p in inspect.signature(method).parameters.items() if p.default is p.empty]
+        named = inspect.signature(method).parameters.items()
+        required = [name for name, p in named if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         nothing = dict.fromkeys(name for name in required if name in self.call.parameters)
         output = method(**{**nothing, **self.call.arguments(tensors)})
         result = (
@@ -195,7 +196,7 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
     for _, attention in attention_modules(twin):
-        if type(attention.processor) is AttnProcessor2_0:  # which mixes the numbers of rows of image and text
+        if type(getattr(attention, "processor", None)) is AttnProcessor2_0:  # which mixes the numbers of rows of image and text
             attention.set_processor(AttnProcessor())
     changing = changing_quantizers(twin)
     count = len(changing)

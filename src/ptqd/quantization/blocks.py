@@ -21,6 +21,9 @@ def concatenations(model: nn.Module) -> dict[str, int]:
     In an up block, residual block i sees what came before it, as wide as that block's output, and beside it a skipped
     tensor; its shortcut sees both unchanged.
     """
+    known = getattr(model, "config", {}).get("concatenations") if hasattr(model, "config") else None
+    if known is not None:  # of a network that is none of diffusers'
+        return dict(known)
     result: dict[str, int] = {}
     before = _width(getattr(model, "mid_block", None)) or _width(_last(getattr(model, "down_blocks", None)))
     for name, module in model.named_modules():

@@ -97,6 +97,8 @@ def insert_quantizers(
         elif output:
             raise InputError(f"a rule skips one half of {name!r}; skip both, or set split_shortcuts to false")
     _insert_products(model, recipe, ranges, saved, quantized, skipped)
+    left = getattr(model, "config", {}).get("left") if hasattr(model, "config") else None
+    skipped.extend((name, why) for name, why in left or ())  # of a network that is none of diffusers'
     if saved is not None and set(saved) - set(quantized):
         missing = min(set(saved) - set(quantized))
         raise ArtifactError(f"{type(model).__name__} has no {missing!r}, which the saved model had; save it again")
@@ -216,13 +218,14 @@ def _insert_products(
             pass  # said by the recipe
         elif saved is None and rule is not None and rule.skip:
             skipped.append((part, f"rule {rule.match!r}"))
-        elif saved is None and not has_products(module.processor):
+        elif saved is None and not has_products(module):
             skipped.append((part, f"attention products of {type(module.processor).__name__}"))
         else:
             _, activations, widths = recipe.quantizers_for(rule)
             count = _count(name, activations, ranges)
             device = next((x.device for x in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-            products = AttentionProducts(activations, recipe.softmax_bits, widths, count).to(device)
+            plain = not hasattr(module, "processor")  # where its channels are is not known
+            products = AttentionProducts(activations, recipe.softmax_bits, widths, count, rowwise=plain).to(device)
             quantized.append(part)
         quantize_attention(module, products)
 

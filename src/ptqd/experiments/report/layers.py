@@ -22,6 +22,7 @@ def layer_table(reports: Sequence[LayerReport]) -> Table:
     for report in reports:
         span = "as it comes" if report.range is None else f"{report.range[0]:.3g} to {report.range[1]:.3g}"
         span += f" ({report.ranges} by step)" if report.ranges > 1 else ""
+        name = f"{report.name} *" if report.stream else report.name
         table.add_row(
             *map(
                 cell, (report.name + " *" * report.stream, report.weights, report.activations, " ".join(report.methods))

@@ -9,7 +9,7 @@ asks for the products, not that they are rounded. A processor that leaves torch'
 import functools
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,9 +29,19 @@ _MULTIPLIES = {"scaled_dot_product_attention", "dispatch_attention_fn", "get_att
 class AttentionProducts(nn.Module):
     """The products q.k and p.v with quantized operands."""
 
-    def __init__(self, activations: QuantSpec, softmax_bits: int, widths: Sequence[int] = (), ranges: int = 1) -> None:
+    def __init__(
+        self,
+        activations: QuantSpec,
+        softmax_bits: int,
+        widths: Sequence[int] = (),
+        ranges: int = 1,
+        *,
+        rowwise: bool = False,
+    ) -> None:
         super().__init__()
-        self.query, self.key = (ActivationQuantizer(activations, widths, ranges=ranges) for _ in range(2))
+        self.query, self.key = (
+            ActivationQuantizer(activations, widths, ranges=ranges, rowwise=rowwise) for _ in range(2)
+        )
         self.value = ActivationQuantizer(activations, widths, axis=-2, ranges=ranges, rowwise=True)
         self.probabilities = ActivationQuantizer(QuantSpec(softmax_bits, symmetric=False, range="minmax"))
 
@@ -143,6 +153,42 @@ class _Rounding(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _PlainRounding(TorchFunctionMode):
+    """The same for attention that is written out: products come in pairs, queries with keys, and with the values.
+
+    The second product's probabilities are what the first one's scores became; its other operand are the values.
+
+    Attributes:
+        seen: products so far.
+    """
+
+    def __init__(self, products: AttentionProducts) -> None:
+        super().__init__()
+        self.products, self.seen = products, 0
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, products = kwargs or {}, self.products
+        if func is F.scaled_dot_product_attention:
+            self.seen += 2
+            return products(*args, **kwargs)
+        places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)][-2:]
+        if func not in WRITTEN_OUT or len(places) < 2 or any(args[i].ndim < 3 for i in places):
+            return func(*args, **kwargs)
+        first = self.seen % 2 == 0
+        self.seen += 1
+        rounding = (products.query, products.key) if first else (products.probabilities, products.value)
+        rounded = list(args)
+        for place, each in zip(places, rounding, strict=True):
+            rounded[place] = each(args[place])
+        return func(*rounded, **kwargs)
+
+
+WRITTEN_OUT = {torch.einsum, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
+"""Torch's functions that attention is written with."""
+
+
 class QuantAttention:
     """What a quantized attention adds to its own class, of diffusers; see :func:`quantized_class`.
 
@@ -162,7 +208,8 @@ class QuantAttention:
         own: Any = super()
         if self.products is None:
             return own.forward(*args, **kwargs)
-        rounding = _Rounding(self.products)
+        plain = not hasattr(self, "processor")
+        rounding = _PlainRounding(self.products) if plain else _Rounding(self.products)
         with rounding:
             output = own.forward(*args, **kwargs)
         if not rounding.seen:
@@ -213,14 +260,27 @@ def quantize_attention(attention: nn.Module, products: AttentionProducts | None)
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A denoiser's attentions by name: modules of diffusers that a processor computes."""
+    """A denoiser's attentions by name: modules of diffusers that a processor computes, or a plain network's own."""
+    plain = _plain_attentions(model)
     for name, module in model.named_modules():
-        if isinstance(module, Attention) or callable(getattr(module, "processor", None)):
+        if name in plain or isinstance(module, Attention) or callable(getattr(module, "processor", None)):
             yield name, module
 
 
-def has_products(processor: object) -> bool:
-    """Whether a processor's code names a product that ptqd can round; linear attention, for one, has none."""
+def _plain_attentions(model: nn.Module) -> frozenset[str]:
+    """The modules of a network that is none of diffusers' that multiply activations; see ``ModuleDenoiser``."""
+    config: Any = getattr(model, "config", {})
+    return frozenset(config.get("products") or ()) if isinstance(config, Mapping) else frozenset()
+
+
+def has_products(attention: Any) -> bool:
+    """Whether an attention's code names a product that ptqd can round; linear attention, for one, has none.
+
+    Of an attention of diffusers it is its processor's code; a plain one was found by its products.
+    """
+    processor = getattr(attention, "processor", None)
+    if processor is None:
+        return True
     kind: Any = type(processor)
     return any(_names(method, 2) & _MULTIPLIES for method in (kind.__call__, getattr(kind, "forward", None)))
 

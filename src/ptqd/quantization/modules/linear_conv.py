@@ -345,6 +345,7 @@ class SplitConv(nn.Module):
     def __init__(self, hidden: QuantConv, skip: QuantConv) -> None:
         super().__init__()
         self.hidden, self.skip = hidden, skip
+        self.halves = (hidden.in_channels, skip.in_channels)  # an exporter puts other modules in their place
         self.in_channels, self.out_channels = hidden.in_channels + skip.in_channels, hidden.out_channels
         self.stride, self.padding, self.dilation = hidden.stride, hidden.padding, hidden.dilation
         self.kernel_size, self.groups = hidden.kernel_size, hidden.groups
@@ -373,7 +374,7 @@ class SplitConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of ``x`` (N, hidden + skip, ...)."""
-        own, skipped = x.split((self.hidden.in_channels, self.skip.in_channels), dim=1)
+        own, skipped = x.split(self.halves, dim=1)
         result: torch.Tensor = self.hidden(own) + self.skip(skipped)
         return result
 
