@@ -34,6 +34,7 @@ from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.explain import explain
 from ptqd.quantization.plan import PrecisionPlan
@@ -54,6 +55,7 @@ __all__ = [
     "MismatchError",
     "MissingDependencyError",
     "NoiseStats",
+    "PixelPipeline",
     "PrecisionPlan",
     "PtqdError",
     "QuantSpec",

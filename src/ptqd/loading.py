@@ -23,11 +23,12 @@ from ptqd.files import read_json
 from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline)}
+_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, PixelPipeline)}
 
 
 def load(model: str | Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None) -> DiffusionPipeline:

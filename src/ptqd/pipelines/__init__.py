@@ -1,12 +1,15 @@
-"""Pipelines of latent diffusion that diffusers has none for; saved pipelines name the modules of this package.
+"""Pipelines that diffusers has none for; saved pipelines name the modules of this package.
 
-``DiffusionPipeline.from_pretrained`` looks classes of pipelines up among diffusers' own names; these are added there.
+``DiffusionPipeline.from_pretrained`` looks classes of pipelines up among diffusers' own names; these are added there, and
+so are schedulers, which can then be asked for by name.
 """
 
 import diffusers
 
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.pipelines.pixel import PixelPipeline
+from ptqd.pipelines.respaced import RespacedDDIMScheduler, RespacedDDPMScheduler
 
-for _pipeline in (LatentPipeline, LatentClassPipeline):
-    setattr(diffusers, _pipeline.__name__, _pipeline)
+for _class in (LatentPipeline, LatentClassPipeline, PixelPipeline, RespacedDDIMScheduler, RespacedDDPMScheduler):
+    setattr(diffusers, _class.__name__, _class)
