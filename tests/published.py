@@ -36,7 +36,7 @@ def shapes(name: str) -> tuple[Tensors, int]:
 def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference."""
     assert mine.shape == theirs.shape
-    return (mine - theirs).abs().max().item()
+    return float((mine - theirs).abs().max())
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def noise(given: torch.Tensor) -> Iterator[None]:
     left = iter(given)
 
     def draw(shape: Any, **_: object) -> torch.Tensor:
-        z = next(left)
+        z: torch.Tensor = next(left)
         assert tuple(shape) == tuple(z.shape)
         return z
 

@@ -96,7 +96,8 @@ def conversion(path: Path) -> str | None:
         return None
     return (
         f"{checkpoint} is a checkpoint; make a pipeline of it: of latent diffusion's with 'ptqd convert {checkpoint} "
-        "CONFIG.yaml FOLDER', of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
+        "CONFIG.yaml FOLDER', of guided-diffusion's, consistency_models' or EDM's with OPTIONS.json "
+        "instead, of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
         f"({str(checkpoint)!r}).save_pretrained(FOLDER)"
     )
 

@@ -1,7 +1,7 @@
 """Pipelines that diffusers has none for; saved pipelines name the modules of this package.
 
-``DiffusionPipeline.from_pretrained`` looks classes of pipelines up among diffusers' own names; these are added there, and
-so are schedulers, which can then be asked for by name.
+``DiffusionPipeline.from_pretrained`` looks classes of pipelines up among diffusers' own names; these are added there,
+and so are schedulers, which can then be asked for by name.
 """
 
 import diffusers

@@ -1,8 +1,8 @@
 """The networks of EDM (Karras et al., arXiv 2206.00364), of diffusers' blocks; a saved pipeline names this module.
 
-``training/networks.py`` of the original: ``SongUNet``, which is DDPM++ and NCSN++ of Song et al. (arXiv 2011.13456), and
-``DhariwalUNet``, which is ADM (arXiv 2105.05233). They say what ``UNet2DModel`` does not: residual sums that are scaled,
-norms whose groups follow their width, attention behind some blocks of a level, labels that are left out.
+``training/networks.py`` of the original: ``SongUNet``, which is DDPM++ and NCSN++ of Song et al. (arXiv 2011.13456),
+and ``DhariwalUNet``, which is ADM (arXiv 2105.05233). They say what ``UNet2DModel`` does not: residual sums that are
+scaled, norms whose groups follow their width, attention behind some blocks of a level, labels that are left out.
 """
 
 import math
@@ -279,9 +279,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             residual = path if encoder_type == "residual" else 0
             down = level < last
             self.down_blocks.append(
-                EDMDownBlock(
-                    parts, before, width, num_blocks, attention=attends[level], down=down, residual=residual
-                )
+                EDMDownBlock(parts, before, width, num_blocks, attention=attends[level], down=down, residual=residual)
             )
             skips += [width] * (num_blocks + down)
             before = path = width
@@ -291,9 +289,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             seen = [skips.pop() for _ in range(num_blocks + 1)]
             every = tuple(range(num_blocks + 1))
             attention = () if not attends[level] else every[-1:] if song else every
-            self.up_blocks.append(
-                EDMUpBlock(parts, before, seen, widths[level], attention=attention, up=level > 0)
-            )
+            self.up_blocks.append(EDMUpBlock(parts, before, seen, widths[level], attention=attention, up=level > 0))
             before = widths[level]
         self.conv_norm_out = nn.GroupNorm(_groups(before), before, eps=parts.eps)
         self.conv_act = nn.SiLU()
@@ -332,8 +328,8 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             x, more, residual = block(x, temb, residual)
             states += more
         x = self.mid_block(x, temb)
+        count = self.config.num_blocks + 1
         for block in self.up_blocks:
-            count = len(block.resnets)
             x = block(x, states[-count:], temb)
             states = states[:-count]
         x = self.conv_out(self.conv_act(self.conv_norm_out(x)))

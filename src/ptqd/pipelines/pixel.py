@@ -1,20 +1,24 @@
 """Diffusion of pixels with class labels, or from a smaller image: guided-diffusion, the networks of EDM.
 
-Dhariwal and Nichol, arXiv 2105.05233; Karras et al., arXiv 2206.00364. Diffusers' ``DDPMPipeline``, ``DDIMPipeline`` and
-``KarrasVePipeline`` know neither labels nor a learned variance.
+Dhariwal and Nichol, arXiv 2105.05233; Karras et al., arXiv 2206.00364. Diffusers' ``DDPMPipeline`` and
+``DDIMPipeline`` know neither labels nor a learned variance.
 """
 
+import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ptqd.errors import InputError
 from ptqd.pipelines.respaced import RespacedDDIMScheduler
+
+logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -74,9 +78,9 @@ class PixelPipeline(DiffusionPipeline):
         """
         labels = self._labels(class_labels)
         small = self._small_images(image)
-        count = batch_size if labels is None and small is None else len(labels if labels is not None else small)
-        if labels is not None and small is not None and len(labels) != len(small):
-            raise InputError(f"there are {len(labels)} class_labels and {len(small)} images; give as many of both")
+        count = len(labels) if labels is not None else batch_size if small is None else len(small)
+        if small is not None and len(small) != count:
+            raise InputError(f"there are {count} class_labels and {len(small)} images; give as many of both")
         self._check_grid(num_inference_steps)
         device, dtype, size = self._execution_device, self.unet.dtype, self.unet.config.sample_size
         channels = self.config.image_channels
@@ -96,8 +100,7 @@ class PixelPipeline(DiffusionPipeline):
         accepted = inspect.signature(scheduler.step).parameters
         given = {"eta": eta, "generator": generator, "use_clipped_model_output": True}
         extra = {name: value for name, value in given.items() if name in accepted}
-        learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
-        learned = learned and not isinstance(scheduler, DDIMScheduler)
+        learned = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in ("learned", "learned_range")
         x: torch.Tensor = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in self.progress_bar(scheduler.timesteps):
             inputs = torch.cat([scale(x, t), *condition], dim=1)
@@ -114,7 +117,7 @@ class PixelPipeline(DiffusionPipeline):
         classes = self.unet.config.get("num_class_embeds")
         if given is None:
             if classes is not None and not getattr(self.unet, "takes_no_labels", False):
-                raise InputError(f"the model has {classes} classes; give class_labels, one number in 0..{classes - 1} each")
+                raise InputError(f"the model has {classes} classes; give class_labels, numbers in 0..{classes - 1}")
             return None
         if classes is None:
             raise InputError("the model has no classes; leave class_labels out")
@@ -139,14 +142,34 @@ class PixelPipeline(DiffusionPipeline):
         return small
 
     def _check_grid(self, steps: int) -> None:
-        """Refuse what the scheduler would take wrongly without a word."""
+        """Refuse a grid that the scheduler would leave without a word, and say where the original has another."""
         if steps < 1:
             raise InputError(f"num_inference_steps must be at least 1; got {steps}")
         scheduler = self.scheduler
-        if not isinstance(scheduler, DDIMScheduler) or isinstance(scheduler, RespacedDDIMScheduler):
+        if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
             return
-        if scheduler.config.timestep_spacing == "linspace" and steps != scheduler.config.num_train_timesteps:
+        trained, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
+        respaced = isinstance(scheduler, RespacedDDIMScheduler | DDPMScheduler)
+        if spacing == "linspace" and steps != trained and not respaced:
             raise InputError(
                 f"{type(scheduler).__name__} leaves its own grid, timestep_spacing 'linspace', at {steps} steps; take "
                 "RespacedDDIMScheduler, which follows it"
             )
+        if spacing == "leading" and trained % steps and steps <= trained:
+            _warn_of_another_stride(steps, trained)
+
+
+@functools.cache
+def _warn_of_another_stride(steps: int, trained: int) -> None:
+    """Once a process; ``space_timesteps`` of ``guided_diffusion/respace.py`` takes the first stride that fits."""
+    stride = next((i for i in range(1, trained) if len(range(0, trained, i)) == steps), None)
+    original = "has no such grid" if stride is None else f"has them {stride} apart, from {(steps - 1) * stride} on"
+    logger.warning(
+        "%d steps do not divide %d: timesteps are %d apart, from %d on, where guided-diffusion's ddim%d %s",
+        steps,
+        trained,
+        trained // steps,
+        (steps - 1) * (trained // steps),
+        steps,
+        original,
+    )

@@ -5,6 +5,7 @@ precision; ``p_sample`` and ``ddim_sample`` of ``guided_diffusion/gaussian_diffu
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -31,7 +32,7 @@ def exact_alphas(scheduler: Any) -> torch.Tensor:
         betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float64)
     elif config.beta_schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17
         levels = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        ratios = [min(1 - after / before, 0.999) for before, after in zip(levels, levels[1:], strict=False)]
+        ratios = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(levels)]
         betas = torch.tensor(ratios, dtype=torch.float64)
     else:
         betas = scheduler.betas.double()
@@ -41,7 +42,7 @@ def exact_alphas(scheduler: Any) -> torch.Tensor:
 class RespacedDDPMScheduler(DDPMScheduler):
     """DDPM (Ho et al., arXiv 2006.11239) whose noise levels are of double precision, as the original's."""
 
-    @functools.wraps(DDPMScheduler.__init__)
+    @functools.wraps(DDPMScheduler.__init__)  # type: ignore[misc]  # diffusers reads its signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.alphas_cumprod = exact_alphas(self)
@@ -55,7 +56,7 @@ class RespacedDDIMScheduler(DDIMScheduler):
     goes from each timestep to the next one. Its noise levels are of double precision.
     """
 
-    @functools.wraps(DDIMScheduler.__init__)
+    @functools.wraps(DDIMScheduler.__init__)  # type: ignore[misc]  # diffusers reads its signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.alphas_cumprod = exact_alphas(self)
@@ -102,19 +103,19 @@ class RespacedDDIMScheduler(DDIMScheduler):
         t = int(timestep)
         after = self.previous(t)
         level = self.alphas_cumprod[t]
-        signal, sigma = level.sqrt(), (1 - level).sqrt()  # x_t = signal x_0 + sigma eps
+        root, other = (1 / level).sqrt(), (1 / level - 1).sqrt()  # x_0 = root x_t - other eps, rounded as there
         if self.config.prediction_type == "sample":
-            clean, noise = model_output, (sample - signal * model_output) / sigma
+            clean, noise = model_output, (root * sample - model_output) / other
         elif self.config.prediction_type == "v_prediction":
-            clean, noise = signal * sample - sigma * model_output, signal * model_output + sigma * sample
+            clean, noise = (sample - other * model_output) / root, (model_output + other * sample) / root
         else:
-            clean, noise = (sample - sigma * model_output) / signal, model_output
+            clean, noise = root * sample - other * model_output, model_output
         if self.config.thresholding:
             clean = self._threshold_sample(clean)
         elif self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         if use_clipped_model_output:
-            noise = (sample - signal * clean) / sigma
+            noise = (root * sample - clean) / other
         deviation = eta * self._get_variance(t, after).sqrt()
         following = (self.alphas_cumprod[after] if after >= 0 else self.final_alpha_cumprod).double()
         stepped = following.sqrt() * clean + self.direction(following, deviation) * noise

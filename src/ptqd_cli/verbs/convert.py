@@ -12,14 +12,14 @@ from ptqd_cli.options import tell
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Convert:
-    """Make a diffusers pipeline of a published checkpoint: latent diffusion, guided-diffusion, consistency models, EDM."""
+    """Make a diffusers pipeline of a checkpoint of latent diffusion, guided-diffusion, consistency models or EDM."""
 
     checkpoint: Annotated[Path, Parameter(help="model.ckpt, or a state dict as .pt or .safetensors")]
     config: Annotated[
         Path,
         Parameter(
-            help="CompVis' YAML; or .json or .toml: the command line's flags of guided-diffusion or consistency_models, "
-            "the arguments of EDM's network"
+            help="CompVis' YAML; or .json or .toml: the flags of guided-diffusion's or consistency_models' command "
+            "line, the arguments of EDM's network"
         ),
     ]
     out: Annotated[Path, Parameter(help="folder to write")]

@@ -1,8 +1,9 @@
 """Networks of EDM (Karras et al., arXiv 2206.00364) as diffusers pipelines.
 
-The original pickles its networks with their code, which is not loaded; its state dict and the arguments that the network
-was made with say the same (``EDMPrecond``, ``SongUNet`` and ``DhariwalUNet`` of ``training/networks.py``). Preconditioning
-is the scheduler's. Every parameter is placed by name; one that is left over, missing or of another shape is an error.
+The original pickles its networks with their code, which is not loaded; its state dict and the arguments that the
+network was made with say the same (``EDMPrecond``, ``SongUNet`` and ``DhariwalUNet`` of ``training/networks.py``).
+Preconditioning is the scheduler's. Every parameter is placed by name; one that is left over, missing or of another
+shape is an error.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from ptqd.diffusion.compvis.pipeline import filled
 from ptqd.diffusion.converters.flags import Flags
 from ptqd.diffusion.converters.tensors import Tensors
 from ptqd.errors import InputError
+from ptqd.files import check_readable
 from ptqd.pipelines.edm_unet import EDMUNet2DModel
 from ptqd.pipelines.pixel import PixelPipeline
 
@@ -29,6 +31,7 @@ _RESNET = {
     "conv1": "conv2",
     "skip": "conv_shortcut",
 }
+_PERSISTENT = b"_reconstruct_persistent_obj"
 _FILTERS = ((1, 1), (1, 3, 3, 1))
 
 
@@ -81,15 +84,32 @@ def pipeline_from(
     return PixelPipeline(unet, EDMEulerScheduler(sigma_data=network.sigma_data), network.arguments["out_channels"])
 
 
-def how_to_unpickle(path: Path) -> str:
-    """The line that makes a state dict and its arguments of one of EDM's pickles, which hold the network's code."""
+def refuse_pickle(path: Path) -> None:
+    """Refuse one of EDM's own pickles, which hold the code of their network, and say how its tensors are had.
+
+    It is known by the name of the function that would run that code (``torch_utils/persistence.py`` of the original);
+    nothing of the file is unpickled.
+
+    Raises:
+        InputError: it is one.
+    """
+    check_readable(path)
+    with path.open("rb") as file:
+        beginning = file.read(1 << 16)
+    if beginning[:1] != b"\x80" or _PERSISTENT not in beginning:
+        return
     program = (
-        f"import json, pickle, torch; net = pickle.load(open({str(path)!r}, 'rb'))['ema'].cpu(); "
+        "import json, pickle, torch; from pathlib import Path; "
+        f"net = pickle.loads(Path({str(path)!r}).read_bytes())['ema'].cpu(); "
         f"torch.save(net.state_dict(), {str(path.with_suffix('.pt'))!r}); "
-        "json.dump({'class_name': type(net).__name__, **net.init_kwargs}, "
-        f"open({str(path.with_suffix('.json'))!r}, 'w'))"
+        f"Path({str(path.with_suffix('.json'))!r}).write_text("
+        "json.dumps({'class_name': type(net).__name__, **net.init_kwargs}))"
     )
-    return f'where you trust it, in the folder of EDM\'s repository: python -c "{program}"'
+    raise InputError(
+        f"{path} holds code beside tensors ({_PERSISTENT.decode()} of EDM's repository); it is not loaded, as that "
+        "could run anything. If you trust it, make a state dict and its arguments of it in that repository: "
+        f'python -c "{program}"'
+    )
 
 
 def read_network(arguments: Mapping[str, object], where: str) -> Network:
@@ -102,8 +122,8 @@ def read_network(arguments: Mapping[str, object], where: str) -> Network:
     name = flags.left.pop("class_name", None)
     if name is None:
         raise InputError(
-            f"{where} lacks class_name, which says how the network is preconditioned; add class_name 'EDMPrecond' if it is "
-            "one of EDM's own training, the only kind that is supported"
+            f"{where} lacks class_name, which says how the network is preconditioned; add class_name 'EDMPrecond' if "
+            "it is one of EDM's own training, the only kind that is supported"
         )
     if str(name).rpartition(".")[2] != "EDMPrecond":
         raise InputError(f"{where}: class_name {name!r} is not supported, only EDMPrecond: schedulers know no other")
@@ -141,8 +161,8 @@ def read_network(arguments: Mapping[str, object], where: str) -> Network:
     flags.done(f"EDM's {kind}")
     if found["sample_size"] % 2 ** (len(found["channel_mult"]) - 1):
         raise InputError(
-            f"{where}: {found['sample_size']} pixels cannot be halved {len(found['channel_mult']) - 1} times, once between "
-            "levels"
+            f"{where}: {found['sample_size']} pixels cannot be halved {len(found['channel_mult']) - 1} times, once "
+            "between levels"
         )
     return result
 
@@ -227,4 +247,3 @@ def _check_filter(where: str, name: str, value: torch.Tensor, arguments: Mapping
     fits = value.shape[-2:] == wanted.shape and value.numel() == wanted.numel()
     if not fits or (not value.is_meta and not torch.allclose(value.float().reshape(wanted.shape), wanted, rtol=1e-2)):
         raise InputError(f"{where}: {name} is no filter of resample_filter {taps.int().tolist()}; say the one it has")
-

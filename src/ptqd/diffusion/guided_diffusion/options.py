@@ -52,7 +52,8 @@ class Gaussian:
         learned_variance: it tells the variance too, in channels of their own.
         clip: the clean image is clipped to [-1, 1] at each step.
         ddim: sampled by DDIM, not by DDPM.
-        every: the grid of steps begins at 0 and has one stride, ("ddim25"), or it goes from the first to the last ("25").
+        every: the grid of steps begins at 0 and has one stride ("ddim25"); else it goes from the first step to the last
+            ("25").
     """
 
     steps: int
@@ -174,7 +175,9 @@ def read_options(values: Mapping[str, object], where: str) -> Options:
     heads, head_width = flags.whole("num_heads", 4), flags.whole("num_head_channels", -1, -1)
     on_the_way_up = flags.whole("num_heads_upsample", -1, -1)
     if head_width < 1 and on_the_way_up not in (-1, heads):
-        raise InputError(f"{where}: num_heads_upsample {on_the_way_up} is not supported, only num_heads ({heads}) or -1")
+        raise InputError(
+            f"{where}: num_heads_upsample {on_the_way_up} is not supported, only num_heads ({heads}) or -1"
+        )
     result = Options(
         image_size=size,
         small_size=small,
@@ -199,8 +202,8 @@ def _refuse_classifier(flags: Flags) -> None:
     named = next((name for name in flags.left if name.startswith("classifier_")), None)
     if named is not None:
         raise InputError(
-            f"{flags.where}: {named!r} is of a classifier that guides sampling, which is no part of the pipeline; leave "
-            "the classifier_ options out to convert the diffusion model alone"
+            f"{flags.where}: {named!r} is of a classifier that guides sampling, which is no part of the pipeline; "
+            "leave the classifier_ options out to convert the diffusion model alone"
         )
 
 
@@ -210,7 +213,9 @@ def _multipliers(flags: Flags, size: int, known: Mapping[int, tuple[float, ...]]
     flags.ignore("channel_mult")
     if size not in known:
         sizes = ", ".join(map(str, sorted(known)))
-        raise InputError(f"{flags.where}: the originals know {sizes} pixels, not {size}; say channel_mult, such as '1,2,4'")
+        raise InputError(
+            f"{flags.where}: the originals know {sizes} pixels, not {size}; say channel_mult, such as '1,2,4'"
+        )
     return known[size]
 
 
@@ -223,9 +228,8 @@ def _gaussian(flags: Flags, learned: bool) -> Gaussian:
     respacing = flags.left.pop("timestep_respacing", "")
     respacing = str(respacing) if type(respacing) is int else respacing
     if not isinstance(respacing, str) or not re.fullmatch(r"(ddim)?[1-9][0-9]*|", respacing):
-        raise flags.wrong(
-            "timestep_respacing", "a number of steps such as '250', 'ddim25' or '' (sections are not supported)", respacing
-        )
+        wanted = "a number of steps such as '250', 'ddim25' or '' (sections are not supported)"
+        raise flags.wrong("timestep_respacing", wanted, respacing)
     schedule: Literal["linear", "cosine"] = "linear"
     if flags.text("noise_schedule", "linear", ("linear", "cosine")) == "cosine":
         schedule = "cosine"

@@ -156,7 +156,9 @@ def build_scheduler(process: Gaussian | Karras) -> Any:
         **betas,
     }
     if not process.ddim:
-        return RespacedDDPMScheduler(variance_type="learned_range" if process.learned_variance else "fixed_large", **common)
+        return RespacedDDPMScheduler(
+            variance_type="learned_range" if process.learned_variance else "fixed_large", **common
+        )
     return DDIMScheduler(**common) if process.every else RespacedDDIMScheduler(**common)
 
 
