@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import published
-from ptqd import InputError, PixelPipeline, Sampling, correct, load, measure, quantize
+from ptqd import InputError, PixelPipeline, Sampling, correct, load, measure, pipelines, quantize
 from ptqd.diffusion.compvis import save_converted
 from ptqd.diffusion.guided_diffusion import pipeline_from
 from ptqd.loading import with_scheduler
+from ptqd.pipelines.edm_unet import EDMUNet2DModel
 from ptqd.pipelines.guided_unet import GuidedUNet2DModel
 from ptqd.pipelines.pixel import _warn_of_another_stride
 from ptqd.pipelines.respaced import RespacedDDIMScheduler, RespacedDDPMScheduler
@@ -414,6 +415,11 @@ def test_images_of_one_channel_and_any_number_of_classes() -> None:
     assert torch.equal(pipe.unet.state_dict()[middle], rows[:32])
 
 
+def test_a_process_that_only_loads_knows_the_networks() -> None:
+    """Diffusers loads parts from modules that are imported."""
+    assert set(pipelines.NETWORKS) == {EDMUNet2DModel, GuidedUNet2DModel}
+
+
 def test_ddim_that_would_leave_its_grid_is_refused() -> None:
     pipe, io = converted("adm-lsun", timestep_respacing="10")
     with pytest.raises(InputError, match="DDIMScheduler leaves its own grid, timestep_spacing 'linspace', at 10 steps"):
@@ -475,7 +481,7 @@ def test_weights_that_do_not_fit_are_named() -> None:
     assert "holds 1 tensors more than flags.json has a place for (extra.weight, ...)" in said(
         {**state, "extra.weight": torch.zeros(1)}, flags
     )
-    assert "ema.pt lacks 'input_blocks.0.0.weight'; it is of another architecture than flags.json says" in said(
+    assert "ema.pt lacks 'middle_block.1.qkv.weight'; it is of another architecture than flags.json says" in said(
         {}, flags
     )
     assert "'out.2.bias' twice" in said({**state, "module.out.2.bias": state["out.2.bias"]}, flags)

@@ -1,11 +1,14 @@
 """Pipelines that diffusers has none for; saved pipelines name the modules of this package.
 
 ``DiffusionPipeline.from_pretrained`` looks classes of pipelines up among diffusers' own names; these are added there,
-and so are schedulers, which can then be asked for by name.
+and so are schedulers, which can then be asked for by name. It loads parts from modules that are imported already, and
+networks of ours are in some of these.
 """
 
 import diffusers
 
+from ptqd.pipelines.edm_unet import EDMUNet2DModel
+from ptqd.pipelines.guided_unet import GuidedUNet2DModel
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.pipelines.pixel import PixelPipeline
@@ -13,3 +16,5 @@ from ptqd.pipelines.respaced import RespacedDDIMScheduler, RespacedDDPMScheduler
 
 for _class in (LatentPipeline, LatentClassPipeline, PixelPipeline, RespacedDDIMScheduler, RespacedDDPMScheduler):
     setattr(diffusers, _class.__name__, _class)
+
+NETWORKS = (EDMUNet2DModel, GuidedUNet2DModel)

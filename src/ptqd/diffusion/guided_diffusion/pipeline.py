@@ -59,11 +59,12 @@ def pipeline_from(
     """
     options = read_options(flags, described)
     tensors = Tensors(state, where, described)
+    queries_first = _queries_first(tensors, options)
     taken, made = tensors.shape("input_blocks.0.0.weight")[1], tensors.shape("out.2.weight")[0]
     classes = tensors.shape("label_emb.weight")[0] if options.classes else None
     channels = _image_channels(options, taken, made, tensors)
     network = build_network(options, taken, made, classes)
-    placed = _placed(tensors, options)
+    placed = _placed(tensors, options, queries_first)
     tensors.check_empty()
     unet = filled(network, placed, where, described)
     if isinstance(options.process, Karras) and options.process.consistent:
@@ -180,7 +181,7 @@ def _queries_first(tensors: Tensors, options: Options) -> bool:
     return axes == 4 or options.new_order
 
 
-def _placed(tensors: Tensors, options: Options) -> dict[str, torch.Tensor]:
+def _placed(tensors: Tensors, options: Options, queries_first: bool) -> dict[str, torch.Tensor]:
     """The tensors by diffusers' names."""
     described = Unet(
         image_size=options.image_size,
@@ -198,7 +199,6 @@ def _placed(tensors: Tensors, options: Options) -> dict[str, torch.Tensor]:
         resnet_updown=options.resnet_updown,
         new_order=False,
     )
-    queries_first = _queries_first(tensors, options)
     result: dict[str, torch.Tensor] = {}
     for theirs, ours, kind in unet_places(described):
         for suffix, value in tensors.take_all(f"{theirs}.").items():
