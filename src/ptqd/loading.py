@@ -27,7 +27,7 @@ from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
 
-_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".pkl", ".bin", ".safetensors")
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, PixelPipeline)}
 
 

@@ -12,6 +12,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMScheduler,
+    DDPMScheduler,
     EDMEulerScheduler,
     UNet2DModel,
 )
@@ -429,6 +430,43 @@ def test_ddim_that_would_leave_its_grid_is_refused() -> None:
     assert apart(respaced(num_inference_steps=10, **call).images, io["S10.ddim.eta0.sample"]) < 3e-5
     for other in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):  # which take the noise alone
         assert with_scheduler(pipe, other)(num_inference_steps=2, **call).images.shape == (2, 3, 16, 16)
+
+
+BETAS = torch.linspace(1e-3, 0.03, 100).tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *[{"prediction_type": kind, "clip_sample": False} for kind in ("epsilon", "sample", "v_prediction")],
+        {"clip_sample_range": 0.5, "beta_schedule": "squaredcos_cap_v2"},
+        {"thresholding": True, "sample_max_value": 2.0, "set_alpha_to_one": False},
+        {"trained_betas": BETAS, "num_train_timesteps": 100},
+        {"beta_schedule": "scaled_linear", "clip_sample": False},
+    ],
+)
+def test_the_samplers_of_ours_step_as_those_of_diffusers_on_a_grid_of_one_stride(config: dict[str, Any]) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 2, 3, 4, 4, generator=random)
+    pairs: list[tuple[Any, Any, dict[str, Any]]] = [
+        (DDIMScheduler, RespacedDDIMScheduler, {"eta": eta, "use_clipped_model_output": clipped})
+        for eta, clipped in ((0.0, False), (0.5, True))
+    ]
+    pairs.append((DDPMScheduler, RespacedDDPMScheduler, {}))
+    for theirs, ours, given in pairs:
+        known = {key: value for key, value in config.items() if key != "set_alpha_to_one" or theirs is DDIMScheduler}
+        schedulers = [theirs(**known), ours(**known)]
+        assert isinstance(schedulers[1], theirs)
+        assert ours.from_config(schedulers[1].config).config == schedulers[1].config
+        for scheduler in schedulers:
+            scheduler.set_timesteps(10)
+        for t in schedulers[0].timesteps:
+            steps = [
+                scheduler.step(output, t, x, generator=torch.Generator().manual_seed(1), **given)
+                for scheduler in schedulers
+            ]
+            assert apart(steps[0].prev_sample, steps[1].prev_sample) < 1e-4
+            assert apart(steps[0].pred_original_sample, steps[1].pred_original_sample) < 1e-4
 
 
 def test_strides_that_the_original_would_choose_otherwise_are_told(caplog: pytest.LogCaptureFixture) -> None:

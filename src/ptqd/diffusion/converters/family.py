@@ -10,7 +10,10 @@ from ptqd.diffusion.converters.flags import read_flags
 from ptqd.diffusion.edm.pipeline import OWN, refuse_pickle
 from ptqd.errors import InputError
 
-_OF_GUIDED = ("image_size", "large_size", "num_channels", "num_res_blocks", "attention_resolutions", "class_cond")
+_OF_GUIDED = (  # and of consistency_models
+    *("image_size", "large_size", "num_channels", "num_res_blocks", "num_heads", "num_head_channels", "class_cond"),
+    *("attention_resolutions", "noise_schedule", "training_mode", "learn_sigma"),
+)
 
 
 def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
