@@ -99,10 +99,16 @@ class Edm2Network(nn.Module):
         self.register_buffer("freqs", 2 * math.pi * torch.randn(channels), persistent=False)
         self.emb_noise = MagnitudePreserving(channels, 32)
         self.emb_label = nn.Linear(classes, 32, bias=False)
-        self.conv_in, self.conv_res = MagnitudePreserving(3, channels, (3, 3)), MagnitudePreserving(channels, channels, (3, 3))
+        self.conv_in, self.conv_res = (
+            MagnitudePreserving(3, channels, (3, 3)),
+            MagnitudePreserving(channels, channels, (3, 3)),
+        )
         self.emb_linear = nn.Linear(32, channels)
         self.attn_qkv, self.attn_proj = (MagnitudePreserving(channels, w, (1, 1)) for w in (3 * channels, channels))
-        self.conv_skip, self.conv_out = MagnitudePreserving(2 * channels, channels, (1, 1)), nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_skip, self.conv_out = (
+            MagnitudePreserving(2 * channels, channels, (1, 1)),
+            nn.Conv2d(channels, 3, 3, padding=1),
+        )
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
@@ -117,7 +123,8 @@ class Edm2Network(nn.Module):
         w = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).softmax(dim=3)
         y = torch.einsum("nhqk,nhck->nhcq", w, v).reshape(n, c, height, width)
         h = self.conv_skip(torch.cat([h + self.attn_proj(y), first], dim=1))
-        return skip * x + out * self.conv_out(F.silu(h))
+        denoised: torch.Tensor = skip * x + out * self.conv_out(F.silu(h))
+        return denoised
 
 
 class KDiffusionNetwork(nn.Module):

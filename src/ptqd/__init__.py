@@ -35,6 +35,7 @@ from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
+from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.budget import Budget
 from ptqd.quantization.explain import explain
@@ -57,6 +58,7 @@ __all__ = [
     "MismatchError",
     "MissingDependencyError",
     "NoiseStats",
+    "PixelPipeline",
     "PrecisionPlan",
     "PtqdError",
     "QuantSpec",

@@ -24,11 +24,12 @@ from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 from ptqd.pipelines.module import ModulePipeline, network_for_loading
+from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
 
-_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, ModulePipeline)}
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".pkl", ".bin", ".safetensors")
+_OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, ModulePipeline, PixelPipeline)}
 
 
 def load(
@@ -105,7 +106,8 @@ def conversion(path: Path) -> str | None:
         return None
     return (
         f"{checkpoint} is a checkpoint; make a pipeline of it: of latent diffusion's with 'ptqd convert {checkpoint} "
-        "CONFIG.yaml FOLDER', of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
+        "CONFIG.yaml FOLDER', of guided-diffusion's, consistency_models' or EDM's with OPTIONS.json "
+        "instead, of Stable Diffusion's in Python with diffusers.StableDiffusionPipeline.from_single_file"
         f"({str(checkpoint)!r}).save_pretrained(FOLDER)"
     )
 

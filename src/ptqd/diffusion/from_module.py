@@ -212,8 +212,8 @@ def _watched(denoiser: ModuleDenoiser, x: torch.Tensor, t: torch.Tensor, conditi
             ) from error
     if tuple(output.shape[2:]) != tuple(x.shape[2:]) or output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
         raise InputError(
-            f"{denoiser.config.network_class} gives {tuple(output.shape)} for samples {tuple(x.shape)}; a denoiser gives as "
-            "many channels, or twice as many with a learned variance"
+            f"{denoiser.config.network_class} gives {tuple(output.shape)} for samples {tuple(x.shape)}; a denoiser "
+            "gives as many channels, or twice as many with a learned variance"
         )
     return watch
 

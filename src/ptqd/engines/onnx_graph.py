@@ -196,7 +196,9 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
     for _, attention in attention_modules(twin):
-        if type(getattr(attention, "processor", None)) is AttnProcessor2_0:  # which mixes the numbers of rows of image and text
+        if (
+            type(getattr(attention, "processor", None)) is AttnProcessor2_0
+        ):  # which mixes the numbers of rows of image and text
             attention.set_processor(AttnProcessor())
     changing = changing_quantizers(twin)
     count = len(changing)

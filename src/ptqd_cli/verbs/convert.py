@@ -12,15 +12,22 @@ from ptqd_cli.options import tell
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Convert:
-    """Make a diffusers pipeline of a checkpoint in CompVis' latent-diffusion format and its YAML."""
+    """Make a diffusers pipeline of a checkpoint of latent diffusion, guided-diffusion, consistency models or EDM."""
 
-    checkpoint: Annotated[Path, Parameter(help="model.ckpt, or its state dict as .safetensors")]
-    config: Annotated[Path, Parameter(help="the YAML that came with it")]
+    checkpoint: Annotated[Path, Parameter(help="model.ckpt, or a state dict as .pt or .safetensors")]
+    config: Annotated[
+        Path,
+        Parameter(
+            help="CompVis' YAML; or .json or .toml: the flags of guided-diffusion's or consistency_models' command "
+            "line, the arguments of EDM's network"
+        ),
+    ]
     out: Annotated[Path, Parameter(help="folder to write")]
 
     def run(self) -> None:
         """Convert, and save."""
-        from ptqd.diffusion.compvis.pipeline import convert, save_converted
+        from ptqd.diffusion.compvis.pipeline import save_converted
+        from ptqd.diffusion.converters.family import convert
         from ptqd.outputs import output_folder
 
         with output_folder(self.out, [self.checkpoint, self.config]) as out:

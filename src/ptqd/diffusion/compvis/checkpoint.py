@@ -42,7 +42,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     raise InputError(f"{path} holds no state_dict of tensors; save the model's state_dict() alone")
 
 
-def _originals(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+def originals(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     """Tensors by the names that the original gives, without those of wrappers around the model or its parts."""
     outer = min((name.partition(_STAGE)[0] for name in tensors if _STAGE in name), key=len, default="")
     result = {}
@@ -66,7 +66,7 @@ class State:
     """A checkpoint's tensors, of which each is taken once."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        self.left, self.where = _originals(tensors, where), where
+        self.left, self.where = originals(tensors, where), where
 
     def take(self, name: str) -> torch.Tensor:
         """One of them."""

@@ -12,7 +12,7 @@ from ptqd.errors import InputError
 logger = logging.getLogger(__name__)
 
 _RAW, _EMA = "model.diffusion_model.", "model_ema.diffusion_model"
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -55,17 +55,17 @@ def _unet_names(unet: Unet) -> Iterator[str]:
     block = (f"transformer_blocks.{n}.{name}" for n in range(unet.depth) for name in _BLOCK)
     parts = {
         "layer": ("",),
-        "resnet": tuple(_RESNET),
+        "resnet": tuple(RESNET),
         "attention": ("norm", "qkv", "proj_out"),
         "transformer": ("norm", "proj_in", "proj_out", *block),
     }
-    for place, _, kind in _unet_places(unet):
+    for place, _, kind in unet_places(unet):
         for part in parts[kind]:
             for leaf in ("weight", "bias"):
                 yield ".".join(filter(None, (place, part, leaf)))
 
 
-def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
+def unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
     """Names in the original and in diffusers, and what is there."""
     attention = "transformer" if unet.context else "attention"
     levels = range(len(unet.multipliers))
@@ -110,12 +110,12 @@ def _unet_places(unet: Unet) -> Iterator[tuple[str, str, str]]:
 def unet_tensors(state: State, model: Model) -> dict[str, torch.Tensor]:
     """The UNet's, by their names in diffusers."""
     result: dict[str, torch.Tensor] = {}
-    for theirs, ours, kind in _unet_places(model.unet):
+    for theirs, ours, kind in unet_places(model.unet):
         for suffix in state.suffixes(f"{_RAW}{theirs}."):
             value = state.take(f"{_RAW}{theirs}.{suffix}")
             part, _, leaf = suffix.rpartition(".")
             if kind == "resnet":
-                result[f"{ours}.{_RESNET.get(part, part)}.{leaf}"] = value
+                result[f"{ours}.{RESNET.get(part, part)}.{leaf}"] = value
             elif kind == "attention":
                 result |= _attention(model.unet, ours, part, leaf, value)
             else:

@@ -47,12 +47,12 @@ def convert(checkpoint: Path, config: Path) -> DiffusionPipeline:
     scale = state.scale(model)
     choose_weights(state, model)
     empty, stage = _built(config, lambda: (build_denoiser(model.unet), build_first_stage(model, scale)))
-    unet = _filled(empty, unet_tensors(state, model), checkpoint, config)
-    vae = _filled(stage, first_stage_tensors(state, model), checkpoint, config)
+    unet = filled(empty, unet_tensors(state, model), checkpoint, config)
+    vae = filled(stage, first_stage_tensors(state, model), checkpoint, config)
     embedder = None
     if model.classes:
         rows = {"embedding.weight": state.take("cond_stage_model.embedding.weight")}
-        embedder = _filled(build_embedder(model), rows, checkpoint, config)
+        embedder = filled(build_embedder(model), rows, checkpoint, config)
     state.check_empty()
     parts = [part for part in (unet, vae, embedder) if part is not None]
     widest = functools.reduce(torch.promote_types, {p.dtype for part in parts for p in part.parameters()})
@@ -97,7 +97,7 @@ def save_converted(pipe: DiffusionPipeline, folder: Path) -> None:
             part.save_pretrained(folder / name)
 
 
-def _filled(network: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Path, config: Path) -> Any:
+def filled(network: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Path | str, config: Path | str) -> Any:
     """A network that was built without weights, with these."""
     required = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name, shape in required.items():

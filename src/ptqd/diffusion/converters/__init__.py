@@ -1,0 +1,1 @@
+"""What converters of checkpoints share: options that are asked for once, tensors that are taken once."""
