@@ -19,7 +19,8 @@ class GuidedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(2)
-        return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).view(x.shape)
+        result: torch.Tensor = flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))
+        return result.view(x.shape)
 
 
 class GuidedProducts(nn.Module):

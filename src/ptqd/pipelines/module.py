@@ -9,14 +9,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -35,17 +34,6 @@ def network_for_loading(network: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
-
-
-@dataclass
-class ModuleOutput(BaseOutput):
-    """What a network gives.
-
-    Attributes:
-        sample: (N, C, ...).
-    """
-
-    sample: torch.Tensor
 
 
 class ModuleDenoiser(ModelMixin, ConfigMixin):
@@ -99,14 +87,14 @@ class ModuleDenoiser(ModelMixin, ConfigMixin):
             made: ModuleDenoiser = type(self)(**own)
             return made
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, **conditions: Any) -> ModuleOutput:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, **conditions: Any) -> UNet2DOutput:
         """What the network makes of samples (N, C, ...) at a timestep, or at a sigma, one or (N,)."""
         t = torch.as_tensor(timestep, device=sample.device)
         t = t.expand(len(sample)) if t.numel() == 1 else t
         output = self.network(sample, t, **conditions)
         while not isinstance(output, torch.Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
-        return ModuleOutput(sample=output)
+        return UNet2DOutput(sample=output)
 
 
 def torch_layer(facts: Mapping[str, Any]) -> Any:
@@ -199,6 +187,7 @@ class ModulePipeline(DiffusionPipeline):
             output: torch.Tensor = self.unet(scale(x, t), t, **conditions).sample
             learned = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in ("learned", "learned_range")
             return output if learned else output[:, : x.shape[1]]  # without a learned variance
+        scheduler.scale_model_input(x, t)  # which some steps want to have been called
         sigma = scheduler.sigmas[i].to(x)
         denoised: torch.Tensor = self.unet(x, sigma, **conditions).sample
         if not hasattr(scheduler, "precondition_outputs"):
