@@ -21,6 +21,7 @@ from ptqd.progress import track
 
 MOST_STEPS, MOST_SAMPLES, MOST_SEEDS = 100_000, 10_000_000, 2**63  # beyond which a file or a hand is wrong
 MOST_CLASSES = 1_000_000
+FEW_CLASSES = 32  # that a run has all of
 OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
     "num_inference_steps": "say it with --steps (in Python: Sampling's steps)",
     "eta": "say it with --eta (in Python: Sampling's eta)",
@@ -308,7 +309,10 @@ def sample(
 
 
 def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The call arguments that a class-conditional pipeline needs: every class that it knows, in turn."""
+    """The call arguments that a class-conditional pipeline needs: every class that it knows, in turn.
+
+    Of many classes neighbours are alike, and a run may be shorter than they are many: they come in leaps.
+    """
     if "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
         return {}
     embedder = getattr(pipe, "class_embedder", None)
@@ -317,7 +321,18 @@ def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:
         known: Iterable[int] = range(embedder.config.classes)
     else:
         known = getattr(pipe, "labels", {}).values() or range(config.get("num_class_embeds") or 0)
-    return {"class_labels": sorted(set(known))} if known else {}
+    return {"class_labels": _in_leaps(sorted(set(known)))} if known else {}
+
+
+def _in_leaps(classes: list[int]) -> list[int]:
+    """All of many classes, in an order of which every part is spread over them."""
+    count = len(classes)
+    if count <= FEW_CLASSES:
+        return classes
+    leap = round(count * (math.sqrt(5) - 1) / 2)
+    while math.gcd(leap, count) > 1:
+        leap += 1
+    return [classes[i * leap % count] for i in range(count)]
 
 
 def default_steps(pipe: DiffusionPipeline) -> int:

@@ -14,6 +14,7 @@ from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
 
 SHARE = 0.7  # of what is free, where no limit is given
+WORKING = 4  # times the outputs that are kept: what a row takes while a layer works on it, and what allocators keep
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,4 @@ def rows_that_fit(model: nn.Module, arguments: tuple[tuple[Any, ...], Mapping[st
         most: as many rows are wanted.
     """
     each = live_bytes(model, [name for name, _ in model.named_modules()], arguments)
-    return max(1, min(most, int(spare / (2 * max(each, 1)))))
+    return max(1, min(most, int(spare / (WORKING * max(each, 1)))))

@@ -24,7 +24,7 @@ from ptqd.diffusion.macs import call_macs
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.quantization.blocks import find_units, is_inside
-from ptqd.quantization.budget import Budget, device_of, held, live_bytes
+from ptqd.quantization.budget import WORKING, Budget, device_of, held, live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import OBSERVED, SMOOTHED, Distill, Gptq, Learned, Method, Smooth, Widen
 from ptqd.quantization.modules.attention import AttentionProducts
@@ -150,16 +150,24 @@ class Costs:
         calls = steps * -(-samples // together)
         base = self.held + 2 * self.parameters  # the copy that observes; then that and the quantized one
         calibrating = calls * self.call.start + rows * self.call.each * self.observing
-        stages = [StageCost("calibrating", calibrating, base + together * self.rows_a_sample * self.live)]
+        stages = [StageCost("calibrating", calibrating, base + WORKING * together * self.rows_a_sample * self.live)]
+        spare = budget.spare(self.device)
         ranges = self.freezing
         if any(isinstance(method, Smooth) for method in recipe.methods) or recipe.calibration_steps != "uniform":
             ranges += min(OBSERVED, rows) * self.call.each * self.observing
-        stages.append(StageCost("finding ranges", ranges, base + min(BATCH, rows) * self.live))
-        spare = budget.spare(self.device)
+        stages.append(StageCost("finding ranges", ranges, base + self._working(min(BATCH, rows), spare)))
         for method in recipe.methods:
             seconds, memory = self._method(method, rows, spare)
             stages.append(StageCost(method.name, seconds, int(base + memory)))
         return Estimate(tuple(stages))
+
+    def _fitting(self, spare: int) -> int:
+        """Rows of a call without gradients that fit into memory."""
+        return max(1, int(spare / (WORKING * max(self.live, 1))))
+
+    def _working(self, rows: int, spare: int) -> int:
+        """Bytes that a call without gradients takes, of rows or of as many as fit."""
+        return WORKING * min(rows, self._fitting(spare)) * self.live
 
     def _method(self, method: Method, rows: int, spare: int) -> tuple[float, float]:
         """Seconds, and bytes beside the two models."""
@@ -167,11 +175,12 @@ class Costs:
             count = min(method.inputs, rows)
             return count * 1.5 * self.learning(1) + 2 * self.freezing, self.kept + self.parameters
         if isinstance(method, Smooth):
-            count = min(SMOOTHED, rows)
-            return self.smoothing(count), count * self.live + self.parameters
+            count = min(SMOOTHED, rows, self._fitting(spare))
+            return self.smoothing(count), self._working(count, spare) + self.parameters
         if isinstance(method, Gptq):
             count = min(method.inputs, rows)
-            return self.hessians(count) + self.rounding, min(count * self.between, spare)
+            memory = min(count * self.between, spare) + self._working(min(BATCH, count), spare)
+            return self.hessians(count) + self.rounding, memory
         if isinstance(method, Learned):
             whole = method.unit == "model"
             own = 5 * self.parameters  # what moves, gradients, Adam's two moments, and what is computed with

@@ -26,6 +26,7 @@ from ptqd.quantization.rounding.lockstep import in_lockstep
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
+_MOST_NUMBERS = 1 << 25  # of inputs under a convolution's kernel, at once
 _BLOCK = 128  # columns whose updates of the rest are made at once
 
 
@@ -151,13 +152,21 @@ def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> d
     hessians: dict[str, torch.Tensor] = {}
 
     def add(layer: Any, args: Any, name: str) -> None:
-        x = hessian_inputs(layer, layer.input(layer.smoothed(args[0].detach()))).float()
-        product = (x.T @ x).cpu()
-        hessians[name] = product if name not in hessians else hessians[name] + product
+        x = layer.input(layer.smoothed(args[0].detach()))
+        for part in x.split(_rows_at_once(layer, x)):
+            columns = hessian_inputs(layer, part).float()
+            product = (columns.T @ columns).cpu()
+            hessians[name] = product if name not in hessians else hessians[name] + product
 
     with hooked(*(layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items())):
         call()
     return hessians
+
+
+def _rows_at_once(layer: QuantLayer, x: torch.Tensor) -> int:
+    """Rows of an input whose columns under a kernel are not too many to be side by side."""
+    taps = layer.columns // layer.shape[1]  # of a kernel, each of which has the input once more
+    return max(1, _MOST_NUMBERS * len(x) // max(1, x.numel() * taps))
 
 
 def round_layers(
