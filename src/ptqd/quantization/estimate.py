@@ -145,13 +145,13 @@ class Costs:
             budget: whose memory bounds how many rows are learned from at once.
         """
         samples = recipe.calibration_samples
+        spare = budget.spare(self.device)
         together = min(sampling.batch, samples)
         rows = steps * samples * self.rows_a_sample
         calls = steps * -(-samples // together)
         base = self.held + 2 * self.parameters  # the copy that observes; then that and the quantized one
         calibrating = calls * self.call.start + rows * self.call.each * self.observing
-        stages = [StageCost("calibrating", calibrating, base + WORKING * together * self.rows_a_sample * self.live)]
-        spare = budget.spare(self.device)
+        stages = [StageCost("calibrating", calibrating, base + self._working(together * self.rows_a_sample, spare))]
         ranges = self.freezing
         if any(isinstance(method, Smooth) for method in recipe.methods) or recipe.calibration_steps != "uniform":
             ranges += min(OBSERVED, rows) * self.call.each * self.observing
@@ -161,9 +161,13 @@ class Costs:
             stages.append(StageCost(method.name, seconds, int(base + memory)))
         return Estimate(tuple(stages))
 
+    def samples_at_once(self, budget: Budget) -> int:
+        """Samples of a batch that fit into memory."""
+        return max(1, self._fitting(budget.spare(self.device)) // self.rows_a_sample)
+
     def _fitting(self, spare: int) -> int:
-        """Rows of a call without gradients that fit into memory."""
-        return max(1, int(spare / (WORKING * max(self.live, 1))))
+        """Rows of a call without gradients that fit into half of the memory that there is."""
+        return max(1, int(spare / 2 / (WORKING * max(self.live, 1))))
 
     def _working(self, rows: int, spare: int) -> int:
         """Bytes that a call without gradients takes, of rows or of as many as fit."""
@@ -179,7 +183,7 @@ class Costs:
             return self.smoothing(count), self._working(count, spare) + self.parameters
         if isinstance(method, Gptq):
             count = min(method.inputs, rows)
-            memory = min(count * self.between, spare) + self._working(min(BATCH, count), spare)
+            memory = min(count * self.between, spare / 2) + self._working(min(BATCH, count), spare)
             return self.hessians(count) + self.rounding, memory
         if isinstance(method, Learned):
             whole = method.unit == "model"

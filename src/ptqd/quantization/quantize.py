@@ -191,6 +191,8 @@ class _Quantizing:
         if self.budget == Budget() and not self.progress:
             return
         costs = measure_costs(self.full, self.pipe, self.recipe, self.run, self.name)
+        if self.budget.memory is not None:  # the batch changes no result
+            self.run = self.run.replace(batch=min(self.run.batch, costs.samples_at_once(self.budget)))
 
         def estimate(recipe: Recipe) -> Estimate:
             return costs.estimate(recipe, self.run, steps, self.budget)

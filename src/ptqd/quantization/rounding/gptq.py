@@ -113,7 +113,7 @@ def fit_gptq(
     units = units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
     bar = iter(track(units, title))
-    if max(times.values()) == 1 and len(inputs) * live_bytes(model, units, inputs.call([0])) <= spare:
+    if max(times.values()) == 1 and len(inputs) * live_bytes(model, units, inputs.call([0])) <= spare // 2:
 
         def visit(unit: str, call_unit: Callable[[], None]) -> None:
             next(bar, None)
@@ -166,7 +166,7 @@ def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> d
 def _rows_at_once(layer: QuantLayer, x: torch.Tensor) -> int:
     """Rows of an input whose columns under a kernel are not too many to be side by side."""
     taps = layer.columns // layer.shape[1]  # of a kernel, each of which has the input once more
-    return max(1, _MOST_NUMBERS * len(x) // max(1, x.numel() * taps))
+    return int(max(1, _MOST_NUMBERS * len(x) // max(1, x.numel() * taps)))
 
 
 def round_layers(

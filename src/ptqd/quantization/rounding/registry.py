@@ -42,9 +42,9 @@ class Task:
         return self.budget.spare(device_of(self.model))
 
     def rows_at_once(self, most: int = BATCH) -> int:
-        """Rows that the model can be called with, without gradients, in the memory that there is."""
+        """Rows that the model can be called with, without gradients, in half of the memory that there is."""
         assert self.inputs is not None
-        return rows_that_fit(self.model, self.inputs.call(self.inputs.kinds()[0][:1]), self.spare(), most)
+        return rows_that_fit(self.model, self.inputs.call(self.inputs.kinds()[0][:1]), self.spare() // 2, most)
 
     def rows(self, count: int) -> CalibrationInputs:
         """The first rows of the inputs, which are in random order."""
