@@ -91,7 +91,7 @@ def from_module(
         denoiser.architecture = (copy.deepcopy(denoiser.network).to("meta"),)
         first = _watched(denoiser, x, t, given)
     denoiser.register_to_config(
-        products=tuple(first.attentions), concatenations=first.concatenations, left=tuple(first.left.items())
+        attentions=tuple(first.attentions), concatenations=first.concatenations, left=tuple(first.left.items())
     )
     for name, why in first.left.items():
         logger.info("%s stays in full precision: %s", name, why)
@@ -145,9 +145,8 @@ class _Watch(TorchFunctionMode):
             if count % 2
         }
         for name in self.own_layers:
-            left[name] = (
-                f"{type(self.network.get_submodule(name)).__name__} computes its weight, or more than a product"
-            )
+            kind = type(self.network.get_submodule(name)).__name__
+            left[name] = f"{kind} does more than one convolution or product by a constant weight"
         return left
 
     def __torch_function__(

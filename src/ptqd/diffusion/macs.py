@@ -100,7 +100,7 @@ def _by_layer(model: nn.Module, root: str, counter: FlopCounterMode) -> dict[str
                 own[above] -= count
                 break
     config: Any = getattr(model, "config", {})
-    plain = (config.get("products") if isinstance(config, Mapping) else None) or ()
+    plain = (config.get("attentions") if isinstance(config, Mapping) else None) or ()
     layers: dict[str, int] = {}
     for name, count in own.items():
         if count <= 0:  # less where a child was also called by another

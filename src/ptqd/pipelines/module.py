@@ -44,7 +44,7 @@ class ModuleDenoiser(ModelMixin, ConfigMixin):
         sample_shape: of a sample, without the batch.
         convention: ``"timestep"`` or ``"sigma"``; see :func:`ptqd.from_module`.
         conditions: names of its further arguments, one entry a sample each.
-        products: modules that multiply two activations, as attention does.
+        attentions: modules that multiply two activations, as attention does.
         concatenations: convolutions that are given two tensors side by side, and the channels of the first.
         left: what cannot be quantized, and why.
         folded: layers of torch's in the place of the network's own, as :func:`torch_layer` makes them.
@@ -63,7 +63,7 @@ class ModuleDenoiser(ModelMixin, ConfigMixin):
         sample_shape: tuple[int, ...] = (),
         convention: str = "timestep",
         conditions: tuple[str, ...] = (),
-        products: tuple[str, ...] = (),
+        attentions: tuple[str, ...] = (),
         concatenations: Mapping[str, int] | None = None,
         left: tuple[tuple[str, str], ...] = (),
         folded: Mapping[str, Mapping[str, Any]] | None = None,
@@ -173,7 +173,7 @@ class ModulePipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             x = scheduler.step(self._predicted(x, t, i, given), t, x, **extra).prev_sample
         images: Any = x
-        if output_type == "np":
+        if output_type not in ("pt", "latent"):
             images = (x / 2 + 0.5).clamp(0, 1).movedim(1, -1) if x.ndim == 4 and x.shape[1] in (1, 3) else x
             images = images.float().cpu().numpy()
         self.maybe_free_model_hooks()

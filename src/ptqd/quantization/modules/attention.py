@@ -270,7 +270,7 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _plain_attentions(model: nn.Module) -> frozenset[str]:
     """The modules of a network that is none of diffusers' that multiply activations; see ``ModuleDenoiser``."""
     config: Any = getattr(model, "config", {})
-    return frozenset(config.get("products") or ()) if isinstance(config, Mapping) else frozenset()
+    return frozenset(config.get("attentions") or ()) if isinstance(config, Mapping) else frozenset()
 
 
 def has_products(attention: Any) -> bool:

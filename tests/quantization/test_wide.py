@@ -1,0 +1,176 @@
+"""Which roundings the denoiser's output shows, and who gets more bits for it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import tiny_pipeline
+from ptqd import InputError, QuantSpec, Recipe, Rule, Sampling, load, quantize
+from ptqd.diffusion import run_batch
+from ptqd.quantization.bops import run_cost
+from ptqd.quantization.hf_quantizer import coverage_of
+from ptqd.quantization.methods import Widen
+from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.output_effect import OutputEffects
+from ptqd.quantization.widen import Operand, choose_wider
+
+
+class Network(nn.Module):
+    """Two layers and something that bends between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 2, 3, padding=1)
+
+    def after(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(torch.tanh(hidden))
+        return result
+
+
+def test_the_effect_is_the_jacobians() -> None:
+    torch.manual_seed(0)
+    network, x = Network(), torch.randn(1, 2, 5, 5)
+    hidden = network.first(x).detach()
+    moves = {"all": 0.01 * torch.randn_like(hidden), "one": torch.zeros_like(hidden)}
+    moves["one"][0, 3, 2, 2] = 0.1
+    found = OutputEffects[str]()
+
+    def call(rows: list[int]) -> torch.Tensor:
+        own = found.watch("hidden", network.first(x), lambda: moves)
+        return network.after(own)
+
+    found.run(call, 600)
+    output, energy = network.after(hidden), float(network.after(hidden).detach().square().sum())
+    for name, move in moves.items():
+        _, change = torch.autograd.functional.jvp(network.after, hidden, move)
+        assert found.effects[name] == pytest.approx(float(change.detach().square().sum()) / energy, rel=0.25)
+    assert output.shape == x.shape
+
+
+class Residual(nn.Module):
+    """A residual network; the names say what each layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaf = nn.Conv2d(2, 4, 1)
+        self.normed, self.shifted, self.activated = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.sum, self.pooled_sum, self.joined_sum = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 2, 1)
+        self.norm, self.embed = nn.GroupNorm(2, 4), nn.Linear(3, 8)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = self.leaf(x)
+        h = h + self.normed(F.silu(self.norm(h)))
+        scale, shift = self.embed(emb)[..., None, None].chunk(2, dim=1)
+        h = h + self.shifted(F.silu(self.norm(h) * (1 + scale) + shift))
+        h = self.sum(h) + self.activated(F.silu(self.normed(self.norm(h))))
+        low = self.pooled_sum(F.avg_pool2d(h, 2))
+        result: torch.Tensor = self.joined_sum(torch.cat([F.interpolate(low, scale_factor=2.0) + h, h], dim=1))
+        return result
+
+
+def test_streams_are_sums_without_a_norm_since() -> None:
+    network = Residual()
+    found = OutputEffects[str]()
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: found.note(name, args[0]))
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    found.run(lambda rows: network(torch.randn(1, 2, 4, 4), torch.randn(1, 3)), 1)
+    assert len(hooks) == 8
+    assert found.streams == {"sum", "pooled_sum", "joined_sum"}
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.integers(1, 100)), min_size=1, max_size=8),
+    st.floats(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_budget_holds_and_each_pays(layers: list[tuple[float, float, int]], budget: float) -> None:
+    macs = {f"l{i}": float(size) for i, (_, _, size) in enumerate(layers)}
+    operands = [Operand(f"l{i}", "activations", 8, a) for i, (a, _, _) in enumerate(layers)]
+    operands += [Operand(f"l{i}", "weights", 4, w) for i, (_, w, _) in enumerate(layers)]
+    wider: Any = {"activations": 16, "weights": 8}
+    error, others = sum(each.gain for each in operands) + 0.1, 50.0
+    chosen = choose_wider(operands, wider, macs, others, error, budget)
+    bits = {(each.layer, each.kind): each.bits for each in operands}
+    before = others + sum(n * 4 * 8 for n in macs.values())
+    total, left = before, error
+    for each in chosen:
+        bits[each.layer, each.kind] = wider[each.kind]
+        now = others + sum(n * bits[name, "weights"] * bits[name, "activations"] for name, n in macs.items())
+        assert each.gain / left >= 4 * (now - total) / before * (1 - 1e-9)
+        total, left = now, left - each.gain
+    assert total <= budget * before * (1 + 1e-9)
+    assert len(set(chosen)) == len(chosen)
+
+
+def heavy_tailed() -> Any:
+    """A pipeline whose stream has one channel far larger than the others, which norms hide and shortcuts read."""
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[3] *= 300
+        pipe.unet.conv_in.bias[3] *= 300
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[Any, Sampling, Any, Any]:
+    pipe = heavy_tailed()
+    run = Sampling(steps=3, samples=4, batch=4, call={"class_labels": [0, 1, 2], "guidance_scale": 2.0})
+    recipe = dataclasses.replace(Recipe.parse("w8a8-split"), calibration_samples=4, rules=())
+    recipe = dataclasses.replace(recipe, weights=QuantSpec(8, range="minmax"))
+    recipe = dataclasses.replace(recipe, activations=QuantSpec(8, symmetric=False, range="minmax"))
+    plain = quantize(pipe, recipe, run)
+    return pipe, run, plain, quantize(pipe, dataclasses.replace(recipe, methods=(Widen(),)), run)
+
+
+def test_layers_that_read_the_stream_get_more_bits(wide: tuple[Any, Sampling, Any, Any]) -> None:
+    pipe, run, plain, quantized = wide
+    rules = Recipe.from_dict(quantized.unet.hf_quantizer.quantization_config.recipe).rules
+    chosen = {rule.match for rule in rules if rule.activation_bits == 16}
+    assert any("conv_shortcut" in name for name in chosen)
+    assert chosen <= set(coverage_of(quantized).quantized)
+    full, before, after = (run_batch(each, run, range(4), "latent") for each in (pipe, plain, quantized))
+    assert (after - full).square().mean() < 0.3 * (before - full).square().mean()
+    assert run_cost(plain, run).total < run_cost(quantized, run).total <= 1.25 * run_cost(plain, run).total
+
+
+def test_more_bits_are_saved(wide: tuple[Any, Sampling, Any, Any], tmp_path: Path) -> None:
+    *_, run, _, quantized = wide
+    quantized.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(quantized, run, range(2), "latent"))
+    widths = {q.bits for m in again.unet.modules() if isinstance(q := m, ActivationQuantizer)}
+    assert widths == {8, 16}
+
+
+@pytest.mark.parametrize("bits", [2, 9, 12, 16])
+def test_every_width_halves_the_step(bits: int) -> None:
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 3 - 1
+    quantizer = ActivationQuantizer(QuantSpec(bits, symmetric=False, range="minmax"))
+    quantizer.observe()
+    quantizer(x)
+    quantizer.freeze()
+    step = float(x.max() - x.min()) / (2**bits - 1)
+    assert float((quantizer(x) - x).abs().max()) <= step * 0.51 + 1e-6
+    assert len(quantizer(x).unique()) > min(2**bits, 1000) * 0.6
+
+
+def test_wide_comes_first_and_says_what_it_cannot() -> None:
+    with pytest.raises(InputError, match="'wide' decides what the other methods work on; name it first"):
+        Recipe.parse("w8a8-smooth-wide")
+    with pytest.raises(InputError, match="budget must be at least 1"):
+        Widen(budget=0.5)
+    with pytest.raises(InputError, match="bits must be 2 to 16; got 17"):
+        Widen(bits=17)
+    with pytest.raises(InputError, match="weights' bits must be 2 to 8; got 9"):
+        Rule("x", weight_bits=9)
+    assert Recipe.parse("w4a8-best").methods[0] == Widen()
