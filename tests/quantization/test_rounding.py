@@ -62,6 +62,12 @@ def test_gptq_is_optimal_brain_surgery(group: int) -> None:
     got = gptq(rows, hessian, grid, order=False, damping=0.01)
     assert torch.allclose(got, plain_gptq(rows, hessian, grid, 0.01), atol=1e-4)
     assert torch.equal(grid.rounded(got), got)
+    apart = gptq(rows, [hessian[:8, :8], hessian[8:, 8:]], grid, order=True, damping=0.01)
+    for part, groups in ((slice(0, 8), slice(0, 2)), (slice(8, 12), slice(2, 3))):
+        scale, zero = (t[:, groups] if group else t for t in (grid.scale, grid.zero))
+        own = WeightGrid(grid.spec, scale, zero, part.stop - part.start)
+        alone = gptq(rows[:, part], hessian[part, part], own, order=True, damping=0.01)
+        assert torch.equal(apart[:, part], alone)
     ordered = gptq(rows, hessian, grid, order=True, damping=0.01)
     nearest = (x @ (grid.rounded(rows) - rows).T).square().sum()
     for rounded in (got, ordered):

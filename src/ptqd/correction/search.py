@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 COHERENCES = (1.0, 2.0, 4.0, 8.0, 16.0)
 MIN_CHECKED = 4
+ENOUGH_CHECKED = 64  # samples by which a correction that helps is told from one that does not
 BANDS = 4
 RESOLUTION = 1e-6
 
@@ -318,6 +319,13 @@ class _Search:
             "" if whole <= quantile * error else f"on other samples, energy is {math.exp(whole):.2f} times as far off"
         )
 
+    def _nothing_held(self) -> str:
+        """Why no correction is taken; where samples are few, that these may be why."""
+        promising = [each for each in self.errors if each is not self.plain and self._score(each, self.all) < 0]
+        if promising and len(self.all) < ENOUGH_CHECKED:
+            return f"nothing better held on {len(self.all)} samples, which are few to tell by: measure {ENOUGH_CHECKED}"
+        return "nothing better held"
+
     def _choice(self) -> CorrectionSearch:
         candidates, why = set(self.errors), {}
         while True:
@@ -327,7 +335,7 @@ class _Search:
                 break
             why[taken] = against
             candidates.remove(taken)
-        why[taken] = "nothing better held" if taken is self.plain else "the best, and it held on other samples"
+        why[taken] = self._nothing_held() if taken is self.plain else "the best, and it held on other samples"
         trials = [
             Trial(
                 c.name,

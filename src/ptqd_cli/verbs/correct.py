@@ -69,6 +69,8 @@ class Correct:
             run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call, shared)
             choice = search_correction(quantized, stats, run, progress=True)
             tell("\n".join(describe(choice.trials)))
+            if measured.steps == 1:
+                tell("with one step, a correction is a filter of the finished sample, and mends what all samples share")
             corrected = apply_correction(quantized, choice.correction)
         else:
             corrected = apply_correction(quantized, stats, methods, steps=self.steps)

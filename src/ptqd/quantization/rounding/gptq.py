@@ -1,10 +1,12 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), as a function of a weight's rows and their inputs' Hessian.
 
 Column by column, each rounding's error is made up for by the columns still to come, as the inverse Hessian of the
-layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1).
+layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1). A very
+wide layer's columns are taken in blocks of whole channels, as if blocks were uncorrelated: memory goes with the square
+of the columns, and time with the cube.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,12 +23,14 @@ from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.methods import Gptq
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
+from ptqd.quantization.recipe import QuantSpec
 from ptqd.quantization.rounding.capture import run_until, times_called, units_in_order
 from ptqd.quantization.rounding.lockstep import in_lockstep
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
 
 _MOST_NUMBERS = 1 << 25  # of inputs under a convolution's kernel, at once
+_WIDEST = 9216  # columns whose Hessian is taken whole: its factors in float64 are 0.7 GB each
 _BLOCK = 128  # columns whose updates of the rest are made at once
 
 
@@ -49,12 +53,14 @@ def hessian_inputs(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
     return x.movedim(places, tuple(range(1, 1 + len(kernel)))).reshape(-1, layer.columns)
 
 
-def gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, *, order: bool, damping: float) -> torch.Tensor:
+def gptq(
+    rows: torch.Tensor, hessian: torch.Tensor | Sequence[torch.Tensor], grid: WeightGrid, *, order: bool, damping: float
+) -> torch.Tensor:
     """Rows on their grid, chosen one column after the other.
 
     Args:
         rows: (O, I), float32.
-        hessian: ``X^T X`` of the layer's inputs (I, I).
+        hessian: ``X^T X`` of the layer's inputs (I, I), or the blocks on its diagonal that count.
         grid: the numbers that rows are rounded to; its scales stay.
         order: columns by falling diagonal of the Hessian.
         damping: share of its mean diagonal that is added to it.
@@ -62,6 +68,25 @@ def gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, *, order: 
     Returns:
         Rounded rows (O, I), on the grid.
     """
+    blocks = [hessian] if isinstance(hessian, torch.Tensor) else list(hessian)
+    sizes = [len(block) for block in blocks]
+    scale, zero = grid.expanded()
+    parts = zip(rows.split(sizes, 1), scale.split(sizes, 1), zero.split(sizes, 1), blocks, strict=True)
+    done = [_block(w, s, z, h, grid.spec, order=order, damping=damping) for w, s, z, h in parts]
+    return torch.cat(done, 1) if len(done) > 1 else done[0]
+
+
+def _block(
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    order: bool,
+    damping: float,
+) -> torch.Tensor:
+    """Columns that make up for each other."""
     hessian = hessian.double().clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0  # inputs that are always 0: any rounding does
@@ -70,13 +95,13 @@ def gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, *, order: 
     hessian = hessian[permutation][:, permutation]
     hessian.diagonal().add_(damping * float(hessian.diagonal().mean()))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    scale, zero = (t[:, permutation] for t in grid.expanded())
+    scale, zero = scale[:, permutation], zero[:, permutation]
     left, result = rows[:, permutation].clone(), torch.empty_like(rows)
     for start in range(0, left.shape[1], _BLOCK):
         end = min(start + _BLOCK, left.shape[1])
         errors = torch.zeros(len(left), end - start)
         for j in range(start, end):
-            rounded = round_to(left[:, j], scale[:, j], zero[:, j], grid.spec)
+            rounded = round_to(left[:, j], scale[:, j], zero[:, j], spec)
             error = (left[:, j] - rounded) / upper[j, j]
             left[:, j:end] -= error[:, None] * upper[j, j:end]
             errors[:, j - start] = error
@@ -147,16 +172,17 @@ def _round_unit(
         round_layers(layers, weights, hessians, method)
 
 
-def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """``X^T X`` (I, I) of the inputs that each layer gets in calls, where it is called."""
-    hessians: dict[str, torch.Tensor] = {}
+def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
+    """``X^T X`` of the inputs that each layer gets in calls, where it is called: (I, I), or blocks on its diagonal."""
+    hessians: dict[str, list[torch.Tensor]] = {}
 
     def add(layer: Any, args: Any, name: str) -> None:
         x = layer.input(layer.smoothed(args[0].detach()))
         for part in x.split(_rows_at_once(layer, x)):
             columns = hessian_inputs(layer, part).float()
-            product = (columns.T @ columns).cpu()
-            hessians[name] = product if name not in hessians else hessians[name] + product
+            products = [(x.T @ x).cpu() for x in columns.split(_widths(layer), dim=1)]
+            before = hessians.get(name)
+            hessians[name] = products if before is None else [a + b for a, b in zip(before, products, strict=True)]
 
     with hooked(*(layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items())):
         call()
@@ -172,14 +198,24 @@ def _rows_at_once(layer: QuantLayer, x: torch.Tensor) -> int:
 def round_layers(
     layers: Mapping[str, QuantLayer],
     weights: Mapping[str, torch.Tensor],
-    hessians: Mapping[str, torch.Tensor],
+    hessians: Mapping[str, list[torch.Tensor]],
     method: Gptq,
 ) -> None:
     """Round layers' full-precision weights by their Hessians, in place."""
-    for name, hessian in hessians.items():
+    for name, blocks in hessians.items():
         layer = layers[name]
         grid, target = grid_on_cpu(layer), layer.target_weight(weights[name])
-        layer.write(grid, grid.codes(gptq(target, hessian, grid, order=method.order, damping=method.damping)))
+        layer.write(grid, grid.codes(gptq(target, blocks, grid, order=method.order, damping=method.damping)))
+
+
+def _widths(layer: QuantLayer) -> list[int]:
+    """How many of a layer's columns each block of its Hessian has: all, or whole channels of as many as fit."""
+    if layer.columns <= _WIDEST:
+        return [layer.columns]
+    taps = layer.columns // layer.shape[1]
+    count = -(-layer.columns // _WIDEST)
+    channels = [len(part) for part in torch.arange(layer.shape[1]).chunk(count)]
+    return [taps * n for n in channels]
 
 
 def grid_on_cpu(layer: QuantLayer) -> WeightGrid:

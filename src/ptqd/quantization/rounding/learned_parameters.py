@@ -122,7 +122,7 @@ class Straight:
         """The weight to compute with now."""
         scale, zero = self._expanded()
         spec = self.layer.weights.grid
-        rounded = straight_round(self.w * self.size, scale, spec.qmin - zero, spec.qmax - zero)
+        rounded = straight_round(self.w, scale / self.size, spec.qmin - zero, spec.qmax - zero) * self.size
         return rounded.view(self.layer.shape).to(self.layer.weight.dtype)
 
     def penalty(self, beta: float) -> torch.Tensor:
