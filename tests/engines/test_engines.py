@@ -14,12 +14,14 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from conftest import tiny_pipeline
 from ptqd import (
     InputError,
     LatentClassPipeline,
     MismatchError,
     PrecisionPlan,
     Recipe,
+    Rule,
     Sampling,
     apply_plan,
     correct,
@@ -460,3 +462,18 @@ def test_probabilities_of_16_bits_are_multiplied_as_floats(full: DDIMPipeline, t
     made = export(qpipe, RUN, "onnxruntime", tmp_path / "made")
     assert set(dict(made.products.floating).values()) == {"16-bit probabilities"}
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_layers_with_more_bits_are_computed_as_simulated(engine: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    run = Sampling(steps=2, samples=2, batch=2, call={"class_labels": [0, 1], "guidance_scale": 2.0})
+    rules = (Rule("conv_out", 8, 16), Rule("*conv_shortcut*", 8, 16), Rule("*to_q", activation_bits=12, dynamic=True))
+    recipe = dataclasses.replace(Recipe.parse("w8a8-split"), rules=rules, calibration_samples=2)
+    quantized = quantize(pipe, recipe, run)
+    made = export(quantized, run, engine, tmp_path, others="none")
+    reasons = {reason for _, reason in made.products.floating}
+    assert reasons == {"activations of more than 8 bits"}
+    assert len(made.products.integer) > 20
+    got, want = (run_batch(each, run, range(2), "latent") for each in (load(tmp_path), quantized))
+    assert (got - want).abs().mean() < 0.01 * want.abs().mean()

@@ -230,12 +230,16 @@ def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def _why_not(name: str, module: QuantLayer | AttentionProducts) -> str | None:
     """Why a product is none of integers; None where it is one."""
     if isinstance(module, AttentionProducts):
-        if module.probabilities.bits == WIDE:
-            return "16-bit probabilities"
+        if module.probabilities.bits > MAX_BITS:
+            return f"{module.probabilities.bits}-bit probabilities"
+        if max(module.query.widths) > MAX_BITS:
+            return "activations of more than 8 bits"
         return "ranges as they come" if module.query.spec.dynamic else None
     for what, spec in (("weights", module.weights), ("activations", module.input.spec)):
         if spec.format != "int":
             raise InputError(f"{name}: no engine multiplies {spec.format} {what}; quantize to integers, or simulate")
+    if max(module.input.widths) > MAX_BITS:
+        return "activations of more than 8 bits"
     return "groups of weights" if module.scale.ndim == 2 else None
 
 
@@ -260,6 +264,7 @@ class _Rounding(nn.Module):
         self.grid = quantizer.grids[quantizer.active.index]
         self.table = table
         self.dtype = torch.uint16 if self.grid.bits > MAX_BITS else torch.uint8
+        self.is_wide = max(quantizer.widths) > MAX_BITS
         first = self.grid.qmin
         if signed and self.grid.symmetric:
             self.dtype, first = torch.int8, 0
@@ -276,6 +281,8 @@ class _Rounding(nn.Module):
         if self.place is not None:
             table, i = self.table, self.place
             x = symbolic("Clip", (x, table.low[i], table.high[i]), x, x.dtype)
+            if self.is_wide:  # whose codes are more than the zero points' type has
+                return (x / table.scale[i]).round() * table.scale[i]
             codes = symbolic("QuantizeLinear", (x, table.scale[i], table.zero[i]), x, self.dtype)
             return symbolic("DequantizeLinear", (codes, table.scale[i], table.zero[i]), x, torch.float32)
         if self.grid.bits not in (MAX_BITS, WIDE):
@@ -295,10 +302,10 @@ class _Rounding(nn.Module):
             zero = ((most + 1) / 2).expand(scale.shape)
         else:
             zero = torch.minimum((-low / scale).round(), most)
-        zero = zero.to(torch.uint8)
-        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
-        if self.place is not None or self.grid.bits < MAX_BITS:
-            codes = symbolic("Min", (codes, most.to(torch.uint8)), rows, torch.uint8)
+        zero = zero.to(self.dtype)
+        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, self.dtype, axis=0)
+        if self.place is not None or self.grid.bits not in (MAX_BITS, WIDE):
+            codes = symbolic("Min", (codes, most.to(self.dtype)), rows, self.dtype)
         output = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
         return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
 
