@@ -476,4 +476,4 @@ def test_layers_with_more_bits_are_computed_as_simulated(engine: Any, tmp_path: 
     assert reasons == {"activations of more than 8 bits"}
     assert len(made.products.integer) > 20
     got, want = (run_batch(each, run, range(2), "latent") for each in (load(tmp_path), quantized))
-    assert (got - want).abs().mean() < 0.01 * want.abs().mean()
+    assert (got - want).abs().mean() < 0.02 * want.abs().mean()

@@ -302,10 +302,14 @@ class _Rounding(nn.Module):
             zero = ((most + 1) / 2).expand(scale.shape)
         else:
             zero = torch.minimum((-low / scale).round(), most)
-        zero = zero.to(self.dtype)
-        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, self.dtype, axis=0)
-        if self.place is not None or self.grid.bits not in (MAX_BITS, WIDE):
-            codes = symbolic("Min", (codes, most.to(self.dtype)), rows, self.dtype)
+        if self.is_wide:  # which engines have not, row by row
+            parts = (rows / scale[:, None]).round()
+            output = torch.minimum(torch.maximum(parts, -zero[:, None]), (most - zero)[:, None]) * scale[:, None]
+            return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
+        zero = zero.to(torch.uint8)
+        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
+        if self.place is not None or self.grid.bits < MAX_BITS:
+            codes = symbolic("Min", (codes, most.to(torch.uint8)), rows, torch.uint8)
         output = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
         return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
 
