@@ -37,7 +37,7 @@ from ptqd.diffusion.sampling import default_call, sample
 from ptqd.engines import processor_name
 from ptqd.quantization.bops import run_cost
 
-MINUTES, MEMORY = 20, 6  # that a recipe may take, GB
+MINUTES, MEMORY = 12, 6  # that a recipe may take, GB
 RECIPES = ("w8a8-best", "w4a8-best", "w8a8", "w4a8")
 OTHERS = ("nncf", "onnxruntime-exact", "torchao")
 FLAGS = {

@@ -82,7 +82,8 @@ def test_a_correction_that_the_trajectories_refute_is_dropped(stats: NoiseStats)
     elsewhere = dataclasses.replace(stats, finals=stats.finals[torch.randperm(len(stats.finals), generator=g)])
     choice = search_correction(gaussian_pipeline(**NOISE), elsewhere, RUN)
     assert choice.name == "none"
-    assert [trial.why for trial in choice.trials if trial.kept] == ["nothing better held"]
+    few = "nothing better held on 32 samples, which are few to tell by: measure 64"
+    assert [trial.why for trial in choice.trials if trial.kept] == [few]
     assert any("on other samples" in trial.why for trial in choice.trials)
 
 

@@ -4,6 +4,7 @@ import ptqd
 def test_the_public_names_are_these() -> None:
     assert ptqd.__all__ == [
         "ArtifactError",
+        "Budget",
         "Correction",
         "CorrectionSearch",
         "Evaluator",
@@ -14,6 +15,7 @@ def test_the_public_names_are_these() -> None:
         "MismatchError",
         "MissingDependencyError",
         "NoiseStats",
+        "PixelPipeline",
         "PrecisionPlan",
         "PtqdError",
         "QuantSpec",
@@ -30,6 +32,7 @@ def test_the_public_names_are_these() -> None:
         "explain",
         "export",
         "fit_correction",
+        "from_module",
         "load",
         "load_evaluator",
         "measure",

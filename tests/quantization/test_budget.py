@@ -83,6 +83,13 @@ def test_gptq_in_one_pass_is_gptq_unit_by_unit(monkeypatch: pytest.MonkeyPatch) 
     assert fingerprint(once.unet) == fingerprint(anew.unet)
 
 
+def test_rows_wait_in_half_of_the_memory() -> None:
+    assert gptq.rows_that_wait(10, 10**6, 256) == 256
+    assert gptq.rows_that_wait(10, 2000, 256) == 100
+    assert gptq.rows_that_wait(10, 1000, 256) == 0
+    assert gptq.rows_that_wait(10, 1000, 20) == 20
+
+
 def test_calls_in_lockstep_end_together_when_one_fails() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     calls: list[Any] = [((torch.zeros(1, 2),), {}), ((torch.zeros(1, 3),), {})]

@@ -31,7 +31,7 @@ from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding.capture import reaching
-from ptqd.quantization.rounding.gptq import hessians_of, round_layers
+from ptqd.quantization.rounding.gptq import hessians_of, round_layers, rows_that_wait
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, Straight
 from ptqd.quantization.rounding.smoothquant import search_smoothing
 from ptqd.quantization.rounding.training_memory import SLACK, kept_bytes
@@ -183,8 +183,10 @@ class Costs:
             return self.smoothing(count), self._working(count, spare) + self.parameters
         if isinstance(method, Gptq):
             count = min(method.inputs, rows)
-            memory = min(count * self.between, spare / 2) + self._working(min(BATCH, count), spare)
-            return self.hessians(count) + self.rounding, memory
+            waiting = rows_that_wait(self.between, spare, count)
+            again = 0.0 if waiting else count * self.call.each * self.units / 2  # run anew up to every unit
+            memory = waiting * self.between + self._working(min(BATCH, count), spare)
+            return self.hessians(waiting or count) + again + self.rounding, memory
         if isinstance(method, Learned):
             whole = method.unit == "model"
             own = 5 * self.parameters  # what moves, gradients, Adam's two moments, and what is computed with

@@ -31,6 +31,7 @@ from ptqd.quantization.sites import quantized_layers
 
 _MOST_NUMBERS = 1 << 25  # of inputs under a convolution's kernel, at once
 _WIDEST = 9216  # columns whose Hessian is taken whole: its factors in float64 are 0.7 GB each
+_FEWEST = 64  # rows that Hessians are worth taking on
 _BLOCK = 128  # columns whose updates of the rest are made at once
 
 
@@ -138,7 +139,9 @@ def fit_gptq(
     units = units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
     bar = iter(track(units, title))
-    if max(times.values()) == 1 and len(inputs) * live_bytes(model, units, inputs.call([0])) <= spare // 2:
+    waiting = rows_that_wait(live_bytes(model, units, inputs.call([0])), spare, len(inputs))
+    if max(times.values()) == 1 and waiting:
+        inputs = inputs.first(waiting)
 
         def visit(unit: str, call_unit: Callable[[], None]) -> None:
             next(bar, None)
@@ -154,6 +157,18 @@ def fit_gptq(
                     run_until(model, unit, inputs.call(rows), times[unit])
 
         _round_unit(model, full, unit, method, exempt, call_unit)
+
+
+def rows_that_wait(each: int, spare: int, rows: int) -> int:
+    """How many of some rows can go from unit to unit together in half of the memory that there is; none if too few.
+
+    Args:
+        each: bytes that a row needs between units.
+        spare: bytes that may be taken.
+        rows: that there are.
+    """
+    fitting = min(rows, int(spare / 2 / max(each, 1)))
+    return fitting if fitting >= min(rows, _FEWEST) else 0
 
 
 def _round_unit(
