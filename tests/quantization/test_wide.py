@@ -19,7 +19,7 @@ from ptqd.quantization.hf_quantizer import coverage_of
 from ptqd.quantization.methods import Widen
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.output_effect import OutputEffects
-from ptqd.quantization.widen import Operand, choose_wider
+from ptqd.quantization.widen import Form, Operand, choose_forms
 
 
 class Network(nn.Module):
@@ -88,28 +88,51 @@ def test_streams_are_sums_without_a_norm_since() -> None:
     assert found.streams == {"sum", "pooled_sum", "joined_sum"}
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.integers(1, 100)), min_size=1, max_size=8),
-    st.floats(1, 3),
-)
+effects = st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 100))
+
+
+@given(st.lists(effects, min_size=1, max_size=6), st.floats(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_the_budget_holds_and_each_pays(layers: list[tuple[float, float, int]], budget: float) -> None:
-    macs = {f"l{i}": float(size) for i, (_, _, size) in enumerate(layers)}
-    operands = [Operand(f"l{i}", "activations", 8, a) for i, (a, _, _) in enumerate(layers)]
-    operands += [Operand(f"l{i}", "weights", 4, w) for i, (_, w, _) in enumerate(layers)]
-    wider: Any = {"activations": 16, "weights": 8}
-    error, others = sum(each.gain for each in operands) + 0.1, 50.0
-    chosen = choose_wider(operands, wider, macs, others, error, budget)
-    bits = {(each.layer, each.kind): each.bits for each in operands}
+def test_the_budget_holds_and_each_pays(layers: list[tuple[float, float, float, float, int]], budget: float) -> None:
+    macs = {f"l{i}": float(layer[4]) for i, layer in enumerate(layers)}
+    operands = []
+    for i, (a, comes, w, floor, _) in enumerate(layers):
+        forms = ((Form(8), a + floor), (Form(16), floor), (Form(8, dynamic=True), comes * (a + floor)))
+        operands += [Operand(f"l{i}", "activations", forms)]
+        operands += [Operand(f"l{i}", "weights", ((Form(4), w), (Form(8), w / 256)))]
+    error, others = sum(each.forms[0][1] for each in operands) + 0.1, 50.0
+    chosen = choose_forms(operands, macs, others, error, budget)
+    forms_now = {(each.layer, each.kind): each.forms[0][0] for each in operands}
     before = others + sum(n * 4 * 8 for n in macs.values())
-    total, left = before, error
     for each in chosen:
-        bits[each.layer, each.kind] = wider[each.kind]
-        now = others + sum(n * bits[name, "weights"] * bits[name, "activations"] for name, n in macs.items())
-        assert each.gain / left >= 4 * (now - total) / before * (1 - 1e-9)
-        total, left = now, left - each.gain
-    assert total <= budget * before * (1 + 1e-9)
-    assert len(set(chosen)) == len(chosen)
+        forms_now[each.layer, each.kind] = each.form
+    kinds: tuple[Any, Any] = ("weights", "activations")
+    after = others + sum(
+        n * forms_now[name, kinds[0]].bits * forms_now[name, kinds[1]].bits for name, n in macs.items()
+    )
+    assert after <= budget * before * (1 + 1e-9)
+    known = {(each.layer, each.kind): dict(each.forms) for each in operands}
+    for each in chosen:
+        own = known[each.layer, each.kind]
+        assert own[each.form] < next(iter(own.values()))
+    assert len({(each.layer, each.kind) for each in chosen}) == len(chosen)
+
+
+def test_the_most_rewarding_come_first() -> None:
+    def activations(name: str, *errors: float) -> Operand:
+        forms = (Form(8), Form(16), Form(8, dynamic=True))
+        return Operand(name, "activations", tuple(zip(forms, errors, strict=True)))
+
+    weights = [Operand(name, "weights", ((Form(8), 0.0),)) for name in ("small", "large", "clipped", "none")]
+    operands = [activations("small", 5, 0, 5), activations("large", 3, 0, 3), activations("clipped", 1, 0.6, 0.01)]
+    operands += [activations("none", 0.5, 0.4, 0.5), *weights]
+    macs = {"small": 1.0, "large": 10.0, "clipped": 5.0, "none": 84.0}
+    chosen = choose_forms(operands, macs, 0.0, 9.5, 1.25)
+    assert [(each.layer, each.form) for each in chosen] == [
+        ("small", Form(16)),
+        ("large", Form(16)),
+        ("clipped", Form(8, dynamic=True)),
+    ]
 
 
 def heavy_tailed() -> Any:

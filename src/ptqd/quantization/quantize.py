@@ -33,6 +33,7 @@ from ptqd.quantization.calibration import (
     CalibrationInputs,
     as_calibrated,
     calibrate,
+    draw_inputs,
     measured_errors,
     step_weights,
 )
@@ -104,6 +105,7 @@ def quantize(
     return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
 
 
+UNSEEN = 4  # samples, at least, whose calls show what ranges do to new samples
 BUCKETS = 64  # of steps, at most, whose activations are observed apart: a histogram each
 
 
@@ -152,7 +154,7 @@ class _Quantizing:
         quantized, coverage = self._inserted(ranges)
         model: Any = getattr(quantized, self.name)
         self._take_over(model, observed, ranges)
-        if self._widen(model, calibration.inputs, ranges):
+        if self._widen(model, ranges):
             quantized, coverage = self._inserted(ranges)
             model = getattr(quantized, self.name)
             self._take_over(model, observed, ranges)
@@ -336,11 +338,22 @@ class _Quantizing:
                 quantizer.observe(grouped)
             quantizer.bypass()
 
-    def _widen(self, model: nn.Module, inputs: CalibrationInputs | None, ranges: StepRanges | None) -> bool:
+    def _unseen(self, count: int) -> CalibrationInputs:
+        """Rows of calls for samples that nothing was calibrated on."""
+        assert self.steps is not None
+        a_sample = len(self.steps) * len(first_rows(self.pipe, self.run, self.name))
+        samples = max(UNSEEN, -(-count // a_sample))
+        few = self.run.with_seed_for("unseen").replace(samples=samples)
+        return draw_inputs(
+            self.pipe, few, count, step_weights("uniform", len(self.steps)), name=self.name, steps=self.steps
+        )
+
+    def _widen(self, model: nn.Module, ranges: StepRanges | None) -> bool:
         """Let the recipe give some layers' activations more bits, if it has a method for it; whether it did."""
         method = next((each for each in self.recipe.methods if isinstance(each, Widen)), None)
-        if method is None or inputs is None:
+        if method is None:
             return False
+        inputs = self._unseen(method.inputs)
         args, kwargs = inputs.call([0])
         macs = by_halves(Macs.of([call_macs(self.full, *args, **kwargs)]), model)
         counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
