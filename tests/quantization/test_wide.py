@@ -130,8 +130,8 @@ def test_the_most_rewarding_come_first() -> None:
     chosen = choose_forms(operands, macs, 0.0, 9.5, 1.25)
     assert [(each.layer, each.form) for each in chosen] == [
         ("small", Form(16)),
-        ("large", Form(16)),
         ("clipped", Form(8, dynamic=True)),
+        ("large", Form(16)),
     ]
 
 
@@ -155,24 +155,26 @@ def wide() -> tuple[Any, Sampling, Any, Any]:
     return pipe, run, plain, quantize(pipe, dataclasses.replace(recipe, methods=(Widen(),)), run)
 
 
-def test_layers_that_read_the_stream_get_more_bits(wide: tuple[Any, Sampling, Any, Any]) -> None:
+def test_layers_that_read_the_stream_get_more_bits_or_ranges_of_their_own(wide: tuple[Any, Sampling, Any, Any]) -> None:
     pipe, run, plain, quantized = wide
     rules = Recipe.from_dict(quantized.unet.hf_quantizer.quantization_config.recipe).rules
-    chosen = {rule.match for rule in rules if rule.activation_bits == 16}
+    chosen = {rule.match for rule in rules if rule.activation_bits == 16 or rule.dynamic}
     assert any("conv_shortcut" in name for name in chosen)
     assert chosen <= set(coverage_of(quantized).quantized)
     full, before, after = (run_batch(each, run, range(4), "latent") for each in (pipe, plain, quantized))
     assert (after - full).square().mean() < 0.3 * (before - full).square().mean()
-    assert run_cost(plain, run).total < run_cost(quantized, run).total <= 1.25 * run_cost(plain, run).total
+    assert run_cost(plain, run).total <= run_cost(quantized, run).total <= 1.25 * run_cost(plain, run).total
 
 
-def test_more_bits_are_saved(wide: tuple[Any, Sampling, Any, Any], tmp_path: Path) -> None:
+def test_what_wide_chose_is_saved(wide: tuple[Any, Sampling, Any, Any], tmp_path: Path) -> None:
     *_, run, _, quantized = wide
     quantized.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert torch.equal(run_batch(again, run, range(2), "latent"), run_batch(quantized, run, range(2), "latent"))
     widths = {q.bits for m in again.unet.modules() if isinstance(q := m, ActivationQuantizer)}
-    assert widths == {8, 16}
+    assert widths <= {8, 16}
+    dynamic = {q.spec.dynamic for m in again.unet.modules() if isinstance(q := m, ActivationQuantizer)}
+    assert len(widths) + len(dynamic) > 2
 
 
 @pytest.mark.parametrize("bits", [2, 9, 12, 16])
