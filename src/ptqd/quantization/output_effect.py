@@ -56,7 +56,7 @@ class OutputEffects(Generic[Name]):
             moves: gives, when the gradient comes, how far each rounding moves the value, by the roundings' names.
         """
         self.note(place, value)
-        own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_().clone()
 
         def add(gradient: torch.Tensor) -> None:
             with torch.no_grad():
