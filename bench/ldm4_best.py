@@ -54,6 +54,8 @@ class Stages:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[self.now] = self.seconds.get(self.now, 0.0) + time.perf_counter() - start
+                peak = self.peaks.get(self.now, 0) / 1e9
+                print(f"  {self.now} is over: {self.seconds[self.now]:.0f} s, peak {peak:.2f} GB", flush=True)
                 self.now = before
 
         return timed
