@@ -86,7 +86,7 @@ def main() -> None:
         said.append(result[1])
         return result
 
-    module: Any = sys.modules[quantize.__module__]
+    module: Any = quantize
     module.fitted = keep
     module.widened = stages.of(lambda *args: "wide", module.widened)
     module.apply_method = stages.of(lambda task, method: method.name, module.apply_method)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ptqd import InputError, Sampling, sample
 from ptqd.diffusion import denoiser_name, run_batch, sample_generator
+from ptqd.diffusion.sampling import guidance_of
 
 
 def images(pipe: Any, run: Sampling) -> np.ndarray:
@@ -116,3 +117,11 @@ def test_a_pipeline_without_denoiser_is_named(pipe: Any) -> None:
 
     with pytest.raises(InputError, match="neither a unet nor a transformer"):
         denoiser_name(Bare(pipe.vae))
+
+
+def test_a_guidance_scale_that_is_no_number_is_refused(pipe: Any) -> None:
+    assert guidance_of(pipe, Sampling(call={"guidance_scale": 3})) == 3
+    assert guidance_of(pipe, Sampling(call={"guidance_scale": torch.tensor([2.0])})) == 2.0
+    for wrong in ("", [1.0, 2.0], {"a": 1}):
+        with pytest.raises(InputError, match="guidance_scale must be a number; got"):
+            guidance_of(pipe, Sampling(call={"guidance_scale": wrong}))

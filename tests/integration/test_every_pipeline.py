@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # what cannot be, and is said in a line
 def learning_recipe(shorthand: str = "w4a8-smooth-gptq-brecq") -> Recipe:
     """One that smooths, rounds by GPTQ and learns, in a few steps each."""
     values = Recipe.parse(shorthand).to_dict()
-    values["calibration_samples"] = 4
+    values |= {"calibration_samples": 4, "calibration_rows": 0}
     for part in ("weights", "activations"):
         values[part] = {**values[part], "range": "minmax"}
     for method in values["methods"]:

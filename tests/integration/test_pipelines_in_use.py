@@ -49,7 +49,7 @@ FLUX = Sampling(steps=3, samples=4, batch=2, call={**CASES["flux"].call, "sigmas
 def quick(shorthand: str, **changes: Any) -> Recipe:
     """A recipe whose ranges are not what is tested."""
     values = Recipe.parse(shorthand).to_dict()
-    values |= {"calibration_samples": 2, **changes}
+    values |= {"calibration_samples": 2, "calibration_rows": 0, **changes}
     for part in ("weights", "activations"):
         values[part] = {**values[part], "range": "minmax"}
     values["rules"] = [{**rule, "optional": True} for rule in values["rules"]]

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -188,10 +189,23 @@ def _plain(value: object) -> Any:
 
 
 def guidance_of(pipe: DiffusionPipeline, sampling: Sampling) -> float | None:
-    """The guidance scale a run is at, the pipeline's own where it says none; None where there is no guidance."""
+    """The guidance scale a run is at, the pipeline's own where it says none; None where there is no guidance.
+
+    Raises:
+        InputError: it is no number.
+    """
     parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     given = {**sampling.call, **sampling.shared}
-    return None if parameter is None else given.get("guidance_scale", parameter.default)
+    if parameter is None:
+        return None
+    guidance: Any = given.get("guidance_scale", parameter.default)
+    if isinstance(guidance, torch.Tensor) and guidance.numel() == 1:
+        guidance = guidance.item()
+    if isinstance(guidance, Real) or guidance is None:
+        return guidance  # type: ignore[return-value]  # an integer counts as one
+    if "guidance_scale" in given:
+        raise InputError(f"guidance_scale must be a number; got {guidance!r}")
+    return None
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:

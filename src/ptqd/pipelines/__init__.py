@@ -11,7 +11,7 @@ from ptqd.pipelines.edm_unet import EDMUNet2DModel
 from ptqd.pipelines.guided_unet import GuidedUNet2DModel
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
-from ptqd.pipelines.module import ModuleDenoiser, ModulePipeline
+from ptqd.pipelines.module import ModulePipeline
 from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.pipelines.respaced import RespacedDDIMScheduler, RespacedDDPMScheduler
 
@@ -26,4 +26,4 @@ _CLASSES = (
 for _class in _CLASSES:
     setattr(diffusers, _class.__name__, _class)
 
-NETWORKS = (EDMUNet2DModel, GuidedUNet2DModel, ModuleDenoiser)
+NETWORKS = (EDMUNet2DModel, GuidedUNet2DModel)
