@@ -741,7 +741,7 @@ def test_denoisers_are_distilled_whatever_they_are_given(name: str) -> None:
     pipe = case.build()
     run = Sampling(steps=case.steps, samples=4, batch=2, call={**case.call, **(case.guidance or {})})
     want, values, errors = samples(pipe, run), quick("w4a8-best").to_dict(), []
-    for methods in ([], [{"name": "smooth"}, {"name": "distill", "inputs": 32, "iterations": 40, "batch": 8}]):
+    for methods in ([], [{"name": "distill", "inputs": 32, "iterations": 40, "batch": 8}]):
         recipe = Recipe.from_dict({**values, "methods": methods})
         errors.append(float((samples(quantize(pipe, recipe, run), run) - want).square().mean()))
     assert errors[1] < 0.9 * errors[0]

@@ -25,6 +25,7 @@ from ptqd.quantization import (
 from ptqd.quantization.modules import LayerOptions, QuantConv, QuantLayer, QuantLinear
 from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
+from ptqd.quantization.rounding.learned_parameters import straight_round
 
 W4, A8 = QuantSpec(4), QuantSpec(8, symmetric=False)
 
@@ -413,3 +414,24 @@ def test_half_precision_pipelines(recipe: str, run: Sampling) -> None:
 def test_a_rule_without_a_method_that_is_not_there() -> None:
     with pytest.raises(InputError, match="is without 'gptq', which is not among the methods"):
         quick(rules=[{"match": "*", "without": ["gptq"]}])
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (1, 7)])
+def test_the_straight_gradient_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    scale = torch.rand(shape, generator=generator, dtype=torch.float64) / 4 + 0.1
+    upstream = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    gradients = []
+    for function in (straight_round, by_formula):
+        a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        result = function(a, s, -4, 3)
+        gradients.append((result.detach(), *torch.autograd.grad((result * upstream).sum(), (a, s))))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)
+    assert (x / scale > 3).any()
+
+
+def by_formula(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    inside = torch.clamp(x / scale, low, high)
+    return scale * (inside + (inside.round() - inside).detach())
