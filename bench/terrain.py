@@ -276,7 +276,7 @@ def report(folder: Path) -> None:
     console = Console(width=120)
     console.print(f"Converted: samples differ from the package's by {found['convert']['difference']:.1e} at most.\n")
     table = Table(
-        "", "PSNR, dB", "fewer bit operations", "MB", "time, s", "memory, GB", title="W8A8 and W4A8, 16 samples"
+        "", "PSNR, dB", "fewer bit operations", "MB", "time, s", "memory so far, GB", title="W8A8 and W4A8, 16 samples"
     )
     for name, row in {**found["ours"], **found.get("others", {})}.items():
         values = [f"{row['psnr']:.1f}", *(f"{row[k]:.{d}f}" if k in row else "" for k, d in _COLUMNS)]
@@ -284,7 +284,7 @@ def report(folder: Path) -> None:
     console.print(table)
     for name, row in found["ours"].items():
         if row.get("said"):
-            console.print(f"{name}: {row['said']}")
+            console.print(f"{name}: {row['said']}", soft_wrap=True)
     for recipe, row in found.get("correct", {}).items():
         console.print(f"{recipe}, corrected: " + ", ".join(f"{name} {value:.2f} dB" for name, value in row.items()))
     if "engines" in found:
