@@ -8,7 +8,6 @@ concatenation, and layers that are not torch's own classes, but call torch's con
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.errors import InputError
+from ptqd.errors import InputError, raised_by
 from ptqd.pipelines.module import (
     CONVENTIONS,
     ModuleDenoiser,
@@ -131,7 +130,6 @@ class _Watch(TorchFunctionMode):
         self.products: dict[str, int] = {}
         self.concatenations: dict[str, int] = {}
         self._joined: dict[int, tuple[torch.Tensor, int, int]] = {}
-        self._inside = False
 
     @property
     def attentions(self) -> list[str]:
@@ -192,23 +190,24 @@ def _watched(denoiser: ModuleDenoiser, x: torch.Tensor, t: torch.Tensor, conditi
     Raises:
         InputError: the network refuses the call.
     """
+    try:
+        with torch.no_grad():
+            output = denoiser(x, t, **conditions).sample
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        if raised_by(error, "ptqd.diffusion"):
+            raise  # a bug
+        called = ", ".join(("x", "t", *(f"{name}=..." for name in conditions)))
+        raise InputError(
+            f"{denoiser.config.network_class} cannot be called as network({called}) with x {tuple(x.shape)}, "
+            f"t {tuple(t.shape)}: {' '.join(str(error).split())}"
+        ) from error
     watch = _Watch(denoiser)
     hooks = []
     for name, module in denoiser.named_modules():
         hooks.append(module.register_forward_pre_hook(partial(watch.given, name)))
         hooks.append(module.register_forward_hook(partial(watch.done, name)))
-    with ExitStack() as stack:
-        stack.enter_context(hooked(*hooks))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watch)
-        try:
-            output = denoiser(x, t, **conditions).sample
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
-            called = ", ".join(("x", "t", *(f"{name}=..." for name in conditions)))
-            raise InputError(
-                f"{denoiser.config.network_class} cannot be called as network({called}) with x {tuple(x.shape)}, "
-                f"t {tuple(t.shape)}: {' '.join(str(error).split())}"
-            ) from error
+    with hooked(*hooks), torch.no_grad(), watch:
+        denoiser(x, t, **conditions)
     if tuple(output.shape[2:]) != tuple(x.shape[2:]) or output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
         raise InputError(
             f"{denoiser.config.network_class} gives {tuple(output.shape)} for samples {tuple(x.shape)}; a denoiser "

@@ -192,7 +192,13 @@ class _Quantizing:
         self.recipe = replace(self.recipe, calibration_samples=samples)
         if self.budget == Budget() and not self.progress:
             return
-        costs = measure_costs(self.full, self.pipe, self.recipe, self.run, self.name)
+        try:
+            costs = measure_costs(self.full, self.pipe, self.recipe, self.run, self.name)
+        except Exception as error:
+            if self.budget != Budget():
+                raise
+            logger.warning("what the recipe takes cannot be told beforehand: %s", error)  # which stops nothing
+            return
         if self.budget.memory is not None:  # the batch changes no result
             self.run = self.run.replace(batch=min(self.run.batch, costs.samples_at_once(self.budget)))
 
