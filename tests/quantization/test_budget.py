@@ -187,3 +187,16 @@ def test_few_steps_get_more_seeds() -> None:
     assert quantized.unet.hf_quantizer.quantization_config.recipe["calibration_samples"] == 12
     quantized = quantize(tiny_pipeline(), words, RUN.replace(steps=4))
     assert quantized.unet.hf_quantizer.quantization_config.recipe["calibration_samples"] == 4
+
+
+def test_an_estimate_that_fails_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("no unit")
+
+    monkeypatch.setattr("ptqd.quantization.quantize.measure_costs", fail)
+    assert quantize(tiny_pipeline(), recipe("w8a8-gptq"), RUN, progress=True) is not None
+    assert "cannot be told beforehand: no unit" in caplog.text
+    with pytest.raises(ZeroDivisionError):
+        quantize(tiny_pipeline(), recipe("w8a8-gptq"), RUN, budget=Budget(minutes=10))

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _KINDS = {F.conv1d: "Conv1d", F.conv2d: "Conv2d", F.conv3d: "Conv3d", F.linear: "Linear"}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_PRODUCTS = {torch.einsum, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
+WRITTEN_OUT = {torch.einsum, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
+"""Torch's functions that attention is written with."""
 _SAME = 1e-5  # of a layer's largest output: how far a folded layer may be off
 
 
@@ -129,7 +130,7 @@ class _Watch(TorchFunctionMode):
         self.own_layers: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
         self.products: dict[str, int] = {}
         self.concatenations: dict[str, int] = {}
-        self._joined: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self._joined: dict[int, tuple[torch.Tensor, int]] = {}  # each kept, so that no other gets its id
 
     @property
     def attentions(self) -> list[str]:
@@ -158,10 +159,10 @@ class _Watch(TorchFunctionMode):
             parts = args[0] if args else kwargs["tensors"]
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if len(parts) == 2 and axis in (1, 1 - result.ndim):
-                self._joined[id(result)] = (result, parts[0].shape[1], parts[1].shape[1])
+                self._joined[id(result)] = (result, parts[0].shape[1])
         elif func is F.scaled_dot_product_attention:
             self.products[here] = self.products.get(here, 0) + 2
-        elif func in _PRODUCTS and self._multiplies(args):
+        elif func in WRITTEN_OUT and self._multiplies(args):
             self.products[here] = self.products.get(here, 0) + 1
         elif func in _KINDS and not isinstance(module, LAYERS):
             self.own_layers.setdefault(here, []).append((func, args, kwargs))

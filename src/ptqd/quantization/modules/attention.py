@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ptqd.diffusion.from_module import WRITTEN_OUT
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.recipe import QuantSpec
@@ -183,10 +184,6 @@ class _PlainRounding(TorchFunctionMode):
         for place, each in zip(places, rounding, strict=True):
             rounded[place] = each(args[place])
         return func(*rounded, **kwargs)
-
-
-WRITTEN_OUT = {torch.einsum, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
-"""Torch's functions that attention is written with."""
 
 
 class QuantAttention:
