@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ptqd.quantization import (
     Soft,
     Straight,
     annealed,
+    checkpoints,
     fit_exactly,
     gptq,
     hessian_inputs,
@@ -280,6 +283,48 @@ def test_a_kill_between_or_inside_units_changes_nothing(
     assert kills >= 1
     assert fingerprint(got.unet) == fingerprint(want.unet)
     assert not list(tmp_path.rglob("*.bin"))  # inputs are not left behind
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes"),
+    [
+        (("wide", "smooth", "gptq"), {"time_embedding": True, "step_ranges": 2}),
+        (("svd", "gptq"), {"calibration_steps": "ptq4dm"}),
+    ],
+)
+def test_a_kill_between_writes_changes_nothing(
+    methods: tuple[str, ...],
+    changes: dict[str, Any],
+    pipe: Any,
+    run: Sampling,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calibration, wide, smoothing, observing again and GPTQ go on from where they were."""
+    options: dict[str, dict[str, Any]] = {"wide": {"inputs": 4}, "gptq": {"inputs": 16}}
+    recipe = quick(*({"name": name, **options.get(name, {})} for name in methods), **changes)
+    run = run.replace(batch=1)
+    want = quantize(pipe, recipe, run)
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    plain, written = Path.replace, Counter[str]()
+
+    def killed(self: Path, target: Path) -> Path:
+        plain(self, target)
+        written[f"{Path(target).parent.name}/{Path(target).name}"] += 1
+        if written.total() % 7 == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    got = None
+    while got is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            got = quantize(pipe, recipe, run, scratch=tmp_path)
+    assert fingerprint(got.unet) == fingerprint(want.unet)
+    layers = [name for name in written if "/layers-" in name]
+    assert {name.partition("/")[0] for name in layers} == set(methods) - {"wide"}
+    assert len(layers) > 4
+    assert {written[name] for name in layers} == {1}  # nothing was done twice
+    assert {count for name, count in written.items() if "/rows-" in name} <= {1, 2}  # twice if killed before its state
 
 
 def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:

@@ -27,7 +27,7 @@ class _Stop(Exception):  # noqa: N818  # no error: the call was seen
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """What one row has in a place of the arguments.
 
     Attributes:
@@ -224,21 +224,21 @@ def _split(node: Any, path: tuple[Any, ...], by_row: Mapping[tuple[Any, ...], in
     axis = by_row.get(path)
     if axis is not None and isinstance(node, torch.Tensor) and node.shape[axis] % rows == 0:
         each_has = node.shape[axis] // rows  # frames, in some
-        return [_Leaf("stacked", node.narrow(axis, i * each_has, each_has), axis) for i in range(rows)]
+        return [Leaf("stacked", node.narrow(axis, i * each_has, each_has), axis) for i in range(rows)]
     if axis is not None and isinstance(node, list) and len(node) == rows:
-        return [_Leaf("item", value) for value in node]
+        return [Leaf("item", value) for value in node]
     if isinstance(node, Mapping):
         each = {key: _split(value, (*path, key), by_row, rows) for key, value in node.items()}
         return [{key: trees[i] for key, trees in each.items()} for i in range(rows)]
     if isinstance(node, tuple | list):
         lists = [_split(value, (*path, i), by_row, rows) for i, value in enumerate(node)]
         return [type(node)(trees[i] for trees in lists) for i in range(rows)]
-    return [_Leaf("shared", node)] * rows
+    return [Leaf("shared", node)] * rows
 
 
 def _join(trees: Sequence[Any]) -> Any:
     first = trees[0]
-    if isinstance(first, _Leaf):
+    if isinstance(first, Leaf):
         if first.how == "stacked":
             return torch.cat([tree.value for tree in trees], first.axis)
         return [tree.value for tree in trees] if first.how == "item" else first.value
@@ -249,9 +249,9 @@ def _join(trees: Sequence[Any]) -> Any:
 
 def _mapped(node: Any) -> Any:
     """The same tree with copies of the tensors that are stacked or items."""
-    if isinstance(node, _Leaf):
+    if isinstance(node, Leaf):
         own = node.how != "shared" and isinstance(node.value, torch.Tensor)
-        return _Leaf(node.how, node.value.clone(), node.axis) if own else node
+        return Leaf(node.how, node.value.clone(), node.axis) if own else node
     if isinstance(node, Mapping):
         return {key: _mapped(value) for key, value in node.items()}
     return type(node)(_mapped(value) for value in node)
@@ -259,7 +259,7 @@ def _mapped(node: Any) -> Any:
 
 def _kind(node: Any, digests: dict[int, str]) -> Any:
     """What rows have in common that can be called together: shapes of their own tensors, and all that is shared."""
-    if isinstance(node, _Leaf):
+    if isinstance(node, Leaf):
         return (node.how, _facts(node.value, digests if node.how == "shared" else None))
     if isinstance(node, Mapping):
         return tuple((key, _kind(value, digests)) for key, value in node.items())

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from ptqd.engines.cpu import Processor, overflows
 from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
@@ -39,19 +39,11 @@ ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A float tensor that is codes of activations.
-
-    Attributes:
-        codes: their name; of shape (R, K) where each row has a range.
-        scale: its name.
-        zero: its name.
-        by_row: whether each row has a range: that of a token, or of a sample, as it comes.
-    """
+    """A float tensor that is codes of activations."""
 
     codes: str
     scale: str
     zero: str
-    by_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,8 +182,7 @@ class _Lowering:
         if codes in self.constants:
             self.weights[output] = Weight(codes, scale, zero[0] if zero else "", facts.get("axis", 1))
         else:
-            by_row = len(self.shapes.get(scale, [])) == 1 and self.shapes[scale] != [1]
-            self.dequantized[output] = Dequantized(codes, scale, zero[0] if zero else "", by_row)
+            self.dequantized[output] = Dequantized(codes, scale, zero[0] if zero else "")
         return True
 
     def _quantizelinear(self, node: onnx.NodeProto) -> bool:
@@ -235,19 +226,8 @@ class _Lowering:
         self._put(node, [self.channels_last(name) for name in node.input], axis=rank - 1)
         return True
 
-    def _seen_otherwise(self, node: onnx.NodeProto) -> bool:
-        """Rows with ranges of their own in another shape; the product that they go to takes them as they were."""
-        result = self.dequantized.get(node.input[0])
-        if result is None or not result.by_row:
-            return False
-        self.dequantized[node.output[0]] = result
-        self.postponed[node.output[0]] = node
-        return True
-
     def _transpose(self, node: onnx.NodeProto) -> bool:
         """One that only puts the channels last, or back, is a name."""
-        if self._seen_otherwise(node):
-            return True
         source, output = node.input[0], node.output[0]
         perm = list(helper.get_attribute_value(node.attribute[0]))
         rank = len(perm)
@@ -264,8 +244,6 @@ class _Lowering:
 
     def _reshape(self, node: onnx.NodeProto) -> bool:
         """Places joined or parted, the channels left alone: (N, C, H, W) and (N, C, HW)."""
-        if self._seen_otherwise(node):
-            return True
         source, output = node.input[0], node.output[0]
         before, after = self.shapes.get(source, []), self.shapes.get(output, [])
         if source in self.means and after[1:] == before[1:2]:
@@ -278,6 +256,17 @@ class _Lowering:
             return False
         shape = self.constant([0, *after[2:], after[1]])
         self.last[output] = self.emit("Reshape", [self.last[source], shape], f"{output}/last")
+        return True
+
+    def _pad(self, node: onnx.NodeProto) -> bool:
+        """By a constant."""
+        source, amounts = node.input[0], self.constants.get(node.input[1])
+        mode = attributes_of(node).get("mode", b"constant")
+        if source not in self.last or amounts is None or len(node.input) > 3 or mode != b"constant":
+            return False
+        rank = len(self.shapes[source])
+        turned = [amounts[side + i] for side in (0, rank) for i in (0, *range(2, rank), 1)]
+        self._put(node, [self.last[source], self.constant(turned), *node.input[2:]])
         return True
 
     def _resize(self, node: onnx.NodeProto) -> bool:
@@ -321,78 +310,11 @@ class _Lowering:
         codes = self.constants[weight.codes]
         rows = np.ascontiguousarray(codes.transpose(2, 3, 1, 0)).reshape(-1, codes.shape[0])  # kh*kw*I,O
         bias = node.input[2] if len(node.input) > 2 else ""
-        if x.by_row:
-            return self._conv_by_row(x, weight, rows, bias, output, shape, after, codes.shape[2:], facts)
         left = self._columns(
             self.channels_last(x.codes), self.here(x.zero), shape, after, codes.shape[2:], facts, output
         )
         self.last[output] = self._product(left, x, weight, rows, bias, f"{output}/last")
         return True
-
-    def _conv_by_row(
-        self,
-        x: Dequantized,
-        weight: Weight,
-        rows: np.ndarray,
-        bias: str,
-        output: str,
-        shape: Shape,
-        after: Shape,
-        kernel: Sequence[int],
-        facts: dict[str, object],
-    ) -> bool:
-        """A convolution of tokens, or of samples, with ranges of their own."""
-        _, c, h, w = (int(d or 0) for d in shape)
-        _, o, high, wide = (int(d or 0) for d in after)
-        size = self.shapes[x.codes][1]
-        alone = self._is_pointwise(kernel, facts)
-        if alone and size == c:
-            made = self._by_row(self.here(x.codes), x, weight, rows, np.ones((1, 1)), bias, output)
-        elif size == c * h * w:
-            cut = self.emit("Reshape", [self.here(x.codes), self.constant([0, c, h, w])], f"{output}/cut")
-            turned = self.emit("Transpose", [cut], f"{output}/turned", perm=[0, 2, 3, 1])
-            left = self._columns(turned, self.constant(0, np.uint8), shape, after, kernel, facts, output)
-            there = np.ones((high * wide, 1)) if alone else self._taps(shape, after, kernel, facts)[1]
-            made = self._by_row(left, x, weight, rows, there, bias, output)
-        else:
-            return False
-        self.last[output] = self.emit("Reshape", [made, self.constant([-1, high, wide, o])], f"{output}/last")
-        return True
-
-    def _by_row(
-        self, left: str, x: Dequantized, weight: Weight, rows: np.ndarray, there: np.ndarray, bias: str, output: str
-    ) -> str:
-        """Codes (..., K) of rows with ranges of their own times codes of a weight (K, O), plus a bias: (R, P O).
-
-        ``sum((q - z) w) s = (sum(q w) - z sum(w)) s``, where what lies beyond the edge is not part of the sums.
-
-        Args:
-            left: of each row (R, K), or of each of its places (R, ..., K).
-            x: scale and zero point of each row.
-            weight: scale and zero point of each column.
-            rows: the weight's codes.
-            there: which of the kernel's taps lie inside, at each place (P, taps).
-            bias: of each column, or nothing.
-            output: a name.
-        """
-        name, zero = self._codes_of(weight, rows)
-        inputs = [left, name, self.constant(1, np.float32), weight.scale, "", zero, ""]
-        product = self.emit("MatMulIntegerToFloat", inputs, f"{output}/unscaled")
-        width = rows.shape[1]
-        values = rows.astype(np.float64) - (self.constants[weight.zero].astype(np.float64) if weight.zero else 0)
-        sums = there @ values.reshape(there.shape[1], -1, width).sum(1) * self.constants[weight.scale]  # P,O
-        added = self.constants[bias] if bias else np.zeros(width)
-        both = self.constant(np.stack([-sums.reshape(-1), np.tile(added, len(there))]), np.float32)  # 2,P*O
-        column = self.constant([-1, 1])
-        scale = self.emit("Reshape", [self.here(x.scale), column], f"{output}/scale")
-        points = self.emit("Cast", [self.here(x.zero)], f"{output}/points", to=TensorProto.FLOAT)
-        points = self.emit("Reshape", [points, column], f"{output}/column")
-        shift = self.emit("Mul", [points, scale], f"{output}/shift")
-        ones = self.emit("Div", [scale, scale], f"{output}/ones")
-        factors = self.emit("Concat", [shift, ones], f"{output}/factors", axis=1)
-        product = self.emit("Reshape", [product, self.constant([-1, len(there) * width])], f"{output}/rows")
-        scaled = self.emit("Mul", [product, scale], f"{output}/scaled")
-        return self.emit("Gemm", [factors, both, scaled], f"{output}/sum")
 
     @staticmethod
     def _is_pointwise(kernel: Sequence[int], facts: dict[str, Any]) -> bool:
@@ -400,18 +322,15 @@ class _Lowering:
         return tuple(kernel) == (1, 1) and list(strides) == [1, 1] and not any(pads)
 
     @staticmethod
-    def _taps(
-        shape: Shape, after: Shape, kernel: Sequence[int], facts: dict[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Where, in the padded input, a kernel's taps are at each place, and whether that is inside: (H'*W', kh*kw)."""
+    def _taps(shape: Shape, after: Shape, kernel: Sequence[int], facts: dict[str, Any]) -> np.ndarray:
+        """Where, in the padded input, a kernel's taps are, place by place: (H'*W'*kh*kw,)."""
         strides, dilations = facts.get("strides", [1, 1]), facts.get("dilations", [1, 1])
-        top, left, _, right = facts.get("pads", [0, 0, 0, 0])
-        h, w, high, wide = (int(d or 0) for d in (*shape[2:], *after[2:]))
+        _, left, _, right = facts.get("pads", [0, 0, 0, 0])
+        w, high, wide = (int(d or 0) for d in (shape[3], *after[2:]))
         rows = np.arange(high)[:, None, None, None] * strides[0] + np.arange(kernel[0])[:, None] * dilations[0]
         columns = np.arange(wide)[:, None, None] * strides[1] + np.arange(kernel[1]) * dilations[1]
-        places = rows * (w + left + right) + columns
-        inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
-        return places.reshape(high * wide, -1), inside.reshape(high * wide, -1).astype(np.float64)
+        places: np.ndarray = rows * (w + left + right) + columns
+        return places.reshape(-1)
 
     def _columns(
         self,
@@ -432,7 +351,7 @@ class _Lowering:
         if any(pads):
             amounts = self.constant([0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0])
             source = self.emit("Pad", [source, amounts, beyond], f"{output}/padded")
-        places = self._taps(shape, after, kernel, facts)[0].reshape(-1)
+        places = self._taps(shape, after, kernel, facts)
         flat = self.constant([0, (h + pads[0] + pads[2]) * (w + pads[1] + pads[3]), c])
         flat = self.emit("Reshape", [source, flat], f"{output}/flat")
         taken = self.emit("Gather", [flat, self.constant(places)], f"{output}/taken", axis=1)
@@ -469,18 +388,8 @@ class _Lowering:
                     output, bias = user.output[0], added
                     self.done.add(output)
             rows = self.constants[weight.codes]
-            if x.by_row:
-                made = self._by_row(self.here(x.codes), x, weight, rows, np.ones((1, 1)), bias, output)
-                shape = self.shapes[output]
-                if len(shape) == 2:
-                    self.emit("Identity", [made], output)
-                else:
-                    self.emit("Reshape", [made, self.constant([-1, *(int(d or 0) for d in shape[1:])])], output)
-            else:
-                self._product(self.here(x.codes), x, weight, rows, bias, output)
-        elif x.by_row:
-            return False
-        elif other is not None and not other.by_row:
+            self._product(self.here(x.codes), x, weight, rows, bias, output)
+        elif other is not None:
             inputs = [self.here(n) for n in (x.codes, other.codes, x.scale, other.scale, x.zero, other.zero)]
             self.emit("MatMulIntegerToFloat", inputs, output)
         else:

@@ -11,11 +11,12 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
@@ -26,7 +27,7 @@ from ptqd.errors import InputError, UnsupportedError, raised_by
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts, attention_modules
-from ptqd.quantization.modules.linear_conv import QuantLayer
+from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE
 from ptqd.quantization.sites import activation_quantizers, quantized_sites
 from ptqd.quantization.swap import put_layer
@@ -214,7 +215,10 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
             integer.append(path)
         else:
             floating.append((path, reason))
-        quantizers = [_Rounding(q, places.get(id(q)), table, signed) for q in site.activations]
+        by_row = _CodesByRow if isinstance(site.module, QuantLayer) and reason is None else _RoundingByRow
+        quantizers = [
+            (by_row if q.spec.dynamic else _Rounding)(q, places.get(id(q)), table, signed) for q in site.activations
+        ]
         if isinstance(site.module, QuantLayer):
             put_layer(twin, path, _Product(site.module, *quantizers))
         else:
@@ -240,6 +244,9 @@ def _why_not(name: str, module: QuantLayer | AttentionProducts) -> str | None:
             raise InputError(f"{name}: no engine multiplies {spec.format} {what}; quantize to integers, or simulate")
     if max(module.input.widths) > MAX_BITS:
         return "activations of more than 8 bits"
+    by_place = module.input.spec.dynamic and not module.input.rowwise
+    if by_place and isinstance(module, QuantConv) and not module.keeps_places:
+        return "a range as it comes of each place of the input, which are not those of the output"
     return "groups of weights" if module.scale.ndim == 2 else None
 
 
@@ -276,8 +283,6 @@ class _Rounding(nn.Module):
         self.low, self.high = (float((edge - zero) * scale) for edge in (self.grid.qmin, self.grid.qmax))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.spec.dynamic:
-            return self._as_it_comes(x)
         if self.place is not None:
             table, i = self.table, self.place
             x = symbolic("Clip", (x, table.low[i], table.high[i]), x, x.dtype)
@@ -290,11 +295,29 @@ class _Rounding(nn.Module):
         codes = symbolic("QuantizeLinear", (x, self.scale, self.zero), x, self.dtype)
         return symbolic("DequantizeLinear", (codes, self.scale, self.zero), x, torch.float32)
 
-    def _as_it_comes(self, x: torch.Tensor) -> torch.Tensor:
-        """With the range of each token, or sample, found now."""
-        moved = x if self.rowwise else x.movedim(self.axis, -1)
-        rows = moved.flatten(1) if self.rowwise else moved.reshape(-1, moved.shape[-1])  # R,K
-        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)  # R
+
+class _RoundingByRow(_Rounding):
+    """An activation quantizer whose range is found as it comes, of each token, or of each sample.
+
+    Engines round to one scale and zero point alone, so what they round here is ``x / scale + zero``, to 1 and 0.
+    """
+
+    one: torch.Tensor
+    nothing: torch.Tensor
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("one", torch.tensor(1.0))
+        self.register_buffer("nothing", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale, zero = self.codes_of(x)
+        return (codes - zero) * scale
+
+    def codes_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes as floats, in the tensor's shape; scales and zero points, where every dimension of a row is 1."""
+        dims = tuple(range(1, x.ndim)) if self.rowwise else (self.axis,)
+        low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
         most = self.most.float() if self.place is None else self.table.high[self.place]
         scale = torch.maximum(-low, high) / ((most - 1) / 2) if self.grid.symmetric else (high - low) / most
         scale = torch.where(scale > torch.finfo(torch.float32).smallest_normal, scale, 1.0)
@@ -302,16 +325,25 @@ class _Rounding(nn.Module):
             zero = ((most + 1) / 2).expand(scale.shape)
         else:
             zero = torch.minimum((-low / scale).round(), most)
-        if self.is_wide:  # which engines have not, row by row
-            parts = (rows / scale[:, None]).round()
-            output = torch.minimum(torch.maximum(parts, -zero[:, None]), (most - zero)[:, None]) * scale[:, None]
-            return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
-        zero = zero.to(torch.uint8)
-        codes = symbolic("QuantizeLinear", (rows, scale, zero), rows, torch.uint8, axis=0)
+        return self._rounded(x / scale + zero, most), scale, zero
+
+    def _rounded(self, x: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+        if self.is_wide:
+            return torch.minimum(x.round(), most)
         if self.place is not None or self.grid.bits < MAX_BITS:
-            codes = symbolic("Min", (codes, most.to(torch.uint8)), rows, torch.uint8)
-        output = symbolic("DequantizeLinear", (codes, scale, zero), rows, torch.float32, axis=0)
-        return output.view(x.shape) if self.rowwise else output.view(moved.shape).movedim(-1, self.axis)
+            x = torch.minimum(x, most)
+        codes = symbolic("QuantizeLinear", (x, self.one, self.nothing), x, torch.uint8)
+        return symbolic("DequantizeLinear", (codes, self.one, self.nothing), x, torch.float32)
+
+
+class _CodesByRow(_RoundingByRow):
+    """The same as codes, scales and zero points, which a product takes into its output.
+
+    ``sum((q - z) s w) = (sum(q w) - z sum(w)) s``
+    """
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return self.codes_of(x)
 
 
 class _Product(nn.Module):
@@ -325,6 +357,8 @@ class _Product(nn.Module):
     up: torch.Tensor
     adapter_down: torch.Tensor
     adapter_up: torch.Tensor
+    sums: torch.Tensor
+    offset: torch.Tensor
 
     def __init__(self, layer: QuantLayer, rounding: _Rounding) -> None:
         super().__init__()
@@ -347,6 +381,12 @@ class _Product(nn.Module):
         self.register_buffer("scale", scale.float().clone())
         self.register_buffer("zero", None if zero is None else zero.to(dtype))
         self.bits = spec.bits
+        if isinstance(rounding, _CodesByRow):
+            sums = layer.dequantized().double().flatten(1).sum(1).float()
+            offset = torch.zeros_like(sums) if layer.bias is None else layer.bias.detach().float()
+            places = [1] * (len(layer.shape) - 2)
+            self.register_buffer("sums", sums.view(-1, *places))  # O, or O,1,1
+            self.register_buffer("offset", offset.view(-1, *places))
         if layer.rank:
             down, up = layer._low_rank()
             self.register_buffer("down", down.half())
@@ -366,7 +406,7 @@ class _Product(nn.Module):
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         layer, given = self.layer[0], x
         x = layer.smoothed(x)
-        output = self._multiplied(self.rounding(x))
+        output = self._product(x)
         if layer.rank:
             down, up = self.down.float(), self.up.float()
             output = output + layer.project(layer.matmul(x, down.view(-1, *layer.shape[1:])), up)
@@ -374,18 +414,29 @@ class _Product(nn.Module):
             output = output + layer.project(layer.matmul(given, self.adapter_down), self.adapter_up)
         return output
 
-    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        layer, inputs = self.layer[0], (self.codes, self.scale, *(() if self.zero is None else (self.zero,)))
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer[0]
+        if not isinstance(self.rounding, _CodesByRow):
+            return self._times_codes(self.rounding(x), layer.matmul, self.bias)
+        if isinstance(layer, QuantConv):  # beyond the edge is 0, of which the code is the zero point
+            x = F.pad(x, layer.edges)
+        codes, scale, zero = self.rounding(x)
+        product = self._times_codes(codes, layer.valid if isinstance(layer, QuantConv) else layer.matmul)
+        output: torch.Tensor = product * scale + (self.offset - zero * scale * self.sums)
+        return output
+
+    def _times_codes(
+        self, x: torch.Tensor, multiply: Callable[..., torch.Tensor], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        inputs = (self.codes, self.scale, *(() if self.zero is None else (self.zero,)))
         if self.blocks:
-            weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1, block_size=self.size).view(
-                layer.shape
-            )
-            return layer.matmul(x, weight, self.bias)
+            weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1, block_size=self.size)
+            return multiply(x, weight.view(self.layer[0].shape), bias)
         weight = symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=1 if self.linear else 0)
         if not self.linear:
-            return layer.matmul(x, weight, self.bias)
+            return multiply(x, weight, bias)
         output: torch.Tensor = x @ weight
-        return output if self.bias is None else output + self.bias
+        return output if bias is None else output + bias
 
 
 class _Attention(AttentionProducts):

@@ -4,7 +4,7 @@ The layers of a time embedding do: their inputs are the same for every sample an
 their rounding can be exact (TFMQ-DM, arXiv 2311.16503).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from ptqd.diffusion.call_rows import CallLayout, join_rows
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.timesteps import Call, timestep_in, with_timestep
-from ptqd.quantization.sites import quantized_layers
+from ptqd.quantization.modules.activation import Mode
+from ptqd.quantization.sites import activation_quantizers, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class ActivationProfiler:
         self._layers = dict(quantized_layers(model))
         self._inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in self._layers}
         self._call: Call | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What was seen so far."""
+        return {"inputs": self._inputs, "call": self._call}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what another has seen."""
+        self._inputs, self._call = state["inputs"], state["call"]
 
     @contextmanager
     def watching(self, step: Callable[[], int]) -> Iterator[None]:
@@ -102,8 +111,15 @@ class ActivationProfiler:
         args, kwargs = with_timestep(self.model, tree_map_only(torch.Tensor, other, call), timestep)
         tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
         bounds = [table.register_forward_pre_hook(within) for table in tables]
-        with hooked(*_on_inputs(self._layers, compare), *bounds), torch.no_grad():
-            self.model(*args, **kwargs)
+        modes = [(quantizer, quantizer.mode) for _, quantizer in activation_quantizers(self.model)]
+        try:
+            for quantizer, _ in modes:
+                quantizer.mode = Mode.BYPASS  # observers are shown no other call than the run's
+            with hooked(*_on_inputs(self._layers, compare), *bounds), torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            for quantizer, mode in modes:
+                quantizer.mode = mode
 
 
 def temporal_inputs(model: nn.Module, profile: ActivationProfile, names: Sequence[str]) -> dict[str, torch.Tensor]:

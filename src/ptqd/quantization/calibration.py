@@ -19,12 +19,13 @@ from ptqd.diffusion.call_rows import CallLayout, Row, join_rows, padded
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.plain_copy import is_plain, plain_copy
-from ptqd.diffusion.sampling import Sampling, run_batch, sample
+from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile, ActivationProfiler
+from ptqd.quantization.checkpoints import PassCheckpoint
 from ptqd.quantization.modules.adapters import tuned_layers, without_merged
 from ptqd.quantization.modules.attention import attention_modules
 from ptqd.quantization.recipe import CalibrationSteps
@@ -195,6 +196,7 @@ def calibrate(
     progress: str | None = None,
     name: str | None = None,
     steps: Sequence[int] | None = None,
+    checkpoint: PassCheckpoint | None = None,
 ) -> Calibration:
     """Run the calibration trajectories once; observers in the denoiser see every call meanwhile.
 
@@ -208,23 +210,27 @@ def calibrate(
         progress: title of a bar.
         name: of the denoiser, where a pipeline has two.
         steps: of the run at which the denoiser is called, by number; all where it is not said.
+        checkpoint: of this pass before it was killed.
 
     Raises:
         InputError: a denoiser is never called.
     """
     model = denoiser_of(pipe, name)
+    checkpoint = checkpoint or PassCheckpoint(None, ())
     layout = CallLayout.of(pipe, sampling, name) if weights is not None or profile else None
     if padded(pipe, sampling, name) if layout is None else layout.padded:
         sampling = sampling.replace(batch=1)  # how far a prompt is padded would depend on the batch
-    if not rows and not profile and index is None:  # nothing that needs the steps told apart
-        for _ in sample(pipe, sampling, output="latent", progress=progress):
-            pass
-        return Calibration(None, None)
     count = -(-rows // sampling.samples)
-    taken: list[_Taken] = []
     profiler = ActivationProfiler(model, layout) if profile and layout is not None else None
-    for indices in track(list(sampling.batches()), progress):
-        with record(pipe) as trajectory, contextlib.ExitStack() as stack:
+    taken: list[_Taken] = [_Taken(*item) for item in checkpoint.taken]
+    told: Sequence[float] = checkpoint.state.get("timesteps", [])
+    if profiler is not None and checkpoint.done:
+        profiler.load(checkpoint.state["profile"])
+    tells_steps = bool(rows or profile or index is not None)
+    for indices in track(list(sampling.batches(checkpoint.done)), progress):
+        before = len(taken)
+        with contextlib.ExitStack() as stack:
+            trajectory = stack.enter_context(record(pipe)) if tells_steps else Trajectory()
             step = _OwnStep(trajectory, steps)
             if weights is not None and layout is not None:
                 required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
@@ -234,9 +240,12 @@ def calibrate(
             if profiler is not None:
                 stack.enter_context(profiler.watching(step))
             run_batch(pipe, sampling, indices, "latent")
+        told = trajectory.model_timesteps
+        fresh = [(part.sample, part.step, part.row) for part in taken[before:]]
+        state = {"timesteps": list(told), "profile": None if profiler is None else profiler.state()}
+        checkpoint.keep(indices.stop, fresh, state, last=indices.stop == sampling.samples)
     taken.sort(key=lambda part: (part.sample, part.step))
     inputs = _shuffled(taken, rows, sampling.seed) if weights is not None else None
-    told = trajectory.model_timesteps
     own = told if steps is None or not told else [told[step] for step in steps]
     return Calibration(inputs, None if profiler is None else profiler.result(own))
 

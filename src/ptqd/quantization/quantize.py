@@ -1,6 +1,7 @@
 """A model and a Recipe give a quantized model; what matched and what did not is reported."""
 
 import copy
+import hashlib
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
-from ptqd.files import read_json, write_text
+from ptqd.files import make_folder, read_json, write_text
 from ptqd.names import shown
 from ptqd.progress import announce, track
 from ptqd.quantization.activation_profile import ActivationProfile
@@ -37,6 +38,7 @@ from ptqd.quantization.calibration import (
     measured_errors,
     step_weights,
 )
+from ptqd.quantization.checkpoints import PassCheckpoint
 from ptqd.quantization.estimate import Estimate, fitted, measure_costs
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
 from ptqd.quantization.methods import OBSERVED, Method, Widen
@@ -74,8 +76,8 @@ def quantize(
             cast layers; it is left untouched.
         recipe: a shorthand such as ``"w4a8"``, a TOML file, or a Recipe.
         sampling: how it samples.
-        scratch: a folder that keeps what was learned over a kill: the same call goes on from there, with the same
-            result. It belongs to this pipeline, recipe and run, and is left to the caller to delete.
+        scratch: a folder that keeps what is done over a kill, written every minute: the same call goes on from there,
+            with the same result. It belongs to this pipeline, recipe and run, and is left to the caller to delete.
         budget: memory and minutes that it may take; without it the recipe as it is, in the memory that is free.
         progress: show a bar.
 
@@ -182,6 +184,8 @@ class _Quantizing:
             if self.budget.minutes is not None:
                 write_text(decided, json.dumps(self.recipe.to_dict()))
         self.run = self.run.replace(samples=self.recipe.calibration_samples)
+        text = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        self.kept = self.scratch / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _decide(self) -> None:
         steps = len(steps_called(self.pipe, self.run)[self.name])
@@ -251,6 +255,7 @@ class _Quantizing:
             quantizer.observe(_observers_by_step(steps) if by_step and quantizer.is_static else None)
             if by_step:
                 quantizer.step = index
+        observers = [observer for _, quantizer in quantizers for observer in quantizer.observers]
         calibration = calibrate(
             quantized,
             self.run,
@@ -261,6 +266,7 @@ class _Quantizing:
             progress=self._title("calibrating"),
             name=self.name,
             steps=self.steps,
+            checkpoint=PassCheckpoint(self.kept / "calibration", observers),
         )
         return calibration, [_Seen(name, quantizer.observers, quantizer.is_static) for name, quantizer in quantizers]
 
@@ -359,14 +365,20 @@ class _Quantizing:
         method = next((each for each in self.recipe.methods if isinstance(each, Widen)), None)
         if method is None:
             return False
+        before, decided = self.recipe, self.kept / "widened.json"
+        if decided.is_file():  # before a kill
+            self.recipe = Recipe.from_dict(read_json(decided))
+            return self.recipe.rules != before.rules
         inputs = self._unseen(method.inputs)
         args, kwargs = inputs.call([0])
         macs = by_halves(Macs.of([call_macs(self.full, *args, **kwargs)]), model)
         counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
         exempt = self._exempt(model, method.name) | frozenset(() if ranges is None else ranges.temporal)
-        before, title = self.recipe, self._title(method.name)
+        title = self._title(method.name)
         self.recipe = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
-        return self.recipe is not before and self.recipe.rules != before.rules
+        make_folder(self.kept)
+        write_text(decided, json.dumps(self.recipe.to_dict()))
+        return self.recipe.rules != before.rules
 
     def _exempt(self, model: nn.Module, method: str) -> frozenset[str]:
         """Layers that a rule keeps from a method."""
@@ -377,9 +389,9 @@ class _Quantizing:
         self, method: Method, model: nn.Module, inputs: CalibrationInputs | None, exempt: frozenset[str] = frozenset()
     ) -> None:
         """Let a method do what it does."""
-        kept, title = self.scratch / method.name, self._title(method.name)
+        folder, title = self.kept / method.name, self._title(method.name)
         exempt |= self._exempt(model, method.name)
-        apply_method(Task(model, self.full, inputs, exempt, kept, self.run.seed, title, self.budget), method)
+        apply_method(Task(model, self.full, inputs, exempt, folder, self.run.seed, title, self.budget), method)
 
     def _find_ranges(self, model: nn.Module, calibration: Calibration, ranges: StepRanges | None) -> None:
         """Fix ranges and round weights to nearest.
@@ -404,10 +416,15 @@ class _Quantizing:
             assert calibration.inputs is not None
             row = calibration.inputs.call(calibration.inputs.kinds()[0][:1])
             at_once = rows_that_fit(model, row, self.budget.spare(device_of(model)), BATCH)
+            observers = [observer for quantizer in again for observer in quantizer.observers]
+            checkpoint = PassCheckpoint(self.kept / f"observing-{at_once}", observers)
+            batches = list(calibration.inputs.batches(at_once))
             with torch.no_grad():
-                for rows in track(list(calibration.inputs.batches(at_once)), self._title("observing")):
+                for rows in track(batches[checkpoint.done :], self._title("observing")):
                     args, kwargs = calibration.inputs.call(rows)
                     model(*args, **kwargs)
+                    done = checkpoint.done + 1
+                    checkpoint.keep(done, (), {}, last=done == len(batches))
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):
             site.module.freeze()
 

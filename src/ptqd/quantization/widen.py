@@ -223,6 +223,8 @@ def _effects(
     hooks = []
     for site in sites:
         for i, quantizer in enumerate(site.activations):
+            if quantizer.is_static and not any(seen.low <= seen.high for seen in quantizer.observers):
+                continue  # it gets the exact range of every step
             name = _operand(site, i)
             own = forms[site.name].get("activations", (Form(quantizer.bits, quantizer.spec.dynamic),))
             roundings: dict[Effect, ActivationQuantizer] = {}

@@ -325,9 +325,33 @@ class QuantConv(QuantLayer):
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Convolution of ``x`` (N, in_channels, ...)."""
+        return self._convolved(x, weight, bias, self.padding)
+
+    def valid(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolution of ``x`` (N, in_channels, ...) that is padded already."""
+        return self._convolved(x, weight, bias, 0)
+
+    def _convolved(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: Any
+    ) -> torch.Tensor:
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-        result: torch.Tensor = convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        result: torch.Tensor = convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return result
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether each place of its output is of one place of its input, the same."""
+        return math.prod(self.kernel_size) == 1 and set(self.stride) == {1} and not any(self.edges)
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """How much of 0 it puts before and after each dimension, the last first, as ``torch.nn.functional.pad``."""
+        each: list[tuple[int, int]] = []
+        for i, (size, dilation) in enumerate(zip(self.kernel_size, self.dilation, strict=True)):
+            whole = dilation * (size - 1) if self.padding == "same" else 0
+            before = whole // 2 if isinstance(self.padding, str) else self.padding[i]
+            each.append((before, whole - before if isinstance(self.padding, str) else before))
+        return tuple(amount for pair in reversed(each) for amount in pair)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Convolution of ``x`` (N, r, ...) by a kernel of one place."""

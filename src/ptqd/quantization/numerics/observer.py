@@ -1,7 +1,8 @@
 """An observer: the range and the distribution of what a quantizer sees, over many batches, in bounded memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +46,15 @@ class Observer:
                 copied._widen(2.0**whole.exponent)
             whole.counts = whole.counts + copied.counts
         return whole
+
+    def state(self) -> dict[str, Any]:
+        """What it has seen, in plain values and a tensor."""
+        return {"low": self.low, "high": self.high, "exponent": self.exponent, "counts": self.counts}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what another has seen."""
+        self.low, self.high, self.exponent = state["low"], state["high"], state["exponent"]
+        self.counts = state["counts"].clone()
 
     def update(self, x: torch.Tensor) -> None:
         """Show it one batch, of any shape.

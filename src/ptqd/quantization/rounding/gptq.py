@@ -9,6 +9,7 @@ of the columns, and time with the cube.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ptqd.progress import track
 from ptqd.quantization.blocks import find_units, is_inside
 from ptqd.quantization.budget import live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
+from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import Gptq
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
@@ -120,6 +122,7 @@ def fit_gptq(
     title: str | None,
     spare: int,
     at_once: int = BATCH,
+    scratch: Path | None = None,
 ) -> None:
     """Round a denoiser's layers unit by unit, in place.
 
@@ -135,7 +138,12 @@ def fit_gptq(
         title: of a progress bar.
         spare: bytes that may be taken.
         at_once: rows of a call.
+        scratch: a folder that keeps what is done over a kill.
     """
+    done = DoneLayers(scratch)
+    if done.is_whole:
+        _restore({name: layer for name, layer in quantized_layers(model) if done.has(name)}, done)
+        return
     units = units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
     bar = iter(track(units, title))
@@ -145,9 +153,10 @@ def fit_gptq(
 
         def visit(unit: str, call_unit: Callable[[], None]) -> None:
             next(bar, None)
-            _round_unit(model, full, unit, method, exempt, call_unit)
+            _round_unit(model, full, unit, method, exempt, call_unit, done)
 
         in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], units, visit)
+        done.finish()
         return
     for unit in bar:
 
@@ -156,7 +165,8 @@ def fit_gptq(
                 for rows in inputs.batches(at_once):
                     run_until(model, unit, inputs.call(rows), times[unit])
 
-        _round_unit(model, full, unit, method, exempt, call_unit)
+        _round_unit(model, full, unit, method, exempt, call_unit, done)
+    done.finish()
 
 
 def rows_that_wait(each: int, spare: int, rows: int) -> int:
@@ -178,13 +188,24 @@ def _round_unit(
     method: Gptq,
     exempt: frozenset[str],
     call_unit: Callable[[], None],
+    done: DoneLayers,
 ) -> None:
     """Round the layers of one unit by the inputs that they get when the unit is called."""
     layers = {name: x for name, x in quantized_layers(model) if is_inside(name, unit) and name not in exempt}
-    if layers:
+    if done.has(*layers):
+        _restore(layers, done)
+    else:
         hessians = hessians_of(layers, call_unit)
         weights = {name: full_weight(full, name, layers[name]) for name in hessians}
         round_layers(layers, weights, hessians, method)
+        done.keep(layers, ["codes"])
+
+
+def _restore(layers: Mapping[str, QuantLayer], done: DoneLayers) -> None:
+    """Give layers the codes that were chosen before a kill."""
+    for name, layer in layers.items():
+        done.restore(name, layer)
+        layer.refresh()
 
 
 def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
@@ -244,5 +265,13 @@ def handle_gptq(task: Task, method: Gptq) -> None:
     """Round by GPTQ."""
     inputs = task.rows(method.inputs)
     fit_gptq(
-        task.model, task.full, inputs, method, task.exempt, task.title, spare=task.spare(), at_once=task.rows_at_once()
+        task.model,
+        task.full,
+        inputs,
+        method,
+        task.exempt,
+        task.title,
+        spare=task.spare(),
+        at_once=task.rows_at_once(),
+        scratch=task.scratch,
     )

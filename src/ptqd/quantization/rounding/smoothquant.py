@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.quantization.calibration import CalibrationInputs
+from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import SMOOTHED, Smooth
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
@@ -77,12 +79,23 @@ def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch
     return float((layer.matmul(quantizer(smoothed), rounded) - want).float().square().sum())
 
 
-def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, method: Smooth) -> None:
+def fit_smoothing(
+    model: nn.Module, full: nn.Module, inputs: CalibrationInputs, method: Smooth, scratch: Path | None = None
+) -> None:
     """Smooth every layer that has room for it, in one call of the denoiser in full precision.
 
     A layer is smoothed when its input comes, and goes on with the smoothed weight, which changes nothing of its output.
-    Of rows that cannot be called together it is the commonest kind that is looked at.
+    Of rows that cannot be called together it is the commonest kind that is looked at. ``scratch`` keeps what is done
+    over a kill.
     """
+    layers = {name: layer for name, layer in quantized_layers(model) if layer.smooth_scale is not None}
+    done = DoneLayers(scratch)
+    if done.is_whole:
+        for name, layer in layers.items():
+            if done.has(name):
+                done.restore(name, layer)
+                layer.use_float(full_weight(full, name, layer))
+        return
     smoothed: set[str] = set()  # a layer may be called again
 
     def smooth(layer: Any, args: Any, name: str) -> None:
@@ -90,20 +103,21 @@ def fit_smoothing(model: nn.Module, full: nn.Module, inputs: CalibrationInputs, 
             return
         smoothed.add(name)
         weight = full_weight(full, name, layer)
-        search_smoothing(layer, weight, args[0].detach(), method.alpha)
+        if done.has(name):
+            done.restore(name, layer)
+        else:
+            search_smoothing(layer, weight, args[0].detach(), method.alpha)
+            done.keep({name: layer}, ["smooth_scale"])
         layer.use_float(weight)
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(smooth, name=name))
-        for name, layer in quantized_layers(model)
-        if layer.smooth_scale is not None
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(smooth, name=name)) for name, layer in layers.items()]
     with hooked(*hooks), torch.no_grad():
         args, kwargs = inputs.call(inputs.kinds()[0])
         model(*args, **kwargs)
+    done.finish()
 
 
 @handles(Smooth)
 def handle_smooth(task: Task, method: Smooth) -> None:
     """Smooth by SmoothQuant."""
-    fit_smoothing(task.model, task.full, task.rows(task.rows_at_once(SMOOTHED)), method)
+    fit_smoothing(task.model, task.full, task.rows(task.rows_at_once(SMOOTHED)), method, task.scratch)

@@ -1,8 +1,11 @@
 """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import LowRank
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.rounding.registry import Task, handles
@@ -23,15 +26,21 @@ def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
     layer.set_low_rank(root[:, None] * v[:, : layer.rank].T, u[:, : layer.rank] * root)
 
 
-def fit_low_rank(model: nn.Module, full: nn.Module, seed: int) -> None:
-    """Give every layer that has room for it its branch."""
+def fit_low_rank(model: nn.Module, full: nn.Module, seed: int, scratch: Path | None = None) -> None:
+    """Give every layer that has room for it its branch; ``scratch`` keeps them over a kill."""
+    done = DoneLayers(scratch)
     for name, layer in quantized_layers(model):
         if layer.rank:
-            split_low_rank(layer, full_weight(full, name, layer), seed)
+            if done.has(name):
+                done.restore(name, layer)
+            else:
+                split_low_rank(layer, full_weight(full, name, layer), seed)
+                done.keep({name: layer}, ["low_rank_down", "low_rank_up"])
             layer.use_float(full_weight(full, name, layer))
+    done.finish()
 
 
 @handles(LowRank)
 def handle_low_rank(task: Task, method: LowRank) -> None:
     """Split off SVDQuant's branch."""
-    fit_low_rank(task.model, task.full, task.seed)
+    fit_low_rank(task.model, task.full, task.seed, task.scratch)

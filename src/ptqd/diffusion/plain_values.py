@@ -1,0 +1,58 @@
+"""Arguments of calls as tensors and plain containers alone, which a file may hold that is read without running code."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ptqd.diffusion.call_rows import Leaf, Row
+
+PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class NotPlainError(Exception):
+    """A value is no tensor, plain container, string or number."""
+
+
+def as_plain(node: Any, moved: dict[int, Any] | None = None) -> Any:
+    """A row, or a tree of arguments, in tuples that :func:`from_plain` reads; tensors are on the CPU.
+
+    Args:
+        node: it.
+        moved: what became of tensors before, by their ids: those that rows share are kept once.
+
+    Raises:
+        NotPlainError: it holds something else.
+    """
+    moved = {} if moved is None else moved
+    if isinstance(node, torch.Tensor):
+        if id(node) not in moved:
+            moved[id(node)] = (node, ("tensor", str(node.device), node.detach().cpu()))  # which keeps the id taken
+        return moved[id(node)][1]
+    if isinstance(node, Row):
+        return ("row", as_plain(node.tree, moved), node.kind)
+    if isinstance(node, Leaf):
+        return ("leaf", node.how, as_plain(node.value, moved), node.axis)
+    if isinstance(node, PLAIN):
+        return ("value", node)
+    if isinstance(node, Mapping) and all(isinstance(key, str | int) for key in node):
+        return ("dict", {key: as_plain(value, moved) for key, value in node.items()})
+    if type(node) in (list, tuple):
+        return (type(node).__name__, [as_plain(value, moved) for value in node])
+    raise NotPlainError(type(node).__name__)
+
+
+def from_plain(node: Any) -> Any:
+    """What :func:`as_plain` was given; tensors on the devices where they were."""
+    kind, *values = node
+    if kind == "tensor":
+        return values[1].to(values[0])
+    if kind == "row":
+        return Row(from_plain(values[0]), values[1])
+    if kind == "leaf":
+        return Leaf(values[0], from_plain(values[1]), values[2])
+    if kind == "dict":
+        return {key: from_plain(value) for key, value in values[0].items()}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(from_plain(value) for value in values[0])
+    return values[0]
