@@ -20,6 +20,7 @@ from ptqd import (
     LatentClassPipeline,
     MismatchError,
     PrecisionPlan,
+    QuantSpec,
     Recipe,
     Rule,
     Sampling,
@@ -38,6 +39,7 @@ from ptqd.engines import (
     Processor,
     captured,
     for_engine,
+    onnx_graph,
     overflows,
     read_graph,
     sessions,
@@ -45,7 +47,8 @@ from ptqd.engines import (
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.lowering import lowered
-from ptqd.quantization.modules import QuantLinear
+from ptqd.engines.sessions import ENGINES
+from ptqd.quantization.modules import ActivationQuantizer, QuantLinear
 from ptqd_cli.main import main
 from tiny import CASES
 
@@ -193,27 +196,27 @@ def test_a_plan_and_ranges_by_step_are_inputs_of_one_graph(
         again.unet(call_of()[0], torch.tensor([666, 0]))
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("types", [["linear", "attention"], ["linear", "attention", "conv"]])
-def test_ranges_as_they_come(engine: str, types: Sequence[str], full: DDIMPipeline, tmp_path: Path) -> None:
+def test_ranges_as_they_come(types: Sequence[str], full: DDIMPipeline, tmp_path: Path) -> None:
     """Of tokens, and of samples, beyond whose edges the code is a zero point of their own."""
     rules = tuple(Rule("*", type=kind, dynamic=True) for kind in types)  # type: ignore[arg-type]
     qpipe = quantize(full, dataclasses.replace(recipe("w8a8"), rules=rules), RUN)
-    made = export(qpipe, RUN, engine, tmp_path / "made")
+    made = export(qpipe, RUN, "onnxruntime", tmp_path / "onnxruntime")
+    for_engine(tmp_path / "onnxruntime", "openvino", tmp_path / "openvino")
     reasons = dict(made.products.floating)
-    assert set(reasons.values()) == {"ranges as they come"}
+    assert set(reasons.values()) == {"ranges of queries and keys as they come"}
     assert all(".products" in name for name in reasons)
-    for batch in (1, 3):
-        x, t = call_of(batch)
-        x = x * torch.tensor([1.0, 5.0, 0.1])[:batch].view(-1, 1, 1, 1)
-        with torch.no_grad():
-            expected = qpipe.unet(x, t).sample
-        torch.testing.assert_close(
-            load(tmp_path / "made").unet(x, t).sample, expected, rtol=0, atol=2e-2 * expected.std().item()
-        )
+    for engine in ENGINES:
+        unet = load(tmp_path / engine).unet
+        for batch in (1, 3):
+            x, t = call_of(batch)
+            x = x * torch.tensor([1.0, 5.0, 0.1])[:batch].view(-1, 1, 1, 1)
+            with torch.no_grad():
+                expected = qpipe.unet(x, t).sample
+            torch.testing.assert_close(unet(x, t).sample, expected, rtol=0, atol=2e-2 * expected.std().item())
     graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)
     kinds = [node.op_type for node in graph.graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == len(made.products.integer)
+    assert kinds.count("MatMulIntegerToFloat") == len(made.products.integer) + len(reasons)  # values by probabilities
     assert "Conv" not in kinds
 
 
@@ -476,16 +479,46 @@ def test_probabilities_of_16_bits_are_multiplied_as_floats(full: DDIMPipeline, t
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_layers_with_more_bits_are_computed_as_simulated(engine: Any, tmp_path: Path) -> None:
+def test_layers_with_more_bits_are_computed_as_simulated(tmp_path: Path) -> None:
+    """Bytes of codes are multiplied one by one; a range as it comes has no more than one."""
     pipe = tiny_pipeline()
     run = Sampling(steps=2, samples=2, batch=2, call={"class_labels": [0, 1], "guidance_scale": 2.0})
-    rules = (Rule("conv_out", 8, 16), Rule("*conv_shortcut*", 8, 16), Rule("*to_q", activation_bits=12, dynamic=True))
+    rules = (Rule("conv_out", 8, 16), Rule("*conv_shortcut*", 8, 13), Rule("*to_q", activation_bits=12, dynamic=True))
     recipe = dataclasses.replace(Recipe.parse("w8a8-split"), rules=rules, calibration_samples=2)
     quantized = quantize(pipe, recipe, run)
-    made = export(quantized, run, engine, tmp_path, others="none")
-    reasons = {reason for _, reason in made.products.floating}
-    assert reasons == {"activations of more than 8 bits"}
-    assert len(made.products.integer) > 20
-    got, want = (run_batch(each, run, range(2), "latent") for each in (load(tmp_path), quantized))
-    assert (got - want).abs().mean() < 0.02 * want.abs().mean()
+    made = export(quantized, run, "onnxruntime", tmp_path / "onnxruntime", others="none")
+    for_engine(tmp_path / "onnxruntime", "openvino", tmp_path / "openvino")
+    assert set(dict(made.products.floating).values()) == {"activations of more than 8 bits"}
+    assert all(name.endswith("to_q") for name, _ in made.products.floating)
+    want = run_batch(quantized, run, range(2), "latent")
+    for engine in ENGINES:
+        got = run_batch(load(tmp_path / engine), run, range(2), "latent")
+        assert (got - want).abs().mean() < 0.02 * want.abs().mean()
+    graph = lowered(read_graph(made.pipeline.unet.folder / "model.onnx"), MODERN)
+    assert "Conv" not in [node.op_type for node in graph.graph.node]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter
+def test_two_bytes_are_the_code() -> None:
+    """Also at the ends of the range and beyond, and where a code's low byte is full or empty."""
+    import onnxruntime
+
+    quantizer = ActivationQuantizer(QuantSpec(16, symmetric=False))
+    quantizer.scale.fill_(0.5)
+    quantizer.zero_point.fill_(quantizer.grids[0].qmin + 30_001)
+    quantizer.refresh()
+
+    class Sum(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rounding: Any = onnx_graph._Rounding(quantizer, None, None, signed=False)  # type: ignore[arg-type]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(self.rounding.bytes_of(x))  # type: ignore[no-any-return]
+
+    edges = torch.arange(0, 2**16, 256)[:, None] + torch.tensor([-1.0, 0.0, 1.0, 127.0, 128.0])
+    x = (torch.cat([edges.flatten(), torch.tensor([-500.0, 66_000.0])]) - 30_001 + 0.2) * 0.5
+    program: Any = torch.onnx.export(Sum().eval(), (x,), dynamo=True, opset_version=21, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_array_equal(got, quantizer(x).numpy())

@@ -11,6 +11,7 @@ from ptqd.diffusion.intercept import hooked
 from ptqd.engines.module import EngineModule
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
+from ptqd.quantization.numerics.affine import MAX_BITS
 from ptqd.quantization.sites import activation_quantizers
 
 
@@ -47,7 +48,8 @@ def fidelity(simulated: nn.Module, engine: EngineModule, *args: object, **kwargs
         kwargs: of the call.
 
     Returns:
-        Shares over all codes of ranges that were found beforehand; ranges that come with the tokens are left out.
+        Shares over all codes of ranges that were found beforehand; ranges that come with the tokens are left out, and
+        activations of more than 8 bits, which are two bytes each.
 
     Raises:
         InputError: there are no others.
@@ -82,7 +84,7 @@ def _keeping(kept: dict[str, tuple[torch.Tensor, int]], name: str) -> Any:
     """A hook that keeps what a quantizer made, as codes, and its smallest code."""
 
     def keep(quantizer: ActivationQuantizer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if quantizer.spec.dynamic or name in kept:
+        if quantizer.spec.dynamic or quantizer.bits > MAX_BITS or name in kept:
             return
         index = quantizer.active.index
         scale, zero = (quantizer.by_row(t, output, index) for t in (quantizer.scale, quantizer.zero_point))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ptqd.engines.cpu import Processor, overflows
 from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
@@ -34,6 +34,8 @@ ELEMENTWISE = {
     "Relu",
     "Cast",
     "Min",
+    "Max",
+    "Round",
 }
 
 
@@ -81,6 +83,7 @@ class _Lowering:
         self.uses = Counter(name for node in graph.node for name in node.input)
         self.uses.update(value.name for value in graph.output)
         self.users = {name: node for node in graph.node for name in node.input}
+        self.makers = {name: node for node in graph.node for name in node.output}
         self.made: list[onnx.NodeProto] = []
         self.as_was = {value.name for value in graph.input} | set(self.constants) | {""}
         self.last: dict[str, str] = {}  # channels last
@@ -186,7 +189,59 @@ class _Lowering:
         return True
 
     def _quantizelinear(self, node: onnx.NodeProto) -> bool:
-        return self._elementwise(node, 1)
+        return self._rows_to_codes(node) or self._elementwise(node, 1)
+
+    def _rows_to_codes(self, node: onnx.NodeProto) -> bool:
+        """``x / scale - first``, rounded to 1 and 0, is ``x`` rounded row by row in one go."""
+        shifted = self.makers.get(node.input[0])
+        divided = self.makers.get(shifted.input[0]) if shifted is not None and shifted.op_type == "Sub" else None
+        if divided is None or divided.op_type != "Div" or not self._is_plain(node):
+            return False
+        (x, scale), first, output = divided.input, shifted.input[1], node.output[0]  # type: ignore[union-attr]
+        shape, rows = self.shapes.get(x, []), self.shapes.get(scale, [])
+        last = x in self.last and len(shape) == 4
+        order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
+        if len(rows) != len(shape) or scale in self.constants or None in shape[1:]:
+            return False
+        kept = [rows[i] != 1 or i == 0 for i in order]
+        if kept != sorted(kept, reverse=True):  # a row is what lies together
+            return False
+        sizes = [int(shape[i] or 0) for i in order]
+        columns = int(np.prod([size for size, of_row in zip(sizes, kept, strict=True) if not of_row]))
+        flat = self.constant([-1])
+        scales = self.emit("Reshape", [self._in_order(scale, last=last), flat], f"{output}/scales")
+        points = self.emit("Neg", [self._in_order(first, last=last)], f"{output}/points")
+        points = self.emit("Cast", [points], f"{output}/bytes", to=TensorProto.UINT8)
+        points = self.emit("Reshape", [points, flat], f"{output}/flat")
+        table = self.emit("Reshape", [self._in_order(x, last=last), self.constant([-1, columns])], f"{output}/rows")
+        codes = self.emit("QuantizeLinear", [table, scales, points], f"{output}/codes", axis=0)
+        whole = self.emit("Reshape", [codes, self.constant([-1, *sizes[1:]])], f"{output}/last" if last else output)
+        if last:
+            self.last[output] = whole
+        else:
+            self.as_was.add(output)
+        return True
+
+    def _is_plain(self, node: onnx.NodeProto) -> bool:
+        """Whether a scale is 1 and a zero point 0."""
+        scale, zero = (self.constants.get(name) for name in node.input[1:3])
+        return scale is not None and zero is not None and scale.size == 1 and float(scale) == 1 and int(zero) == 0
+
+    def _in_order(self, name: str, *, last: bool) -> str:
+        """A tensor as it was, or with its channels last."""
+        return self.channels_last(name) if last else self.here(name)
+
+    def _div(self, node: onnx.NodeProto) -> bool:
+        """By a constant: a product is quicker."""
+        by = self.constants.get(node.input[1])
+        if by is not None and by.dtype == np.float32 and by.ndim:
+            inverse = self.constant(1 / by.astype(np.float64), np.float32)
+            self.shapes[inverse] = list(by.shape)
+            node = helper.make_node("Mul", [node.input[0], inverse], node.output, node.name)
+            if not self._elementwise(node):
+                self._keep(node)
+            return True
+        return self._elementwise(node)
 
     def _elementwise(self, node: onnx.NodeProto, count: int | None = None) -> bool:
         """Operators that leave channels where they are; the first ``count`` inputs have them."""
@@ -293,10 +348,25 @@ class _Lowering:
         shape = self.shapes.get(source, [])
         if source not in self.last or attributes_of(node)["kernel_shape"] != shape[2:]:
             return False
-        axes = self.constant(range(1, len(shape) - 1))
-        self.means[output] = self.emit("ReduceMean", [self.last[source], axes], f"{output}/mean", keepdims=0)
+        places, channels = int(np.prod([size or 0 for size in shape[2:]])), int(shape[1] or 0)
+        flat = self.emit("Reshape", [self.last[source], self.constant([0, places, channels])], f"{output}/flat")
+        share = self.constant(np.full((1, places), 1 / places), np.float32)  # of one sample ReduceMean is slow
+        mean = self.emit("MatMul", [share, flat], f"{output}/mean")
+        self.means[output] = self.emit("Reshape", [mean, self.constant([-1, channels])], f"{output}/means")
         self.postponed[output] = node
         return True
+
+    def _reducemax(self, node: onnx.NodeProto) -> bool:
+        """Over channels or places, or both, which stay as dimensions of 1."""
+        source, axes = node.input[0], self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        rank = len(self.shapes.get(source, []))
+        if source not in self.last or axes is None or not attributes_of(node).get("keepdims", 1):
+            return False
+        turned = {1: rank - 1, **{i: i - 1 for i in range(2, rank)}}
+        self._put(node, [self.last[source], self.constant(sorted(turned.get(int(a) % rank, 0) for a in axes))])
+        return True
+
+    _reducemin = _reducemax
 
     def _conv(self, node: onnx.NodeProto) -> bool:
         x, weight = self.dequantized.get(node.input[0]), self.weights.get(node.input[1])

@@ -34,6 +34,9 @@ from ptqd.quantization.swap import put_layer
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
+_BYTE = 256
+_MORE_BITS = "activations of more than 8 bits"
+_TINY = torch.finfo(torch.float32).smallest_normal  # the least scale
 OUT = "out."  # before the names of outputs, which an input may have too
 
 
@@ -210,17 +213,17 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     integer, floating = [], []
     for site in list(quantized_sites(twin)):
         path = site.name if site.weight is not None else f"{site.name}.{ATTENTION}".lstrip(".")
-        reason = _why_not(path, site.module)
+        reason = _why_not(path, site.module, signed=signed)
         if reason is None:
             integer.append(path)
         else:
             floating.append((path, reason))
-        by_row = _CodesByRow if isinstance(site.module, QuantLayer) and reason is None else _RoundingByRow
         quantizers = [
-            (by_row if q.spec.dynamic else _Rounding)(q, places.get(id(q)), table, signed) for q in site.activations
+            (_RoundingByRow if q.spec.dynamic else _Rounding)(q, places.get(id(q)), table, signed)
+            for q in site.activations
         ]
         if isinstance(site.module, QuantLayer):
-            put_layer(twin, path, _Product(site.module, *quantizers))
+            put_layer(twin, path, _Product(site.module, *quantizers, integer=reason is None))
         else:
             put_layer(twin, path, _Attention(*quantizers))
     return twin, Products(tuple(integer), tuple(floating), tuple(changing)), table
@@ -231,23 +234,32 @@ def changing_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {name: q for name, q in activation_quantizers(model) if len(q.widths) > 1 or q.ranges > 1}
 
 
-def _why_not(name: str, module: QuantLayer | AttentionProducts) -> str | None:
+def _why_not(name: str, module: QuantLayer | AttentionProducts, *, signed: bool) -> str | None:
     """Why a product is none of integers; None where it is one."""
     if isinstance(module, AttentionProducts):
         if module.probabilities.bits > MAX_BITS:
             return f"{module.probabilities.bits}-bit probabilities"
         if max(module.query.widths) > MAX_BITS:
-            return "activations of more than 8 bits"
-        return "ranges as they come" if module.query.spec.dynamic else None
+            return _MORE_BITS
+        return "ranges of queries and keys as they come" if module.query.spec.dynamic else None
     for what, spec in (("weights", module.weights), ("activations", module.input.spec)):
         if spec.format != "int":
             raise InputError(f"{name}: no engine multiplies {spec.format} {what}; quantize to integers, or simulate")
-    if max(module.input.widths) > MAX_BITS:
-        return "activations of more than 8 bits"
-    by_place = module.input.spec.dynamic and not module.input.rowwise
+    if module.scale.ndim == 2:
+        return "groups of weights"
+    return _why_not_its_input(module, signed=signed)
+
+
+def _why_not_its_input(module: QuantLayer, *, signed: bool) -> str | None:
+    """Why a layer's input is not multiplied as integers; None where it is."""
+    quantizer = module.input
+    changes = len(quantizer.widths) > 1 or quantizer.ranges > 1
+    if max(quantizer.widths) > MAX_BITS and (signed or changes or quantizer.spec.dynamic):
+        return _MORE_BITS
+    by_place = quantizer.spec.dynamic and not quantizer.rowwise
     if by_place and isinstance(module, QuantConv) and not module.keeps_places:
         return "a range as it comes of each place of the input, which are not those of the output"
-    return "groups of weights" if module.scale.ndim == 2 else None
+    return None
 
 
 def symbolic(
@@ -264,6 +276,9 @@ class _Rounding(nn.Module):
     scale: torch.Tensor
     zero: torch.Tensor
     most: torch.Tensor
+    coarse: torch.Tensor
+    high_zero: torch.Tensor
+    low_zero: torch.Tensor
 
     def __init__(self, quantizer: ActivationQuantizer, place: int | None, table: _Table, signed: bool) -> None:
         super().__init__()
@@ -281,6 +296,11 @@ class _Rounding(nn.Module):
         self.register_buffer("zero", (zero - first).to(self.dtype))
         self.register_buffer("most", torch.tensor(self.grid.qmax - first, dtype=self.dtype))
         self.low, self.high = (float((edge - zero) * scale) for edge in (self.grid.qmin, self.grid.qmax))
+        high, low = divmod(int(zero - first), _BYTE)
+        self.register_buffer("coarse", scale.detach() * _BYTE)
+        self.register_buffer("high_zero", torch.tensor(high % _BYTE, dtype=torch.uint8))
+        self.register_buffer("low_zero", torch.tensor(low, dtype=torch.uint8))
+        self.shift = float(scale) * (low - (_BYTE - 1) / 2)  # so that to round is to cut off
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.place is not None:
@@ -295,12 +315,18 @@ class _Rounding(nn.Module):
         codes = symbolic("QuantizeLinear", (x, self.scale, self.zero), x, self.dtype)
         return symbolic("DequantizeLinear", (codes, self.scale, self.zero), x, torch.float32)
 
+    def bytes_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it rounds to, of 9 to 16 bits, as a sum of two numbers of 8 bits each: the codes' high and low bytes."""
+        if self.grid.bits != WIDE:
+            x = x.clamp(self.low, self.high)
+        codes = symbolic("QuantizeLinear", (x + self.shift, self.coarse, self.high_zero), x, torch.uint8)
+        high = symbolic("DequantizeLinear", (codes, self.coarse, self.high_zero), x, torch.float32)
+        codes = symbolic("QuantizeLinear", (x - high, self.scale, self.low_zero), x, torch.uint8)
+        return high, symbolic("DequantizeLinear", (codes, self.scale, self.low_zero), x, torch.float32)
+
 
 class _RoundingByRow(_Rounding):
-    """An activation quantizer whose range is found as it comes, of each token, or of each sample.
-
-    Engines round to one scale and zero point alone, so what they round here is ``x / scale + zero``, to 1 and 0.
-    """
+    """An activation quantizer whose range is found as it comes, of each token, or of each sample."""
 
     one: torch.Tensor
     nothing: torch.Tensor
@@ -311,39 +337,34 @@ class _RoundingByRow(_Rounding):
         self.register_buffer("nothing", torch.tensor(0, dtype=torch.uint8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale, zero = self.codes_of(x)
-        return (codes - zero) * scale
+        scale, first, most = self.grid_of(x)
+        return torch.minimum((x / scale).round(), first + most) * scale
 
-    def codes_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes as floats, in the tensor's shape; scales and zero points, where every dimension of a row is 1."""
+    def codes_of(self, x: torch.Tensor, *, ones: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes as floats, scales, and what is to be added to codes for values in steps.
+
+        Engines round to one scale and zero point alone, so what they round here is ``x / scale - first``, to 1 and 0.
+        With ``ones`` a column of them comes after the codes.
+        """
+        scale, first, most = self.grid_of(x)
+        x = x / scale - first
+        if self.place is not None or self.grid.bits < MAX_BITS:
+            x = torch.minimum(x, most)
+        if ones:
+            x = F.pad(x, (0, 1), value=1.0)
+        codes = symbolic("QuantizeLinear", (x, self.one, self.nothing), x, torch.uint8)
+        return symbolic("DequantizeLinear", (codes, self.one, self.nothing), x, torch.float32), scale, first
+
+    def grid_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scales, the first number of each grid in steps, and the largest code; the shape is 1 where a row goes."""
         dims = tuple(range(1, x.ndim)) if self.rowwise else (self.axis,)
         low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
         most = self.most.float() if self.place is None else self.table.high[self.place]
-        scale = torch.maximum(-low, high) / ((most - 1) / 2) if self.grid.symmetric else (high - low) / most
-        scale = torch.where(scale > torch.finfo(torch.float32).smallest_normal, scale, 1.0)
         if self.grid.symmetric:
-            zero = ((most + 1) / 2).expand(scale.shape)
-        else:
-            zero = torch.minimum((-low / scale).round(), most)
-        return self._rounded(x / scale + zero, most), scale, zero
-
-    def _rounded(self, x: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-        if self.is_wide:
-            return torch.minimum(x.round(), most)
-        if self.place is not None or self.grid.bits < MAX_BITS:
-            x = torch.minimum(x, most)
-        codes = symbolic("QuantizeLinear", (x, self.one, self.nothing), x, torch.uint8)
-        return symbolic("DequantizeLinear", (codes, self.one, self.nothing), x, torch.float32)
-
-
-class _CodesByRow(_RoundingByRow):
-    """The same as codes, scales and zero points, which a product takes into its output.
-
-    ``sum((q - z) s w) = (sum(q w) - z sum(w)) s``
-    """
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return self.codes_of(x)
+            scale = (torch.maximum(-low, high) / ((most - 1) / 2)).clamp(min=_TINY)
+            return scale, (-(most + 1) / 2).expand(scale.shape), most
+        scale = ((high - low) / most).clamp(min=_TINY)
+        return scale, (low / scale).round(), most
 
 
 class _Product(nn.Module):
@@ -360,7 +381,7 @@ class _Product(nn.Module):
     sums: torch.Tensor
     offset: torch.Tensor
 
-    def __init__(self, layer: QuantLayer, rounding: _Rounding) -> None:
+    def __init__(self, layer: QuantLayer, rounding: _Rounding, *, integer: bool) -> None:
         super().__init__()
         self.layer = [layer]
         self.rounding = rounding
@@ -381,7 +402,9 @@ class _Product(nn.Module):
         self.register_buffer("scale", scale.float().clone())
         self.register_buffer("zero", None if zero is None else zero.to(dtype))
         self.bits = spec.bits
-        if isinstance(rounding, _CodesByRow):
+        self.in_bytes = integer and rounding.is_wide
+        self.by_row = integer and isinstance(rounding, _RoundingByRow)
+        if self.by_row:
             sums = layer.dequantized().double().flatten(1).sum(1).float()
             offset = torch.zeros_like(sums) if layer.bias is None else layer.bias.detach().float()
             places = [1] * (len(layer.shape) - 2)
@@ -415,14 +438,17 @@ class _Product(nn.Module):
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layer[0]
-        if not isinstance(self.rounding, _CodesByRow):
-            return self._times_codes(self.rounding(x), layer.matmul, self.bias)
+        layer, rounding = self.layer[0], self.rounding
+        if self.in_bytes:
+            high, low = rounding.bytes_of(x)
+            return self._times_codes(high, layer.matmul, self.bias) + self._times_codes(low, layer.matmul)
+        if not self.by_row or not isinstance(rounding, _RoundingByRow):
+            return self._times_codes(rounding(x), layer.matmul, self.bias)
         if isinstance(layer, QuantConv):  # beyond the edge is 0, of which the code is the zero point
             x = F.pad(x, layer.edges)
-        codes, scale, zero = self.rounding(x)
+        codes, scale, first = rounding.codes_of(x)  # sum(w (q + f) s) = (sum(w q) + f sum(w)) s
         product = self._times_codes(codes, layer.valid if isinstance(layer, QuantConv) else layer.matmul)
-        output: torch.Tensor = product * scale + (self.offset - zero * scale * self.sums)
+        output: torch.Tensor = product * scale + (first * scale * self.sums + self.offset)
         return output
 
     def _times_codes(
@@ -453,6 +479,16 @@ class _Attention(AttentionProducts):
         turned = self.key(key.transpose(1, 2)) if not self.key.spec.dynamic else self.key(key).transpose(1, 2)
         scores: torch.Tensor = (self.query(query) @ turned) * scale
         return scores
+
+    def weighted(self, probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Values weighted by probabilities; where their range comes with each sample, by integers all the same."""
+        rounding: Any = self.value
+        if not isinstance(rounding, _RoundingByRow) or rounding.is_wide:
+            return super().weighted(probabilities, value)
+        codes, scale, first = rounding.codes_of(value, ones=True)  # whose product is the sum of the probabilities
+        product = self.probabilities(probabilities) @ codes
+        output: torch.Tensor = (product[..., :-1] + first * product[..., -1:]) * scale
+        return output
 
 
 def _name_codes(proto: Any) -> None:

@@ -114,13 +114,17 @@ class AttentionProducts(nn.Module):
         probabilities = scores.softmax(-1)
         if seen is not None:
             probabilities = (probabilities.view(*heads, *scores.shape[1:]) * seen).view(scores.shape)
-        output = torch.bmm(self.probabilities(probabilities), self.value(v))
+        output = self.weighted(probabilities, v)
         return output.view(*heads, *output.shape[1:])
 
     def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         """Scores (N*heads, L, K) of queries (N*heads, L, D) and keys (N*heads, K, D)."""
         query, key = self.query(query), self.key(key)
         return torch.baddbmm(query.new_zeros(1), query, key.transpose(-1, -2), beta=0, alpha=scale)
+
+    def weighted(self, probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Values (N*heads, K, V) weighted by probabilities (N*heads, L, K): (N*heads, L, V)."""
+        return torch.bmm(self.probabilities(probabilities), self.value(value))
 
 
 class _Rounding(TorchFunctionMode):
@@ -149,8 +153,7 @@ class _Rounding(TorchFunctionMode):
         if func is torch.Tensor.unflatten:  # whose own code in Python torch.compile does not trace inside a mode
             return torch.unflatten(*args, **kwargs)
         if func is torch.bmm:
-            probabilities, value = args
-            return func(products.probabilities(probabilities), products.value(value), **kwargs)
+            return products.weighted(*args)
         return func(*args, **kwargs)
 
 
