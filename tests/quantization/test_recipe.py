@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from ptqd import InputError, Recipe
+from ptqd.quantization.methods import METHODS
+from ptqd.quantization.recipe import WORDS
 
 TOML = """
 calibration_samples = 16
@@ -38,6 +40,17 @@ def test_shorthand() -> None:
     assert [rule.match for rule in recipe.rules][:2] == ["conv_in", "conv_out"]
     assert all(rule.optional and rule.weight_bits == rule.activation_bits == 8 for rule in recipe.rules)
     assert recipe.widths == (8,)
+
+
+@pytest.mark.parametrize("first", [*METHODS, *WORDS, "dynamic", "g64", "steps8", "svd32"])
+@pytest.mark.parametrize("second", ["best", "wide"])
+def test_words_go_together(first: str, second: str) -> None:
+    """Whatever comes before a word, what decides on the other methods' work is the first of them."""
+    if first in (second, "best"):  # a method named twice
+        return
+    names = [method.name for method in Recipe.parse(f"w4a4-{first}-{second}").methods]
+    assert names.index("wide") == 0
+    assert len(names) == len(set(names))
 
 
 def test_shorthand_of_several_widths() -> None:

@@ -351,6 +351,9 @@ def _from_shorthand(text: str) -> Recipe:
         else:
             known = ", ".join([*WORDS, *METHODS, "dynamic", "g64", "steps8", "svd32"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
+    values["methods"] = tuple(  # what decides on the others' work comes first, and what they quantize before they do
+        sorted(values["methods"], key=lambda method: (method.name != "wide", not method.changes_layers))
+    )
     rules = tuple(
         rule
         for rule in FIRST_AND_LAST
