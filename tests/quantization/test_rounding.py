@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,34 @@ def test_a_kill_between_writes_changes_nothing(
     assert len(layers) > 4
     assert {written[name] for name in layers} == {1}  # nothing was done twice
     assert {count for name, count in written.items() if "/rows-" in name} <= {1, 2}  # twice if killed before its state
+
+
+def test_damaged_checkpoints_are_done_again(pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: Any) -> None:
+    """As a loss of power leaves them: nothing is taken for done that is not, and no file of others is in the way."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    recipe = quick({"name": "gptq", "inputs": 16})
+    want = quantize(pipe, recipe, run, scratch=tmp_path / "kept")
+    layers = sorted(tmp_path.rglob("layers-*"))
+    assert len(layers) > 4
+    layers[1].write_bytes(b"damaged")
+    for state in tmp_path.rglob("state.pt"):
+        state.write_bytes(b"damaged")
+    got = quantize(pipe, recipe, run, scratch=tmp_path / "kept")
+    assert fingerprint(got.unet) == fingerprint(want.unet)
+    again = quantize(pipe, recipe, run, scratch=tmp_path / "kept")  # of the files that were made anew
+    assert fingerprint(again.unet) == fingerprint(want.unet)
+    assert sorted(tmp_path.rglob("layers-*")) == layers
+
+
+def test_nothing_is_written_that_is_not_to_be_kept(
+    pipe: Any, run: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written: list[Path] = []
+    monkeypatch.setattr(Path, "replace", lambda self, target: written.append(target))
+    quantize(pipe, quick({"name": "smooth"}, {"name": "gptq", "inputs": 16}), run)
+    assert not written
 
 
 def test_rules_pass_layers_over(pipe: Any, run: Sampling) -> None:

@@ -407,9 +407,9 @@ class _Product(nn.Module):
         if self.by_row:
             sums = layer.dequantized().double().flatten(1).sum(1).float()
             offset = torch.zeros_like(sums) if layer.bias is None else layer.bias.detach().float()
-            places = [1] * (len(layer.shape) - 2)
-            self.register_buffer("sums", sums.view(-1, *places))  # O, or O,1,1
-            self.register_buffer("offset", offset.view(-1, *places))
+            like = (-1,) if layer.kind == "linear" else (1, -1, *[1] * (len(layer.shape) - 2))
+            self.register_buffer("sums", sums.view(like))  # O, or 1,O,1,1
+            self.register_buffer("offset", offset.view(like))
         if layer.rank:
             down, up = layer._low_rank()
             self.register_buffer("down", down.half())
@@ -444,7 +444,9 @@ class _Product(nn.Module):
             return self._times_codes(high, layer.matmul, self.bias) + self._times_codes(low, layer.matmul)
         if not self.by_row or not isinstance(rounding, _RoundingByRow):
             return self._times_codes(rounding(x), layer.matmul, self.bias)
-        if isinstance(layer, QuantConv):  # beyond the edge is 0, of which the code is the zero point
+        if isinstance(layer, QuantConv) and any(
+            layer.edges
+        ):  # beyond the edge is 0, of which the code is the zero point
             x = F.pad(x, layer.edges)
         codes, scale, first = rounding.codes_of(x)  # sum(w (q + f) s) = (sum(w q) + f sum(w)) s
         product = self._times_codes(codes, layer.valid if isinstance(layer, QuantConv) else layer.matmul)

@@ -100,9 +100,9 @@ def quantize(
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            kept = scratch or Path(temporary)
+            folder = (scratch or Path(temporary)) / ("" if len(names) == 1 else name)
             parts[name] = _Quantizing(
-                pipe, name, recipe, sampling, kept if len(names) == 1 else kept / name, budget or Budget(), progress
+                pipe, name, recipe, sampling, folder, budget or Budget(), keeps=scratch is not None, progress=progress
             ).go()
     return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
 
@@ -137,10 +137,12 @@ class _Quantizing:
         sampling: Sampling,
         scratch: Path,
         budget: Budget,
+        *,
+        keeps: bool,
         progress: bool,
     ) -> None:
         self.name, self.recipe, self.scratch, self.progress = name, recipe, scratch, progress
-        self.budget = budget
+        self.budget, self.keeps = budget, keeps
         self.full: nn.Module = as_calibrated(denoiser_of(pipe, name))
         self.pipe = with_components(pipe, **{name: self.full})
         self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
@@ -178,11 +180,12 @@ class _Quantizing:
         """Find out how many samples give the rows that are needed, what it all takes, and what fits into the budget."""
         decided = self.scratch / "recipe.json"
         if decided.is_file():  # before a kill
-            self.recipe = Recipe.from_dict(read_json(decided))
+            known = read_json(decided)
+            self.recipe, self.run = Recipe.from_dict(known["recipe"]), self.run.replace(batch=known["batch"])
         elif self.recipe.calibration_rows or self.budget.minutes is not None or (self.progress and self.recipe.methods):
             self._decide()
-            if self.budget.minutes is not None:
-                write_text(decided, json.dumps(self.recipe.to_dict()))
+            if self.budget.minutes is not None and self.keeps:
+                write_text(decided, json.dumps({"recipe": self.recipe.to_dict(), "batch": self.run.batch}))
         self.run = self.run.replace(samples=self.recipe.calibration_samples)
         text = json.dumps(self.recipe.to_dict(), sort_keys=True)
         self.kept = self.scratch / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -212,6 +215,10 @@ class _Quantizing:
         self.recipe, taken = fitted(self.recipe, self.budget, estimate, lambda samples: samples * a_sample)
         if self.progress:
             announce(f"quantizing the {self.name} takes {taken}")
+
+    def _checkpoint(self, name: str, observers: list[Observer]) -> PassCheckpoint:
+        """Of a pass, before a kill."""
+        return PassCheckpoint(self.kept / name if self.keeps else None, observers, device_of(self.full))
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None
@@ -266,7 +273,7 @@ class _Quantizing:
             progress=self._title("calibrating"),
             name=self.name,
             steps=self.steps,
-            checkpoint=PassCheckpoint(self.kept / "calibration", observers),
+            checkpoint=self._checkpoint("calibration", observers),
         )
         return calibration, [_Seen(name, quantizer.observers, quantizer.is_static) for name, quantizer in quantizers]
 
@@ -376,8 +383,9 @@ class _Quantizing:
         exempt = self._exempt(model, method.name) | frozenset(() if ranges is None else ranges.temporal)
         title = self._title(method.name)
         self.recipe = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
-        make_folder(self.kept)
-        write_text(decided, json.dumps(self.recipe.to_dict()))
+        if self.keeps:
+            make_folder(self.kept)
+            write_text(decided, json.dumps(self.recipe.to_dict()))
         return self.recipe.rules != before.rules
 
     def _exempt(self, model: nn.Module, method: str) -> frozenset[str]:
@@ -391,7 +399,8 @@ class _Quantizing:
         """Let a method do what it does."""
         folder, title = self.kept / method.name, self._title(method.name)
         exempt |= self._exempt(model, method.name)
-        apply_method(Task(model, self.full, inputs, exempt, folder, self.run.seed, title, self.budget), method)
+        task = Task(model, self.full, inputs, exempt, folder, self.run.seed, title, self.budget, self.keeps)
+        apply_method(task, method)
 
     def _find_ranges(self, model: nn.Module, calibration: Calibration, ranges: StepRanges | None) -> None:
         """Fix ranges and round weights to nearest.
@@ -417,7 +426,7 @@ class _Quantizing:
             row = calibration.inputs.call(calibration.inputs.kinds()[0][:1])
             at_once = rows_that_fit(model, row, self.budget.spare(device_of(model)), BATCH)
             observers = [observer for quantizer in again for observer in quantizer.observers]
-            checkpoint = PassCheckpoint(self.kept / f"observing-{at_once}", observers)
+            checkpoint = self._checkpoint(f"observing-{at_once}", observers)
             batches = list(calibration.inputs.batches(at_once))
             with torch.no_grad():
                 for rows in track(batches[checkpoint.done :], self._title("observing")):

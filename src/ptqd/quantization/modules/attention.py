@@ -152,7 +152,7 @@ class _Rounding(TorchFunctionMode):
             return scores + added if kwargs.get("beta", 1) else scores
         if func is torch.Tensor.unflatten:  # whose own code in Python torch.compile does not trace inside a mode
             return torch.unflatten(*args, **kwargs)
-        if func is torch.bmm:
+        if func is torch.bmm and not kwargs:
             return products.weighted(*args)
         return func(*args, **kwargs)
 

@@ -48,13 +48,16 @@ class Observer:
         return whole
 
     def state(self) -> dict[str, Any]:
-        """What it has seen, in plain values and a tensor."""
-        return {"low": self.low, "high": self.high, "exponent": self.exponent, "counts": self.counts}
+        """What it has seen, in plain values and tensors: the bins with something in them, and how much that is."""
+        bins = self.counts.nonzero()[:, 0].to(torch.int16)
+        counts = self.counts[bins.long()]
+        return {"low": self.low, "high": self.high, "exponent": self.exponent, "bins": bins, "counts": counts}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what another has seen."""
         self.low, self.high, self.exponent = state["low"], state["high"], state["exponent"]
-        self.counts = state["counts"].clone()
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.counts[state["bins"].long()] = state["counts"]
 
     def update(self, x: torch.Tensor) -> None:
         """Show it one batch, of any shape.

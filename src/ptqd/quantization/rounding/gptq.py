@@ -273,5 +273,5 @@ def handle_gptq(task: Task, method: Gptq) -> None:
         task.title,
         spare=task.spare(),
         at_once=task.rows_at_once(),
-        scratch=task.scratch,
+        scratch=task.kept,
     )

@@ -22,10 +22,11 @@ class Task:
         full: the same denoiser in full precision.
         inputs: rows of its calls; None where no method of the recipe asks for any.
         exempt: layers that stay as they are.
-        scratch: a folder of the method's own that survives a kill.
+        scratch: a folder of the method's own.
         seed: of all that is drawn.
         title: of a progress bar; None for none.
         budget: of memory and time.
+        keeps: whether the folder survives a kill.
     """
 
     model: nn.Module
@@ -36,6 +37,12 @@ class Task:
     seed: int
     title: str | None
     budget: Budget = field(default_factory=Budget)
+    keeps: bool = True
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder, if it survives a kill."""
+        return self.scratch if self.keeps else None
 
     def spare(self) -> int:
         """Bytes that may be taken beside what is held now."""

@@ -120,4 +120,4 @@ def fit_smoothing(
 @handles(Smooth)
 def handle_smooth(task: Task, method: Smooth) -> None:
     """Smooth by SmoothQuant."""
-    fit_smoothing(task.model, task.full, task.rows(task.rows_at_once(SMOOTHED)), method, task.scratch)
+    fit_smoothing(task.model, task.full, task.rows(task.rows_at_once(SMOOTHED)), method, task.kept)

@@ -43,4 +43,4 @@ def fit_low_rank(model: nn.Module, full: nn.Module, seed: int, scratch: Path | N
 @handles(LowRank)
 def handle_low_rank(task: Task, method: LowRank) -> None:
     """Split off SVDQuant's branch."""
-    fit_low_rank(task.model, task.full, task.seed, task.scratch)
+    fit_low_rank(task.model, task.full, task.seed, task.kept)
