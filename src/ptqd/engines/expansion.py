@@ -30,9 +30,9 @@ def shapes_of(graph: onnx.GraphProto) -> dict[str, Shape]:
     return shapes | {tensor.name: list(tensor.dims) for tensor in graph.initializer}
 
 
-def expanded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in operators that engines of a CPU fuse, in place."""
-    return _Expansion(_widened(model)).go()
+def expanded(model: onnx.ModelProto, *, normalizations: bool = True) -> onnx.ModelProto:
+    """The same graph in operators that engines of a CPU fuse, in place; group normalizations too, or not."""
+    return _Expansion(_widened(model), normalizations=normalizations).go()
 
 
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -46,8 +46,8 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Expansion:
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model, self.graph = model, model.graph
+    def __init__(self, model: onnx.ModelProto, *, normalizations: bool) -> None:
+        self.model, self.graph, self.normalizations = model, model.graph, normalizations
         self.shapes = shapes_of(model.graph)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.makers = {name: node for node in model.graph.node for name in node.output}
@@ -57,7 +57,7 @@ class _Expansion:
 
     def go(self) -> onnx.ModelProto:
         for node in list(self.graph.node):
-            if node.op_type == "GroupNormalization" and self._normalization(node):
+            if node.op_type == "GroupNormalization" and self.normalizations and self._normalization(node):
                 continue
             if node.op_type == "Split" and self._split(node):
                 continue

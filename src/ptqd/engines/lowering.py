@@ -19,6 +19,7 @@ from ptqd.engines.cpu import Processor, overflows
 from ptqd.engines.expansion import Shape, attributes_of, expanded, shapes_of
 
 CONTRIB = "com.microsoft"
+_MOST_CHANNELS = 512  # of which each is multiplied with all: one small product for two
 _WIDE_IMAGE = 32  # places in a row, from which on numbers of channels are repeated for all of it
 ELEMENTWISE = {
     "Add",
@@ -66,7 +67,7 @@ def lowered(model: onnx.ModelProto, processor: Processor) -> onnx.ModelProto:
         model: as :func:`ptqd.engines.onnx_graph.trace` makes it; its contents are taken over.
         processor: where it will run: weights become unsigned where signed ones could overflow.
     """
-    return _Lowering(expanded(model), processor).go()
+    return _Lowering(expanded(model, normalizations=False), processor).go()
 
 
 # above 400 lines: one pass over a graph, with a method an operator; they share what is known of each tensor
@@ -91,7 +92,6 @@ class _Lowering:
         self.dequantized: dict[str, Dequantized] = {}
         self.weights: dict[str, Weight] = {}
         self.postponed: dict[str, onnx.NodeProto] = {}
-        self.means: dict[str, str] = {}  # over places (N, C) of what is pooled over all of them
         self.done: set[str] = set()  # outputs of nodes that went into another
 
     def go(self) -> onnx.ModelProto:
@@ -335,10 +335,6 @@ class _Lowering:
         """Places joined or parted, the channels left alone: (N, C, H, W) and (N, C, HW)."""
         source, output = node.input[0], node.output[0]
         before, after = self.shapes.get(source, []), self.shapes.get(output, [])
-        if source in self.means and after[1:] == before[1:2]:
-            self.emit("Identity", [self.means[source]], output)
-            self.as_was.add(output)
-            return True
         if source not in self.last or {len(before), len(after)} != {3, 4} or before[1] != after[1] or not before[1]:
             return False
         if before[0] is not None or after[0] is not None or None in (*before[1:], *after[1:]):
@@ -376,19 +372,49 @@ class _Lowering:
         self.last[output] = self.emit("Reshape", [taken, self.constant([0, high, wide, c])], f"{output}/last")
         return True
 
-    def _averagepool(self, node: onnx.NodeProto) -> bool:
-        """Over all places."""
-        source, output = node.input[0], node.output[0]
-        shape = self.shapes.get(source, [])
-        if source not in self.last or attributes_of(node)["kernel_shape"] != shape[2:]:
+    def _groupnormalization(self, node: onnx.NodeProto) -> bool:
+        """Two means over places, then one scale and one offset a channel: ``x a + (beta - m a)``, ``a = gamma / s``."""
+        (x, gamma, beta), y, facts = node.input, node.output[0], attributes_of(node)
+        shape = self.shapes.get(x, [])
+        if len(shape) < 3 or None in shape[1:] or gamma not in self.constants or beta not in self.constants:
             return False
-        places, channels = int(np.prod([size or 0 for size in shape[2:]])), int(shape[1] or 0)
-        flat = self.emit("Reshape", [self.last[source], self.constant([0, places, channels])], f"{output}/flat")
-        share = self.constant(np.full((1, places), 1 / places), np.float32)  # of one sample ReduceMean is slow
-        mean = self.emit("MatMul", [share, flat], f"{output}/mean")
-        self.means[output] = self.emit("Reshape", [mean, self.constant([-1, channels])], f"{output}/means")
-        self.postponed[output] = node
+        channels, places = int(shape[1] or 0), int(np.prod([size or 0 for size in shape[2:]]))
+        last, thin = self.channels_last(x), [1] * (len(shape) - 2)
+        flat = self.emit("Reshape", [last, self.constant([0, *thin[1:], places, channels])], f"{y}/flat")  # N,1,P,C
+        squared = self.emit("Mul", [flat, flat], f"{y}/squared")
+        share = self.constant(np.full((1, places), 1 / places), np.float32)
+
+        def of_group(tensor: str, what: str) -> str:
+            """The mean over places and the channels of a group, for each channel: (N, 1, 1, C)."""
+            mean = self.emit("MatMul", [share, tensor], f"{y}/{what}/places")
+            return self._of_group(mean, channels, facts["num_groups"], f"{y}/{what}")
+
+        mean = of_group(flat, "mean")
+        squares = self.emit("Mul", [mean, mean], f"{y}/mean2")
+        variance = self.emit("Sub", [of_group(squared, "square"), squares], f"{y}/difference")
+        variance = self.emit("Max", [variance, self.constant(0.0, np.float32)], f"{y}/variance")
+        epsilon = self.constant(facts.get("epsilon", 1e-5), np.float32)
+        deviation = self.emit("Sqrt", [self.emit("Add", [variance, epsilon], f"{y}/positive")], f"{y}/deviation")
+        scale = self.emit("Div", [self.constant(self.constants[gamma], np.float32), deviation], f"{y}/scale")
+        moved = self.emit("Mul", [mean, scale], f"{y}/moved")
+        offset = self.emit("Sub", [self.constant(self.constants[beta], np.float32), moved], f"{y}/offset")
+        width = int(shape[-1] or 0)
+        if len(shape) == 4 and width >= _WIDE_IMAGE:
+            along = self.constant([1, 1, width, channels])
+            scale, offset = (self.emit("Expand", [name, along], f"{name}/{width}") for name in (scale, offset))
+        scaled = self.emit("Mul", [last, scale], f"{y}/scaled")
+        self.last[y] = self.emit("Add", [scaled, offset], f"{y}/last")
         return True
+
+    def _of_group(self, mean: str, channels: int, groups: int, name: str) -> str:
+        """A number for each channel (..., C) as the mean over the channels of its group."""
+        size = channels // groups
+        if channels <= _MOST_CHANNELS:  # a product, of each channel with all
+            both = np.kron(np.eye(groups), np.full((size, size), 1 / size))
+            return self.emit("MatMul", [mean, self.constant(both, np.float32)], name)
+        members = np.kron(np.eye(groups), np.ones((1, size)))  # G,C
+        each = self.emit("MatMul", [mean, self.constant(members.T / size, np.float32)], f"{name}/groups")
+        return self.emit("MatMul", [each, self.constant(members, np.float32)], name)
 
     def _reducemax(self, node: onnx.NodeProto) -> bool:
         """Over channels or places, or both, which stay as dimensions of 1."""
