@@ -176,7 +176,7 @@ def test_budgets_that_are_none(values: dict[str, Any]) -> None:
 def test_what_was_decided_holds_after_a_kill(tmp_path: Path) -> None:
     words = recipe("w4a8", methods=(Widen(inputs=2),))
     decided = dataclasses.replace(words, calibration_samples=2)
-    (tmp_path / "recipe.json").write_text(json.dumps(decided.to_dict()))
+    (tmp_path / "decided.json").write_text(json.dumps({"recipe": decided.to_dict(), "batch": 1}))
     quantized = quantize(tiny_pipeline(), words, RUN, scratch=tmp_path, budget=Budget(minutes=100))
     assert quantized.unet.hf_quantizer.quantization_config.recipe["calibration_samples"] == 2
 

@@ -202,8 +202,8 @@ class _Lowering:
         shape, rows = self.shapes.get(x, []), self.shapes.get(scale, [])
         last = x in self.last and len(shape) == 4
         order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
-        if len(rows) != len(shape) or scale in self.constants or None in shape[1:]:
-            return False
+        if len(rows) != len(shape) or len(shape) < 3 or scale in self.constants or None in shape[1:]:
+            return False  # of a single vector a sample the plain operators are fewer
         kept = [rows[i] != 1 or i == 0 for i in order]
         if kept != sorted(kept, reverse=True):  # a row is what lies together
             return False

@@ -178,7 +178,7 @@ class _Quantizing:
 
     def _prepare(self) -> None:
         """Find out how many samples give the rows that are needed, what it all takes, and what fits into the budget."""
-        decided = self.scratch / "recipe.json"
+        decided = self.scratch / "decided.json"
         if decided.is_file():  # before a kill
             known = read_json(decided)
             self.recipe, self.run = Recipe.from_dict(known["recipe"]), self.run.replace(batch=known["batch"])
