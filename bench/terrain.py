@@ -54,7 +54,7 @@ FLAGS = {
     "sigma_max": 80.0,
     "sigma_data": 0.5,
 }
-ROUNDS = 7
+ROUNDS = 31
 
 
 def graph_path() -> Path:
