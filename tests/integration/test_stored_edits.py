@@ -240,6 +240,12 @@ def test_every_edit_of_statistics_is_refused(run_folder: Path, tmp_path: Path) -
             NoiseStats.load(path)
 
 
+@pytest.mark.parametrize("labels", [10**30, ["x"], [[], [1]], None])
+def test_class_labels_that_are_no_numbers_are_refused(pipe: Any, labels: Any) -> None:
+    with pytest.raises(InputError, match="class_labels must be at least one number"):
+        pipe(class_labels=labels, num_inference_steps=1)
+
+
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.data())
 def test_the_verbs_say_it_in_one_line(

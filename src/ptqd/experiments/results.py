@@ -345,8 +345,8 @@ class Report:
         """Refuse paths that lead out of the run folder, and plans whose lists do not fit together."""
         where = str(folder / REPORT)
         for row in self.rows:
-            counts = {row.samples, row.sampling.get("samples", row.samples)}
-            if len(counts) > 1 or not 1 <= row.samples <= MOST_SAMPLES:
+            told = row.sampling.get("samples", row.samples)
+            if told != row.samples or not 1 <= row.samples <= MOST_SAMPLES:
                 raise ArtifactError(f"{where}: a row of {row.samples} samples cannot be; run 'ptqd run' again")
             inside(folder, row.images, where)
             if row.observed:

@@ -94,8 +94,12 @@ class LatentClassPipeline(DiffusionPipeline):
             InputError: a label outside the classes the model knows, or a number of steps the scheduler cannot take.
         """
         device = self._execution_device
-        labels = torch.as_tensor(class_labels, device=device, dtype=torch.long).reshape(-1)  # N
         null = self.class_embedder.config.classes
+        try:
+            labels = torch.as_tensor(class_labels, device=device, dtype=torch.long).reshape(-1)  # N
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            text = str(class_labels)[:100]
+            raise InputError(f"class_labels must be at least one number in 0..{null - 1}; got {text}") from error
         if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= null:
             raise InputError(f"class_labels must be at least one number in 0..{null - 1}; got {labels.tolist()}")
         self._guidance_scale = guidance_scale
