@@ -19,7 +19,7 @@ import torch
 from grid import distance, drawn, features
 
 import ptqd
-from ptqd.correction import compose, gated, joint, joint_estimators
+from ptqd.correction import compose, gated, joint
 from ptqd.correction.correction import Correction
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiments import MEASURED
@@ -66,8 +66,8 @@ def corrections(pipe: Any, quantized: Any, stats: NoiseStats, run: Sampling) -> 
     yield "d2", ptqd.fit_correction(stats, ("d2",))
     yield "eps_q, x_t", compose(stats, ("joint",), alone(stats), noise[0] if noise else None)
     for most in (1.0, 4.0, 16.0):
-        estimate, _ = gated(stats, joint_estimators([c for c in (1.0, 2.0, 4.0, 8.0, 16.0) if c <= most]))
-        ours = compose(stats, ("joint", *noise), estimate, noise[0] if noise else None, correlated=True)
+        estimate, _ = gated(stats, [c for c in (1.0, 2.0, 4.0, 8.0, 16.0) if c <= most])
+        ours = compose(stats, ("joint", *noise), estimate, noise[0] if noise else None)
         yield f"joint, L<={most:g}", ours
         if most == 4:
             loop = run.replace(samples=MEASURED)

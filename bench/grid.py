@@ -5,16 +5,17 @@
     python bench/grid.py --out grid.jsonl --table
 
 In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc
-where noise is drawn) and with auto, from the same statistics. Judged by PSNR to the full-precision images of the same
-seeds, and by Frechet distance to them in the classifier's features; both as differences to no correction,
+where noise is drawn), with joint and with auto, from the same statistics. Judged by PSNR to the full-precision images
+of the same seeds, and by Frechet distance to them in the classifier's features; both as differences to no correction,
 with the 95 % interval of the paired difference (over samples; jackknife for Frechet). A regression is a difference for
-the worse whose interval does not hold 0.
+the worse whose interval does not hold 0; auto is held against each of the others.
 """
 
 import argparse
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,22 @@ def cell(model: str, judge: FashionClassifier, scheduler: str, recipe: str) -> d
     plain = with_components(pipe, scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config, **config))
     run = setting(model, scheduler)
     quantized = ptqd.quantize(plain, recipe, run)
+    start = time.perf_counter()
     stats = ptqd.measure(plain, quantized, run.replace(samples=MEASURED))
+    measured = time.perf_counter()
     choice = ptqd.search_correction(quantized, stats, run)
+    seconds = (measured - start, time.perf_counter() - measured)
     methods = ("cnc", "bc", "vsc") if stats.response.draws else ("cnc", "bc")
     pipes = {
         "none": quantized,
         "ptqd": ptqd.correct(quantized, stats, methods),
+        "joint": ptqd.correct(quantized, stats, ["joint"]),
         "auto": ptqd.correct(quantized, choice.correction),
     }
     latents, images = drawn(plain, run)
     reference = features(judge, images)
-    found: dict[str, Any] = {"model": model, "scheduler": scheduler, "recipe": recipe, "taken": choice.name, "rows": {}}
+    found: dict[str, Any] = {"model": model, "scheduler": scheduler, "recipe": recipe, "taken": choice.name}
+    found |= {"seconds": seconds, "rows": {}}
     groups = torch.arange(SAMPLES) % 50
     for row, corrected in pipes.items():
         mine, pictures = drawn(corrected, run)
@@ -113,9 +119,9 @@ def features(judge: FashionClassifier, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([judge.features(part * 2 - 1).pooled for part in images.float().split(50)]).double()
 
 
-def difference(found: dict[str, Any], row: str) -> dict[str, float]:
-    """Against no correction: PSNR, Frechet distance, each with half the width of its interval."""
-    mine, none = found["rows"][row], found["rows"]["none"]
+def difference(found: dict[str, Any], row: str, against: str = "none") -> dict[str, float]:
+    """Against another row: PSNR, Frechet distance, each with half the width of its interval."""
+    mine, none = found["rows"][row], found["rows"][against]
     psnr = torch.tensor(mine["psnr"]) - torch.tensor(none["psnr"])
     frechet = [a - b for a, b in zip(mine["left_out"], none["left_out"], strict=True)]
     return {
@@ -134,8 +140,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         "PSNR to FP in dB (higher is better), Frechet to FP (lower is better), cut of the final latents' squared "
         "distance; ! marks a regression",
     ]
-    worse: dict[str, list[str]] = {"ptqd": [], "auto": []}
-    means: dict[str, list[tuple[float, ...]]] = {"ptqd": [], "auto": []}
+    worse: dict[str, list[str]] = {"ptqd": [], "joint": [], "auto": []}
+    means: dict[str, list[tuple[float, ...]]] = {row: [] for row in worse}
     groups = dict.fromkeys((c["model"], c["scheduler"]) for c in cells)
     for model, scheduler in sorted(
         groups, key=lambda group: (MODELS.index(group[0]), list(SCHEDULERS).index(group[1]))
@@ -157,11 +163,13 @@ def table(cells: list[dict[str, Any]]) -> str:
                 share = 100 * (1 - found["rows"][row]["frechet"] / none["frechet"])
                 means[row].append((d["psnr"], share, d["cut"]))
                 lines.append(
-                    f"        {row}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
+                    f"        {row:5s} PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
                     f"Frechet {d['frechet']:+.4f} ± {d['frechet_half']:.4f}{'!' if 'frechet' in bad else ' '}"
                     f" ({-share:+4.0f} %)  distance cut {d['cut']:+5.1f} %"
                     + (f"  kept: {found['taken']}" if row == "auto" else "")
                 )
+            if "joint" in found["rows"]:
+                lines += against(found)
     lines.append("")
     for row, record in worse.items():
         gain = torch.tensor(means[row]).mean(0).tolist()
@@ -171,6 +179,19 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"Mean over cells: PSNR {gain[0]:+.2f} dB, Frechet to FP {-gain[1]:+.0f} %, distance cut {gain[2]:.0f} %."
         )
     return "\n".join(lines)
+
+
+def against(found: dict[str, Any]) -> list[str]:
+    """auto against the plain formula and against joint."""
+    lines = []
+    for row in ("ptqd", "joint"):
+        d = difference(found, "auto", row)
+        bad = "!" if d["psnr"] < -d["psnr_half"] or d["frechet"] > d["frechet_half"] else " "
+        lines.append(
+            f"        auto - {row:5s}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}  Frechet {d['frechet']:+.4f} ± "
+            f"{d['frechet_half']:.4f} {bad}"
+        )
+    return lines
 
 
 def main() -> None:
@@ -193,7 +214,7 @@ def main() -> None:
             found = cell(model, judge, scheduler, recipe)
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            gained = {row: difference(found, row) for row in ("ptqd", "auto")}
+            gained = {row: difference(found, row) for row in ("ptqd", "joint", "auto")}
             print(model, scheduler, recipe, found["taken"], gained, flush=True)
 
 

@@ -72,6 +72,7 @@ def stats_of(
         moved=((eps_q - eps) ** 2).flatten(1).mean(1).sum().double()[None],
         finals=eps[:0].float(),
         final_indices=indices[:0],
+        paths=eps[:0].float(),
     )
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 
 from conftest import stats_of, tiny_pipeline
 from ptqd import Correction, InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure
-from ptqd.correction import compose, corrected_class, gated, joint_estimators
+from ptqd.correction import compose, corrected_class, gated
 from ptqd.diffusion import added_variance, linear_response, noise_scales, run_batch, with_components
 from ptqd.noise import MeasuredOn, fold_of, fold_sums, joint_moments
 
@@ -96,14 +96,17 @@ def test_ddpm_removes_exactly_the_residuals_variance(variance_type: str) -> None
     steps = [float(t) for t in base.timesteps]
     v, index = 0.002, 4
     learned = variance_type.startswith("learned")
-    response = linear_response(base, DDPMScheduler.step, list(base.timesteps), {}, learned_variance=learned)
-    noise = noise_scales(response, added_variance(response, torch.diag(torch.full((10,), v))))
+    asked = 0.3 if variance_type == "learned_range" else 0.8  # what the network says of the variance
+    response = linear_response(
+        base, DDPMScheduler.step, list(base.timesteps), {}, learned_variance=[asked] * 10 if learned else None
+    )
+    noise = noise_scales(response, added_variance(response, torch.full((10,), v)))
     correction = Correction(("vsc",), tuple(steps), (), (), (), tuple(noise), (), 1.0, MeasuredOn())
     corrected = corrected_class(DDPMScheduler).from_config(base.config, correction=correction.to_dict())
     corrected.set_timesteps(10)
     t = int(steps[index])
     x, out = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 2 if learned else 1, 1, 1)
-    out[:, 1:] = 1.0  # the most it can ask for
+    out[:, 1:] = asked
     corrected._position = index
     draws = [
         scheduler.step(out, t, x, generator=torch.Generator().manual_seed(0)).prev_sample.double().var().item()
@@ -243,19 +246,22 @@ def test_a_step_that_the_joint_estimate_does_not_help_is_left_alone() -> None:
 
 
 def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
-    """Against strong noise: unbiased, the estimate is worse than none; withholding a little, it is better."""
+    """By the error that each weight L minimises: what is withheld counts L times what is drawn anew."""
     g = torch.Generator().manual_seed(0)
     x, eps, r = (torch.randn(64, 2, 8, 8, generator=g, dtype=torch.float64) for _ in range(3))
     stats = step_stats(eps, 0.2 * eps + 0.5 * r, x)
     weights = (1.0, 2.0, 4.0, 8.0)
-    helps = [gated(stats, joint_estimators((w,)))[1][0].kept != "nothing" for w in weights]
-    assert helps[0]
-    assert not helps[-1]
-    best = max(w for w, good in zip(weights, helps, strict=True) if good)
-    _, steps = gated(stats, joint_estimators(weights))
-    assert steps[0].kept == f"joint L={best:g}"
+    each = [gated(stats, (w,))[1][0] for w in weights]
+    assert [step.kept for step in each] == [f"joint L={w:g}" for w in weights]
+    # of 0.2 eps + 0.5 r: 0.64 and 0.25 / L; unbiased to (1 - 0.2 T)^2 and (0.5 T)^2 / L, T = 0.2 / (0.04 + 0.25 / L)
+    for step, w in zip(each, weights, strict=True):
+        t = 0.2 / (0.04 + 0.25 / w)
+        before, after = 0.64 + 0.25 / w, (1 - 0.2 * t) ** 2 + (0.5 * t) ** 2 / w
+        assert step.gain == pytest.approx(1 - after / before, abs=0.03)
+    _, steps = gated(stats, weights)
+    assert steps[0].kept == "joint L=8"
     assert steps[0].channels == 2
-    alone, _ = gated(stats, joint_estimators((best,)))
+    alone, _ = gated(stats, (8.0,))
     assert fit_correction(stats, ("joint",)).output == compose(stats, ("joint",), alone, None).output
     with pytest.raises(InputError, match="3 samples cannot be fitted and judged apart"):
         fit_correction(step_stats(eps[:3], eps[:3], x[:3]), ("joint",))

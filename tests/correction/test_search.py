@@ -46,7 +46,7 @@ def choice(stats: NoiseStats) -> CorrectionSearch:
 
 def test_what_helps_is_taken_and_helps(choice: CorrectionSearch) -> None:
     assert choice.name != "none"
-    assert choice.checked == 32
+    assert choice.checked == 64
     exact, noisy = gaussian_pipeline(), gaussian_pipeline(**NOISE)
     want, bad = latents(exact, RUN), latents(noisy, RUN)
     got = latents(correct(noisy, choice.correction), RUN)
@@ -77,14 +77,15 @@ def test_where_nothing_helps_nothing_is_done() -> None:
 
 
 def test_a_correction_that_the_trajectories_refute_is_dropped(stats: NoiseStats) -> None:
-    """Statistics that hold step by step, but of samples that end elsewhere: nothing can be borne out."""
-    g = torch.Generator().manual_seed(0)
-    elsewhere = dataclasses.replace(stats, finals=stats.finals[torch.randperm(len(stats.finals), generator=g)])
+    """Statistics that hold step by step, but of samples that end where the uncorrected ones do."""
+    noisy = gaussian_pipeline(**{**NOISE, "v": 0.0})
+    apart = RUN.with_seed_for("measuring")
+    elsewhere = dataclasses.replace(stats, finals=latents(noisy, apart) + 0.01)
     choice = search_correction(gaussian_pipeline(**NOISE), elsewhere, RUN)
     assert choice.name == "none"
-    few = "nothing better held on 32 samples, which are few to tell by: measure 64"
-    assert [trial.why for trial in choice.trials if trial.kept] == [few]
-    assert any("on other samples" in trial.why for trial in choice.trials)
+    assert [trial.why for trial in choice.trials if trial.kept] == ["nothing is better by a tenth"]
+    assert {trial.name for trial in choice.trials} >= {"none", "cnc+bc", "joint", "trajectory"}
+    assert all("worse on" in trial.why for trial in choice.trials if not trial.kept)
 
 
 def test_a_correction_already_there_does_not_count(stats: NoiseStats, choice: CorrectionSearch) -> None:
@@ -188,18 +189,20 @@ def test_statistics_of_a_schedule_that_the_call_sets_are_not_carried_over(stats:
 
 
 def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptqd.diffusion import final_samples as plain
+    from ptqd.correction.search import run_in_step as plain
 
-    def overflow(pipe: Any, run: Any, indices: Any) -> torch.Tensor:
-        ends = plain(pipe, run, indices)
-        if "joint" in pipe.scheduler.correction.methods:
-            ends[0] = float("nan")
+    def overflow(pipe: Any, run: Any, batches: Any, decide: Any) -> list[torch.Tensor]:
+        ends = plain(pipe, run, batches, decide)
+        ends[-1][-1] = float("nan")  # of the last candidate, joint
         return ends
 
-    monkeypatch.setattr("ptqd.correction.search.final_samples", overflow)
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", overflow)
     choice = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
+    assert [trial.name for trial in choice.trials][:3] == ["trajectory", "none", "cnc+bc"]
     assert all("joint" not in trial.name for trial in choice.trials)
-    monkeypatch.setattr("ptqd.correction.search.final_samples", lambda *args: plain(*args) * float("nan"))
+    monkeypatch.setattr("ptqd.correction.trajectory.run_in_step", overflow)
+    assert "trajectory" not in [t.name for t in search_correction(gaussian_pipeline(**NOISE), stats, RUN).trials]
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", lambda *a: [part * float("nan") for part in plain(*a)])
     with pytest.raises(InputError, match="the quantized pipeline's samples hold NaN"):
         search_correction(gaussian_pipeline(**NOISE), stats, RUN)
     with pytest.raises(InputError, match="the full-precision samples hold NaN"):

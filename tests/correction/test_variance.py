@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gaussian import SCHEDULE, SHAPE, GaussianPipeline, gaussian_pipeline
 from ptqd import InputError, NoiseStats, Sampling, correct, fit_correction, measure, sample
-from ptqd.correction import ResidualNoise, overshoot, x0_coefficients
-from ptqd.diffusion import Levels, linear_response, noise_levels, timesteps_at
+from ptqd.correction import ResidualNoise, overshoot
+from ptqd.diffusion import Levels, linear_response, noise_levels, timesteps_at, x0_coefficients
 
 V = 0.02
 

@@ -187,7 +187,7 @@ def test_a_step_that_draws_nothing_answers_for_its_own_residual() -> None:
     for drawn in (0.0, 1e-6):
         noise = triangle * torch.tensor([drawn, drawn, 1.0])
         response = Response(triangle, noise, triangle, torch.ones(3), exact=True)
-        shares.append(noise_scales(response, added_variance(response, torch.diag(variance)))[2])
+        shares.append(noise_scales(response, added_variance(response, variance))[2])
     assert shares[0] == pytest.approx(math.sqrt(0.9))
     assert shares[1] == pytest.approx(shares[0])
 
@@ -248,7 +248,7 @@ def test_probing_leaves_the_scheduler_as_it_was_and_looks_behind_clipping() -> N
 
 
 def shares_of(response: Response, variance: torch.Tensor) -> list[float]:
-    return noise_scales(response, added_variance(response, torch.diag(variance)))
+    return noise_scales(response, added_variance(response, variance))
 
 
 def test_without_history_the_share_of_noise_is_ptqds() -> None:
@@ -281,15 +281,12 @@ def test_with_history_the_samples_variance_is_kept(order: int) -> None:
         assert bool((scales[drawn] < 1).all())
 
 
-def test_residuals_that_repeat_add_up_to_what_their_sum_has() -> None:
-    """Of fully repeated residuals the amplitudes add up; of independent ones the variances."""
+def test_independent_residuals_add_what_their_own_step_makes_of_them() -> None:
     response = response_of(DDIMScheduler(**BETAS), eta=0.6)
     size = torch.rand(STEPS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
-    repeated = added_variance(response, size[:, None] * size[None, :])
-    total = response.state**2 @ repeated
-    assert torch.allclose(total, (response.outputs @ size) ** 2, rtol=1e-6)
-    independent = added_variance(response, torch.diag(size**2))
-    assert torch.allclose(independent, response.outputs.diagonal() ** 2 * size**2, rtol=1e-4)
+    added = added_variance(response, size**2)
+    assert torch.allclose(added, response.outputs.diagonal() ** 2 * size**2, rtol=1e-4)
+    assert torch.allclose(response.state**2 @ added, response.outputs**2 @ size**2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

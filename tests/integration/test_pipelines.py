@@ -209,7 +209,7 @@ def test_auto_checks_whole_trajectories_of_any_pipeline(name: str) -> None:
     pipe, bad = pipeline(name), scaled_and_shifted(name)
     run = setting(name, guided=False).replace(samples=16, batch=8)
     stats = measure(pipe, bad, run)
-    assert len(stats.finals) == 8
+    assert len(stats.finals) == len(stats.paths) == 16
     assert stats.finals[0].numel() == stats.elements * CASES[name].channels
     choice = search_correction(bad, stats, run)
     assert choice.name != "none"

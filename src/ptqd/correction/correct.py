@@ -6,7 +6,8 @@ from diffusers import DiffusionPipeline
 
 from ptqd.correction.correction import Correction
 from ptqd.correction.scheduler import apply_correction
-from ptqd.correction.search import CorrectionSearch, search_correction
+from ptqd.correction.search import TRAJECTORY, CorrectionSearch, search_correction
+from ptqd.correction.trajectory import fit_trajectory
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.noise.stats import NoiseStats
@@ -29,29 +30,34 @@ def correct(
         qpipe: the pipeline the statistics were measured on; one that already corrects gets this correction instead.
         correction: statistics to derive it from, or a correction that was fitted or searched.
         methods: when statistics are given, which corrections to derive: ``"auto"`` searches for the best on whole
-            trajectories, see :func:`ptqd.search_correction`; names are taken as published, see
-            :func:`ptqd.fit_correction`.
-        sampling: for ``"auto"``: the run that was measured.
+            trajectories, see :func:`ptqd.search_correction`; ``"trajectory"`` fits along them; other names are taken as
+            published, see :func:`ptqd.fit_correction`.
+        sampling: for ``"auto"`` and ``"trajectory"``: the run that was measured.
         steps: when methods are named, how many steps will be taken, if not as many as were measured: the statistics are
             then interpolated over log-SNR, and the log says so.
         progress: for ``"auto"``: show a bar.
 
     Raises:
         MismatchError: the statistics are of another model or scheduler.
-        InputError: ``"auto"`` without the run, or for another number of steps; or statistics that give no correction.
+        InputError: ``"auto"`` or ``"trajectory"`` without the run, or for another number of steps; or statistics that
+            give no correction.
     """
     if isinstance(correction, CorrectionSearch):
         return apply_correction(qpipe, correction.correction)
     if isinstance(correction, Correction):
         return apply_correction(qpipe, correction)
     named = (methods,) if isinstance(methods, str) else tuple(methods)
-    if named != (AUTO,):
-        return apply_correction(qpipe, correction, named, steps=steps)
-    if steps not in (None, correction.measured_on.steps):
-        raise InputError(f"auto runs the {correction.measured_on.steps} steps that were measured; name methods instead")
-    if sampling is None:
-        raise InputError(
-            "methods='auto' runs whole trajectories; give sampling=, the run that was measured, or name methods, such "
-            "as ['cnc', 'bc']"
-        )
-    return apply_correction(qpipe, search_correction(qpipe, correction, sampling, progress=progress).correction)
+    if named in ((TRAJECTORY,), (AUTO,)):
+        if steps not in (None, correction.measured_on.steps):
+            raise InputError(
+                f"{named[0]} runs the {correction.measured_on.steps} steps that were measured; name other methods"
+            )
+        if sampling is None:
+            raise InputError(
+                f"methods={named[0]!r} runs whole trajectories; give sampling=, the run that was measured, or name "
+                "methods, such as ['cnc', 'bc']"
+            )
+        if named == (TRAJECTORY,):
+            return apply_correction(qpipe, fit_trajectory(qpipe, correction, sampling).correction)
+        return apply_correction(qpipe, search_correction(qpipe, correction, sampling, progress=progress).correction)
+    return apply_correction(qpipe, correction, named, steps=steps)

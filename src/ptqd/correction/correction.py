@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.errors import ArtifactError, MismatchError
 from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.second_moments import CROSS
+from ptqd.noise.second_moments import CROSS, Layout, OutputEstimate
 from ptqd.schema import numbers, shape_of, typed
 
 Rows = tuple[tuple[float, ...], ...]
@@ -186,6 +186,35 @@ class _StepMap:
         pictures = known.movedim(axis, -3)  # of a video, one a frame
         flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), weights, padding=1, groups=self.groups)
         return flat.view(pictures.shape).movedim(-3, axis)
+
+
+def corrected_output(
+    estimate: OutputEstimate, layout: Layout, eps_q: torch.Tensor, x: torch.Tensor, axis: int
+) -> torch.Tensor:
+    """An estimate of one step's eps (G, C, taps C), applied to outputs and samples (N, C, ...)."""
+    dtype = torch.promote_types(eps_q.dtype, torch.float32)
+    result = eps_q.to(dtype)
+    for maps, known in ((estimate.output, eps_q), (estimate.sample, x)):
+        table = smallest_form(maps[None], layout)
+        if table is not None:
+            step_map = _StepMap(table.to(known.device, dtype), eps_q.shape[axis], of_output=known is eps_q)
+            result = result - step_map(known.to(dtype), 0, axis)
+    bias = estimate.bias.flatten().to(eps_q.device, dtype)
+    return (result - _along(bias, eps_q.ndim, axis)).to(eps_q.dtype)
+
+
+def smallest_form(maps: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+    """Maps (T, G, C, taps C) as a correction holds them: in the smallest form that says the same; None for zero."""
+    if not bool(maps.any()):
+        return None
+    if layout.groups > 1:  # G groups of one channel
+        return maps[:, :, 0] if layout.taps > 1 else maps[:, :, 0, 0]
+    whole = maps[:, 0]
+    across = whole[..., : layout.channels]
+    if layout.taps > 1 and bool(whole[..., layout.channels :].any()):
+        return whole
+    diagonal = across.diagonal(dim1=1, dim2=2)
+    return diagonal if torch.equal(torch.diag_embed(diagonal), across) else across
 
 
 def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:

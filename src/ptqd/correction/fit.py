@@ -4,6 +4,8 @@ A correction of the mean, at most one, makes an estimate of eps from what a step
 
     cnc, bc     PTQD's, alone or together     tac     TAC's gain
     d2          D2-DPM's regression           joint   ours
+    cnc-channel CNC with a slope a channel    trajectory   ours, fitted along the trajectory; it needs runs, see
+                                              :func:`ptqd.correction.trajectory.fit_trajectory`
 
 and a method for the variance, at most one, deals with what the estimate leaves:
 
@@ -19,14 +21,14 @@ from typing import Any
 
 import torch
 
-from ptqd.correction.correction import Correction, rows
+from ptqd.correction.correction import Correction, rows, smallest_form
 from ptqd.correction.gate import gated
-from ptqd.correction.methods.cnc_bc import cnc_bc
-from ptqd.correction.methods.joint import joint
+from ptqd.correction.methods.cnc_bc import CHANNEL, cnc_bc
 from ptqd.correction.registry import MEAN_METHODS, VARIANCE_METHODS
 from ptqd.correction.variance import ResidualNoise, StepRescaling
 from ptqd.diffusion.scheduler_response import added_variance
 from ptqd.errors import InputError
+from ptqd.noise.regression import regression
 from ptqd.noise.second_moments import Estimator, Layout, OutputEstimate, excess_variance, mean_table
 from ptqd.noise.stats import NoiseStats
 
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 DEFAULT = ("cnc", "bc", "vsc")
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
 CLIPPING = 0.99  # below this a step clips
-METHODS = ("cnc", "bc", *MEAN_METHODS, "joint", *VARIANCE_METHODS)
+METHODS = ("cnc", CHANNEL, "bc", *MEAN_METHODS, "joint", "trajectory", *VARIANCE_METHODS)
 
 
 def fit_correction(stats: NoiseStats, methods: Sequence[str] = DEFAULT) -> Correction:
@@ -50,13 +52,29 @@ def fit_correction(stats: NoiseStats, methods: Sequence[str] = DEFAULT) -> Corre
         InputError: an unknown method, methods that do not go together, or statistics that give no correction.
     """
     mean, variance = split_methods(methods)
+    if "trajectory" in mean:
+        raise InputError("trajectory is fitted along runs, not from statistics alone; use ptqd.correct with sampling=")
     if stats.samples < 2:
         raise InputError(f"statistics of {stats.samples} sample give no correction; measure at least two samples")
+    _check_slopes(stats, mean)
     if mean == ("joint",):
-        estimate, _ = gated(stats, joint_estimators(COHERENCES))
+        estimate, _ = gated(stats, COHERENCES)
     else:
         estimate = mean_estimator(mean)(mean_table(stats.joint, stats.fold_samples), stats.layout)
     return compose(stats, methods, estimate, variance)
+
+
+def _check_slopes(stats: NoiseStats, mean: Sequence[str]) -> None:
+    """Refuse noise that surely undoes the output.
+
+    Raises:
+        InputError: cnc is asked for, and the upper bound of some step's k is below -1.
+    """
+    if "cnc" not in mean or bool((regression(stats.moments.mean(0), slope=True)["k"] > -1).all()):
+        return
+    undone = (stats.fit().k.high < -1).nonzero().flatten()
+    if len(undone):
+        raise InputError(f"at step {int(undone[0])} the noise undoes the output (1 + k <= 0); quantize with more bits")
 
 
 def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
@@ -70,7 +88,7 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
             raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
     mean = tuple(m for m in METHODS if m in methods and m not in VARIANCE_METHODS)
     variance = [m for m in dict.fromkeys(methods) if m in VARIANCE_METHODS]
-    if len(mean) > 1 and set(mean) != {"cnc", "bc"}:
+    if len(mean) > 1 and set(mean) not in ({"cnc", "bc"}, {CHANNEL, "bc"}):
         raise InputError(f"{' and '.join(mean)} are each a whole correction of the mean; give one of them")
     if len(variance) > 1:
         raise InputError(f"{' and '.join(variance)} both answer for the residual's variance; give one of them")
@@ -82,12 +100,7 @@ def mean_estimator(mean: Sequence[str]) -> Estimator:
     for name in mean:
         if name in MEAN_METHODS:
             return MEAN_METHODS[name]()
-    return cnc_bc("cnc" in mean, "bc" in mean)
-
-
-def joint_estimators(coherences: Sequence[float]) -> dict[str, Estimator]:
-    """Ours with some weights L, by name, in rising order."""
-    return {f"joint L={c:g}": joint(c) for c in sorted(coherences)}
+    return cnc_bc("cnc" in mean or CHANNEL in mean, "bc" in mean, by_channel=CHANNEL in mean)
 
 
 def compose(
@@ -95,8 +108,6 @@ def compose(
     methods: Sequence[str],
     estimate: OutputEstimate,
     variance: str | None,
-    *,
-    correlated: bool = False,
 ) -> Correction:
     """A correction of the mean with a method for the variance on top.
 
@@ -105,8 +116,6 @@ def compose(
         methods: names for the record.
         estimate: of every step's eps.
         variance: the method's name. One that has nothing to do here says so in the log, and is left out.
-        correlated: count residuals that repeat from step to step as they add up; as published, they count as
-            independent.
 
     Raises:
         InputError: a method for the variance that does not go with the scheduler.
@@ -114,7 +123,7 @@ def compose(
     layout = stats.layout
     reshaped: StepRescaling | None = None
     if variance is not None:
-        residuals = _residuals(stats, estimate, correlated)
+        residuals = _residuals(stats, estimate)
         config = stats.measured_on.config
         if not stats.response.one_step and (config.get("clip_sample") or config.get("thresholding")):
             logger.warning("%s clips and remembers: what that takes of the residual is not known", residuals.scheduler)
@@ -144,13 +153,9 @@ def compose(
     )
 
 
-def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) -> ResidualNoise:
+def _residuals(stats: NoiseStats, estimate: OutputEstimate) -> ResidualNoise:
     table = mean_table(stats.joint, stats.fold_samples)
     excess = excess_variance(table, estimate).mean((1, 2)) * stats.attenuation() ** 2
-    covariance = torch.diag(excess)
-    if correlated:
-        size = excess.clamp(min=0).sqrt()
-        covariance = (stats.residual_correlation() * size[:, None] * size[None, :]).fill_diagonal_(0) + covariance
     return ResidualNoise(
         scheduler=stats.measured_on.scheduler,
         config=stats.measured_on.config,
@@ -158,19 +163,10 @@ def _residuals(stats: NoiseStats, estimate: OutputEstimate, correlated: bool) ->
         levels=stats.levels,
         response=stats.response,
         clips=bool((stats.attenuation() < CLIPPING).any()),
-        added=added_variance(stats.response, covariance),
+        added=added_variance(stats.response, excess),
     )
 
 
 def _plain(maps: torch.Tensor, layout: Layout) -> Any:
-    """Maps (T, G, C, taps C) as a correction holds them: in the smallest form that says the same."""
-    if not bool(maps.any()):
-        return ()
-    if layout.groups > 1:  # G groups of one channel
-        return rows(maps[:, :, 0] if layout.taps > 1 else maps[:, :, 0, 0])
-    whole = maps[:, 0]
-    across = whole[..., : layout.channels]
-    if layout.taps > 1 and bool(whole[..., layout.channels :].any()):
-        return rows(whole)
-    diagonal = across.diagonal(dim1=1, dim2=2)
-    return rows(diagonal) if torch.equal(torch.diag_embed(diagonal), across) else rows(across)
+    table = smallest_form(maps, layout)
+    return () if table is None else rows(table)

@@ -1,19 +1,18 @@
-"""``auto``: the method and strength that help this pipeline most, checked on whole trajectories.
+"""``auto``: the correction that helps this pipeline most, each candidate judged itself on whole trajectories.
 
-1. Every candidate is gated step by step (:mod:`ptqd.correction.gate`): fitted on one half of the samples, judged on
-   the other.
-2. Candidates run whole trajectories of samples whose full-precision ends the statistics hold. Their estimates are
-   fitted on the other half of the samples; which steps keep them, and what remains for the variance, follows from all.
-   Two measures, both against no correction: the mean squared distance to the same seed's
-   full-precision sample (its geometric mean: no sample that went astray leads), and how far energy, by channel and band
-   of frequency, is shifted. A smaller error alone is not enough: an estimate shrinks, and samples that are all too
-   smooth are near to everything. The score is the sum of both measures' logarithms.
-3. The weight L of withheld signal rises until the score worsens by more than its standard error. Of weights that score
-   alike within one standard error the largest is taken, which withholds least; another way with the residual's
-   variance than the usual must be better by as much.
-4. What is chosen this way on either half of the checked samples must hold on the other: the upper 95 % bound of the
-   paired difference of distances must be below 0, and the shift of energy not significantly larger. Else the candidate
-   is dropped and the next best stands trial, in the end no correction. What is taken is fitted anew on all samples.
+1. ``trajectory`` (:mod:`ptqd.correction.trajectory`) is fitted along up to 64 samples, each walked with what others
+   give: that walk is its trial. It chooses among PTQD's estimate, ours and its own, step by step.
+2. The others are: none, the paper's plain CNC and BC, the same with a slope for each channel where slopes differ, the
+   same gated step by step where the gate leaves some out, and ``joint``. They run whole trajectories of the first 16
+   samples, those of even folds corrected by what the odd folds' statistics give and the other way round, so that
+   nothing is judged on what it was fitted on. Where one of them is ahead of ``trajectory``, it runs with each method
+   for the variance that the scheduler allows, and the best two run 16 samples more.
+3. Two measures, both against no correction: the mean squared distance to the same seed's full-precision sample (its
+   geometric mean: no sample that went astray leads), and how far energy, by channel and band of frequency, is shifted.
+   A smaller error alone is not enough: an estimate shrinks, and samples that are all too smooth are near to everything.
+   The score is the sum of both measures' logarithms, over the samples that two candidates share.
+4. The one with the best score is taken; but ``trajectory`` unless another is better by more than a standard error, and
+   no correction where nothing is better by a tenth. What is taken is fitted on all samples.
 """
 
 import itertools
@@ -29,45 +28,49 @@ from diffusers import DiffusionPipeline
 from scipy import stats as scipy_stats
 
 from ptqd.correction.correction import Correction
-from ptqd.correction.fit import compose, joint_estimators, mean_estimator
-from ptqd.correction.gate import StepGate, gated
-from ptqd.correction.scheduler import apply_correction, check_measured_on
-from ptqd.diffusion.pipeline_parts import channel_axis
-from ptqd.diffusion.sampling import Sampling, guidance_of
-from ptqd.diffusion.trajectory import final_samples
-from ptqd.errors import ArtifactError, InputError, MismatchError, PtqdError
+from ptqd.correction.fit import COHERENCES, compose, mean_estimator, split_methods
+from ptqd.correction.gate import StepGate, every_step, gated, gated_cnc_bc
+from ptqd.correction.methods.cnc_bc import CHANNEL, differs_by_channel
+from ptqd.correction.scheduler import apply_correction
+from ptqd.correction.step_batch import StepBatch
+from ptqd.correction.trajectory import TrajectoryFit, check_run, fit_trajectory
+from ptqd.diffusion.in_step import Arrival, run_in_step
+from ptqd.diffusion.pipeline_parts import channel_axis, plain_scheduler, with_components
+from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.trajectory import final_samples, whole_samples
+from ptqd.errors import ArtifactError, InputError, PtqdError
 from ptqd.files import read_json
-from ptqd.noise.second_moments import Estimator
+from ptqd.noise.regression import POWERS
+from ptqd.noise.second_moments import OutputEstimate, fold_of, mean_table
 from ptqd.noise.stats import NoiseStats
-from ptqd.progress import track
+from ptqd.progress import busy
 from ptqd.schema import nan_for_null, typed
 
 logger = logging.getLogger(__name__)
 
-COHERENCES = (1.0, 2.0, 4.0, 8.0, 16.0)
-MIN_CHECKED = 4
+MIN_CHECKED = 8
+FIRST = 16  # samples that every candidate runs
+MORE = 32  # that the best run where they are alike
 ENOUGH_CHECKED = 64  # samples by which a correction that helps is told from one that does not
 BANDS = 4
 RESOLUTION = 1e-6
+LEVEL = 0.1  # of the score: by less than that candidates are alike
+NONE, TRAJECTORY = "none", "trajectory"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to correct: estimators of the mean, the later preferred where they help, and a method for the variance."""
+    """A way to correct.
+
+    Attributes:
+        name: for the record.
+        methods: as :func:`ptqd.fit_correction` takes them.
+        gate: whether cnc and bc are kept step by step only where they are told from chance.
+    """
 
     name: str
     methods: tuple[str, ...]
-    coherences: tuple[float, ...] = ()
-    variance: str | None = None
-    variant_of: str | None = None  # the candidate it differs from in what it does with the variance
-
-    @property
-    def estimators(self) -> dict[str, Estimator]:
-        """By name; none for no correction."""
-        mean = tuple(m for m in self.methods if m != self.variance)
-        if self.coherences:
-            return joint_estimators(self.coherences)
-        return {"+".join(mean): mean_estimator(mean)} if mean else {}
+    gate: bool = False
 
 
 NUMBERS = ("error", "ratio", "distribution", "score", "gain", "half_width")  # which may be infinite or NaN
@@ -87,6 +90,7 @@ class Trial:
             better.
         kept: whether it is the one that was taken.
         why: what it was taken or dropped for.
+        samples: that it ran.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Trial:
     score: float
     kept: bool = False
     why: str = ""
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class CorrectionSearch:
         correction: to be given to :func:`ptqd.correct`.
         trials: every candidate that ran, in order.
         steps: what each step keeps of the one that was taken; empty for no correction.
-        checked: samples that each candidate ran.
+        checked: samples that the one that was taken ran.
     """
 
     correction: Correction
@@ -168,195 +173,255 @@ def search_correction(
             seeds or arguments of the call.
         InputError: too few samples, or statistics that whole trajectories cannot be checked against.
     """
-    apart = sampling.with_seed_for("measuring")
-    check_measured_on(qpipe, stats.measured_on)
-    required = {
-        "seed": apart.seed,
-        "steps": sampling.steps,
-        "guidance": guidance_of(qpipe, sampling),
-        "inputs": sampling.inputs_digest,
-    }
-    if stats.measured_on.interpolated_from is not None:
-        raise InputError("statistics carried over to other steps have no full-precision samples to check against")
-    for fact, value in required.items():
-        if getattr(stats.measured_on, fact) != value:
-            what = "arguments of the call (--call, --shared)" if fact == "inputs" else f"another {fact}"
-            raise MismatchError(
-                f"the statistics were measured with {'other ' * (fact == 'inputs')}{what}; give the run they were "
-                "measured with"
-            )
+    check_run(qpipe, stats, sampling)
     indices = stats.final_indices.tolist()
-    if not stats.measured_on.repeatable and (stats.response.draws or not stats.response.exact):
-        raise InputError(
-            f"{type(qpipe).__name__} hands its scheduler no generator, so a sample's noise depends on its batch and no "
-            "trajectory can be checked; name methods instead, such as cnc,bc"
-        )
     if not bool(torch.isfinite(stats.finals).all()):
         raise InputError("the full-precision samples hold NaN or infinite values; try a wider dtype")
     if len(indices) < MIN_CHECKED:
         raise InputError(
             f"{len(indices)} full-precision samples to check against are too few; measure at least 16, in open loop"
         )
-    return _Search(qpipe, stats, apart, indices, batch or sampling.batch, progress).best()
+    return _Search(qpipe, stats, sampling, batch, progress).best()
 
 
 class _Search:
     def __init__(
-        self,
-        qpipe: DiffusionPipeline,
-        stats: NoiseStats,
-        sampling: Sampling,
-        indices: list[int],
-        batch: int,
-        progress: bool,
+        self, qpipe: DiffusionPipeline, stats: NoiseStats, sampling: Sampling, batch: int | None, progress: bool
     ) -> None:
-        self.qpipe, self.stats, self.run, self.progress = qpipe, stats, sampling, progress
-        self.batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+        self.qpipe, self.stats, self.sampling, self.progress = qpipe, stats, sampling, progress
+        self.run, self.batch = sampling.with_seed_for("measuring"), batch or sampling.batch
+        self.indices = stats.final_indices
         self.reference = stats.finals.double()
         axis = stats.measured_on.channel_axis
         self.axis = channel_axis(self.reference) if axis is None else axis
         self.wanted = features(self.reference, self.axis)
-        self.errors: dict[Candidate, torch.Tensor] = {}  # of each sample, to its full-precision end (n,)
-        self.shifts: dict[Candidate, torch.Tensor] = {}  # of each sample's features (n, F)
-        self.plain = Candidate("none", ())
-        self.all = torch.arange(len(indices))
+        self.errors: dict[Candidate, torch.Tensor] = {}  # of its first samples, to their full-precision ends (n,)
+        self.shifts: dict[Candidate, torch.Tensor] = {}  # of their features (n, F)
+        self.plain = Candidate(NONE, ())
+        self.fitted = Candidate(TRAJECTORY, (TRAJECTORY,))
+        self.walk: TrajectoryFit | None = None
 
     def best(self) -> CorrectionSearch:
-        draws = self.stats.response.draws
-        usual = "vsc" if draws else None
-        self._try(self.plain)
-        self._try(Candidate("cnc+bc", ("cnc", "bc")))
-        for n, most in enumerate(COHERENCES):
-            methods = ("joint", *([usual] if usual else []))
-            ours = Candidate(f"joint L<={most:g}", methods, COHERENCES[: n + 1], usual)
-            if not self._try(ours):
-                break
-            top = min(self.errors, key=lambda c: self._score(c, self.all))
-            if top.coherences and self._worse(ours, top, self.all):
-                break
-        top = self._pick(set(self.errors), self.all)
-        if top is not self.plain:
-            mean = tuple(m for m in top.methods if m != top.variance)
-            for other in (None, "vsc") if draws else ("dns", "stepbaq"):
-                if other != top.variance:
-                    name = f"{top.name}, {other or 'all noise drawn'}"
-                    methods = (*mean, *([other] if other else []))
-                    self._try(replace(top, name=name, methods=methods, variance=other, variant_of=top.name))
-        return self._choice()
+        first, more = (min(count, len(self.indices)) for count in (FIRST, MORE))
+        if not bool(self.stats.moments[..., [n for n, (_, j) in enumerate(POWERS) if j]].any()):  # nothing was lost
+            self._race([self.plain], first)
+            return self._choice(self.plain)
+        self._walk()
+        self._race([self.plain, *self._means()], first)
+        leader = self._leader(first)
+        if self._leads(leader, first):
+            self._race([self._with_variance(leader, method) for method in self._variances()], first)
+            leader = self._leader(first)
+            if more > first:
+                rivals = [c for c in (leader, self._runner_up(first)) if c is not self.fitted]
+                self._race(rivals, more)
+        finalists = [c for c in self.errors if len(self.errors[c]) >= more] if self._leads(leader, first) else []
+        count = more if len(finalists) > 1 else first
+        taken = min(finalists or self.errors, key=lambda c: self._score(c, count))
+        if self.fitted in self.errors and not self._worse(self.fitted, taken, count):
+            taken = self.fitted
+        if not self._worse(self.plain, taken, first) and more > first:
+            self._race([c for c in (self.plain, taken) if len(self.errors[c]) < more], more)
+        if self._score(taken, min(more, len(self.errors[taken]))) > -LEVEL:
+            taken = self.plain
+        return self._choice(taken)
 
-    def _try(self, candidate: Candidate) -> bool:
-        """Run a candidate's trajectories; False where it cannot be made or run, or keeps nothing."""
-        if candidate is self.plain:
-            ends = self._ends(candidate, self._correction(candidate, half=0)[0])
-            if not bool(torch.isfinite(ends).all()):
+    def _leader(self, count: int) -> Candidate:
+        return min(self.errors, key=lambda c: self._score(c, count))
+
+    def _leads(self, candidate: Candidate, count: int) -> bool:
+        """Whether a candidate is ahead of the trajectory's by more than next to nothing."""
+        if candidate in (self.plain, self.fitted):
+            return False
+        return self.fitted not in self.errors or self._score(candidate, count) < self._score(self.fitted, count) - LEVEL
+
+    def _runner_up(self, count: int) -> Candidate:
+        return sorted(self.errors, key=lambda c: self._score(c, count))[1]
+
+    def _means(self) -> list[Candidate]:
+        """Candidates for the mean, that differ for these statistics."""
+        plain = Candidate("cnc+bc", ("cnc", "bc"))
+        channels = Candidate(f"{CHANNEL}+bc", (CHANNEL, "bc"))
+        _, steps = self._estimate(replace(plain, gate=True), None)
+        apart = differs_by_channel(self.stats)
+        result = [plain, *([channels] if apart else [])]
+        kept = [step.kept for step in steps]
+        if any(name != "cnc+bc" for name in kept) and any(name != "nothing" for name in kept):
+            result.append(Candidate("cnc+bc, gated", ("cnc", "bc"), gate=True))
+        return [*result, Candidate("joint", ("joint",))]
+
+    def _with_variance(self, candidate: Candidate, method: str) -> Candidate:
+        return replace(candidate, name=f"{candidate.name}+{method}", methods=(*candidate.methods, method))
+
+    def _variances(self) -> tuple[str, ...]:
+        return ("vsc",) if self.stats.response.draws else ("dns", "stepbaq")
+
+    def _walk(self) -> None:
+        """Fit along the trajectory, if that can be done."""
+        try:
+            with busy("fitting along the trajectory" if self.progress else None):
+                walk = fit_trajectory(self.qpipe, self.stats, self.sampling, batch=self.batch)
+        except PtqdError as error:
+            logger.info("trajectory is left out: %s", error)
+            return
+        if not bool(torch.isfinite(walk.finals).all()):
+            logger.warning("trajectory is left out: its samples hold NaN or infinite values")
+            return
+        self.walk = walk
+        self._judge(self.fitted, walk.finals.double())
+
+    def _race(self, candidates: Sequence[Candidate], count: int) -> None:
+        """Run candidates' trajectories up to so many samples; what cannot be made or run is left out.
+
+        Those of the mean alone run together, in the same batches.
+        """
+        together = [c for c in candidates if split_methods(c.methods)[1] is None]
+        ends = self._together(together, count) if together else {}
+        for candidate in candidates:
+            if candidate not in together:
+                try:
+                    ends[candidate] = self._apart(candidate, count)
+                except PtqdError as error:
+                    logger.info("%s is left out: %s", candidate.name, error)
+        for candidate, samples in ends.items():
+            if bool(torch.isfinite(samples).all()):
+                self._judge(candidate, samples)
+            elif candidate is self.plain:
                 raise InputError("the quantized pipeline's samples hold NaN or infinite values; try a wider dtype")
-        else:
-            try:
-                correction, steps = self._correction(candidate, half=0)
-                if all(step.kept == "nothing" for step in steps):
-                    return False
-                ends = self._ends(candidate, correction)
-            except PtqdError as error:
-                logger.info("%s is left out: %s", candidate.name, error)
-                return False
-            if not bool(torch.isfinite(ends).all()):
+            else:
                 logger.warning("%s is left out: its samples hold NaN or infinite values", candidate.name)
-                return False
-        self.errors[candidate] = (ends - self.reference).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
-        self.shifts[candidate] = features(ends, self.axis) - self.wanted
-        return True
+                self.errors.pop(candidate, None)
 
-    def _ends(self, candidate: Candidate, correction: Correction) -> torch.Tensor:
-        pipe = apply_correction(self.qpipe, correction)
-        title = f"trying {candidate.name}" if self.progress else None
-        return torch.cat([final_samples(pipe, self.run, batch) for batch in track(self.batches, title)]).double()
+    def _judge(self, candidate: Candidate, ends: torch.Tensor) -> None:
+        """Note what a candidate's next samples came to."""
+        done = len(self.errors.get(candidate, ()))
+        part = slice(done, done + len(ends))
+        errors = (ends - self.reference[part]).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
+        shifts = features(ends, self.axis) - self.wanted[part]
+        if done:
+            errors, shifts = torch.cat([self.errors[candidate], errors]), torch.cat([self.shifts[candidate], shifts])
+        self.errors[candidate], self.shifts[candidate] = errors, shifts
+
+    def _together(self, candidates: Sequence[Candidate], count: int) -> dict[Candidate, torch.Tensor]:
+        """Final samples of candidates for the mean; every batch holds samples of several."""
+        entries = [(c, i) for c in candidates for i in range(len(self.errors.get(c, ())), count)]
+        batches = [entries[i : i + self.batch] for i in range(0, len(entries), self.batch)]
+        half = [1 - n % 2 for n in fold_of(self.indices).tolist()]  # of the statistics that a sample is corrected by
+        estimates = {(c, h): self._estimate(c, h)[0] for c in candidates for h in (0, 1)}
+
+        def decide(step: int, arrivals: Sequence[Arrival]) -> list[torch.Tensor]:
+            outputs = []
+            for arrival, batch in zip(arrivals, batches, strict=True):
+                rows = StepBatch(arrival, self.stats, len(batch))
+                places: dict[tuple[Candidate, int], list[int]] = {}
+                for place, (candidate, i) in enumerate(batch):
+                    places.setdefault((candidate, half[i]), []).append(place)
+                own = ((torch.tensor(at), estimates[key].at(step)) for key, at in places.items() if key[0].methods)
+                rows.correct(own, self.stats.layout)
+                outputs.append(rows.full_output())
+            return outputs
+
+        plain = with_components(self.qpipe, scheduler=plain_scheduler(self.qpipe.scheduler))
+        indices = [[int(self.indices[i]) for _, i in batch] for batch in batches]
+        title = f"trying {', '.join(c.name for c in candidates)}" if self.progress else None
+        with busy(title):
+            ends = run_in_step(plain, self.run, indices, decide)
+        samples = [whole_samples(rows, len(batch)).cpu() for rows, batch in zip(ends, batches, strict=True)]
+        found: dict[Candidate, list[torch.Tensor]] = {c: [] for c in candidates}
+        for (candidate, _), sample in zip(entries, torch.cat(samples), strict=True):
+            found[candidate].append(sample)
+        return {c: torch.stack(each).double() for c, each in found.items()}
+
+    def _apart(self, candidate: Candidate, count: int) -> torch.Tensor:
+        """Final samples of one candidate."""
+        part = torch.arange(len(self.errors.get(candidate, ())), count)
+        ends: dict[int, torch.Tensor] = {}
+        parity = fold_of(self.indices[part]) % 2
+        for half in (0, 1):
+            pipe = apply_correction(self.qpipe, self._correction(candidate, 1 - half)[0])
+            with busy(f"trying {candidate.name}" if self.progress else None):
+                for batch in part[parity == half].split(self.batch):
+                    if len(batch):
+                        samples = final_samples(pipe, self.run, self.indices[batch].tolist())
+                        ends |= dict(zip(batch.tolist(), samples, strict=True))
+        return torch.stack([ends[i] for i in part.tolist()]).double()
+
+    def _estimate(self, candidate: Candidate, half: int | None) -> tuple[OutputEstimate, list[StepGate]]:
+        mean, _ = split_methods(candidate.methods)
+        if candidate.gate:
+            return gated_cnc_bc(self.stats, half)
+        if mean == ("joint",):
+            return gated(self.stats, COHERENCES, half)
+        folds = slice(half, None, 1 if half is None else 2)
+        table = mean_table(self.stats.joint[folds], self.stats.fold_samples[folds])
+        estimate = mean_estimator(mean)(table, self.stats.layout)
+        return estimate, every_step(self.stats, "+".join(mean), mean_estimator(mean)) if mean else []
 
     def _correction(self, candidate: Candidate, half: int | None) -> tuple[Correction, list[StepGate]]:
-        estimate, steps = gated(self.stats, candidate.estimators, half)
-        return compose(self.stats, candidate.methods, estimate, candidate.variance, correlated=True), steps
+        estimate, steps = self._estimate(candidate, half)
+        return compose(self.stats, candidate.methods, estimate, split_methods(candidate.methods)[1]), steps
 
-    def _ratios(self, candidate: Candidate) -> torch.Tensor:
-        """Log of each sample's squared distance against no correction's (n,)."""
-        return (self.errors[candidate] / self.errors[self.plain]).log()
+    def _ratios(self, candidate: Candidate, count: int) -> torch.Tensor:
+        """Log of each sample's squared distance against no correction's (count,)."""
+        return (self.errors[candidate][:count] / self.errors[self.plain][:count]).log()
 
-    def _score(self, candidate: Candidate, on: torch.Tensor) -> float:
-        shift = log_shift(self.shifts[candidate][on], self.shifts[self.plain][on])
-        return float(self._ratios(candidate)[on].mean()) + shift
+    def _score(self, candidate: Candidate, count: int) -> float:
+        """Against no correction, on as many samples as both ran."""
+        on = torch.arange(min(count, len(self.errors[self.plain])))
+        return self._absolute(candidate, on) - self._absolute(self.plain, on)
 
-    def _worse(self, candidate: Candidate, than: Candidate, on: torch.Tensor) -> bool:
-        """Whether a candidate's score is worse by more than the standard error of the difference."""
+    def _absolute(self, candidate: Candidate, on: torch.Tensor) -> float:
+        """Log of the distance, and of the shift of energy."""
+        shift = distribution_distance(self.shifts[candidate][on]) + RESOLUTION
+        return float(self.errors[candidate][on].log().mean()) + math.log(shift)
+
+    def _difference(self, candidate: Candidate, than: Candidate, count: int) -> tuple[float, float]:
+        """By how much a candidate's score is worse, and the standard error of that."""
+        on = torch.arange(count)
         differences = [
-            self._score(candidate, remaining) - self._score(than, remaining)
-            for remaining in (on, *(on[torch.arange(len(on)) != i] for i in range(len(on))))
+            self._absolute(candidate, remaining) - self._absolute(than, remaining)
+            for remaining in (on, *(on[on != i] for i in range(count)))
         ]
-        return differences[0] > jackknife_error(torch.tensor(differences[1:]))
+        return differences[0], jackknife_error(torch.tensor(differences[1:]))
 
-    def _pick(self, candidates: set[Candidate], on: torch.Tensor) -> Candidate:
-        """The best on some samples, by the rules of one standard error."""
-        usual = [c for c in self.errors if c in candidates and c.variant_of is None]
-        best = min(usual, key=lambda c: self._score(c, on))
-        if best.coherences:
-            best = max((c for c in usual if c.coherences), key=lambda c: (not self._worse(c, best, on), c.coherences))
-        variants = [c for c in self.errors if c in candidates and c.variant_of == best.name]
-        better = [c for c in variants if self._worse(best, c, on)]
-        return min([best, *better], key=lambda c: self._score(c, on))
+    def _worse(self, candidate: Candidate, than: Candidate, count: int) -> bool:
+        difference, error = self._difference(candidate, than, count)
+        return difference > error
 
-    def _refuted(self, candidates: set[Candidate]) -> str:
-        """Why what either half of the samples chooses does not hold on the other; empty if it does."""
-        halves = (self.all[::2], self.all[1::2])
-        held = [(self._pick(candidates, on), other) for on, other in (halves, halves[::-1])]
-        ratios = torch.cat([self._ratios(chosen)[other] for chosen, other in held])
-        quantile = float(scipy_stats.t.ppf(0.95, len(ratios) - 1))
-        high = ratios.mean() + quantile * ratios.std() / len(ratios) ** 0.5
-        if not high < 0:
-            return f"on other samples, the distance may be up to {float(high.exp()):.2f} of that without"
-        mine = torch.cat([self.shifts[chosen][other] for chosen, other in held])
-        plain = torch.cat([self.shifts[self.plain][other] for _, other in held])
-        without = [torch.arange(len(mine)) != i for i in range(len(mine))]
-        error = jackknife_error(torch.tensor([log_shift(mine[remaining], plain[remaining]) for remaining in without]))
-        whole = log_shift(mine, plain)
-        return (
-            "" if whole <= quantile * error else f"on other samples, energy is {math.exp(whole):.2f} times as far off"
-        )
+    def _why(self, candidate: Candidate, taken: Candidate) -> str:
+        count = min(len(self.errors[candidate]), len(self.errors[taken]))
+        if candidate is taken:
+            if taken is not self.plain:
+                return f"the best of {count} samples"
+            better = any(self._score(c, min(count, len(self.errors[c]))) < 0 for c in self.errors)
+            few = f" on {len(self.indices)} samples, which are few to tell by: measure {ENOUGH_CHECKED}"
+            return "nothing is better by a tenth" + (few if better and len(self.indices) < ENOUGH_CHECKED else "")
+        difference, error = self._difference(candidate, taken, count)
+        if difference > 0:
+            return f"worse on {count} samples" + ("" if difference > error else ", by less than the standard error")
+        return f"better on {count} samples, by less than the standard error"
 
-    def _nothing_held(self) -> str:
-        """Why no correction is taken; where samples are few, that these may be why."""
-        promising = [each for each in self.errors if each is not self.plain and self._score(each, self.all) < 0]
-        if promising and len(self.all) < ENOUGH_CHECKED:
-            return f"nothing better held on {len(self.all)} samples, which are few to tell by: measure {ENOUGH_CHECKED}"
-        return "nothing better held"
-
-    def _choice(self) -> CorrectionSearch:
-        candidates, why = set(self.errors), {}
-        while True:
-            taken = self._pick(candidates, self.all)
-            against = "" if taken is self.plain else self._refuted(candidates)
-            if not against:
-                break
-            why[taken] = against
-            candidates.remove(taken)
-        why[taken] = self._nothing_held() if taken is self.plain else "the best, and it held on other samples"
+    def _choice(self, taken: Candidate) -> CorrectionSearch:
         trials = [
             Trial(
                 c.name,
                 float(self.errors[c].mean()),
-                float(self._ratios(c).mean().exp()),
-                distribution_distance(self.shifts[c]),
-                self._score(c, self.all),
-                c == taken,
-                why.get(c, "" if c is self.plain else "not better by more than a standard error"),
+                float(self._ratios(c, count).mean().exp()),
+                distribution_distance(self.shifts[c][:count]),
+                self._score(c, count),
+                c is taken,
+                self._why(c, taken),
+                len(self.errors[c]),
             )
             for c in self.errors
+            for count in [min(len(self.errors[c]), len(self.errors[self.plain]))]
         ]
-        correction, steps = self._correction(taken, half=None)
-        return CorrectionSearch(
-            correction, tuple(trials), () if taken is self.plain else tuple(steps), len(self.reference)
-        )
-
-
-def log_shift(mine: torch.Tensor, plain: torch.Tensor) -> float:
-    """Log of :func:`distribution_distance` against no correction's, from shifts (N, F)."""
-    return math.log((distribution_distance(mine) + RESOLUTION) / (distribution_distance(plain) + RESOLUTION))
+        if taken is self.fitted:
+            assert self.walk is not None
+            correction, steps = self.walk.correction, list(self.walk.steps)
+        else:
+            correction, steps = self._correction(taken, half=None)
+        return CorrectionSearch(correction, tuple(trials), tuple(steps), len(self.errors[taken]))
 
 
 def jackknife_error(without: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from ptqd.diffusion.fingerprints import fingerprint, pipeline_fingerprint
 from ptqd.diffusion.macs import PRODUCTS, Macs, call_macs, from_configuration, on_meta, run_macs
-from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at
+from ptqd.diffusion.noise_schedule import Levels, noise_levels, timesteps_at, x0_coefficients
 from ptqd.diffusion.pipeline_parts import denoiser_name, find_channel_axis, with_components
 from ptqd.diffusion.sampling import run_batch, sample_generator
 from ptqd.diffusion.scheduler_response import Response, added_variance, linear_response, noise_scales
@@ -35,4 +35,5 @@ __all__ = [
     "sample_generator",
     "timesteps_at",
     "with_components",
+    "x0_coefficients",
 ]

@@ -1,12 +1,14 @@
 """Where on the noise schedule a run's samples stand: ``x_t = alpha x_0 + sigma eps``, for every scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+
+from ptqd.errors import InputError
 
 Family = Literal["vp", "ve", "flow"]
 
@@ -76,3 +78,30 @@ def timesteps_at(scheduler: SchedulerMixin, levels: Levels) -> torch.Tensor | No
     table = (0.5 * ((1 - a) / a).log()).numpy()  # rises with the timestep
     result = np.interp((levels.sigma / levels.alpha).log().numpy(), table, np.arange(len(table)))
     return torch.from_numpy(result)
+
+
+def prediction_of(config: Mapping[str, Any], levels: Levels) -> str:
+    """The prediction type of a scheduler's configuration."""
+    return "flow_prediction" if levels.family == "flow" else str(config.get("prediction_type", "epsilon"))
+
+
+def x0_coefficients(levels: Levels, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``P`` and ``R`` of ``x_0 = P out + R x`` at some levels, both (T,).
+
+    Of v_prediction they hold at every size of the sample, at pure noise (alpha = 0) too: with ``n^2 = alpha^2 +
+    sigma^2``, ``P = -sigma / n`` and ``R = alpha / n^2``.
+
+    Raises:
+        InputError: an unknown prediction type.
+    """
+    alpha, sigma = levels.alpha, levels.sigma
+    if prediction == "flow_prediction" or levels.family == "flow":
+        return -sigma, torch.ones_like(sigma)
+    if prediction == "epsilon":
+        return -sigma / alpha, 1 / alpha
+    if prediction == "v_prediction":
+        size = alpha**2 + sigma**2
+        return -sigma * size.rsqrt(), alpha / size
+    if prediction == "sample":
+        return torch.ones_like(sigma), torch.zeros_like(sigma)
+    raise InputError(f"ptqd knows no prediction type {prediction!r}")

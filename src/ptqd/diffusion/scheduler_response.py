@@ -84,7 +84,7 @@ def linear_response(
     timesteps: Sequence[torch.Tensor],
     keywords: Mapping[str, object],
     *,
-    learned_variance: bool = False,
+    learned_variance: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
 ) -> Response:
     """The response of a run over ``timesteps``; not exact where the scheduler refuses such a run.
@@ -94,8 +94,8 @@ def linear_response(
         step: the class's plain ``step``.
         timesteps: those that will be taken.
         keywords: further arguments of ``step``, such as ``eta``.
-        learned_variance: outputs have twice the sample's channels; the largest variance they can ask for is taken, so
-            that VSC never removes more than the residual adds.
+        learned_variance: of a network whose outputs have twice the sample's channels: what the second half is at each
+            step, from -1 for the least variance to 1 for the largest (T,).
         device: where the scheduler's own tensors are.
     """
     nothing = torch.zeros(len(timesteps), len(timesteps), dtype=torch.float64)
@@ -118,7 +118,7 @@ def _probe(
     step: object,
     timesteps: Sequence[torch.Tensor],
     keywords: Mapping[str, object],
-    learned_variance: bool,
+    learned_variance: Sequence[float] | None,
     device: torch.device,
 ) -> Response:
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -140,8 +140,8 @@ def _probe(
             out[unit_outputs + j], out[mixed] = 1, mix[j]
             z[unit_noise + j], z[mixed] = 1, mix[steps + j]
             change[unit_state + j], change[mixed] = 1, mix[2 * steps + j]
-            if learned_variance:
-                out = torch.cat([out, torch.ones_like(out)], dim=1)
+            if learned_variance is not None:
+                out = torch.cat([out, torch.full_like(out, learned_variance[j])], dim=1)
             if hasattr(probe, "scale_model_input"):
                 try:
                     probe.scale_model_input(x, t)  # some count their steps here
@@ -167,20 +167,21 @@ def _probe(
     return Response(outputs, noise, state, table[:, start].clone(), exact)
 
 
-def added_variance(response: Response, covariance: torch.Tensor) -> torch.Tensor:
+def added_variance(response: Response, variance: torch.Tensor) -> torch.Tensor:
     """Variance ``u_i`` that residuals add to each sample beyond what earlier steps have answered for (T,).
 
-        u_i = sum_jk O_ij R_jk O_ik - sum_{j<i} S_ij^2 u_j
+        u_i = sum_j O_ij^2 V_j - sum_{j<i} S_ij^2 u_j
 
-    With independent residuals (R diagonal) and no history, the sums cancel but for ``u_i = O_ii^2 V_i``. Residuals that
-    repeat from step to step add up coherently, and to more.
+    Residuals count as independent, as the paper has it; without history the sums cancel but for ``u_i = O_ii^2 V_i``.
+    Correlations between steps cannot be counted this way: the response leaves out how the network answers, and so grows
+    without bound towards early steps, where a correlation of 0.01 that is chance would take all noise away.
 
     Args:
         response: of the run.
-        covariance: ``R`` of the steps' residuals (T, T).
+        variance: ``V`` of the steps' residuals (T,).
     """
     squared_state = response.state**2
-    total = ((response.outputs @ covariance.double()) * response.outputs).sum(1)
+    total = response.outputs**2 @ variance.double()
     added = torch.zeros_like(total)
     for i in range(len(added)):
         added[i] = total[i] - squared_state[i, :i] @ added[:i]

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ptqd.diffusion.noise_schedule import prediction_of, x0_coefficients
 from ptqd.errors import InputError
-from ptqd.noise.regression import regression
+from ptqd.noise.second_moments import mean_table
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.plan import PrecisionPlan
 
@@ -44,8 +45,30 @@ def forward_snr(stats: NoiseStats) -> torch.Tensor:
 
 
 def quantized_snr(stats: NoiseStats) -> torch.Tensor:
-    """``E|eps|^2 / E|delta|^2`` at each step (T,)."""
-    return regression(stats.moments.mean(0), slope=False)["snr"]
+    """``E|eps|^2 / E|delta|^2`` at each step (T,), of the predicted noise whatever the network predicts.
+
+    With ``x_0 = P out + R x`` the noise is ``eps = (x - alpha (P out + R x)) / sigma``, and its error ``-alpha P /
+    sigma`` times the output's. Where the noise is known without the network (v-prediction at pure noise) it is
+    infinite.
+
+    Raises:
+        InputError: the noise schedule or the prediction type is not known.
+    """
+    levels = stats.levels
+    if levels is None:
+        raise InputError(f"the noise schedule is not known of {stats.measured_on.scheduler}; plan by a budget instead")
+    p, r = x0_coefficients(levels, prediction_of(stats.measured_on.config, levels))
+    by_output, by_sample = -levels.alpha * p / levels.sigma, (1 - levels.alpha * r) / levels.sigma
+    own, layout = torch.arange(stats.layout.channels), stats.layout
+    q, x, e = (block.start + own for block in layout.blocks)
+    table = mean_table(stats.joint, stats.fold_samples)
+
+    def energy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return table[..., a, b].mean((1, 2))  # T
+
+    signal = by_output**2 * energy(e, e) + 2 * by_output * by_sample * energy(e, x) + by_sample**2 * energy(x, x)
+    noise = by_output**2 * (energy(q, q) - 2 * energy(q, e) + energy(e, e))
+    return torch.where(noise > 0, signal / torch.where(noise > 0, noise, 1.0), torch.inf)
 
 
 def model_timesteps(stats: Mapping[int, NoiseStats]) -> tuple[float, ...]:

@@ -17,11 +17,19 @@ from ptqd.diffusion.noise_schedule import noise_levels
 from ptqd.diffusion.pipeline_parts import scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of, run_batch
 from ptqd.diffusion.scheduler_response import Response, linear_response
-from ptqd.diffusion.trajectory import Replayed, Trajectory, record, replay, whole_samples
+from ptqd.diffusion.trajectory import (
+    Replayed,
+    Trajectory,
+    next_sample,
+    record,
+    replay,
+    rows_of_samples,
+    whole_samples,
+)
 from ptqd.errors import InputError, UnsupportedError
 from ptqd.noise.measured_on import MeasuredOn
-from ptqd.noise.second_moments import fold_of, fold_sums, joint_moments
-from ptqd.noise.stats import CHECKED, NoiseStats, cross_moments, paired_moments, per_sample
+from ptqd.noise.second_moments import fold_sums, joint_moments
+from ptqd.noise.stats import CHECKED, NoiseStats, cross_moments, paired_moments, paths_kept, per_sample
 from ptqd.progress import track
 
 
@@ -133,7 +141,11 @@ class PairedMeasurement:
         replayed = self._replay(self.pipe, indices, trajectory)
         part = self._batch_stats(key, trajectory, replayed.outputs, trajectory.outputs, indices)
         return dataclasses.replace(
-            part, moved=part.unclipped(), finals=part.finals[:0], final_indices=part.final_indices[:0]
+            part,
+            moved=part.unclipped(),
+            finals=part.finals[:0],
+            final_indices=part.final_indices[:0],
+            paths=part.paths[:0],
         )
 
     def _replay(self, pipe: DiffusionPipeline, indices: Sequence[int], trajectory: Trajectory) -> Replayed:
@@ -171,7 +183,6 @@ class PairedMeasurement:
         for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):
             rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
             tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
-        odd = (fold_of(indices) % 2 == 1).nonzero().flatten()[:CHECKED]
         final = whole_samples(trajectory.final, len(indices))
         first = self._first.get(key)
         stats = NoiseStats(
@@ -185,11 +196,19 @@ class PairedMeasurement:
             joint=torch.stack(tables, dim=1),  # 16,T,G,K,K
             cross=cross_moments(means, means_q) * len(final) / len(means[0]),
             moved=torch.zeros(len(timesteps), dtype=torch.float64),
-            finals=final[odd.to(final.device)].cpu().float(),
-            final_indices=indices[odd],
+            finals=final[:CHECKED].cpu().float(),
+            final_indices=indices[:CHECKED].clone(),
+            paths=self._paths(trajectory, len(indices)),
         )
         self._first.setdefault(key, stats)
         return stats
+
+    def _paths(self, trajectory: Trajectory, samples: int) -> torch.Tensor:
+        """The samples after every step (P, T, m, ...); of several quantized pipelines, none is kept."""
+        each = [rows_of_samples(next_sample(result), samples) for result in trajectory.results]
+        one = torch.stack([rows[:1] for rows in each], dim=1)
+        kept = 0 if len(self.quantized) > 1 else paths_kept(one)
+        return torch.stack([rows[:kept].cpu() for rows in each], dim=1) if kept else one[:0].cpu()
 
 
 def _check_samples(pipeline: str, trajectory: Trajectory) -> None:
@@ -206,12 +225,14 @@ def _check_samples(pipeline: str, trajectory: Trajectory) -> None:
 
 
 def _response(trajectory: Trajectory) -> Response:
-    scheduler, output, sample = trajectory.scheduler, trajectory.outputs[0], trajectory.samples[0]
+    scheduler, sample, axis = trajectory.scheduler, trajectory.samples[0], trajectory.channel_axis
+    channels, whole = sample.shape[axis], trajectory.outputs[0].shape[axis]
+    variance = [float(out.narrow(axis, channels, whole - channels).float().mean()) for out in trajectory.outputs]
     return linear_response(
         scheduler,
         getattr(scheduler, "plain_class", type(scheduler)).step,
         trajectory.timesteps,
         trajectory.keywords,
-        learned_variance=output.shape != sample.shape,
+        learned_variance=None if whole == channels else variance,
         device=sample.device,
     )

@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 POWERS = tuple((i, j) for order in range(1, 5) for i in range(order, -1, -1) for j in (order - i,))
 
 
+ROUNDING = 1e-12  # share of the outputs' energy below which a variance is single precision's rounding
 _COLUMN = {power: n for n, power in enumerate(POWERS)}
 
 
@@ -40,6 +41,8 @@ def regression(m: torch.Tensor, *, slope: bool) -> dict[str, torch.Tensor]:
     raw4 = moment(0, 4) - 4 * kc * moment(1, 3) + 6 * kc**2 * moment(2, 2) - 4 * kc**3 * moment(3, 1)
     raw4 = raw4 + kc**4 * moment(4, 0)
     central2 = (raw2 - bias**2).clamp(min=0).mean(-1)
+    size = (moment(2, 0) + moment(0, 2)).mean(-1)
+    shaped = torch.where(central2 > ROUNDING * size, central2, 0.0)  # less than that has no shape
     central3 = (raw3 - 3 * bias * raw2 + 2 * bias**3).mean(-1)
     central4 = (raw4 - 4 * bias * raw3 + 6 * bias**2 * raw2 - 3 * bias**4).mean(-1)
     return {
@@ -48,8 +51,8 @@ def regression(m: torch.Tensor, *, slope: bool) -> dict[str, torch.Tensor]:
         "variance": central2,
         "r2": 1 - _ratio(central2, var_delta.mean(-1), empty=1.0),
         "snr": _ratio(moment(2, 0).mean(-1), moment(0, 2).mean(-1), empty=math.inf),
-        "skewness": _ratio(central3, central2**1.5),
-        "kurtosis": _ratio(central4, central2**2, empty=3.0) - 3.0,
+        "skewness": _ratio(central3, shaped**1.5),
+        "kurtosis": _ratio(central4, shaped**2, empty=3.0) - 3.0,
     }
 
 

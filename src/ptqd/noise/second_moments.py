@@ -10,7 +10,7 @@ A table across channels grows with their square. Up to 8 channels it spans chann
 the channels alone; beyond that there is one small table a channel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -135,6 +135,20 @@ class OutputEstimate:
         zero = table.new_zeros(*table.shape[:-2], layout.channels, layout.taps * layout.channels)
         return cls(zero, zero.clone(), table.new_zeros(*table.shape[:-2], layout.channels))
 
+    @classmethod
+    def stack(cls, estimates: "Sequence[OutputEstimate]") -> "OutputEstimate":
+        """Several estimates as one with a further axis in front."""
+        outputs, samples, biases = zip(*((e.output, e.sample, e.bias) for e in estimates), strict=True)
+        return cls(torch.stack(outputs), torch.stack(samples), torch.stack(biases))
+
+    def at(self, n: int) -> "OutputEstimate":
+        """The nth along the first axis."""
+        return OutputEstimate(self.output[n], self.sample[n], self.bias[n])
+
+    def copy(self) -> "OutputEstimate":
+        """The same in tensors of its own."""
+        return OutputEstimate(self.output.clone(), self.sample.clone(), self.bias.clone())
+
     def where(self, chosen: torch.Tensor, other: "OutputEstimate") -> "OutputEstimate":
         """This one for the chosen outputs (..., G, C), the other for the rest."""
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -149,6 +163,42 @@ def covariance(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (..., K) and covariance (..., K, K) of a row of a mean table; the constant's are 1 and 0."""
     mean = table[..., 0, :]
     return mean, table - mean[..., :, None] * mean[..., None, :]
+
+
+def ridge(table: torch.Tensor, layout: Layout, base: OutputEstimate, penalty: torch.Tensor) -> OutputEstimate:
+    """Regression of eps on all that a step knows, shrunk towards another estimate.
+
+    What ``base`` leaves of eps is regressed on x_t and on what x_t does not say of eps_q, each with its neighbours;
+    the squared coefficients count ``penalty`` times the variance of what they belong to. At 0 that is least squares,
+    and without bound it is the base. The means are left to the intercept, without penalty.
+
+    Args:
+        table: mean tables (..., G, K, K).
+        layout: of the tables.
+        base: for each table (..., G, C, taps C).
+        penalty: at least 0 (..., G), of further axes too: P penalties for J tables each are (P, 1, 1).
+    """
+    q, x, e = layout.blocks
+    weights = _weights(base)
+    change = torch.eye(table.shape[-1], dtype=table.dtype).expand(*weights.shape[:-2], -1, -1).clone()
+    change[..., e, :] -= weights
+    mean, cov = covariance(change @ table @ change.transpose(-1, -2))
+    by_x = cov[..., q, x] @ inverse(cov[..., x, x])
+    var_q = cov[..., q, q] - by_x @ cov[..., x, q]
+    with_x, with_q = cov[..., e, x], cov[..., e, q] - cov[..., e, x] @ by_x.transpose(-1, -2)
+    output, sample = _shrunk(var_q, with_q, penalty), _shrunk(cov[..., x, x], with_x, penalty)
+    sample = sample - output @ by_x
+    left = mean[..., e] - (output @ mean[..., q, None] + sample @ mean[..., x, None])[..., 0]
+    return OutputEstimate(base.output - output, base.sample - sample, base.bias - left)
+
+
+def _shrunk(variance: torch.Tensor, covariance: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Coefficients ``S (V + penalty diag V)^-1``, from ``S`` (..., C, M) and ``V`` (..., M, M)."""
+    size = variance.diagonal(dim1=-2, dim2=-1)
+    least = 1e-9 * size.amax(-1, keepdim=True) + 1e-300
+    system = variance + torch.diag_embed((penalty[..., None] + 1e-9) * size + least)
+    solved: torch.Tensor = torch.linalg.solve(system, covariance.transpose(-1, -2))
+    return solved.transpose(-1, -2)
 
 
 def _weights(estimate: OutputEstimate) -> torch.Tensor:
@@ -198,7 +248,9 @@ class Gain:
         return self.steps > self.half_width
 
 
-def held_out_gain(folds: torch.Tensor, samples: torch.Tensor, layout: Layout, estimator: Estimator) -> Gain:
+def held_out_gain(
+    folds: torch.Tensor, samples: torch.Tensor, layout: Layout, estimator: Estimator, coherence: float = 1.0
+) -> Gain:
     """Each step's gain, fitted on the even folds and judged on the odd ones, and the other way round.
 
     In the next sample the error is ``O_ii^2`` times that of the output (:mod:`ptqd.diffusion.scheduler_response`),
@@ -209,21 +261,46 @@ def held_out_gain(folds: torch.Tensor, samples: torch.Tensor, layout: Layout, es
         samples: how many each fold holds (F,).
         layout: of the tables.
         estimator: what is judged.
+        coherence: L; the residual r of ``eps_q = G_q x + K eps + r`` counts by 1 / L, since it is drawn anew while what
+            an estimate withholds is withheld at every step.
     """
     gains, before = [], []
+    own = range(layout.channels)
     for half in (0, 1):
         judged = slice(1 - half, None, 2)
         estimate = estimator(mean_table(folds[half::2], samples[half::2]), layout)
+        residual = (1 - 1 / coherence) * _residual(mean_table(folds[judged], samples[judged]), layout)
+        kept = -estimate.output
+        kept[..., own, own] += 1
+        fresh = residual.diagonal(dim1=-2, dim2=-1)[..., own]  # T,G,C, of eps_q as it is
+        fresh_kept = ((kept @ residual) * kept).sum(-1)
         for fold, n in zip(folds[judged], samples[judged], strict=True):
             if n > 0:
                 table = fold / n
-                before.append(output_errors(table, OutputEstimate.nothing(table, layout)))
-                gains.append(before[-1] - output_errors(table, estimate))
+                before.append(output_errors(table, OutputEstimate.nothing(table, layout)) - fresh)
+                gains.append(before[-1] - (output_errors(table, estimate) - fresh_kept))
     each = torch.stack(gains)  # folds that hold samples, T, G, C
     steps = each.mean((2, 3))
     quantile = float(scipy_stats.t.ppf(0.975, len(each) - 1))
     half_width = quantile * steps.std(0) / len(each) ** 0.5
     return Gain(steps.mean(0), half_width, each.mean(0), torch.stack(before).mean((0, 2, 3)))
+
+
+def _residual(table: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Covariance of what neither x_t nor eps say of eps_q (..., G, taps C, taps C)."""
+    q, x, e = layout.blocks
+    _, cov = covariance(table)
+    known = torch.tensor([*range(x.start, x.stop), *range(e.start, e.stop)])
+    with_q = cov[..., q, :][..., known]
+    inside = cov[..., known, :][..., known]
+    return cov[..., q, q] - with_q @ inverse(inside) @ with_q.transpose(-1, -2)
+
+
+def left_out_tables(folds: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Mean tables without each fold that holds samples (F', ...), of folds (F, ...) that hold so many each (F,)."""
+    total, count = folds.sum(0), samples.sum()
+    pairs = zip(folds, samples, strict=True)
+    return torch.stack([(total - fold) / (count - n) for fold, n in pairs if 0 < n < count])
 
 
 def mean_table(folds: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,9 @@ from ptqd.noise.second_moments import CROSS, FOLDS, Layout, between_tables, fold
 from ptqd.schema import check_tensors, typed
 
 LARGEST = 1e100  # of any moment
-CHECKED = 64  # final samples that are kept, to check whole trajectories against
+CHECKED = 64  # samples whose full-precision ends and trajectories are kept, to fit and check corrections on
+CLIPPED = 0.02  # share of a change by which a step that clips differs
+PATH_BYTES = 2**29  # of all trajectories that are kept; of fewer samples where they are larger
 RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
 SUMS = ("joint", "cross", "moved")
 
@@ -53,7 +55,8 @@ class NoiseFit:
         r2: share of the noise's variance that the slope explains (T,).
         snr: of the quantized output (T,).
         skewness: of the residual (T,).
-        kurtosis: excess, of the residual (T,).
+        kurtosis: excess, of the residual (T,); its interval is that of log(kurtosis + 3). Under heavy tails, where a
+            few values decide, read it as a lower bound.
         normality: p-value of D'Agostino and Pearson's test (T,), as if all elements were independent.
     """
 
@@ -86,9 +89,10 @@ class NoiseStats:
             (2 T, 2 T), float64.
         moved: ``E|x'_q - x'|^2`` of the next samples that the scheduler's own step makes of eps_q and of eps, summed
             over the samples (T,), float64.
-        finals: full-precision final samples of the first 64 of ``final_indices`` (F, ...).
-        final_indices: which samples those are (F,): of odd folds, so that what is fitted on the even ones can be
-            checked on them.
+        finals: full-precision final samples of the first 64 samples (F, ...).
+        final_indices: which samples those are (F,).
+        paths: the samples after every step of the full-precision trajectories (P, T, m, ...), of the first P of
+            ``final_indices``, in m rows as the scheduler steps them; as many as 512 MiB hold.
     """
 
     timesteps: torch.Tensor
@@ -103,6 +107,7 @@ class NoiseStats:
     moved: torch.Tensor
     finals: torch.Tensor
     final_indices: torch.Tensor
+    paths: torch.Tensor
 
     def __repr__(self) -> str:
         """In a line; its tensors would fill screens."""
@@ -149,12 +154,22 @@ class NoiseStats:
 
         Less than 1 where the step clips. Of a scheduler with history, or none that is known, it is taken as 1.
         """
-        ones = torch.ones_like(self.moved)
+        return self._moved_share().sqrt().clamp(0, 1)
+
+    def clips(self) -> torch.Tensor:
+        """Whether a step answers to a change of its output otherwise than the linear response says (T,).
+
+        A step that clips may let more through, not less: DDIM's clean sample and its noise answer with opposite signs,
+        and only the first is clipped.
+        """
+        return (self._moved_share() - 1).abs() > CLIPPED
+
+    def _moved_share(self) -> torch.Tensor:
+        """What a change of the output moved, as a share of what is moved where nothing is clipped (T,)."""
         if not self.response.one_step:
-            return ones
+            return torch.ones_like(self.moved)
         expected = self.unclipped()
-        share = self.moved / torch.where(expected > 0, expected, 1.0)
-        return torch.where(expected > 0, share, 1.0).sqrt().clamp(0, 1)
+        return torch.where(expected > 0, self.moved / torch.where(expected > 0, expected, 1.0), 1.0)
 
     def unclipped(self) -> torch.Tensor:
         """What :attr:`moved` is where nothing is clipped (T,), of a step without history."""
@@ -213,7 +228,7 @@ class NoiseStats:
             step,
             timesteps,
             mine.keywords,
-            learned_variance=mine.learned_variance,
+            learned_variance=[1.0] * len(timesteps) if mine.learned_variance else None,  # the most: what VSC leaves
             device=known.timesteps.device,
         )
         there_now = dataclasses.replace(
@@ -229,6 +244,7 @@ class NoiseStats:
             cross=self.cross[pair][:, pair],
             finals=self.finals[:0],
             final_indices=self.final_indices[:0],
+            paths=self.paths[:0],
         )
         return dataclasses.replace(there_now, moved=self.attenuation()[near] ** 2 * there_now.unclipped())
 
@@ -250,8 +266,15 @@ class NoiseStats:
 
         values, jackknife = regression(mean, slope=slope), regression(left_out, slope=slope)
 
+        def half_width(each: torch.Tensor) -> torch.Tensor:
+            return ((n - 1) * each.var(0, unbiased=False)).sqrt() * quantile
+
         def estimate(name: str) -> Estimate:
-            error = ((n - 1) * jackknife[name].var(0, unbiased=False)).sqrt() * quantile
+            if name == "kurtosis":
+                factor = half_width((jackknife[name] + 3).clamp(min=1e-9).log()).clamp(max=700).exp()
+                whole = values[name] + 3
+                return Estimate(values[name], whole / factor - 3, whole * factor - 3)
+            error = half_width(jackknife[name])
             return Estimate(values[name], values[name] - error, values[name] + error)
 
         count = n * self.elements * mean.shape[1]
@@ -280,6 +303,14 @@ class NoiseStats:
             raise MismatchError("statistics share samples; give each process its own range")
         finals = torch.cat([part.final_indices for part in parts])
         remaining = finals.argsort()[:CHECKED]
+        paths, walked = first.paths, first.final_indices[: len(first.paths)]
+        if len(paths) < paths_kept(paths) or bool((order[1:] < order[:-1]).any()):
+            paths = torch.cat([part.paths for part in parts])
+            walked = torch.cat([part.final_indices[: len(part.paths)] for part in parts])
+            paths = _in_order(paths, walked.argsort())[: paths_kept(paths)]
+            walked = walked.sort().values[: len(paths)]
+        if not torch.equal(walked, finals[remaining][: len(walked)]):  # some part kept none
+            paths = paths[:0]
         sums = {name: sum(getattr(part, name) for part in parts[1:]) + getattr(first, name) for name in SUMS}
         return dataclasses.replace(
             first,
@@ -287,12 +318,13 @@ class NoiseStats:
             moments=_in_order(torch.cat([part.moments for part in parts]), order),
             finals=torch.cat([part.finals for part in parts])[remaining],
             final_indices=finals[remaining],
+            paths=paths,
             **sums,
         )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, "paths")}
         tensors |= {name: getattr(self.response, name.removeprefix("response_")) for name in RESPONSE}
         facts = {"elements": self.elements, "exact": self.response.exact, "source": self.measured_on.to_dict()}
         if self.levels is not None:
@@ -317,11 +349,18 @@ class NoiseStats:
         _check_tables(tensors, facts, str(path))
         return cls(
             **{name: tensors[name] for name in _TENSORS},
+            paths=tensors.get("paths", tensors["finals"][:0]),  # files of earlier versions have none
             elements=facts.elements,
             measured_on=MeasuredOn.from_dict(facts.source),
             response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts.exact),
             levels=None if facts.family is None else Levels(facts.family, tensors["alpha"], tensors["sigma"]),
         )
+
+
+def paths_kept(paths: torch.Tensor) -> int:
+    """Of how many samples trajectories (N, T, ...) are kept; of none where not even one is small enough."""
+    each = paths[:1].nbytes
+    return min(CHECKED, PATH_BYTES // each) if each else 0
 
 
 def _in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -354,6 +393,9 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str
     fits = groups > 0 and channels % groups == 0 and any(size == layout.blocks[2].stop for layout in layouts)
     finals = tensors["finals"]
     kept = finals.ndim > 1 and finals.is_floating_point() and len(finals) == len(tensors["final_indices"])
+    paths = tensors.get("paths", finals[:0])
+    kept &= paths.is_floating_point() and len(paths) <= len(finals)
+    kept &= len(paths) == 0 or (paths.ndim > 3 and paths.shape[1] == steps and paths[0, 0].numel() == finals[0].numel())
     named = [tensors[name] for name in ("indices", "final_indices")]
     rising &= all(bool(((x >= 0) & (x < MOST_SAMPLES)).all()) for x in named)
     sane = all(bool((tensors[name].abs() < LARGEST).all()) for name in ("moments", *SUMS))

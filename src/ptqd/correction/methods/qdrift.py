@@ -21,11 +21,14 @@ def qdrift(residuals: ResidualNoise) -> StepRescaling:
         InputError: the run draws noise, keeps history, or its schedule is not known.
     """
     levels = residuals.deterministic("qdrift")
-    scale = torch.ones_like(levels.alpha) if levels.family == "flow" else 1 / levels.alpha
+    flow = levels.family == "flow"
+    placed = (levels.alpha > 0) | flow  # pure noise has no place in the coordinates: a step from there stays as it is
+    scale = torch.ones_like(levels.alpha) if flow else 1 / torch.where(placed, levels.alpha, 1.0)
     sigma = levels.sigma * scale
     width = sigma[:-1] - sigma[1:]
     c = torch.zeros_like(sigma)
     c[:-1] = residuals.added[:-1] * scale[1:] ** 2 / (2 * sigma[:-1] * width)  # V d_sigma^2 = what it adds
     state, own = residuals.response.own_state, residuals.response.outputs.diagonal()
     here = torch.cat([scale[:-1] / scale[1:], state[-1:]])
-    return from_coefficients(residuals, here + (1 + c) * (state - here), (1 + c) * own)
+    sample, output = here + (1 + c) * (state - here), (1 + c) * own
+    return from_coefficients(residuals, torch.where(placed, sample, state), torch.where(placed, output, own))

@@ -14,7 +14,7 @@ import torch
 
 from ptqd.correction.registry import variance_method
 from ptqd.correction.variance import ResidualNoise, StepRescaling, from_coefficients
-from ptqd.diffusion.noise_schedule import Levels, timesteps_at
+from ptqd.diffusion.noise_schedule import Levels, prediction_of, timesteps_at, x0_coefficients
 from ptqd.errors import InputError
 
 
@@ -26,7 +26,7 @@ def stepbaq(residuals: ResidualNoise) -> StepRescaling:
         InputError: the run draws noise, keeps history, or its schedule or prediction type is not known.
     """
     levels = residuals.deterministic("stepbaq")
-    prediction = residuals.config.get("prediction_type", "flow_prediction")
+    prediction = prediction_of(residuals.config, levels)
     state, by_output = residuals.response.own_state, residuals.response.outputs.diagonal()
     p, r = x0_coefficients(levels, prediction)
     # the target levels, from the step itself: state = alpha_s R + sigma_s (1 - alpha R) / sigma, and so on
@@ -59,22 +59,3 @@ def stepbaq(residuals: ResidualNoise) -> StepRescaling:
     output = after * p * (alpha_s - away * shifted.alpha)
     steps = from_coefficients(residuals, sample, output)
     return StepRescaling(steps.gain, steps.sample, (), tuple(timestep.tolist()))
-
-
-def x0_coefficients(levels: Levels, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``P`` and ``R`` of ``x_0 = P out + R x`` at some levels, both (T,).
-
-    Raises:
-        InputError: an unknown prediction type.
-    """
-    alpha, sigma = levels.alpha, levels.sigma
-    if prediction == "flow_prediction" or levels.family == "flow":
-        return -sigma, torch.ones_like(sigma)
-    if prediction == "epsilon":
-        return -sigma / alpha, 1 / alpha
-    if prediction == "v_prediction":
-        ratio = sigma / alpha  # a ve sample is 1 / alpha of the vp one
-        return -ratio * (1 + ratio**2).rsqrt(), 1 / (alpha * (1 + ratio**2))
-    if prediction == "sample":
-        return torch.ones_like(sigma), torch.zeros_like(sigma)
-    raise InputError(f"stepbaq knows no prediction type {prediction!r}")

@@ -6,7 +6,6 @@ which runs at a time, and waits before each unit until all calls have come there
 go on. It costs one run, and the memory of what is between two units, of all calls at once (``live_bytes``).
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,48 +15,35 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
+from ptqd.paused import PausedThread
 from ptqd.quantization.step_ranges import range_steps_of
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-class _Abandoned(BaseException):  # no error: another call failed
-    pass
-
-
 class _Call:
-    """One call, in a thread that runs only while :meth:`advance` waits for it.
-
-    Attributes:
-        unit: that it waits before; None once it is over.
-        arguments: that the unit is to be called with.
-    """
+    """One call, which waits before each unit with what the unit is to be called with."""
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
-        self.unit: str | None = None
-        self.arguments: Arguments | None = None
         self._model, self._given, self._steps = model, arguments, range_steps_of(model)
         self._indices: tuple[Any, Any] | None = None
-        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._abandoned = False
-        self._threads = torch.get_num_threads()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = PausedThread(self._run)
+
+    @property
+    def unit(self) -> str | None:
+        """That it waits before; None once it is over."""
+        return self.thread.brought[0] if self.thread.waiting else None
+
+    @property
+    def arguments(self) -> Arguments:
+        """That the unit is to be called with."""
+        arguments: Arguments = self.thread.brought[1]
+        return arguments
 
     def advance(self) -> None:
-        """Let it go on to the next unit, or to its end.
-
-        Raises:
-            Exception: what the call raised.
-        """
+        """Let it go on to the next unit, or to its end; raises what it raises."""
         with self.here():
-            if self.thread.ident is None:
-                self.thread.start()
-            else:
-                self._go.release()
-            self._waits.acquire()
-        if self._error is not None:
-            raise self._error
+            self.thread.advance()
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -68,34 +54,10 @@ class _Call:
         if self._steps is not None:
             self._indices = (self._steps.step.index, self._steps.group.index)
 
-    def wait(self, unit: str, arguments: Arguments) -> None:
-        """In the call's thread: wait before a unit."""
-        self.unit, self.arguments = unit, arguments
-        self._waits.release()
-        self._go.acquire()
-        self.unit = self.arguments = None
-        if self._abandoned:
-            raise _Abandoned
-
-    def abandon(self) -> None:
-        """End it, wherever it is."""
-        if self.thread.is_alive():
-            self._abandoned = True
-            self._go.release()
-            self.thread.join()
-
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # which is each thread's own
-        try:
-            with torch.no_grad():
-                args, kwargs = self._given
-                self._model(*args, **kwargs)
-        except _Abandoned:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._waits.release()
+        with torch.no_grad():
+            args, kwargs = self._given
+            self._model(*args, **kwargs)
 
 
 def in_lockstep(
@@ -115,12 +77,12 @@ def in_lockstep(
     Raises:
         Exception: what a call raised.
     """
-    running = {call.thread: call for call in (_Call(model, arguments) for arguments in calls)}
+    running = [_Call(model, arguments) for arguments in calls]
 
     def arrive(module: object, args: Any, kwargs: Any, unit: str) -> None:
-        call = running.get(threading.current_thread())
-        if call is not None:
-            call.wait(unit, (args, kwargs))
+        for call in running:
+            if call.thread.is_here:
+                call.thread.wait((unit, (args, kwargs)))
 
     hooks = [
         model.get_submodule(unit).register_forward_pre_hook(partial(arrive, unit=unit), with_kwargs=True)
@@ -129,22 +91,21 @@ def in_lockstep(
     order = {unit: place for place, unit in enumerate(units)}
     with hooked(*hooks):
         try:
-            for call in running.values():
+            for call in running:
                 call.advance()
-            while waiting := [call for call in running.values() if call.unit is not None]:
+            while waiting := [call for call in running if call.unit is not None]:
                 unit = min((call.unit or "" for call in waiting), key=lambda name: order[name])
                 here = [call for call in waiting if call.unit == unit]
                 visit(unit, partial(_call_unit, model.get_submodule(unit), here))
                 for call in here:
                     call.advance()
         finally:
-            for call in running.values():
-                call.abandon()
+            for call in running:
+                call.thread.abandon()
 
 
 def _call_unit(module: nn.Module, calls: list[_Call]) -> None:
     for call in calls:
-        assert call.arguments is not None
         args, kwargs = call.arguments
         with call.here(), torch.no_grad():
             module(*args, **kwargs)
