@@ -189,7 +189,7 @@ def test_statistics_of_a_schedule_that_the_call_sets_are_not_carried_over(stats:
 
 
 def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptqd.correction.search import run_in_step as plain
+    from ptqd.diffusion.in_step import run_in_step as plain
 
     def overflow(pipe: Any, run: Any, batches: Any, decide: Any) -> list[torch.Tensor]:
         ends = plain(pipe, run, batches, decide)
