@@ -25,6 +25,7 @@ import torch
 import ptqd
 from ptqd.diffusion import run_batch, with_components
 from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.trajectory import last_samples
 from ptqd.experiments import MEASURED
 from ptqd.metrics import FashionClassifier, frechet_distance
 from ptqd.zoo import CLASSIFIER
@@ -57,13 +58,9 @@ def drawn(pipe: Any, run: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Final latents, and images in [0, 1]."""
     latents, images = [], []
     for indices in run.batches():
-        if not hasattr(pipe, "vae"):  # in pixels
+        with last_samples(pipe, len(indices)) as ends:
             images.append(torch.from_numpy(run_batch(pipe, run, indices)).permute(0, 3, 1, 2))
-            latents.append(images[-1].double())
-            continue
-        z = run_batch(pipe, run, indices, "latent")
-        latents.append(z.double())
-        images.append(pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5)
+        latents.append(ends[0].double())
     return torch.cat(latents), torch.cat(images)
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "fashion-ldm, -ddpm, -dit or -flow, a diffusers pipeline's folder, or a hub id"
 METHODS_HELP = (
-    "auto, or by name, for the mean cnc,bc, tac, d2 or joint, and for the variance vsc, dns, qdrift or stepbaq; or one "
-    "that you registered"
+    "auto, or trajectory; or by name, for the mean cnc,bc, cnc-channel,bc, tac, d2 or joint, and for the variance vsc, "
+    "dns, qdrift or stepbaq; or one that you registered"
 )
 DEVICE_HELP = "cuda, mps or cpu (default: the first there is)"
 BUILT_IN = ("fashion", "inception", "none", "hub")  # whose weights ptqd knows

@@ -253,7 +253,7 @@ def test_a_step_takes_the_largest_weight_that_still_helps() -> None:
     weights = (1.0, 2.0, 4.0, 8.0)
     each = [gated(stats, (w,))[1][0] for w in weights]
     assert [step.kept for step in each] == ["joint L=1", "nothing", "joint L=4", "joint L=8"]
-    # at L = 2 the estimate is hardly better than none; of 0.2 eps + 0.5 r: 0.64 and 0.25 / L; unbiased to (1 - 0.2 T)^2 and (0.5 T)^2 / L, T = 0.2 / (0.04 + 0.25 / L)
+    # of 0.2 eps + 0.5 r: 0.64 and 0.25 / L without; with T = 0.2 / (0.04 + 0.25 / L) hardly less at L = 2
     for step, w in zip(each, weights, strict=True):
         t = 0.2 / (0.04 + 0.25 / w)
         before, after = 0.64 + 0.25 / w, (1 - 0.2 * t) ** 2 + (0.5 * t) ** 2 / w

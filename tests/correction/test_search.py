@@ -101,7 +101,7 @@ def test_another_run_and_too_few_samples_are_refused(stats: NoiseStats) -> None:
     with pytest.raises(MismatchError, match="measured with another steps"):
         search_correction(noisy, stats, RUN.replace(steps=9))
     few = measure(gaussian_pipeline(), noisy, RUN.replace(samples=4))
-    with pytest.raises(InputError, match="to check against are too few; measure at least 16"):
+    with pytest.raises(InputError, match="to check against are too few; measure at least 8"):
         search_correction(noisy, few, RUN)
 
 

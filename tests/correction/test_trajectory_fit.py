@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gaussian import gaussian_pipeline
-from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, load, measure, sample
+from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure, sample
 from ptqd.correction import fit_trajectory
 from ptqd.correction.correction import Correction
 from ptqd.diffusion import final_samples
@@ -110,6 +110,8 @@ def test_what_it_needs_is_said(stats: NoiseStats) -> None:
     with pytest.raises(InputError, match=r"'trajectory' runs whole trajectories; give sampling="):
         correct(noisy, stats, "trajectory")
     with pytest.raises(InputError, match="fitted along runs, not from statistics alone"):
+        fit_correction(stats, ("trajectory",))
+    with pytest.raises(InputError, match="trajectory answers for the whole of a step, vsc too; give it alone"):
         correct(noisy, stats, ("trajectory", "vsc"))
     with pytest.raises(InputError, match="hold full-precision trajectories of 3 samples, and 8 are needed"):
         fit_trajectory(noisy, dataclasses.replace(stats, paths=stats.paths[:3]), RUN)

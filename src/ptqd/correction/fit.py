@@ -90,6 +90,8 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     variance = [m for m in dict.fromkeys(methods) if m in VARIANCE_METHODS]
     if len(mean) > 1 and set(mean) not in ({"cnc", "bc"}, {CHANNEL, "bc"}):
         raise InputError(f"{' and '.join(mean)} are each a whole correction of the mean; give one of them")
+    if mean == ("trajectory",) and variance:
+        raise InputError(f"trajectory answers for the whole of a step, {variance[0]} too; give it alone")
     if len(variance) > 1:
         raise InputError(f"{' and '.join(variance)} both answer for the residual's variance; give one of them")
     return mean, variance[0] if variance else None

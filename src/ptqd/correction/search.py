@@ -179,9 +179,19 @@ def search_correction(
         raise InputError("the full-precision samples hold NaN or infinite values; try a wider dtype")
     if len(indices) < MIN_CHECKED:
         raise InputError(
-            f"{len(indices)} full-precision samples to check against are too few; measure at least 16, in open loop"
+            f"{len(indices)} full-precision samples to check against are too few; measure at least {MIN_CHECKED}, in open "
+            "loop"
         )
     return _Search(qpipe, stats, sampling, batch, progress).best()
+
+
+def only_trajectory(qpipe: DiffusionPipeline, stats: NoiseStats, sampling: Sampling) -> CorrectionSearch:
+    """``trajectory`` without a search, in the form of one; see :func:`ptqd.correction.trajectory.fit_trajectory`."""
+    walk = fit_trajectory(qpipe, stats, sampling)
+    error = float((walk.finals.double() - stats.finals[: len(walk.finals)].double()).square().mean())
+    unknown = float("nan")
+    trial = Trial(TRAJECTORY, error, unknown, unknown, unknown, True, "named", len(walk.finals))
+    return CorrectionSearch(walk.correction, (trial,), walk.steps, len(walk.finals))
 
 
 class _Search:

@@ -30,9 +30,9 @@ class RunLayout:
         """Statistics."""
         return f"{self.of(key)}/noise.safetensors"
 
-    def search(self, key: RowKey) -> str:
-        """The searched correction."""
-        return f"{self.of(key)}/auto.json"
+    def search(self, key: RowKey, method: str) -> str:
+        """The correction that runs gave: auto's, or that of the trajectory."""
+        return f"{self.of(key)}/{method}.json"
 
     def samples(self, key: RowKey) -> str:
         """The images of a row."""

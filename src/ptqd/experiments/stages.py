@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.correction.search import CorrectionSearch, search_correction
+from ptqd.correction.search import CorrectionSearch, only_trajectory, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
@@ -142,18 +142,21 @@ class Stages:
 
         return self._value(self.layout.noise(key), inputs, build, NoiseStats.load, shared=True)
 
-    def search(self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats) -> CorrectionSearch:
-        """The correction that helps a quantized pipeline most."""
-        name = self.layout.search(key)
+    def search(
+        self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats, method: str
+    ) -> tuple[CorrectionSearch, str]:
+        """A correction that runs give: ``auto``'s, or ``trajectory``'s; and the key of its file."""
+        name = self.layout.search(key, method)
+        search = search_correction if method == "auto" else only_trajectory
         inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": stats.final_indices.tolist()}
 
         def build(path: Path, scratch: Path) -> CorrectionSearch:
             with busy(self._title(f"choosing a correction for {self.layout.root}/{key.quantized}")):
-                choice = search_correction(quantized, stats, self.sampling)
+                choice = search(quantized, stats, self.sampling)
             write_json(path, choice.to_dict())
             return choice
 
-        return self._value(name, inputs, build, CorrectionSearch.load)
+        return self._value(name, inputs, build, CorrectionSearch.load), self.folder.key(name)
 
     def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, object]) -> str:
         """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""

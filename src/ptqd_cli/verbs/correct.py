@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ptqd.outputs import OutputFolder
 
 
+CALL_HELP = "for auto and trajectory: NAME=JSON, as measured; may be given again"
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Correct:
@@ -25,10 +28,14 @@ class Correct:
     out: Annotated[Path, Parameter(help="folder to write")]
     steps: Annotated[int | None, Parameter(help="of other than were measured: the statistics are interpolated")] = None
     scheduler: Annotated[str | None, Parameter(help="the scheduler class the statistics were measured with")] = None
-    batch: Annotated[int, Parameter(help="for auto: at once")] = 64
-    seed: Annotated[int, Parameter(help="for auto: as measured")] = 0
-    call: Annotated[tuple[str, ...], Parameter(help="for auto: NAME=JSON, as measured; may be given again")] = ()
-    shared: Annotated[tuple[str, ...], Parameter(help="for auto: NAME=JSON, as measured; may be given again")] = ()
+    batch: Annotated[int, Parameter(help="for auto and trajectory: at once")] = 64
+    seed: Annotated[int, Parameter(help="for auto and trajectory: as measured")] = 0
+    call: Annotated[
+        tuple[str, ...], Parameter(help=CALL_HELP)
+    ] = ()
+    shared: Annotated[
+        tuple[str, ...], Parameter(help=CALL_HELP)
+    ] = ()
     device: Device = None
 
     def run(self) -> None:
@@ -53,22 +60,27 @@ class Correct:
         self, out: "OutputFolder", methods: tuple[str, ...], stats: "NoiseStats", given: dict[str, Any]
     ) -> None:
         from ptqd.correction.scheduler import apply_correction
-        from ptqd.correction.search import describe, search_correction
+        from ptqd.correction.search import describe, only_trajectory, search_correction
         from ptqd.diffusion.sampling import Sampling, default_call
         from ptqd.errors import InputError
+        from ptqd.experiments.experiment import AUTO, BY_RUNS
 
         measured = stats.measured_on
-        if methods == ("auto",) and self.steps not in (None, measured.steps):
-            raise InputError(f"auto runs the {measured.steps} steps that were measured; name methods instead")
+        by_runs = methods in BY_RUNS
+        if by_runs and self.steps not in (None, measured.steps):
+            raise InputError(f"{methods[0]} runs the {measured.steps} steps that were measured; name other methods")
         quantized = load_pipeline(self.quantized, self.scheduler, self.device)
-        if methods == ("auto",):
+        if by_runs:
             guidance = measured.call.get("guidance_scale")
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
             call |= given
             shared = call_arguments(self.shared, "--shared")
             run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call, shared)
-            choice = search_correction(quantized, stats, run, progress=True)
-            tell("\n".join(describe(choice.trials)))
+            if methods == AUTO:
+                choice = search_correction(quantized, stats, run, progress=True)
+                tell("\n".join(describe(choice.trials)))
+            else:
+                choice = only_trajectory(quantized, stats, run)
             if measured.steps == 1:
                 tell("with one step, a correction is a filter of the finished sample, and mends what all samples share")
             corrected = apply_correction(quantized, choice.correction)

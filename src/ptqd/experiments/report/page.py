@@ -133,6 +133,7 @@ def _stage_seconds(stages: Mapping[str, float]) -> dict[str, float]:
         "planned": "plan",
         "steps.safetensors": "plan",
         "auto.json": "choose",
+        "trajectory.json": "choose",
         "samples.safetensors": "sample",
         "observed.safetensors": "evaluate",
         "metrics.json": "evaluate",
