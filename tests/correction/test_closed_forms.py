@@ -24,7 +24,7 @@ from ptqd.correction import ResidualNoise, compose, gated_cnc_bc, qdrift, stepba
 from ptqd.correction.methods.cnc_bc import cnc_bc, differs_by_channel
 from ptqd.diffusion import Levels, linear_response, noise_levels, x0_coefficients
 from ptqd.mixed_precision.paper_rule import quantized_snr
-from ptqd.noise.second_moments import joint_moments, mean_table
+from ptqd.noise.second_moments import mean_table
 
 
 def latents(pipe: Any, run: Sampling) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_vsc_draws_what_the_paper_says(drawing: NoiseStats) -> None:
     drawn = response.noise.diagonal() ** 2
     share = (1 - response.outputs.diagonal() ** 2 * V / torch.where(drawn > 0, drawn, 1.0)).clamp(min=0).sqrt()
     assert (vsc_shares(drawing) - share)[:46].abs().max() < 0.02
-    assert share[:46].max() > share[:46].min() + 0.05
+    assert vsc_shares(drawing)[-2] < 0.99 * vsc_shares(drawing)[-10]  # where there is something to take, it is taken
 
 
 def test_correlations_that_are_chance_take_no_noise_away(drawing: NoiseStats) -> None:
@@ -80,14 +80,9 @@ def test_the_gate_keeps_a_slope_that_amplifies() -> None:
     assert sum("cnc" in step.kept for step in steps) >= 15
     test = run.replace(samples=2000, batch=1000, seed=5)
     want = latents(exact, test)
-    none, plain, gated = (
-        frechet(latents(pipe, test), want)
-        for pipe in (
-            noisy,
-            correct(noisy, stats, ("cnc", "bc")),
-            correct(noisy, compose(stats, ("cnc", "bc"), estimate, None)),
-        )
-    )
+    kept = correct(noisy, compose(stats, ("cnc", "bc"), estimate, None))
+    pipes = (noisy, correct(noisy, stats, ("cnc", "bc")), kept)
+    none, plain, gated = (frechet(latents(pipe, test), want) for pipe in pipes)
     assert gated < 1.05 * plain
     assert gated < none
 
@@ -166,9 +161,8 @@ class _OtherPrediction(GaussianDenoiser):
         eps = super().forward(x, t)
         a = self.a_bar[int(t)]  # type: ignore[index]
         clean = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        return {"epsilon": eps, "sample": clean, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * clean}[
-            self.prediction
-        ]
+        velocity = a.sqrt() * eps - (1 - a).sqrt() * clean
+        return {"epsilon": eps, "sample": clean, "v_prediction": velocity}[self.prediction]
 
 
 def predicting(prediction: str, v: float) -> GaussianPipeline:
@@ -198,13 +192,13 @@ def test_the_papers_rule_is_of_the_noise_whatever_is_predicted() -> None:
     assert torch.allclose(ratios["sample"], ratios["epsilon"], rtol=1e-3)
 
 
-def test_one_step_of_chance_does_not_reject_a_correction(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_step_of_chance_does_not_reject_a_correction() -> None:
     """Where the interval of k reaches above -1, that step's k counts as 0; where it is surely below, it is refused."""
     g = torch.Generator().manual_seed(0)
     eps = torch.randn(4, 1, 4, 4, generator=g)
     noise = torch.randn(4, 1, 4, 4, generator=g)
     noise = 40 * (noise - (noise * eps).sum() / (eps**2).sum() * eps)
-    scales = torch.tensor([-9.0, 2.0, -6.0, 4.0]).view(-1, 1, 1, 1)
+    scales = torch.tensor([-9.0, 2.0, -8.0, 4.0]).view(-1, 1, 1, 1)
     chance = stats_of(eps, (1 + scales) * eps + noise)
     fit = chance.fit().k
     assert fit.value[0] < -1 < fit.high[0]
@@ -219,8 +213,7 @@ def test_a_slope_for_each_channel() -> None:
     g = torch.Generator().manual_seed(0)
     eps = torch.randn(32, 2, 8, 8, generator=g)
     k = torch.tensor([0.3, -0.3]).view(1, 2, 1, 1)
-    plain = stats_of(eps, (1 + k) * eps)
-    stats = dataclasses.replace(plain, joint=plain.joint + 0 * joint_moments(eps, eps, eps, 1).sum())
+    stats = stats_of(eps, (1 + k) * eps)
     shared, apart = fit_correction(stats, ("cnc", "bc")), fit_correction(stats, ("cnc-channel", "bc"))
     x = torch.zeros_like(eps)
     assert (shared.corrector()((1 + k) * eps, x, 0) - eps).abs().max() > 0.5
