@@ -1,6 +1,7 @@
 """A Correction: for every step a linear map of what the step knows, and how much noise it draws."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -116,6 +117,9 @@ class StepCorrector:
         self.correction = correction
         self._maps: tuple[_StepMap, ...] = ()
         self._bias: torch.Tensor | None = None
+        self._kernels: torch.Tensor | None = (
+            None  # of maps across channels and neighbours, all in one (T, C, 2 C, 3, 3)
+        )
         self._made_for: tuple[torch.device, torch.dtype] | None = None
 
     def __call__(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
@@ -126,10 +130,18 @@ class StepCorrector:
             x: the sample it was asked about, of the same shape.
             step: index into the correction's timesteps.
         """
+        with _one_thread(eps_q):
+            return self._corrected(eps_q, x, step)
+
+    def _corrected(self, eps_q: torch.Tensor, x: torch.Tensor, step: int) -> torch.Tensor:
         axis = self.correction.axis(eps_q)
         dtype = torch.promote_types(eps_q.dtype, torch.float32)  # half precision is too coarse for small corrections
         if self._made_for != (eps_q.device, dtype):
             self._make(eps_q.device, dtype, eps_q.shape[axis])
+        if self._kernels is not None:
+            bias = None if self._bias is None else -self._bias[step]
+            known = torch.cat([eps_q.to(dtype), x.to(dtype)], dim=axis)
+            return _convolved(known, self._kernels[step], bias, axis, 1).to(eps_q.dtype)
         noise: torch.Tensor | None = None  # what is taken for quantization noise
         for step_map in self._maps:
             part = step_map(eps_q.to(dtype) if step_map.of_output else x.to(dtype), step, axis)
@@ -141,20 +153,25 @@ class StepCorrector:
 
     def _make(self, device: torch.device, dtype: torch.dtype, channels: int) -> None:
         """Tensors of the correction's numbers."""
-        tables = ((self.correction.output, True), (self.correction.sample, False))
-        self._maps = tuple(
-            _StepMap(torch.tensor(table, dtype=dtype, device=device), channels, of_output)
-            for table, of_output in tables
-            if table
-        )
-        known = {shape_of(table)[1] for table, _ in tables if table} | {len(row) for row in self.correction.bias[:1]}
+        given = ((self.correction.output, True), (self.correction.sample, False))
+        tables = [(torch.tensor(table, dtype=dtype, device=device), of_output) for table, of_output in given if table]
+        known = {table.shape[1] for table, _ in tables} | {len(row) for row in self.correction.bias[:1]}
         if known - {channels}:
             raise MismatchError(
                 f"the correction is for {min(known)} channels, and the pipeline's samples have {channels} there; "
                 "measure this pipeline, and correct it"
             )
+        self._maps = tuple(_StepMap(table, channels, of_output) for table, of_output in tables)
         bias = self.correction.bias
         self._bias = torch.tensor(bias, dtype=dtype, device=device) if bias else None
+        self._kernels = None
+        if any(table.shape[2:] == (len(CROSS) * channels,) for table, _ in tables):
+            kernels = torch.zeros(len(tables[0][0]), channels, 2 * channels, 3, 3, dtype=dtype, device=device)
+            kernels[:, range(channels), range(channels), 1, 1] = 1
+            for table, of_output in tables:
+                first = 0 if of_output else channels
+                kernels[:, :, first : first + channels] -= _kernels(table, channels)
+            self._kernels = kernels
         self._made_for = (device, dtype)
 
 
@@ -168,12 +185,7 @@ class _StepMap:
         self.groups = 0  # of a convolution with neighbours
         if weights.ndim == 3 and weights.shape[2] != channels:
             self.groups = 1 if weights.shape[2] == len(CROSS) * channels else channels
-            inputs = channels // self.groups
-            taps = weights.view(-1, channels, len(CROSS), inputs)
-            kernels = weights.new_zeros(len(weights), channels, inputs, 3, 3)
-            for n, (i, j) in enumerate(CROSS):
-                kernels[..., i, j] = taps[:, :, n]
-            self.weights = kernels
+            self.weights = _kernels(weights, channels)
 
     def __call__(self, known: torch.Tensor, step: int, axis: int) -> torch.Tensor:
         """The map of a step, applied to what is known there."""
@@ -183,9 +195,28 @@ class _StepMap:
         if not self.groups:
             mixed: torch.Tensor = torch.tensordot(known, weights, dims=([axis], [1]))
             return mixed.movedim(-1, axis)
-        pictures = known.movedim(axis, -3)  # of a video, one a frame
-        flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), weights, padding=1, groups=self.groups)
-        return flat.view(pictures.shape).movedim(-3, axis)
+        return _convolved(known, weights, None, axis, self.groups)
+
+
+def _kernels(table: torch.Tensor, channels: int) -> torch.Tensor:
+    """A table of maps as kernels (T, C, C, 3, 3), or (T, C, 1, 3, 3) where every channel has neighbours of its own."""
+    if table.ndim == 2:
+        table = torch.diag_embed(table)
+    inputs = 1 if table.shape[2] == len(CROSS) and channels > len(CROSS) else channels
+    kernels = table.new_zeros(len(table), channels, inputs, 3, 3)
+    taps = table.view(len(table), channels, -1, inputs)
+    for n, (i, j) in enumerate(CROSS[: taps.shape[2]]):
+        kernels[..., i, j] = taps[:, :, n]
+    return kernels
+
+
+def _convolved(
+    known: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, axis: int, groups: int
+) -> torch.Tensor:
+    """A 3 x 3 convolution over the last two axes; of a video, of each frame."""
+    pictures = known.movedim(axis, -3)
+    flat = F.conv2d(pictures.reshape(-1, *pictures.shape[-3:]), kernel, bias, padding=1, groups=groups)
+    return flat.view(*pictures.shape[:-3], *flat.shape[1:]).movedim(-3, axis)
 
 
 def corrected_output(
@@ -215,6 +246,22 @@ def smallest_form(maps: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         return whole
     diagonal = across.diagonal(dim1=1, dim2=2)
     return diagonal if torch.equal(torch.diag_embed(diagonal), across) else across
+
+
+@contextmanager
+def _one_thread(like: torch.Tensor) -> Iterator[None]:
+    """Inside the block torch computes on one thread of a CPU: a step's maps are too small for more, and threads that go
+    on spinning afterwards would hold those of an engine up.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or like.device.type != "cpu":
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:

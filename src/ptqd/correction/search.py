@@ -179,8 +179,8 @@ def search_correction(
         raise InputError("the full-precision samples hold NaN or infinite values; try a wider dtype")
     if len(indices) < MIN_CHECKED:
         raise InputError(
-            f"{len(indices)} full-precision samples to check against are too few; measure at least {MIN_CHECKED}, in open "
-            "loop"
+            f"{len(indices)} full-precision samples to check against are too few; measure at least {MIN_CHECKED}, in "
+            "open loop"
         )
     return _Search(qpipe, stats, sampling, batch, progress).best()
 

@@ -30,12 +30,8 @@ class Correct:
     scheduler: Annotated[str | None, Parameter(help="the scheduler class the statistics were measured with")] = None
     batch: Annotated[int, Parameter(help="for auto and trajectory: at once")] = 64
     seed: Annotated[int, Parameter(help="for auto and trajectory: as measured")] = 0
-    call: Annotated[
-        tuple[str, ...], Parameter(help=CALL_HELP)
-    ] = ()
-    shared: Annotated[
-        tuple[str, ...], Parameter(help=CALL_HELP)
-    ] = ()
+    call: Annotated[tuple[str, ...], Parameter(help=CALL_HELP)] = ()
+    shared: Annotated[tuple[str, ...], Parameter(help=CALL_HELP)] = ()
     device: Device = None
 
     def run(self) -> None:
