@@ -55,6 +55,8 @@ class GaussianDenoiser(nn.Module):
 
 
 class GaussianPipeline(DiffusionPipeline):
+    shape = SHAPE
+
     def __init__(self, unet: GaussianDenoiser, scheduler: SchedulerMixin) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -70,7 +72,9 @@ class GaussianPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
         self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor((batch_size, *SHAPE), generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        x = randn_tensor((batch_size, *self.shape), generator=generator) * getattr(
+            self.scheduler, "init_noise_sigma", 1.0
+        )
         extra = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
         for t in self.scheduler.timesteps:

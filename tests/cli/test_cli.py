@@ -77,7 +77,7 @@ def test_run_writes_a_report_and_skips_what_is_done(
     ]
     (choice,) = report["choices"]
     assert choice["taken"] in [trial["name"] for trial in choice["trials"] if trial["kept"]]
-    assert choice["checked"] == 8
+    assert choice["checked"] == 16
     row = report["rows"][1]
     assert set(row) >= {
         "model", "settings", "key", "sampling", "samples", "metrics", "bops", "bops_ratio", "bytes", "seconds"

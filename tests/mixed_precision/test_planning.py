@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, ModelMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    ModelMixin,
+)
 from torch import nn
 
-from gaussian import SCHEDULE, gaussian_pipeline
+from gaussian import SCHEDULE, GaussianPipeline, gaussian_pipeline
 from ptqd import (
     InputError,
     NoiseStats,
@@ -71,9 +77,11 @@ def test_the_papers_rule_by_hand(pipe: Any, stats: dict[int, NoiseStats]) -> Non
 
 def test_the_papers_rule_takes_few_bits_early_and_all_where_none_suffice(stats: dict[int, NoiseStats]) -> None:
     def with_noise(found: NoiseStats, size: float) -> NoiseStats:
-        moments = found.moments.clone()
-        moments[..., 2], moments[..., 4] = 1.0, size
-        return dataclasses.replace(found, moments=moments)
+        own = torch.arange(found.layout.channels)
+        q, e = found.layout.blocks[0].start + own, found.layout.blocks[2].start + own
+        joint = torch.zeros_like(found.joint)  # of folds; one holds all
+        joint[0, ..., e, e], joint[0, ..., q, q], joint[0, ..., q, e] = 1.0, 1 + size, 1.0
+        return dataclasses.replace(found, joint=joint * found.samples)
 
     plan = paper_plan({4: with_noise(stats[4], 1.0), 6: with_noise(stats[6], 1e-1), 8: with_noise(stats[8], 1e-2)})
     forward = forward_snr(stats[4]).tolist()  # rises
@@ -102,7 +110,7 @@ def test_coefficients_are_what_a_disturbed_run_shows(name: str, eta: float, sche
         pipe = with_components(pipe, scheduler=scheduler)
     run = Sampling(steps=12, eta=eta, samples=400, batch=400)
     found = measure(pipe, gaussian_pipeline(v=0.01) if scheduler is None else pipe, run)
-    coefficients = final_coefficients(found)
+    coefficients = final_coefficients(found)[0]
     want = run_batch(pipe, run, range(2), "latent")
     for j in (0, 3, 7, 11):
         calls = [0]
@@ -131,7 +139,7 @@ def test_contributions_add_up_to_the_error_of_the_final_sample(eta: float) -> No
 
 def test_without_a_known_response_every_step_counts_alike(stats: dict[int, NoiseStats]) -> None:
     unknown = dataclasses.replace(stats[4], response=dataclasses.replace(stats[4].response, exact=False))
-    assert final_coefficients(unknown).tolist() == [1.0] * 4
+    assert bool((final_coefficients(unknown) == 1).all())
 
 
 class Chain(ModelMixin):
@@ -420,3 +428,63 @@ def test_every_pipeline_is_planned_and_corrected(name: str) -> None:
     want = torch.as_tensor(run_batch(corrected, run, range(2), "latent"))
     assert bool(torch.isfinite(want).all())
     assert not torch.equal(want, torch.as_tensor(run_batch(quantized, run, range(2), "latent")))
+
+
+class SpectrumDenoiser(nn.Module):
+    """The exact denoiser of Gaussian data whose pixels vary by 1 / n, 0.9 in the mean, plus white noise."""
+
+    def __init__(self, v: float) -> None:
+        super().__init__()
+        self.register_buffer("alphas", DDIMScheduler(**SCHEDULE).alphas_cumprod)
+        variance = 1 / torch.arange(1, 257)
+        self.register_buffer("variance", (0.9 * variance / variance.mean()).view(1, 1, 16, 16))
+        self.v, self.generator = v, torch.Generator().manual_seed(0)
+
+    def forward(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        a: torch.Tensor = self.alphas[int(t)]  # type: ignore[index]
+        eps = (1 - a).sqrt() * x / (a * self.variance + 1 - a)  # type: ignore[operator]
+        noisy: torch.Tensor = eps + self.v**0.5 * torch.randn(x.shape, generator=self.generator)
+        return noisy
+
+
+class SpectrumPipeline(GaussianPipeline):
+    shape = (1, 16, 16)
+
+
+def closed_form(stats: NoiseStats, answer: torch.Tensor) -> torch.Tensor:
+    """``c_j`` where the network answers by ``g_j``."""
+    outputs = stats.response.outputs
+    system = torch.eye(len(outputs), dtype=torch.float64)
+    system[:, :-1] -= outputs[:, 1:] * answer[1:]
+    response: torch.Tensor = torch.linalg.solve(system, outputs)
+    return response[-1]
+
+
+@pytest.mark.parametrize(
+    ("eta", "wanted"), [(1.0, {0: 10.68, 7: 2.17, 13: 0.56, 19: 1.0}), (0.0, {0: 1.0, 7: 0.76, 13: 0.61, 19: 1.0})]
+)
+def test_noise_counts_by_how_much_data_varies_its_way(eta: float, wanted: dict[int, float]) -> None:
+    """One answer for all directions is wrong by a factor of ten at eta 1; bands of directions are right."""
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
+    exact, noisy = (SpectrumPipeline(SpectrumDenoiser(v), scheduler) for v in (0.0, 0.01))  # type: ignore[arg-type]
+    run = Sampling(20, eta, 300, 300)
+    stats = measure(exact, noisy, run)
+    lam = exact.unet.variance.flatten().double()
+    a = exact.unet.alphas[stats.timesteps.long()].double()
+    by_direction = (1 - a).sqrt()[:, None] / (a[:, None] * lam + (1 - a)[:, None])  # T,D
+    # x_t of a direction varies by a lam + 1 - a: one answer is weighted by that
+    weight = a[:, None] * lam + (1 - a)[:, None]
+    scalar = closed_form(stats, (by_direction * weight).sum(1) / weight.sum(1))
+    right = torch.stack([closed_form(stats, by_direction[:, d]) for d in range(256)]).square().mean(0)
+    assert stats.bands is not None
+    share = (stats.bands.cross.diagonal(dim1=1, dim2=2)[:, -1] / stats.cross[-1, -1])[
+        :, None
+    ]  # of white noise, by band
+    found = (final_coefficients(stats).square() * share).sum(0)
+    for j, factor in wanted.items():
+        assert float(right[j] / scalar[j] ** 2) == pytest.approx(factor, rel=0.02)
+        assert float(found[j] / right[j]) == pytest.approx(1, abs=0.3)
+    longer = run.replace(samples=600, batch=300, seed=4)
+    pairs = zip(sample(exact, longer, output="latent"), sample(noisy, longer, output="latent"), strict=True)
+    error = torch.cat([(x - y).square() for (_, x), (_, y) in pairs]).mean()
+    assert float(contributions(stats).sum() / error) == pytest.approx(1, abs=0.25)

@@ -185,7 +185,7 @@ class _StepMap:
         self.groups = 0  # of a convolution with neighbours
         if weights.ndim == 3 and weights.shape[2] != channels:
             self.groups = 1 if weights.shape[2] == len(CROSS) * channels else channels
-            self.weights = _kernels(weights, channels)
+            self.weights = _kernels(weights, channels, apart=self.groups > 1)
 
     def __call__(self, known: torch.Tensor, step: int, axis: int) -> torch.Tensor:
         """The map of a step, applied to what is known there."""
@@ -198,11 +198,11 @@ class _StepMap:
         return _convolved(known, weights, None, axis, self.groups)
 
 
-def _kernels(table: torch.Tensor, channels: int) -> torch.Tensor:
-    """A table of maps as kernels (T, C, C, 3, 3), or (T, C, 1, 3, 3) where every channel has neighbours of its own."""
+def _kernels(table: torch.Tensor, channels: int, *, apart: bool = False) -> torch.Tensor:
+    """A table of maps as kernels (T, C, C, 3, 3), or (T, C, 1, 3, 3) where every channel has neighbours apart."""
     if table.ndim == 2:
         table = torch.diag_embed(table)
-    inputs = 1 if table.shape[2] == len(CROSS) and channels > len(CROSS) else channels
+    inputs = 1 if apart else channels
     kernels = table.new_zeros(len(table), channels, inputs, 3, 3)
     taps = table.view(len(table), channels, -1, inputs)
     for n, (i, j) in enumerate(CROSS[: taps.shape[2]]):

@@ -108,6 +108,8 @@ def fit_trajectory(
             f"the statistics hold full-precision trajectories of {len(stats.paths)} samples, and {MIN_SAMPLES} are "
             "needed; measure more samples, in open loop, with this version"
         )
+    if not bool(torch.isfinite(stats.paths).all()):
+        raise InputError("the full-precision trajectories hold NaN or infinite values; try a wider dtype")
     run = sampling.with_seed_for("measuring")
     indices = stats.final_indices[: len(stats.paths)]
     plain = with_components(qpipe, scheduler=plain_scheduler(qpipe.scheduler))

@@ -27,6 +27,7 @@ from ptqd.diffusion.trajectory import (
     whole_samples,
 )
 from ptqd.errors import InputError, UnsupportedError
+from ptqd.noise.bands import measured_bands, principal_directions
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.second_moments import fold_sums, joint_moments
 from ptqd.noise.stats import CHECKED, NoiseStats, cross_moments, paired_moments, paths_kept, per_sample
@@ -86,6 +87,7 @@ class PairedMeasurement:
         model = denoisers_fingerprint(pipe)
         self.measured_on = {key: self._measured_on(qpipe, model) for key, qpipe in quantized.items()}
         self._first: dict[int, NoiseStats] = {}  # whose scheduler was asked how it steps
+        self._directions: torch.Tensor | None = None  # of the first batch's final samples
 
     def _measured_on(self, qpipe: DiffusionPipeline, model: str) -> MeasuredOn:
         correction = getattr(scheduler_of(qpipe), "correction", None)
@@ -184,6 +186,8 @@ class PairedMeasurement:
             rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
             tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
         final = whole_samples(trajectory.final, len(indices))
+        if self._directions is None:
+            self._directions = principal_directions(final)
         first = self._first.get(key)
         stats = NoiseStats(
             timesteps=torch.tensor(timesteps, dtype=torch.float64),
@@ -199,6 +203,7 @@ class PairedMeasurement:
             finals=final[:CHECKED].cpu().float(),
             final_indices=indices[:CHECKED].clone(),
             paths=self._paths(trajectory, len(indices)),
+            bands=measured_bands(means, means_q, trajectory.samples, self._directions, axis, len(indices)),
         )
         self._first.setdefault(key, stats)
         return stats

@@ -31,9 +31,10 @@ from ptqd.diffusion.scheduler_response import Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import ArtifactError, InputError, MismatchError
 from ptqd.files import parse_json, read_tensors, write_tensors
+from ptqd.noise.bands import SIZES, Bands
 from ptqd.noise.measured_on import MeasuredOn
 from ptqd.noise.regression import _COLUMN, POWERS, Estimate, normality_p_value, regression
-from ptqd.noise.second_moments import CROSS, FOLDS, Layout, between_tables, fold_of
+from ptqd.noise.second_moments import CROSS, FOLDS, Layout, between_tables, covariance, fold_of, mean_table
 from ptqd.schema import check_tensors, typed
 
 LARGEST = 1e100  # of any moment
@@ -42,6 +43,7 @@ CLIPPED = 0.02  # share of a change by which a step that clips differs
 PATH_BYTES = 2**29  # of all trajectories that are kept; of fewer samples where they are larger
 RESPONSE = ("response_outputs", "response_noise", "response_state", "response_start")
 SUMS = ("joint", "cross", "moved")
+BANDS = ("cross", "known")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class NoiseStats:
         final_indices: which samples those are (F,).
         paths: the samples after every step of the full-precision trajectories (P, T, m, ...), of the first P of
             ``final_indices``, in m rows as the scheduler steps them; as many as 512 MiB hold.
+        bands: second moments by bands of directions; None where they were not measured.
     """
 
     timesteps: torch.Tensor
@@ -108,6 +111,7 @@ class NoiseStats:
     finals: torch.Tensor
     final_indices: torch.Tensor
     paths: torch.Tensor
+    bands: Bands | None = None
 
     def __repr__(self) -> str:
         """In a line; its tensors would fill screens."""
@@ -130,6 +134,26 @@ class NoiseStats:
     def layout(self) -> Layout:
         """Of ``joint``'s tables."""
         return Layout.read(self.joint, self.moments.shape[2])
+
+    def by_bands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """By bands of directions: the residuals' covariance over the steps (B, T, T), and how the output answers to the
+        sample, ``Cov(eps, x) / Var(x)`` (B, T). One band of all directions where bands were not measured.
+        """
+        k, layout = regression(self.moments.mean(0), slope=True)["k"], self.layout
+        own = torch.arange(layout.channels)
+        x, e = layout.blocks[1].start + own, layout.blocks[2].start + own
+        table = mean_table(self.joint, self.fold_samples)  # T,G,K,K
+        if self.bands is None:
+            mean = torch.cat([self.moments.mean(0)[..., _COLUMN[power]] for power in ((1, 0), (0, 1))])  # 2T,C
+            cross = (self.cross / self.samples - mean @ mean.T / mean.shape[1])[None]
+            _, cov = covariance(table)
+            known = torch.stack([cov[..., x, other].mean((1, 2)) for other in (x, e)], -1)[None]
+        else:
+            cross, known = self.bands.cross / self.samples, self.bands.known
+        weights = torch.cat([-torch.diag(k), torch.eye(len(k), dtype=k.dtype)], dim=1)  # T,2T
+        positive = known[..., 0] > 1e-12 * known[..., 0].sum(0).clamp(min=1e-300)
+        answer = torch.where(positive, known[..., 1] / torch.where(positive, known[..., 0], 1.0), 0.0)
+        return weights @ cross @ weights.T, answer
 
     def residual_correlation(self) -> torch.Tensor:
         """Correlation of the residuals of any two steps (T, T), 1 on the diagonal.
@@ -242,6 +266,7 @@ class NoiseStats:
             levels=levels,
             joint=between_tables(*parts, weight, self.layout),
             cross=self.cross[pair][:, pair],
+            bands=None if self.bands is None else self.bands.at(near),
             finals=self.finals[:0],
             final_indices=self.final_indices[:0],
             paths=self.paths[:0],
@@ -319,12 +344,15 @@ class NoiseStats:
             finals=torch.cat([part.finals for part in parts])[remaining],
             final_indices=finals[remaining],
             paths=paths,
+            bands=_added([part.bands for part in parts]),
             **sums,
         )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in (*_TENSORS, "paths")}
+        if self.bands is not None:
+            tensors |= {f"bands_{name}": getattr(self.bands, name) for name in BANDS}
         tensors |= {name: getattr(self.response, name.removeprefix("response_")) for name in RESPONSE}
         facts = {"elements": self.elements, "exact": self.response.exact, "source": self.measured_on.to_dict()}
         if self.levels is not None:
@@ -349,7 +377,8 @@ class NoiseStats:
         _check_tables(tensors, facts, str(path))
         return cls(
             **{name: tensors[name] for name in _TENSORS},
-            paths=tensors.get("paths", tensors["finals"][:0]),  # files of earlier versions have none
+            paths=tensors.get("paths", tensors["finals"][:0]),  # files of earlier versions have none, and no bands
+            bands=_stored_bands(tensors, str(path)),
             elements=facts.elements,
             measured_on=MeasuredOn.from_dict(facts.source),
             response=Response(**{n.removeprefix("response_"): tensors[n] for n in RESPONSE}, exact=facts.exact),
@@ -361,6 +390,33 @@ def paths_kept(paths: torch.Tensor) -> int:
     """Of how many samples trajectories (N, T, ...) are kept; of none where not even one is small enough."""
     each = paths[:1].nbytes
     return min(CHECKED, PATH_BYTES // each) if each else 0
+
+
+def _added(bands: Sequence[Bands | None]) -> Bands | None:
+    """The sum of bands; none where some were not measured."""
+    total = bands[0]
+    for other in bands[1:]:
+        total = None if total is None or other is None else total + other
+    return total
+
+
+def _stored_bands(tensors: Mapping[str, torch.Tensor], where: str) -> Bands | None:
+    """The bands in a file, if it has any."""
+    found = {name: tensors[f"bands_{name}"] for name in BANDS if f"bands_{name}" in tensors}
+    if not found:
+        return None
+    steps, count = len(tensors["timesteps"]), len(SIZES) + 1
+    shapes = {"cross": (count, 2 * steps, 2 * steps), "known": (count, steps, 2)}
+    right = all(
+        name in found
+        and tuple(found[name].shape) == shape
+        and found[name].dtype == torch.float64
+        and bool((found[name].abs() < LARGEST).all())
+        for name, shape in shapes.items()
+    )
+    if not right:
+        raise ArtifactError(f"{where} holds no noise statistics of this version; write them with 'ptqd measure'")
+    return Bands(**found)
 
 
 def _in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -395,7 +451,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], facts: _Facts, where: str
     kept = finals.ndim > 1 and finals.is_floating_point() and len(finals) == len(tensors["final_indices"])
     paths = tensors.get("paths", finals[:0])
     kept &= paths.is_floating_point() and len(paths) <= len(finals)
-    kept &= len(paths) == 0 or (paths.ndim > 3 and paths.shape[1] == steps and paths[0, 0].numel() == finals[0].numel())
+    if kept and len(paths):
+        kept &= paths.ndim > 3 and paths.shape[1] == steps and paths[0].numel() == steps * finals[0].numel()
     named = [tensors[name] for name in ("indices", "final_indices")]
     rising &= all(bool(((x >= 0) & (x < MOST_SAMPLES)).all()) for x in named)
     sane = all(bool((tensors[name].abs() < LARGEST).all()) for name in ("moments", *SUMS))
