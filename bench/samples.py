@@ -4,8 +4,8 @@
 
 Statistics of 8, 16, ... 128 samples, each including the ones before; cut of the final latents' squared distance to the
 full-precision ones of the same seeds, against no correction, and mean SNR of the final latents in dB, on 200 seeds that
-no statistics saw: for cnc+bc, joint, trajectory and auto (with what it chose). Measuring n samples costs n full-precision and
-n quantized samples; trajectory adds one quantized run of those samples, of the first 64 at most.
+no statistics saw: for cnc+bc, joint, trajectory and auto (with what it chose). Measuring n samples costs n
+full-precision and n quantized samples; trajectory adds one quantized run of those samples, of the first 64 at most.
 """
 
 from typing import Any
@@ -70,11 +70,7 @@ def main() -> None:
                 end = ends(ptqd.correct(quantized, correction), run)
                 cut = 1 - float((end - reference).square().mean() / (plain - reference).square().mean())
                 cells.append(f"{100 * cut:5.1f} % {snr(end, reference):5.2f} dB")
-            tried = max(trial.samples for trial in choice.trials)
-            print(
-                f"{count:7d}  {'  '.join(cells)}  {choice.name}, {len(choice.trials)} tried, {tried} samples",
-                flush=True,
-            )
+            print(f"{count:7d}  {'  '.join(cells)}  {choice.name}, of {len(choice.trials)} candidates", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 So several calls of code that cannot be left half-way, such as a pipeline's, go on side by side.
 """
 
+import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+DEVICES = ("cpu", "cuda", "mps")
 
 
 class _AbandonedError(BaseException):
@@ -17,8 +22,8 @@ class _AbandonedError(BaseException):
 class PausedThread:
     """A function in a thread that runs only while :meth:`advance` waits for it.
 
-    Threads and random numbers of torch are inside as outside, and are kept apart: what the function draws does not
-    depend on who draws in between.
+    Inside hold the number of torch's threads, its modes (gradients, inference, autocast) and the context variables of
+    where it was made; random numbers are kept apart: what the function draws does not depend on who draws in between.
 
     Attributes:
         waiting: whether the function waits, for :meth:`advance`.
@@ -35,6 +40,7 @@ class PausedThread:
         self._abandoned = False
         self._threads = torch.get_num_threads()
         self._random = _random_state()
+        self._context, self._modes = contextvars.copy_context(), _Modes()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def advance(self, answer: object = None) -> None:
@@ -84,13 +90,40 @@ class PausedThread:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # which is each thread's own
         try:
-            self._function()
+            with self._modes.here():
+                self._context.run(self._function)
         except _AbandonedError:
             pass
         except BaseException as error:
             self._error = error
         finally:
             self._stopped.release()
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """The modes of torch in a thread."""
+
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
+    inference: bool = field(default_factory=torch.is_inference_mode_enabled)
+    autocast: dict[str, torch.dtype] = field(
+        default_factory=lambda: {d: torch.get_autocast_dtype(d) for d in DEVICES if torch.is_autocast_enabled(d)}
+    )
+    device: int | None = field(
+        default_factory=lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    )
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Inside the block they hold in this thread."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            for device, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(device, dtype))
+            if self.device is not None:
+                stack.enter_context(torch.cuda.device(self.device))
+            yield
 
 
 def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -112,15 +112,15 @@ def test_smoothing_shows_as_lost_energy() -> None:
     noisy = wanted + 0.3 * torch.randn(wanted.shape, generator=g)
     astray = wanted.clone()
     astray[7] *= 30
-    same, lost, gained, one = (
-        distribution_distance(features(x, 1) - features(wanted, 1)) for x in (wanted, smooth, noisy, astray)
-    )
+    ours = features(wanted, 1, wanted)
+    shifts = [features(x, 1, wanted) - ours for x in (wanted, smooth, noisy, astray)]
+    same, lost, gained, one = map(distribution_distance, shifts)
     assert same == 0
     assert lost > gained > 0.005
     assert one < gained
     tokens = wanted.flatten(2).transpose(1, 2)
-    assert features(tokens, 2).shape == (40, 6)
-    assert distribution_distance(features(0.9 * tokens, 2) - features(tokens, 2)) > 0.01
+    assert features(tokens, 2, tokens).shape == (40, 6)
+    assert distribution_distance(features(0.9 * tokens, 2, tokens) - features(tokens, 2, tokens)) > 0.01
 
 
 def test_closed_loop_statistics_are_of_the_corrected_trajectory(stats: NoiseStats) -> None:
@@ -240,3 +240,25 @@ def test_another_guidance_scale_is_refused(pipe: Any, qpipe: Any, run: Sampling,
         again(**call, guidance_scale=3.0)
     with pytest.raises(MismatchError, match="measured at guidance scale 2, the pipeline runs at 3"):
         run_batch(again, run.replace(call={"class_labels": [1], "guidance_scale": 3.0}), range(1))
+
+
+@pytest.mark.parametrize("samples", [24, 64])
+def test_where_no_correction_is_best_it_is_judged_on_its_own_samples(samples: int) -> None:
+    """Ends that are those of the uncorrected samples: none wins, on as many samples as it ran."""
+    run = RUN.replace(samples=samples, batch=20)
+    noisy = gaussian_pipeline(**{**NOISE, "v": 0.0})
+    stats = measure(gaussian_pipeline(), noisy, run)
+    ends = latents(noisy, run.with_seed_for("measuring")) + 0.01
+    choice = search_correction(noisy, dataclasses.replace(stats, finals=ends.float()), run)
+    assert choice.name == "none"
+    assert choice.checked <= samples
+    none = next(trial for trial in choice.trials if trial.name == "none")
+    assert none.error == pytest.approx(1e-4, rel=0.05)
+
+
+def test_few_kept_trajectories_are_enough_for_a_search(stats: NoiseStats) -> None:
+    """Of large samples fewer trajectories are kept than ends."""
+    few = dataclasses.replace(stats, paths=stats.paths[:9])
+    choice = search_correction(gaussian_pipeline(**NOISE), few, RUN)
+    assert choice.name != "none"
+    assert next(trial for trial in choice.trials if trial.name == "trajectory").samples == 9

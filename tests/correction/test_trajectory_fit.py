@@ -13,6 +13,7 @@ from ptqd.correction import fit_trajectory
 from ptqd.correction.correction import Correction
 from ptqd.diffusion import final_samples
 from ptqd.diffusion.in_step import run_in_step
+from ptqd.paused import PausedThread
 
 RUN = Sampling(steps=8, eta=0.0, samples=64, batch=64, seed=3)
 STD = (0.25, 1.6)
@@ -141,6 +142,48 @@ def test_a_run_in_step_is_the_run_itself() -> None:
     assert seen == list(range(8))
     for batch, rows in zip(batches, ends, strict=True):
         assert torch.equal(rows, final_samples(exact, RUN, batch))
+
+
+def test_modes_hold_in_a_paused_thread() -> None:
+    """What holds where it was made holds inside: autocast, inference, threads; and random numbers are its own."""
+    found: list[Any] = []
+
+    def look() -> None:
+        found.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads()))
+        found.append(torch.rand(1))
+
+    torch.manual_seed(5)
+    with torch.no_grad(), torch.autocast("cpu"):
+        thread = PausedThread(look)
+    torch.rand(3)
+    thread.advance()
+    torch.manual_seed(5)
+    assert found == [(False, True, torch.get_num_threads()), torch.rand(1)]
+
+
+def test_statistics_of_an_earlier_version_merge(stats: NoiseStats) -> None:
+    """They hold no trajectories and no bands; what is merged has those that are complete."""
+    exact, noisy = pair(**NOISE)
+    more = measure(exact, noisy, RUN.replace(samples=80), start=64)
+    old = dataclasses.replace(more, paths=more.finals[:0], bands=None)
+    merged = NoiseStats.merge([stats, old])
+    assert merged.samples == 80
+    assert torch.equal(merged.paths, stats.paths)
+    assert merged.bands is None
+    assert len(NoiseStats.merge([dataclasses.replace(stats, paths=stats.finals[:0]), more]).paths) == 0
+
+
+def test_half_precision_is_no_clipping() -> None:
+    """The rounding of half-precision samples is not what a scheduler clips."""
+    exact, noisy = pair(k=0.01)
+    for pipe in (exact, noisy):
+        pipe.unet.register_forward_hook(lambda module, args, output: output.half().float())
+    stats = measure(exact, noisy, RUN)
+    moved = dataclasses.replace(stats, moved=stats.moved * 1.5)
+    assert not bool(moved.clips().any())
+    config = {**stats.measured_on.config, "clip_sample": True}
+    clipping = dataclasses.replace(moved, measured_on=dataclasses.replace(stats.measured_on, config=config))
+    assert bool(clipping.clips().all())
 
 
 def test_an_error_in_one_batch_ends_all() -> None:

@@ -139,9 +139,9 @@ class StepCorrector:
         if self._made_for != (eps_q.device, dtype):
             self._make(eps_q.device, dtype, eps_q.shape[axis])
         if self._kernels is not None:
-            bias = None if self._bias is None else -self._bias[step]
-            known = torch.cat([eps_q.to(dtype), x.to(dtype)], dim=axis)
-            return _convolved(known, self._kernels[step], bias, axis, 1).to(eps_q.dtype)
+            bias, output = None if self._bias is None else self._bias[step], eps_q.to(dtype)
+            known = torch.cat([output, x.to(dtype)], dim=axis)
+            return (output - _convolved(known, self._kernels[step], bias, axis, 1)).to(eps_q.dtype)
         noise: torch.Tensor | None = None  # what is taken for quantization noise
         for step_map in self._maps:
             part = step_map(eps_q.to(dtype) if step_map.of_output else x.to(dtype), step, axis)
@@ -167,10 +167,9 @@ class StepCorrector:
         self._kernels = None
         if any(table.shape[2:] == (len(CROSS) * channels,) for table, _ in tables):
             kernels = torch.zeros(len(tables[0][0]), channels, 2 * channels, 3, 3, dtype=dtype, device=device)
-            kernels[:, range(channels), range(channels), 1, 1] = 1
             for table, of_output in tables:
                 first = 0 if of_output else channels
-                kernels[:, :, first : first + channels] -= _kernels(table, channels)
+                kernels[:, :, first : first + channels] += _kernels(table, channels)
             self._kernels = kernels
         self._made_for = (device, dtype)
 

@@ -23,6 +23,7 @@ from ptqd.errors import InputError
 from ptqd.noise.second_moments import (
     Estimator,
     Gain,
+    Layout,
     OutputEstimate,
     held_out_gain,
     left_out_tables,
@@ -113,19 +114,19 @@ def gated_cnc_bc(stats: NoiseStats, half: int | None = None) -> tuple[OutputEsti
         "+".join(word for word, kept in (("cnc", bool(slopes.any())), ("bc", bool(biases))) if kept) or NOTHING
         for slopes, biases in zip(k, bc, strict=True)
     ]
-    return estimate, _given_steps(stats, estimate, words)
+
+    def again(table: torch.Tensor, layout: Layout) -> OutputEstimate:
+        return from_slope(table, layout, torch.where(k == 0, 0.0, slope(table, layout)), bc)
+
+    gain = held_out_gain(stats.joint, stats.fold_samples, layout, again)
+    channels = layout.groups * layout.channels
+    return estimate, _steps(gain, words, [0 if word == NOTHING else channels for word in words])
 
 
 def every_step(stats: NoiseStats, name: str, estimator: Estimator) -> list[StepGate]:
     """What an estimator that is kept at every step gains there."""
     gain = held_out_gain(stats.joint, stats.fold_samples, stats.layout, estimator)
     return _steps(gain, [name] * len(gain.steps), [stats.layout.groups * stats.layout.channels] * len(gain.steps))
-
-
-def _given_steps(stats: NoiseStats, estimate: OutputEstimate, names: Sequence[str]) -> list[StepGate]:
-    gain = held_out_gain(stats.joint, stats.fold_samples, stats.layout, lambda table, layout: estimate)
-    channels = stats.layout.groups * stats.layout.channels
-    return _steps(gain, names, [0 if name == NOTHING else channels for name in names])
 
 
 def _steps(gain: Gain, names: Sequence[str], channels: Sequence[int]) -> list[StepGate]:

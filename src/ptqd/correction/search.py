@@ -204,7 +204,7 @@ class _Search:
         self.reference = stats.finals.double()
         axis = stats.measured_on.channel_axis
         self.axis = channel_axis(self.reference) if axis is None else axis
-        self.wanted = features(self.reference, self.axis)
+        self.wanted = features(self.reference, self.axis, self.reference)
         self.errors: dict[Candidate, torch.Tensor] = {}  # of its first samples, to their full-precision ends (n,)
         self.shifts: dict[Candidate, torch.Tensor] = {}  # of their features (n, F)
         self.plain = Candidate(NONE, ())
@@ -212,11 +212,12 @@ class _Search:
         self.walk: TrajectoryFit | None = None
 
     def best(self) -> CorrectionSearch:
-        first, more = (min(count, len(self.indices)) for count in (FIRST, MORE))
         if not bool(self.stats.moments[..., [n for n, (_, j) in enumerate(POWERS) if j]].any()):  # nothing was lost
-            self._race([self.plain], first)
+            self._race([self.plain], min(FIRST, len(self.indices)))
             return self._choice(self.plain)
         self._walk()
+        known = len(self.errors.get(self.fitted, self.indices))  # of large samples few trajectories are kept
+        first, more = min(FIRST, known), min(MORE, known)
         self._race([self.plain, *self._means()], first)
         leader = self._leader(first)
         if self._leads(leader, first):
@@ -231,7 +232,7 @@ class _Search:
         if self.fitted in self.errors and not self._worse(self.fitted, taken, count):
             taken = self.fitted
         if not self._worse(self.plain, taken, first) and more > first:
-            self._race([c for c in (self.plain, taken) if len(self.errors[c]) < more], more)
+            self._race([c for c in dict.fromkeys((self.plain, taken)) if len(self.errors[c]) < more], more)
         if self._score(taken, min(more, len(self.errors[taken]))) > -LEVEL:
             taken = self.plain
         return self._choice(taken)
@@ -252,7 +253,7 @@ class _Search:
         """Candidates for the mean, that differ for these statistics."""
         plain = Candidate("cnc+bc", ("cnc", "bc"))
         channels = Candidate(f"{CHANNEL}+bc", (CHANNEL, "bc"))
-        _, steps = self._estimate(replace(plain, gate=True), None)
+        steps = self._steps(replace(plain, gate=True))
         apart = differs_by_channel(self.stats)
         result = [plain, *([channels] if apart else [])]
         kept = [step.kept for step in steps]
@@ -307,7 +308,7 @@ class _Search:
         done = len(self.errors.get(candidate, ()))
         part = slice(done, done + len(ends))
         errors = (ends - self.reference[part]).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
-        shifts = features(ends, self.axis) - self.wanted[part]
+        shifts = features(ends, self.axis, self.reference) - self.wanted[part]
         if done:
             errors, shifts = torch.cat([self.errors[candidate], errors]), torch.cat([self.shifts[candidate], shifts])
         self.errors[candidate], self.shifts[candidate] = errors, shifts
@@ -317,7 +318,7 @@ class _Search:
         entries = [(c, i) for c in candidates for i in range(len(self.errors.get(c, ())), count)]
         batches = [entries[i : i + self.batch] for i in range(0, len(entries), self.batch)]
         half = [1 - n % 2 for n in fold_of(self.indices).tolist()]  # of the statistics that a sample is corrected by
-        estimates = {(c, h): self._estimate(c, h)[0] for c in candidates for h in (0, 1)}
+        estimates = {(c, h): self._estimate(c, h) for c in candidates for h in (0, 1) if c.methods}
 
         def decide(step: int, arrivals: Sequence[Arrival]) -> list[torch.Tensor]:
             outputs = []
@@ -336,7 +337,8 @@ class _Search:
         title = f"trying {', '.join(c.name for c in candidates)}" if self.progress else None
         with busy(title):
             ends = run_in_step(plain, self.run, indices, decide)
-        samples = [whole_samples(rows, len(batch)).cpu() for rows, batch in zip(ends, batches, strict=True)]
+        each = self.reference[0].numel() // ends[0][0].numel()
+        samples = [whole_samples(rows, len(batch), each).cpu() for rows, batch in zip(ends, batches, strict=True)]
         found: dict[Candidate, list[torch.Tensor]] = {c: [] for c in candidates}
         for (candidate, _), sample in zip(entries, torch.cat(samples), strict=True):
             found[candidate].append(sample)
@@ -348,7 +350,7 @@ class _Search:
         ends: dict[int, torch.Tensor] = {}
         parity = fold_of(self.indices[part]) % 2
         for half in (0, 1):
-            pipe = apply_correction(self.qpipe, self._correction(candidate, 1 - half)[0])
+            pipe = apply_correction(self.qpipe, self._correction(candidate, 1 - half))
             with busy(f"trying {candidate.name}" if self.progress else None):
                 for batch in part[parity == half].split(self.batch):
                     if len(batch):
@@ -356,20 +358,28 @@ class _Search:
                         ends |= dict(zip(batch.tolist(), samples, strict=True))
         return torch.stack([ends[i] for i in part.tolist()]).double()
 
-    def _estimate(self, candidate: Candidate, half: int | None) -> tuple[OutputEstimate, list[StepGate]]:
+    def _estimate(self, candidate: Candidate, half: int | None) -> OutputEstimate:
         mean, _ = split_methods(candidate.methods)
         if candidate.gate:
-            return gated_cnc_bc(self.stats, half)
+            return gated_cnc_bc(self.stats, half)[0]
         if mean == ("joint",):
-            return gated(self.stats, COHERENCES, half)
+            return gated(self.stats, COHERENCES, half)[0]
         folds = slice(half, None, 1 if half is None else 2)
         table = mean_table(self.stats.joint[folds], self.stats.fold_samples[folds])
-        estimate = mean_estimator(mean)(table, self.stats.layout)
-        return estimate, every_step(self.stats, "+".join(mean), mean_estimator(mean)) if mean else []
+        return mean_estimator(mean)(table, self.stats.layout)
 
-    def _correction(self, candidate: Candidate, half: int | None) -> tuple[Correction, list[StepGate]]:
-        estimate, steps = self._estimate(candidate, half)
-        return compose(self.stats, candidate.methods, estimate, split_methods(candidate.methods)[1]), steps
+    def _steps(self, candidate: Candidate) -> list[StepGate]:
+        """What each step keeps of it."""
+        mean, _ = split_methods(candidate.methods)
+        if candidate.gate:
+            return gated_cnc_bc(self.stats)[1]
+        if mean == ("joint",):
+            return gated(self.stats, COHERENCES)[1]
+        return every_step(self.stats, "+".join(mean), mean_estimator(mean)) if mean else []
+
+    def _correction(self, candidate: Candidate, half: int | None = None) -> Correction:
+        estimate = self._estimate(candidate, half)
+        return compose(self.stats, candidate.methods, estimate, split_methods(candidate.methods)[1])
 
     def _ratios(self, candidate: Candidate, count: int) -> torch.Tensor:
         """Log of each sample's squared distance against no correction's (count,)."""
@@ -430,7 +440,7 @@ class _Search:
             assert self.walk is not None
             correction, steps = self.walk.correction, list(self.walk.steps)
         else:
-            correction, steps = self._correction(taken, half=None)
+            correction, steps = self._correction(taken), self._steps(taken)
         return CorrectionSearch(correction, tuple(trials), tuple(steps), len(self.errors[taken]))
 
 
@@ -439,19 +449,20 @@ def jackknife_error(without: torch.Tensor) -> float:
     return float(((len(without) - 1) * without.double().var(unbiased=False)).sqrt())
 
 
-def features(samples: torch.Tensor, axis: int) -> torch.Tensor:
+def features(samples: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:
     """What a distribution of samples is judged by: each channel's mean, and its log energy in bands of frequency.
 
     Args:
         samples: (N, C, ...) or (N, L, C); bands where the last two axes are a picture's, else one.
         axis: of the channels.
+        like: samples whose deviation in a channel is the unit of means there.
 
     Returns:
-        (N, F), float64; the means in units of the channel's deviation.
+        (N, F), float64.
     """
     x = samples.double().movedim(axis, 1)
     flat = x.flatten(2)
-    mean = flat.mean(2) / flat.std((0, 2)).clamp(min=1e-9)
+    mean = flat.mean(2) / like.double().movedim(axis, 1).flatten(2).std((0, 2)).clamp(min=1e-9)
     if x.ndim < 4:
         return torch.cat([mean, (flat.var(2) + 1e-12).log()], dim=1)
     height, width = x.shape[-2:]

@@ -35,10 +35,9 @@ class StepBatch:
         self.x = arrival.sample
         self.eps_q = arrival.output.narrow(self.axis, 0, arrival.sample.shape[self.axis])
         self.chosen = self.eps_q
-        copies = self.x.view(-1, samples, *self.x.shape[1:])
-        self.copies = len(copies) if torch.equal(copies, copies[:1].expand_as(copies)) else 1
-        row = torch.arange(len(self.x))
-        self.sample_of = row % samples if self.copies > 1 else row // (len(row) // samples)
+        each = stats.finals[0].numel() // self.x[0].numel()
+        self.copies = len(self.x) // (samples * each)
+        self.sample_of = (torch.arange(len(self.x)) // each) % samples
 
     def correct(self, estimates: Iterable[tuple[torch.Tensor, OutputEstimate]], layout: Layout) -> None:
         """Correct the rows of some samples (integers, within the batch) by an estimate each (G, C, taps C)."""

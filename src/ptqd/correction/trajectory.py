@@ -21,7 +21,8 @@ groups' ends are thus a fair trial of the whole correction. What is returned is 
 
 A regression shrinks, step by step, to samples that are too smooth. So each step's signal is lengthened by the factor,
 one a channel, that gives the next sample the energy it has in full precision, where the two differ significantly. It
-costs next to no distance: at a correlation of r with the full-precision sample, 2 (1 - r) for 1 - r^2.
+costs next to no distance: at a correlation of r with the full-precision sample, 2 (1 - r) for 1 - r^2. This factor
+alone is of all groups' samples together.
 """
 
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ def fit_trajectory(
     if len(stats.paths) < MIN_SAMPLES:
         raise InputError(
             f"the statistics hold full-precision trajectories of {len(stats.paths)} samples, and {MIN_SAMPLES} are "
-            "needed; measure more samples, in open loop, with this version"
+            "needed; measure more samples, in open loop (where one's trajectory is not above 64 MiB)"
         )
     if not bool(torch.isfinite(stats.paths).all()):
         raise InputError("the full-precision trajectories hold NaN or infinite values; try a wider dtype")
@@ -117,7 +118,7 @@ def fit_trajectory(
     batches = indices.split(size)
     walk = _Walk(stats, indices, [len(part) for part in batches])
     ends = run_in_step(plain, run, [part.tolist() for part in batches], walk.decide)
-    finals = [whole_samples(rows, len(part)) for rows, part in zip(ends, batches, strict=True)]
+    finals = [whole_samples(rows, len(part), stats.paths.shape[2]) for rows, part in zip(ends, batches, strict=True)]
     return TrajectoryFit(
         compose(stats, ("trajectory",), walk.estimate, None),
         tuple(walk.steps),
@@ -282,9 +283,10 @@ class _Walk:
         ratios = torch.cat([part[0] for part in parts])  # N,C
         size, moved, mean = (torch.cat([part[i] for part in parts]).mean(0) for i in (1, 2, 3))
         shift = torch.from_numpy(scipy_stats.trim_mean(ratios.numpy(), TRIMMED, axis=0))
-        cut = int(TRIMMED * len(ratios))
-        trimmed = ratios.sort(0).values[cut : len(ratios) - cut]
-        sure = (shift.abs() > SURE * trimmed.std(0) / len(trimmed) ** 0.5) & (moved.abs() > 1e-12)
+        cut, ordered = int(TRIMMED * len(ratios)), ratios.sort(0).values
+        spread = ratios.clamp(ordered[cut], ordered[len(ratios) - 1 - cut]).std(0)  # winsorized
+        error = spread / ((1 - 2 * TRIMMED) * len(ratios) ** 0.5)
+        sure = (shift.abs() > SURE * error) & (moved.abs() > 1e-12)
         factor = torch.where(sure, 0.5 * shift * size / torch.where(sure, moved, 1.0), 0.0)
         factor = factor.clamp(-MOST_LENGTHENED, MOST_LENGTHENED)
         if not bool(factor.any()):

@@ -18,6 +18,7 @@ from ptqd.diffusion.intercept import stepping
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import next_sample, one_timestep
+from ptqd.errors import MismatchError
 from ptqd.paused import PausedThread
 
 
@@ -72,6 +73,7 @@ def run_in_step(
         Each batch's samples after the last step, as the scheduler leaves them.
 
     Raises:
+        MismatchError: the batches take different numbers of steps, or none.
         Exception: what the pipeline or ``decide`` raised.
     """
     runs = [_Run(pipe, sampling, batch) for batch in batches]
@@ -79,13 +81,17 @@ def run_in_step(
     try:
         for run in runs:
             run.advance()
-        while runs[0].waiting:
+        while any(run.waiting for run in runs):
+            if not all(run.waiting for run in runs):
+                raise MismatchError("the pipeline takes other numbers of steps in different batches; use one batch")
             for run, output in zip(runs, decide(step, [run.brought for run in runs]), strict=True):
                 run.advance(output)
             step += 1
     finally:
         for run in runs:
             run.abandon()
+    if not step:
+        raise MismatchError(f"{type(pipe).__name__} took no step with its scheduler")
     return [run.final for run in runs]
 
 

@@ -85,6 +85,22 @@ def prediction_of(config: Mapping[str, Any], levels: Levels) -> str:
     return "flow_prediction" if levels.family == "flow" else str(config.get("prediction_type", "epsilon"))
 
 
+def clean_sample(config: Mapping[str, Any], levels: Levels) -> tuple[torch.Tensor, torch.Tensor]:
+    """``P`` and ``R`` of ``x_0 = P out + R x`` (T,), of a scheduler's configuration.
+
+    EDM's networks are preconditioned (arXiv 2206.00364, table 1): ``c_out`` and ``c_skip`` of ``sigma_data``.
+
+    Raises:
+        InputError: an unknown prediction type.
+    """
+    prediction, data = prediction_of(config, levels), config.get("sigma_data")
+    if data is None or levels.family != "ve":
+        return x0_coefficients(levels, prediction)
+    size = levels.sigma**2 + float(data) ** 2
+    out = levels.sigma * float(data) * size.rsqrt()
+    return -out if prediction == "v_prediction" else out, float(data) ** 2 / size
+
+
 def x0_coefficients(levels: Levels, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``P`` and ``R`` of ``x_0 = P out + R x`` at some levels, both (T,).
 

@@ -40,6 +40,8 @@ from diffusers import SchedulerMixin
 
 from ptqd.diffusion.intercept import step_with_noise
 
+CLIPPING_OPTIONS = ("clip_sample", "clip_denoised", "thresholding")  # of schedulers' configurations
+
 
 @dataclass(frozen=True)
 class Response:
@@ -123,7 +125,7 @@ def _probe(
 ) -> Response:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     probe: Any = copy.deepcopy(scheduler)
-    clipping = {name: False for name in ("clip_sample", "clip_denoised", "thresholding") if probe.config.get(name)}
+    clipping = {name: False for name in CLIPPING_OPTIONS if probe.config.get(name)}
     if clipping:
         probe.register_to_config(**clipping)
     steps = len(timesteps)

@@ -229,24 +229,26 @@ def final_samples(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence
     return result[0]
 
 
-def rows_of_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:
+def rows_of_samples(rows: torch.Tensor, samples: int, each: int | None = None) -> torch.Tensor:
     """What a step sees of each sample (samples, m, ...), of all its rows (m samples, ...).
 
     Some pipelines step a guided batch twice, the second half a copy, which is left out; in others a sample is m rows,
-    its frames.
+    its frames. Which it is, is told by whether the rows are alike, where ``each``, m, is not known.
 
     Raises:
         InputError: the rows are not a whole number of batches.
     """
     if len(rows) % samples:
         raise InputError(f"the pipeline steps {len(rows)} rows for {samples} samples; ask for one image a sample")
+    if each is not None:
+        return rows[: samples * each].view(samples, each, *rows.shape[1:])
     copies = rows.view(-1, samples, *rows.shape[1:])
     if torch.equal(copies, copies[:1].expand_as(copies)):
         return copies[0][:, None]
     return rows.view(samples, -1, *rows.shape[1:])
 
 
-def whole_samples(rows: torch.Tensor, samples: int) -> torch.Tensor:
-    """A step's rows as whole samples (samples, C, ...), frames behind the channels."""
-    split = rows_of_samples(rows, samples)
+def whole_samples(rows: torch.Tensor, samples: int, each: int | None = None) -> torch.Tensor:
+    """A step's rows as whole samples (samples, C, ...), frames behind the channels; see :func:`rows_of_samples`."""
+    split = rows_of_samples(rows, samples, each)
     return split[:, 0] if split.shape[1] == 1 else split.movedim(1, 2)

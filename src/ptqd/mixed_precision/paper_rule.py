@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ptqd.diffusion.noise_schedule import prediction_of, x0_coefficients
+from ptqd.diffusion.noise_schedule import clean_sample
 from ptqd.errors import InputError
 from ptqd.noise.second_moments import mean_table
 from ptqd.noise.stats import NoiseStats
@@ -57,7 +57,7 @@ def quantized_snr(stats: NoiseStats) -> torch.Tensor:
     levels = stats.levels
     if levels is None:
         raise InputError(f"the noise schedule is not known of {stats.measured_on.scheduler}; plan by a budget instead")
-    p, r = x0_coefficients(levels, prediction_of(stats.measured_on.config, levels))
+    p, r = clean_sample(stats.measured_on.config, levels)
     by_output, by_sample = -levels.alpha * p / levels.sigma, (1 - levels.alpha * r) / levels.sigma
     own, layout = torch.arange(stats.layout.channels), stats.layout
     q, x, e = (block.start + own for block in layout.blocks)

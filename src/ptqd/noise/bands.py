@@ -2,8 +2,9 @@
 
 A denoiser takes a change of its sample back where data hardly varies, and lets it through where it varies much. One
 answer for all directions is the mean of both, and wrong for either. So noise is measured in nine bands of directions:
-the principal components of the final full-precision samples, from the largest, in bands of 1, 1, 2, 4, ... 64, and all
-the rest, of which no component is told from the others.
+the principal components of the final full-precision samples of the first batch, from the largest, in bands of 1, 1, 2,
+4, ... 64, and all the rest, of which no component is told from the others. Of small batches few components are known,
+and the rest is wider.
 """
 
 import itertools
@@ -41,6 +42,8 @@ class Bands:
 def principal_directions(finals: torch.Tensor) -> torch.Tensor:
     """The largest principal components of samples (N, ...), as rows (R, D) of unit length; R below N."""
     flat = finals.flatten(1).cpu().double()
+    if not bool(torch.isfinite(flat).all()):
+        return flat[:0]
     flat = flat - flat.mean(0)
     values, vectors = torch.linalg.eigh(flat @ flat.T)
     kept = (values > 1e-9 * values.max().clamp(min=1e-300)).nonzero().flatten().flip(0)[: sum(SIZES)]
@@ -56,6 +59,7 @@ def measured_bands(
     directions: torch.Tensor,
     axis: int,
     samples: int,
+    each: int,
 ) -> Bands:
     """Of one batch; its own means are taken out.
 
@@ -66,11 +70,12 @@ def measured_bands(
         directions: (R, D).
         axis: of the channels of a row.
         samples: how many the batch holds.
+        each: rows of a sample.
     """
     places, total = [], []
     for rows in zip(outputs, outputs_q, steps, strict=True):
         e, q, x = (part.cpu().double() for part in rows)
-        parts = [whole_samples(_without_mean(part, axis), samples).flatten(1) for part in (e, q - e, x)]
+        parts = [whole_samples(_without_mean(part, axis), samples, each).flatten(1) for part in (e, q - e, x)]
         places.append(torch.stack([part @ directions.T for part in parts]))  # 3,n,R
         total.append(torch.stack([(parts[2] * parts[i]).sum() for i in (2, 0)]))
     elements = directions.shape[1]

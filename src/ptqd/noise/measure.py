@@ -185,7 +185,8 @@ class PairedMeasurement:
         for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):
             rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
             tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
-        final = whole_samples(trajectory.final, len(indices))
+        each = rows_of_samples(trajectory.final, len(indices)).shape[1]  # rows of a sample
+        final = whole_samples(trajectory.final, len(indices), each)
         if self._directions is None:
             self._directions = principal_directions(final)
         first = self._first.get(key)
@@ -202,18 +203,18 @@ class PairedMeasurement:
             moved=torch.zeros(len(timesteps), dtype=torch.float64),
             finals=final[:CHECKED].cpu().float(),
             final_indices=indices[:CHECKED].clone(),
-            paths=self._paths(trajectory, len(indices)),
-            bands=measured_bands(means, means_q, trajectory.samples, self._directions, axis, len(indices)),
+            paths=self._paths(trajectory, len(indices), each),
+            bands=measured_bands(means, means_q, trajectory.samples, self._directions, axis, len(indices), each),
         )
         self._first.setdefault(key, stats)
         return stats
 
-    def _paths(self, trajectory: Trajectory, samples: int) -> torch.Tensor:
+    def _paths(self, trajectory: Trajectory, samples: int, rows: int) -> torch.Tensor:
         """The samples after every step (P, T, m, ...); of several quantized pipelines, none is kept."""
-        each = [rows_of_samples(next_sample(result), samples) for result in trajectory.results]
-        one = torch.stack([rows[:1] for rows in each], dim=1)
+        each = [rows_of_samples(next_sample(result), samples, rows) for result in trajectory.results]
+        one = torch.stack([part[:1] for part in each], dim=1)
         kept = 0 if len(self.quantized) > 1 else paths_kept(one)
-        return torch.stack([rows[:kept].cpu() for rows in each], dim=1) if kept else one[:0].cpu()
+        return torch.stack([part[:kept].cpu() for part in each], dim=1) if kept else one[:0].cpu()
 
 
 def _check_samples(pipeline: str, trajectory: Trajectory) -> None:

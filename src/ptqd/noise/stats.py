@@ -27,7 +27,7 @@ from ptqd.diffusion.fingerprints import scheduler_facts
 from ptqd.diffusion.noise_schedule import Family, Levels, noise_levels
 from ptqd.diffusion.pipeline_parts import channel_axis
 from ptqd.diffusion.sampling import MOST_SAMPLES
-from ptqd.diffusion.scheduler_response import Response, linear_response
+from ptqd.diffusion.scheduler_response import CLIPPING_OPTIONS, Response, linear_response
 from ptqd.diffusion.trajectory import rows_of_samples
 from ptqd.errors import ArtifactError, InputError, MismatchError
 from ptqd.files import parse_json, read_tensors, write_tensors
@@ -181,11 +181,16 @@ class NoiseStats:
         return self._moved_share().sqrt().clamp(0, 1)
 
     def clips(self) -> torch.Tensor:
-        """Whether a step answers to a change of its output otherwise than the linear response says (T,).
+        """Whether a step clips: answers to a change of its output otherwise than the linear response says (T,).
 
-        A step that clips may let more through, not less: DDIM's clean sample and its noise answer with opposite signs,
+        Only a scheduler that is configured to clip does; of one with history, it is taken to do so at every step. A
+        step that clips may let more through, not less: DDIM's clean sample and its noise answer with opposite signs,
         and only the first is clipped.
         """
+        if not any(self.measured_on.config.get(name) for name in CLIPPING_OPTIONS):
+            return torch.zeros_like(self.moved, dtype=torch.bool)
+        if not self.response.one_step:
+            return torch.ones_like(self.moved, dtype=torch.bool)
         return (self._moved_share() - 1).abs() > CLIPPED
 
     def _moved_share(self) -> torch.Tensor:
@@ -311,7 +316,10 @@ class NoiseStats:
 
     @classmethod
     def merge(cls, parts: Sequence["NoiseStats"]) -> "NoiseStats":
-        """One of several, measured apart; but for rounding, the result depends on neither split nor order.
+        """One of several, measured apart.
+
+        But for rounding, the result depends on neither split nor order; except ``bands``, whose directions are those of
+        each part's first batch.
 
         Raises:
             MismatchError: they were not measured on the same models and schedule, or share a sample.
@@ -330,7 +338,7 @@ class NoiseStats:
         remaining = finals.argsort()[:CHECKED]
         paths, walked = first.paths, first.final_indices[: len(first.paths)]
         if len(paths) < paths_kept(paths) or bool((order[1:] < order[:-1]).any()):
-            paths = torch.cat([part.paths for part in parts])
+            paths = torch.cat([part.paths for part in parts if len(part.paths)] or [paths])
             walked = torch.cat([part.final_indices[: len(part.paths)] for part in parts])
             paths = _in_order(paths, walked.argsort())[: paths_kept(paths)]
             walked = walked.sort().values[: len(paths)]
