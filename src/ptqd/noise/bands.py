@@ -2,9 +2,9 @@
 
 A denoiser takes a change of its sample back where data hardly varies, and lets it through where it varies much. One
 answer for all directions is the mean of both, and wrong for either. So noise is measured in nine bands of directions:
-the principal components of the final full-precision samples of the first batch, from the largest, in bands of 1, 1, 2,
-4, ... 64, and all the rest, of which no component is told from the others. Of small batches few components are known,
-and the rest is wider.
+the principal components of a batch's final full-precision samples, from the largest, in bands of 1, 1, 2, 4, ... 64,
+and all the rest, of which no component is told from the others. Every batch has its own, so that it does not matter
+which process measured it; of small batches few components are known, and the rest is wider.
 """
 
 import itertools

@@ -87,7 +87,6 @@ class PairedMeasurement:
         model = denoisers_fingerprint(pipe)
         self.measured_on = {key: self._measured_on(qpipe, model) for key, qpipe in quantized.items()}
         self._first: dict[int, NoiseStats] = {}  # whose scheduler was asked how it steps
-        self._directions: torch.Tensor | None = None  # of the first batch's final samples
 
     def _measured_on(self, qpipe: DiffusionPipeline, model: str) -> MeasuredOn:
         correction = getattr(scheduler_of(qpipe), "correction", None)
@@ -187,8 +186,6 @@ class PairedMeasurement:
             tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
         each = rows_of_samples(trajectory.final, len(indices)).shape[1]  # rows of a sample
         final = whole_samples(trajectory.final, len(indices), each)
-        if self._directions is None:
-            self._directions = principal_directions(final)
         first = self._first.get(key)
         stats = NoiseStats(
             timesteps=torch.tensor(timesteps, dtype=torch.float64),
@@ -204,7 +201,9 @@ class PairedMeasurement:
             finals=final[:CHECKED].cpu().float(),
             final_indices=indices[:CHECKED].clone(),
             paths=self._paths(trajectory, len(indices), each),
-            bands=measured_bands(means, means_q, trajectory.samples, self._directions, axis, len(indices), each),
+            bands=measured_bands(
+                means, means_q, trajectory.samples, principal_directions(final), axis, len(indices), each
+            ),
         )
         self._first.setdefault(key, stats)
         return stats

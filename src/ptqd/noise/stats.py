@@ -319,7 +319,7 @@ class NoiseStats:
         """One of several, measured apart.
 
         But for rounding, the result depends on neither split nor order; except ``bands``, whose directions are those of
-        each part's first batch.
+        each batch.
 
         Raises:
             MismatchError: they were not measured on the same models and schedule, or share a sample.
