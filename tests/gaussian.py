@@ -56,6 +56,7 @@ class GaussianDenoiser(nn.Module):
 
 class GaussianPipeline(DiffusionPipeline):
     shape = SHAPE
+    dtype_of_samples = torch.float32
 
     def __init__(self, unet: GaussianDenoiser, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -72,13 +73,12 @@ class GaussianPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
         self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor((batch_size, *self.shape), generator=generator) * getattr(
-            self.scheduler, "init_noise_sigma", 1.0
-        )
+        x = randn_tensor((batch_size, *self.shape), generator=generator).to(self.dtype_of_samples)
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         extra = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
         for t in self.scheduler.timesteps:
-            out = self.unet(scale(x, t), t)
+            out = self.unet(scale(x, t), t).to(x.dtype)
             x = self.scheduler.step(out, t, x, generator=generator, **extra).prev_sample
         return ImagePipelineOutput(images=x)
 

@@ -60,6 +60,27 @@ def test_each_verb_in_turn(model: Path, recipe: Path, tmp_path: Path, capsys: py
     assert set(json.loads(out.read_text())["psnr"]) == {"value", "low", "high"}
 
 
+def test_a_correction_along_the_trajectory_by_name(
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run, and run again from what is kept; in a folder, with statistics of its own; alone, and of enough samples."""
+    command = ["run", str(model), "--recipe", str(recipe), "--out", str(tmp_path / "run"), "--measured", "8", *SMALL]
+    command += ["--methods", "trajectory"]
+    for _ in range(2):
+        assert main(command) == 0
+        rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+        assert [row["key"]["methods"] for row in rows] == [[], [], ["trajectory"]]
+    (quantized,) = (tmp_path / "run").glob("*/small/quantized")
+    noise = quantized.parent / "noise.safetensors"
+    given = ["correct", str(quantized), str(noise), "--out", str(tmp_path / "corrected"), "--methods"]
+    assert main([*given, "trajectory"]) == 0
+    assert "corrects trajectory" in capsys.readouterr().out
+    assert main([*given, "trajectory,vsc"]) == 2
+    assert "trajectory answers for the whole of a step, vsc too; give it alone" in capsys.readouterr().err
+    assert main([*command[:-4], "--measured", "4", "--methods", "trajectory", *SMALL]) == 2
+    assert "are too few; measure at least 8" in capsys.readouterr().err
+
+
 def test_run_writes_a_report_and_skips_what_is_done(
     model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,3 +262,23 @@ def test_few_kept_trajectories_are_enough_for_a_search(stats: NoiseStats) -> Non
     choice = search_correction(gaussian_pipeline(**NOISE), few, RUN)
     assert choice.name != "none"
     assert next(trial for trial in choice.trials if trial.name == "trajectory").samples == 9
+
+
+def test_a_leader_that_runs_away_later_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without trajectories joint leads; on the further samples it is NaN, and the next best is taken."""
+    from ptqd.diffusion.in_step import run_in_step as plain
+
+    noisy = gaussian_pipeline(std=(0.25, 1.6), **NOISE)
+    stats = measure(gaussian_pipeline(std=(0.25, 1.6)), noisy, RUN)
+    stats = dataclasses.replace(stats, paths=stats.paths[:0])
+    calls = [0]
+
+    def overflow(pipe: Any, run: Any, batches: Any, decide: Any) -> list[torch.Tensor]:
+        calls[0] += 1
+        ends = plain(pipe, run, batches, decide)
+        return ends if calls[0] == 1 else [part * float("nan") for part in ends]
+
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", overflow)
+    choice = search_correction(noisy, stats, RUN)
+    assert calls[0] >= 2 or choice.name.startswith("joint+")
+    assert bool(torch.isfinite(latents(correct(noisy, choice), RUN)).all())

@@ -174,16 +174,27 @@ def test_statistics_of_an_earlier_version_merge(stats: NoiseStats) -> None:
 
 
 def test_half_precision_is_no_clipping() -> None:
-    """The rounding of half-precision samples is not what a scheduler clips."""
-    exact, noisy = pair(k=0.01)
-    for pipe in (exact, noisy):
-        pipe.unet.register_forward_hook(lambda module, args, output: output.half().float())
-    stats = measure(exact, noisy, RUN)
-    moved = dataclasses.replace(stats, moved=stats.moved * 1.5)
-    assert not bool(moved.clips().any())
-    config = {**stats.measured_on.config, "clip_sample": True}
-    clipping = dataclasses.replace(moved, measured_on=dataclasses.replace(stats.measured_on, config=config))
-    assert bool(clipping.clips().all())
+    """The rounding of half-precision samples moves them by more than noise of 0.3 %, and is not what a step clips."""
+    exact, noisy = pair(k=0.003)
+    exact.dtype_of_samples = noisy.dtype_of_samples = torch.float16
+    run = RUN.replace(steps=50)
+    stats = measure(exact, noisy, run)
+    assert stats.paths.dtype == torch.float16
+    off = (stats.moved / stats.unclipped() - 1).abs()
+    assert int((off > 0.02).sum()) > 10  # what was taken for clipping
+    assert not bool(stats.clips().any())
+    assert fit_trajectory(noisy, stats, run).correction.methods == ("trajectory",)
+
+
+def test_a_scheduler_that_clips_is_known_to() -> None:
+    """Data of which half is beyond -1 and 1, clipped on its way: the steps differ from the linear response."""
+    pipes = [gaussian_pipeline(std=(1.6, 1.6), k=k) for k in (0.0, 0.1)]
+    for pipe in pipes:
+        pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True))
+    stats = measure(pipes[0], pipes[1], RUN)
+    assert stats.clips().sum() >= 6
+    fit = fit_trajectory(pipes[1], stats, RUN)
+    assert not any("ridge" in step.kept for step, clips in zip(fit.steps, stats.clips(), strict=True) if clips)
 
 
 def test_an_error_in_one_batch_ends_all() -> None:

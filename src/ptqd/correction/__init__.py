@@ -11,8 +11,9 @@ from ptqd.correction.methods.qdrift import qdrift
 from ptqd.correction.methods.stepbaq import stepbaq
 from ptqd.correction.methods.tac import tac
 from ptqd.correction.registry import VARIANCE_METHODS
+from ptqd.correction.sample_features import distribution_distance, features
 from ptqd.correction.scheduler import corrected_class
-from ptqd.correction.search import describe, distribution_distance, features
+from ptqd.correction.search import describe
 from ptqd.correction.trajectory import TrajectoryFit, fit_trajectory
 from ptqd.correction.variance import ResidualNoise
 

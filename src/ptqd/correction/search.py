@@ -5,8 +5,9 @@
 2. The others are: none, the paper's plain CNC and BC, the same with a slope for each channel where slopes differ, the
    same gated step by step where the gate leaves some out, and ``joint``. They run whole trajectories of the first 16
    samples, those of even folds corrected by what the odd folds' statistics give and the other way round, so that
-   nothing is judged on what it was fitted on. Where one of them is ahead of ``trajectory``, it runs with each method
-   for the variance that the scheduler allows, and the best two run 16 samples more.
+   nothing is judged on what it was fitted on (but which steps ``joint`` keeps follows from all). Where one of them is
+   ahead of ``trajectory``, it runs with each method for the variance that the scheduler allows, and the best two run
+   16 samples more.
 3. Two measures, both against no correction: the mean squared distance to the same seed's full-precision sample (its
    geometric mean: no sample that went astray leads), and how far energy, by channel and band of frequency, is shifted.
    A smaller error alone is not enough: an estimate shrinks, and samples that are all too smooth are near to everything.
@@ -15,7 +16,6 @@
    no correction where nothing is better by a tenth. What is taken is fitted on all samples.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from scipy import stats as scipy_stats
 
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import COHERENCES, compose, mean_estimator, split_methods
 from ptqd.correction.gate import StepGate, every_step, gated, gated_cnc_bc
 from ptqd.correction.methods.cnc_bc import CHANNEL, differs_by_channel
+from ptqd.correction.sample_features import distribution_distance, features, jackknife_error
 from ptqd.correction.scheduler import apply_correction
 from ptqd.correction.step_batch import StepBatch
 from ptqd.correction.trajectory import TrajectoryFit, check_run, fit_trajectory
@@ -52,7 +52,6 @@ MIN_CHECKED = 8
 FIRST = 16  # samples that every candidate runs
 MORE = 32  # that the best run where they are alike
 ENOUGH_CHECKED = 64  # samples by which a correction that helps is told from one that does not
-BANDS = 4
 RESOLUTION = 1e-6
 LEVEL = 0.1  # of the score: by less than that candidates are alike
 NONE, TRAJECTORY = "none", "trajectory"
@@ -226,6 +225,7 @@ class _Search:
             if more > first:
                 rivals = [c for c in (leader, self._runner_up(first)) if c is not self.fitted]
                 self._race(rivals, more)
+                leader = self._leader(first)  # what ran away on the further samples is gone
         finalists = [c for c in self.errors if len(self.errors[c]) >= more] if self._leads(leader, first) else []
         count = more if len(finalists) > 1 else first
         taken = min(finalists or self.errors, key=lambda c: self._score(c, count))
@@ -233,7 +233,7 @@ class _Search:
             taken = self.fitted
         if not self._worse(self.plain, taken, first) and more > first:
             self._race([c for c in dict.fromkeys((self.plain, taken)) if len(self.errors[c]) < more], more)
-        if self._score(taken, min(more, len(self.errors[taken]))) > -LEVEL:
+        if taken not in self.errors or self._score(taken, min(more, len(self.errors[taken]))) > -LEVEL:
             taken = self.plain
         return self._choice(taken)
 
@@ -419,7 +419,8 @@ class _Search:
         difference, error = self._difference(candidate, taken, count)
         if difference > 0:
             return f"worse on {count} samples" + ("" if difference > error else ", by less than the standard error")
-        return f"better on {count} samples, by less than the standard error"
+        less = "a tenth" if taken is self.plain else "the standard error"
+        return f"better on {count} samples, by less than {less}"
 
     def _choice(self, taken: Candidate) -> CorrectionSearch:
         trials = [
@@ -442,49 +443,6 @@ class _Search:
         else:
             correction, steps = self._correction(taken), self._steps(taken)
         return CorrectionSearch(correction, tuple(trials), tuple(steps), len(self.errors[taken]))
-
-
-def jackknife_error(without: torch.Tensor) -> float:
-    """Standard error of an estimate, from its values with each of n samples left out (n,)."""
-    return float(((len(without) - 1) * without.double().var(unbiased=False)).sqrt())
-
-
-def features(samples: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:
-    """What a distribution of samples is judged by: each channel's mean, and its log energy in bands of frequency.
-
-    Args:
-        samples: (N, C, ...) or (N, L, C); bands where the last two axes are a picture's, else one.
-        axis: of the channels.
-        like: samples whose deviation in a channel is the unit of means there.
-
-    Returns:
-        (N, F), float64.
-    """
-    x = samples.double().movedim(axis, 1)
-    flat = x.flatten(2)
-    mean = flat.mean(2) / like.double().movedim(axis, 1).flatten(2).std((0, 2)).clamp(min=1e-9)
-    if x.ndim < 4:
-        return torch.cat([mean, (flat.var(2) + 1e-12).log()], dim=1)
-    height, width = x.shape[-2:]
-    power = torch.fft.fft2(x, norm="forward").abs().square()
-    ky, kx = torch.fft.fftfreq(height).abs(), torch.fft.fftfreq(width).abs()
-    radius = (ky[:, None] ** 2 + kx[None, :] ** 2).sqrt()
-    parts = [mean]
-    for low, high in itertools.pairwise(torch.linspace(0, float(radius.max()) + 1e-6, BANDS + 1)):
-        inside = (radius >= low) & (radius < high) & (radius > 0)
-        if bool(inside.any()):
-            parts.append((power[..., inside].flatten(2).mean(2) + 1e-12).log())
-    return torch.cat(parts, dim=1)
-
-
-def distribution_distance(shifts: torch.Tensor) -> float:
-    """By how much a distribution is off, from the shifts of features (N, F) against those of the same seeds.
-
-    The mean square over features of each one's shift, its mean over samples without the tenth at either end: what
-    happens to most samples, not what a single one that went astray does. A correction that smooths shows as lost
-    energy, whatever it does to the error.
-    """
-    return float((scipy_stats.trim_mean(shifts.numpy(), 0.1, axis=0) ** 2).mean())
 
 
 def describe(trials: Sequence[Trial]) -> list[str]:

@@ -57,6 +57,7 @@ def measured_bands(
     outputs_q: Sequence[torch.Tensor],
     steps: Sequence[torch.Tensor],
     directions: torch.Tensor,
+    cross: torch.Tensor,
     axis: int,
     samples: int,
     each: int,
@@ -68,16 +69,22 @@ def measured_bands(
         outputs_q: quantized ones.
         steps: the samples before each step.
         directions: (R, D).
+        cross: second moments of (eps, delta) in all directions, means left in, summed over the samples (2 T, 2 T).
         axis: of the channels of a row.
         samples: how many the batch holds.
         each: rows of a sample.
     """
-    places, total = [], []
+    places, total, means = [], [], []
     for rows in zip(outputs, outputs_q, steps, strict=True):
         e, q, x = (part.cpu().double() for part in rows)
-        parts = [whole_samples(_without_mean(part, axis), samples, each).flatten(1) for part in (e, q - e, x)]
+        others = [i for i in range(e.ndim) if i != axis]
+        own = [part.mean(others, keepdim=True) for part in (e, q - e, x)]
+        parts = [
+            whole_samples(part - mean, samples, each).flatten(1) for part, mean in zip((e, q - e, x), own, strict=True)
+        ]
         places.append(torch.stack([part @ directions.T for part in parts]))  # 3,n,R
         total.append(torch.stack([(parts[2] * parts[i]).sum() for i in (2, 0)]))
+        means.append(torch.stack([mean.flatten() for mean in own[:2]]))
     elements = directions.shape[1]
     by_step = torch.stack(places, dim=1)  # 3,T,n,R
     crosses, knowns = [], []
@@ -86,28 +93,8 @@ def measured_bands(
         both = part[:2].flatten(0, 1).flatten(1)
         crosses.append(both @ both.T / elements)
         knowns.append(torch.stack([(part[2] * part[i]).sum((1, 2)) for i in (2, 0)], -1) / elements)
-    share = samples * elements / outputs[0].numel()  # of the rows: some pipelines step copies
+    mean = torch.stack(means, dim=1).flatten(0, 1)  # 2T,C
+    whole = (cross - samples * mean @ mean.T / mean.shape[1], torch.stack(total) / elements)
     named = [torch.stack(crosses), torch.stack(knowns)]
-    whole = [share * _cross(outputs, outputs_q, axis) / elements, torch.stack(total) / elements]
     rest = [(every - parts.sum(0))[None] for parts, every in zip(named, whole, strict=True)]
     return Bands(torch.cat([named[0], rest[0]]), torch.cat([named[1], rest[1]]))
-
-
-def _without_mean(rows: torch.Tensor, axis: int) -> torch.Tensor:
-    """Rows without each channel's mean over all of them."""
-    others = [i for i in range(rows.ndim) if i != axis]
-    return rows - rows.mean(others, keepdim=True)
-
-
-def _cross(outputs: Sequence[torch.Tensor], outputs_q: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
-    """Second moments of (eps, delta) over all pairs of steps (2 T, 2 T), summed; one row's trajectory at a time."""
-    others = [i for i in range(outputs[0].ndim) if i != axis]
-    means = torch.stack([step.cpu().double().mean(others, keepdim=True)[0] for step in (*outputs, *outputs_q)])
-    steps = len(outputs)
-    total = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
-    for n in range(len(outputs[0])):
-        rows = torch.stack([step[n].cpu().double() for step in (*outputs, *outputs_q)]) - means
-        rows[steps:] -= rows[:steps]
-        flat = rows.flatten(1)
-        total += flat @ flat.T
-    return total

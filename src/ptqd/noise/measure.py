@@ -187,6 +187,7 @@ class PairedMeasurement:
         each = rows_of_samples(trajectory.final, len(indices)).shape[1]  # rows of a sample
         final = whole_samples(trajectory.final, len(indices), each)
         first = self._first.get(key)
+        cross = cross_moments(means, means_q) * len(final) / len(means[0])
         stats = NoiseStats(
             timesteps=torch.tensor(timesteps, dtype=torch.float64),
             indices=indices,
@@ -196,13 +197,13 @@ class PairedMeasurement:
             response=_response(trajectory) if first is None else first.response,
             levels=noise_levels(trajectory.scheduler, trajectory.timesteps) if first is None else first.levels,
             joint=torch.stack(tables, dim=1),  # 16,T,G,K,K
-            cross=cross_moments(means, means_q) * len(final) / len(means[0]),
+            cross=cross,
             moved=torch.zeros(len(timesteps), dtype=torch.float64),
             finals=final[:CHECKED].cpu().float(),
             final_indices=indices[:CHECKED].clone(),
             paths=self._paths(trajectory, len(indices), each),
             bands=measured_bands(
-                means, means_q, trajectory.samples, principal_directions(final), axis, len(indices), each
+                means, means_q, trajectory.samples, principal_directions(final), cross, axis, len(indices), each
             ),
         )
         self._first.setdefault(key, stats)

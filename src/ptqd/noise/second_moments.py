@@ -269,11 +269,13 @@ def held_out_gain(
     for half in (0, 1):
         judged = slice(1 - half, None, 2)
         estimate = estimator(mean_table(folds[half::2], samples[half::2]), layout)
-        residual = (1 - 1 / coherence) * _residual(mean_table(folds[judged], samples[judged]), layout)
-        kept = -estimate.output
-        kept[..., own, own] += 1
-        fresh = residual.diagonal(dim1=-2, dim2=-1)[..., own]  # T,G,C, of eps_q as it is
-        fresh_kept = ((kept @ residual) * kept).sum(-1)
+        fresh, fresh_kept = torch.zeros(()), torch.zeros(())  # what of the residual does not count
+        if coherence > 1:
+            residual = (1 - 1 / coherence) * _residual(mean_table(folds[judged], samples[judged]), layout)
+            kept = -estimate.output
+            kept[..., own, own] += 1
+            fresh = residual.diagonal(dim1=-2, dim2=-1)[..., own]  # T,G,C, of eps_q as it is
+            fresh_kept = ((kept @ residual) * kept).sum(-1)
         for fold, n in zip(folds[judged], samples[judged], strict=True):
             if n > 0:
                 table = fold / n

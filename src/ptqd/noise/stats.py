@@ -139,34 +139,37 @@ class NoiseStats:
         """By bands of directions: the residuals' covariance over the steps (B, T, T), and how the output answers to the
         sample, ``Cov(eps, x) / Var(x)`` (B, T). One band of all directions where bands were not measured.
         """
-        k, layout = regression(self.moments.mean(0), slope=True)["k"], self.layout
+        layout = self.layout
         own = torch.arange(layout.channels)
         x, e = layout.blocks[1].start + own, layout.blocks[2].start + own
         table = mean_table(self.joint, self.fold_samples)  # T,G,K,K
         if self.bands is None:
-            mean = torch.cat([self.moments.mean(0)[..., _COLUMN[power]] for power in ((1, 0), (0, 1))])  # 2T,C
-            cross = (self.cross / self.samples - mean @ mean.T / mean.shape[1])[None]
+            cross = self._noise_covariance()[None]
             _, cov = covariance(table)
             known = torch.stack([cov[..., x, other].mean((1, 2)) for other in (x, e)], -1)[None]
         else:
             cross, known = self.bands.cross / self.samples, self.bands.known
-        weights = torch.cat([-torch.diag(k), torch.eye(len(k), dtype=k.dtype)], dim=1)  # T,2T
         positive = known[..., 0] > 1e-12 * known[..., 0].sum(0).clamp(min=1e-300)
         answer = torch.where(positive, known[..., 1] / torch.where(positive, known[..., 0], 1.0), 0.0)
-        return weights @ cross @ weights.T, answer
+        return self._of_residuals(cross), answer
+
+    def _noise_covariance(self) -> torch.Tensor:
+        """Covariance of (eps, delta) over all pairs of steps, mean over elements (2 T, 2 T)."""
+        mean = torch.cat([self.moments.mean(0)[..., _COLUMN[power]] for power in ((1, 0), (0, 1))])  # 2T,C
+        return self.cross / self.samples - mean @ mean.T / mean.shape[1]
+
+    def _of_residuals(self, covariances: torch.Tensor) -> torch.Tensor:
+        """Covariances of the residuals ``delta - k eps`` (..., T, T), from those of (eps, delta) (..., 2 T, 2 T)."""
+        k = regression(self.moments.mean(0), slope=True)["k"]
+        weights = torch.cat([-torch.diag(k), torch.eye(len(k), dtype=k.dtype)], dim=1)  # T,2T
+        return weights @ covariances @ weights.T
 
     def residual_correlation(self) -> torch.Tensor:
         """Correlation of the residuals of any two steps (T, T), 1 on the diagonal.
 
         The residual is that of :meth:`fit`; where it repeats from step to step, variances do not simply add up.
         """
-        fitted = regression(self.moments.mean(0), slope=True)
-        k, steps = fitted["k"], len(self.timesteps)
-        means = self.moments.mean(0)[..., [_COLUMN[1, 0], _COLUMN[0, 1]]]  # T,C,2
-        mean = torch.cat([means[..., 0], means[..., 1]])  # 2T,C
-        cov = self.cross / self.samples - mean @ mean.T / mean.shape[1]
-        weights = torch.cat([-torch.diag(k), torch.eye(steps, dtype=k.dtype)], dim=1)  # T,2T
-        residual = weights @ cov @ weights.T
+        residual = self._of_residuals(self._noise_covariance())
         size = residual.diagonal().clamp(min=0).sqrt()
         scale = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
         correlation = (residual * scale[:, None] * scale[None, :]).clamp(-1, 1)
