@@ -42,7 +42,19 @@ def test_shorthand() -> None:
     assert recipe.widths == (8,)
 
 
-@pytest.mark.parametrize("first", [*METHODS, *WORDS, "dynamic", "g64", "steps8", "svd32"])
+@pytest.mark.parametrize("word", ["affine", "brecq", "ptq4dm", "qdiffusion", "tfmq"])
+def test_affine_weights(word: str) -> None:
+    """As published: one scale and one zero point for each output channel."""
+    assert not Recipe.parse(f"w4a8-{word}").weights.symmetric
+
+
+def test_formats_have_no_zero_points() -> None:
+    with pytest.raises(InputError, match="mxfp4 has no zero point"):
+        Recipe.parse("wmxfp4a8-affine")
+    assert Recipe.parse("wmxfp4a8-ptq4dm").weights.format == "mxfp4"
+
+
+@pytest.mark.parametrize("first", [*METHODS, *WORDS, "affine", "dynamic", "g64", "steps8", "svd32"])
 @pytest.mark.parametrize("second", ["best", "wide"])
 def test_words_go_together(first: str, second: str) -> None:
     """Whatever comes before a word, what decides on the other methods' work is the first of them."""

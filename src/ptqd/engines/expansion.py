@@ -2,7 +2,8 @@
 
 A group normalization becomes two means over places, a small product that shares them among a group's channels, and
 one scale and one offset a channel, which engines fuse with what follows. A linear layer whose output is split becomes
-several. 4-bit codes are put in 8 bits, which is what kernels of integers read. Nothing of this needs torch.
+several. 4-bit codes are put in 8 bits, and those of weights are signed, which is what kernels of integers read.
+Nothing of this needs torch.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Shape = list[int | None]
+_MIDDLE = 128  # of a byte's codes
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def shapes_of(graph: onnx.GraphProto) -> dict[str, Shape]:
 
 def expanded(model: onnx.ModelProto, *, normalizations: bool = True) -> onnx.ModelProto:
     """The same graph in operators that engines of a CPU fuse, in place; group normalizations too, or not."""
-    return _Expansion(_widened(model), normalizations=normalizations).go()
+    return _Expansion(_signed(_widened(model)), normalizations=normalizations).go()
 
 
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -42,6 +44,29 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
         if tensor.data_type in wider:
             values = numpy_helper.to_array(tensor).astype(wider[tensor.data_type])
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
+
+
+def _signed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights with zero points as signed ones: without zero points where a byte holds that, as of 7 bits and less."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    for node in model.graph.node:
+        names = [*node.input, "", ""]
+        codes, zero = constants.get(names[0]), constants.get(names[2])
+        if node.op_type != "DequantizeLinear" or codes is None or zero is None or attributes_of(node).get("block_size"):
+            continue
+        if codes.data_type != TensorProto.UINT8 or uses[codes.name] != 1 or uses[zero.name] != 1:
+            continue
+        values, points = (numpy_helper.to_array(tensor).astype(np.int16) for tensor in (codes, zero))
+        axis = attributes_of(node).get("axis", 1)
+        centred = values - points.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+        if np.abs(centred).max(initial=0) <= np.iinfo(np.int8).max:
+            del node.input[2]
+        else:
+            centred = values - _MIDDLE
+            zero.CopyFrom(numpy_helper.from_array((points - _MIDDLE).astype(np.int8), zero.name))
+        codes.CopyFrom(numpy_helper.from_array(centred.astype(np.int8), codes.name))
     return model
 
 

@@ -313,9 +313,11 @@ WORDS: dict[str, dict[str, Any]] = {
     "qdiffusion": {**_UNET_BASE, "methods": (Brecq(drop=0.0),)},
     "tfmq": {**_UNET_BASE, "time_embedding": True, "methods": (Brecq(drop=0.0),)},
 }
-"""What a word of a shorthand sets. Besides: ``dynamic``; a method's name, ``svd`` bringing ``smooth`` along; ``svd32``
-for its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes:
-``ptq4dm``, ``qdiffusion`` and ``tfmq``."""
+"""What a word of a shorthand sets. Besides: ``affine`` for weights with a zero point; ``dynamic``; a method's name,
+``svd`` bringing ``smooth`` along; ``svd32`` for its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8
+groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+_AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
+"""Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
 
 
 def _from_shorthand(text: str) -> Recipe:
@@ -329,9 +331,13 @@ def _from_shorthand(text: str) -> Recipe:
     else:
         *step_bits, most = sorted(int(bits) for bits in widths.split("+"))
         activations = QuantSpec(most, symmetric=False)
-    weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number))
+    said = words.split("-")[1:]
+    if number in FORMAT_BITS and "affine" in said:
+        raise InputError(f"recipe {text!r}: {number} has no zero point; affine is for integer weights")
+    symmetric = not any(word in _AFFINE for word in said)
+    weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number), symmetric)
     values: dict[str, Any] = {"methods": ()}
-    for word in words.split("-")[1:]:
+    for word in (word for word in said if word != "affine"):
         numbered = re.fullmatch(r"(svd|g|steps)([0-9]{1,9})", word)
         name, count = (numbered[1], int(numbered[2])) if numbered else (word, 0)
         if name == "dynamic":
@@ -349,7 +355,7 @@ def _from_shorthand(text: str) -> Recipe:
             more = (method for method in WORDS[name].get("methods", ()) if method.name not in named)
             values |= {**WORDS[name], "methods": (*values["methods"], *more)}
         else:
-            known = ", ".join([*WORDS, *METHODS, "dynamic", "g64", "steps8", "svd32"])
+            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "svd32"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
     values["methods"] = tuple(  # what decides on the others' work comes first, and what they quantize before they do
         sorted(values["methods"], key=lambda method: (method.name != "wide", not method.changes_layers))
