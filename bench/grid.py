@@ -2,13 +2,15 @@
 
     python bench/grid.py --out grid.jsonl      # fashion-ldm: an hour of one core; the same command resumes
     python bench/grid.py --out models.jsonl --models fashion-dit --recipes w4a4 w4a4-best --schedulers "DDIM, eta 0"
+    python bench/grid.py --out more.jsonl --recipes "w4a4+8 plan" "w4a8 onnxruntime" --schedulers "DDIM, eta 0"
     python bench/grid.py --out grid.jsonl --table
 
 In each cell the same seeds are sampled in full precision, quantized, with the plain PTQD formula (cnc, bc, and vsc
 where noise is drawn), with joint and with auto, from the same statistics. Judged by PSNR to the full-precision images
 of the same seeds, and by Frechet distance to them in the classifier's features; both as differences to no correction,
 with the 95 % interval of the paired difference (over samples; jackknife for Frechet). A regression is a difference for
-the worse whose interval does not hold 0; auto is held against each of the others.
+the worse whose interval does not hold 0; auto is held against each of the others. A cell with a row "before" has also
+the auto of ptqd at 948cbcd, which the same script wrote there, before corrections were fitted along the trajectory.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import math
 import time
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import diffusers
@@ -26,8 +29,10 @@ import ptqd
 from ptqd.diffusion import run_batch, with_components
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.trajectory import last_samples
+from ptqd.engines.export import export
 from ptqd.experiments import MEASURED
 from ptqd.metrics import FashionClassifier, frechet_distance
+from ptqd.mixed_precision.paper_rule import paper_plan
 from ptqd.zoo import CLASSIFIER
 
 SAMPLES = 250
@@ -75,12 +80,25 @@ def jackknife(values: list[float]) -> float:
     return 1.96 * math.sqrt((n - 1) * torch.tensor(values).var(unbiased=False).item())
 
 
+def quantized_as(plain: Any, recipe: str, run: Sampling) -> Any:
+    """A recipe's pipeline; after a blank "plan", widths by the paper's rule, or an engine to export it to."""
+    shorthand, _, how = recipe.partition(" ")
+    quantized = ptqd.quantize(plain, shorthand, run)
+    if how == "plan":
+        return ptqd.apply_plan(
+            quantized, paper_plan(ptqd.measure_widths(plain, quantized, run.replace(samples=MEASURED)))
+        )
+    if how:
+        return export(quantized, run, how, Path(mkdtemp()) / "exported").pipeline
+    return quantized
+
+
 def cell(model: str, judge: FashionClassifier, scheduler: str, recipe: str) -> dict[str, Any]:
     name, config, _ = SCHEDULERS[scheduler]
     pipe = ptqd.load(model)
     plain = with_components(pipe, scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config, **config))
     run = setting(model, scheduler)
-    quantized = ptqd.quantize(plain, recipe, run)
+    quantized = quantized_as(plain, recipe, run)
     start = time.perf_counter()
     stats = ptqd.measure(plain, quantized, run.replace(samples=MEASURED))
     measured = time.perf_counter()
@@ -139,6 +157,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         "distance; ! marks a regression",
     ]
     worse: dict[str, list[str]] = {"ptqd": [], "joint": [], "auto": []}
+    ahead: dict[str, list[float]] = {}
     means: dict[str, list[tuple[float, ...]]] = {row: [] for row in worse}
     groups = dict.fromkeys((c["model"], c["scheduler"]) for c in cells)
     for model, scheduler in sorted(
@@ -161,13 +180,14 @@ def table(cells: list[dict[str, Any]]) -> str:
                 share = 100 * (1 - found["rows"][row]["frechet"] / none["frechet"])
                 means[row].append((d["psnr"], share, d["cut"]))
                 lines.append(
-                    f"        {row:5s} PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
+                    f"        {row:6s} PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}{'!' if 'psnr' in bad else ' '}  "
                     f"Frechet {d['frechet']:+.4f} ± {d['frechet_half']:.4f}{'!' if 'frechet' in bad else ' '}"
                     f" ({-share:+4.0f} %)  distance cut {d['cut']:+5.1f} %"
                     + (f"  kept: {found['taken']}" if row == "auto" else "")
                 )
-            if "joint" in found["rows"]:
-                lines += against(found)
+            lines += against(found)
+            if "before" in found["rows"]:
+                ahead.setdefault(model, []).append(difference(found, "auto", "before")["psnr"])
     lines.append("")
     for row, record in worse.items():
         gain = torch.tensor(means[row]).mean(0).tolist()
@@ -176,17 +196,31 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"{': ' + '; '.join(record) if record else ''}. "
             f"Mean over cells: PSNR {gain[0]:+.2f} dB, Frechet to FP {-gain[1]:+.0f} %, distance cut {gain[2]:.0f} %."
         )
+    behind = [
+        f"{c['model']}, {c['recipe']}, {c['scheduler']}: {row}"
+        for c in cells
+        for row in ("ptqd", "joint", "before")
+        if row in c["rows"] and is_behind(difference(c, "auto", row))
+    ]
+    lines.append(f"auto behind another: {'; '.join(behind) or 'nowhere'}.")
+    for model, gains in ahead.items():
+        lines.append(f"auto - before, {model}: {sum(gains) / len(gains):+.2f} dB in the mean of {len(gains)} cells.")
     return "\n".join(lines)
 
 
+def is_behind(d: dict[str, float]) -> bool:
+    """Whether a difference is one for the worse, beyond its interval."""
+    return d["psnr"] < -d["psnr_half"] or d["frechet"] > d["frechet_half"]
+
+
 def against(found: dict[str, Any]) -> list[str]:
-    """auto against the plain formula and against joint."""
+    """auto against the plain formula, joint, and the auto before."""
     lines = []
-    for row in ("ptqd", "joint"):
+    for row in [row for row in ("ptqd", "joint", "before") if row in found["rows"]]:
         d = difference(found, "auto", row)
-        bad = "!" if d["psnr"] < -d["psnr_half"] or d["frechet"] > d["frechet_half"] else " "
+        bad = "!" if is_behind(d) else " "
         lines.append(
-            f"        auto - {row:5s}  PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}  Frechet {d['frechet']:+.4f} ± "
+            f"        auto - {row:6s} PSNR {d['psnr']:+6.2f} ± {d['psnr_half']:.2f}  Frechet {d['frechet']:+.4f} ± "
             f"{d['frechet_half']:.4f} {bad}"
         )
     return lines
