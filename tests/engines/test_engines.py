@@ -142,6 +142,22 @@ def test_an_engine_computes_what_the_simulation_does(text: str, engine: str, exp
     assert_near(images(pipe), images(qpipe), images(small_pipe()))
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, tmp_path: Path) -> None:
+    """OpenVINO too, which takes no other plan: widths and ranges stay the same."""
+    qpipe = exports("w4a8")[0]
+    qpipe.scheduler.set_timesteps(RUN.steps)
+    plan = PrecisionPlan.uniform(tuple(float(t) for t in qpipe.scheduler.timesteps), 8).holding((1,))
+    held = apply_plan(qpipe, plan)
+    export(held, RUN, engine, tmp_path / "held")
+    pipe = load(tmp_path / "held")
+    calls: list[int] = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    found = images(pipe)
+    assert len(calls) == RUN.steps - 1
+    assert np.square(found - images(held)).mean() < 0.1 * np.square(found - images(qpipe)).mean()
+
+
 def test_affine_weights_become_signed_ones(exports: Exports) -> None:
     """Kernels of integers are several times as slow with unsigned weights, or with zero points."""
     from onnx import TensorProto, numpy_helper

@@ -24,7 +24,7 @@ from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.bops import cost_of
 from ptqd.quantization.numerics.affine import check_weight_bits
-from ptqd.quantization.plan import PrecisionPlan
+from ptqd.quantization.plan import HOLD, PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.schema import typed
 
@@ -129,7 +129,7 @@ class PlanRequest:
             return
         if steps is not None and self.given.steps != steps:
             raise InputError(f"the plan {self.kind} is for {self.given.steps} steps, the run takes {steps}")
-        missing = {bits for row in self.given.bits for bits in row} - set(recipe.widths)
+        missing = {bits for row in self.given.bits for bits in row} - {HOLD, *recipe.widths}
         if missing:
             widths = "+".join(map(str, sorted({*recipe.widths, *missing})))
             raise InputError(

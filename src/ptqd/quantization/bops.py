@@ -30,11 +30,13 @@ class Bits:
         left: of the weight, or of a product's first operand (T, L).
         right: of the activation (T, L).
         beside: bit operations of a 16-bit low-rank branch, for each multiply-accumulate of the layer itself (L,).
+        computed: 1 at each step that calls the denoiser, 0 where a plan holds its output (T,).
     """
 
     left: torch.Tensor
     right: torch.Tensor
     beside: torch.Tensor
+    computed: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Cost:
     @property
     def bops(self) -> torch.Tensor:
         """Bit operations of each layer at each step (T, L), float64."""
-        return self.macs.counts * (self.bits.left * self.bits.right + self.bits.beside)
+        of_each = self.bits.left * self.bits.right + self.bits.beside
+        return self.macs.counts * self.bits.computed[:, None] * of_each
 
     @property
     def total(self) -> int:
@@ -134,7 +137,10 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             first, second = (0, 1) if product == "qk" else (2, 3)
             left[:, n] = _by_step(products.quantizers[first], planned, steps)
             right[:, n] = _by_step(products.quantizers[second], planned, steps)
-    return Bits(left, right, beside)
+    computed = torch.ones(steps, dtype=torch.float64)
+    if planned is not None:
+        computed -= torch.tensor(planned.plan.held, dtype=torch.float64)
+    return Bits(left, right, beside, computed)
 
 
 def _by_step(quantizer: ActivationQuantizer, planned: PlanSteps | None, steps: int) -> torch.Tensor:
@@ -142,7 +148,7 @@ def _by_step(quantizer: ActivationQuantizer, planned: PlanSteps | None, steps: i
     if planned is None or quantizer.active not in planned.groups:
         return torch.full((steps,), float(quantizer.bits), dtype=torch.float64)
     group = planned.groups.index(quantizer.active)
-    return torch.tensor([float(row[group]) for row in planned.plan.bits], dtype=torch.float64)
+    return torch.tensor([float(row[group]) for row in planned.plan.holding(()).bits], dtype=torch.float64)
 
 
 def disk_bytes(quantized: DiffusionPipeline | nn.Module) -> int:

@@ -9,7 +9,7 @@ A plan is text that a person can read and edit, as TOML on its own and as JSON i
     bits = [
       "0: t 981, bits 4 4",
       "1: t 961, bits 4 8",
-      "2: t 941, bits 8 8",
+      "2: t 941, hold",
     ]
 
     groups = [
@@ -21,14 +21,15 @@ A plan is text that a person can read and edit, as TOML on its own and as JSON i
     conv_in = 8
 
 A layer belongs to the first group with a pattern that its dotted name matches; an attention's products go by the
-attention's name. A step's bits stand in the order of the groups.
+attention's name. A step's bits stand in the order of the groups. A step that holds has a width of zero bits everywhere:
+the denoiser is not called, and its output is that of the last step at which it was.
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +39,9 @@ from ptqd.errors import InputError
 from ptqd.files import read_toml, write_text
 from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
-_ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*)\s*")
+_ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*(?:hold|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*))\s*")
+HOLD = 0
+"""The bits of a step that is not computed."""
 _KEYS = ("steps", "bits", "groups", "weights", "made")
 
 
@@ -48,14 +51,14 @@ class PrecisionPlan:
 
     Attributes:
         timesteps: what the denoiser is told at each step (T,). A schedule that repeats one has the same bits there.
-        bits: of the activations (T, G), one for each group.
+        bits: of the activations (T, G), one for each group; :data:`HOLD` for all of them where a step holds.
         groups: name and patterns of each group (G,).
         weights: bits of the weights of layers by dotted name; of all others the recipe's.
         made: plain facts of how it was made, for people.
 
     Raises:
         InputError: no step, rows of another length than there are groups, bits outside 2 to 16 of activations or 2 to 8
-            of weights, or other bits for two steps at one timestep.
+            of weights, other bits for two steps at one timestep, or a step that holds where none was computed.
     """
 
     timesteps: tuple[float, ...]
@@ -74,7 +77,12 @@ class PrecisionPlan:
                 )
         for bits in self.weights.values():
             check_weight_bits(bits)
-        for bits in {b for row in self.bits for b in row}:
+        for i, row in enumerate(self.bits):
+            if HOLD in row and set(row) != {HOLD}:
+                raise InputError(f"step {i} of the plan holds some groups only; a step holds its whole output, or none")
+        if self.held[0]:
+            raise InputError("the first step of the plan holds, and there is no output before it; give it bits")
+        for bits in {b for row in self.bits for b in row} - {HOLD}:
             _ = Grid(bits, symmetric=True)
         first: dict[float, int] = {}
         for i, t in enumerate(self.timesteps):
@@ -87,6 +95,26 @@ class PrecisionPlan:
     def steps(self) -> int:
         """How many steps it is for."""
         return len(self.timesteps)
+
+    @property
+    def held(self) -> tuple[bool, ...]:
+        """Which steps hold the output of the step before (T,)."""
+        return tuple(row[0] == HOLD for row in self.bits)
+
+    def holding(self, steps: Collection[int]) -> "PrecisionPlan":
+        """The same with these steps held, and no others; a step that was held gets the bits of the one before it.
+
+        Raises:
+            InputError: a step that the plan has not, the first one, or one of two at the same timestep.
+        """
+        rows: list[tuple[int, ...]] = []
+        for row in self.bits:
+            rows.append(rows[-1] if row[0] == HOLD else row)
+        for step in steps:
+            if not 0 <= step < self.steps:
+                raise InputError(f"the plan has no step {step} to hold; it has steps 0 to {self.steps - 1}")
+            rows[step] = (HOLD,) * len(self.groups)
+        return self.replace(bits=tuple(rows))
 
     def replace(self, **changes: Any) -> "PrecisionPlan":
         """A copy with some fields changed."""
@@ -113,7 +141,7 @@ class PrecisionPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and TOML; a step is one line of text."""
         rows = [
-            f"{i}: t {_number(t)}, bits {' '.join(map(str, row))}"
+            f"{i}: t {_number(t)}, {'hold' if row[0] == HOLD else 'bits ' + ' '.join(map(str, row))}"
             for i, (t, row) in enumerate(zip(self.timesteps, self.bits, strict=True))
         ]
         groups = [f"{name}: {' '.join(patterns)}" for name, patterns in self.groups]
@@ -137,18 +165,22 @@ class PrecisionPlan:
             raise InputError(f"{where} needs 'steps', a number, and 'bits', a list of one line for each step")
         timesteps: list[float] = []
         rows: list[tuple[int, ...]] = []
+        held: list[bool] = []
         for line in lines:
             result = _ROW.fullmatch(str(line))
             t = _float(result[2]) if result else None
             if result is None or t is None:
-                raise InputError(f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8'")
+                raise InputError(
+                    f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8', or '1: t 961, hold'"
+                )
             if int(result[1]) != len(rows):
                 at = f"after t {timesteps[-1]:g}" if timesteps else "the first"
                 raise InputError(
                     f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each"
                 )
             timesteps.append(t)
-            rows.append(tuple(int(bits) for bits in result[3].split()))
+            held.append(result[3] is None)
+            rows.append(tuple(int(bits) for bits in (result[3] or "0").split()))
         if len(rows) != steps:
             raise InputError(
                 f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
@@ -160,6 +192,7 @@ class PrecisionPlan:
             raise InputError(f"{where}: 'made' must give a word or a number, or a list of them, for each fact")
         try:
             groups = _groups(values.get("groups", ["all: *"]))
+            rows = [(HOLD,) * len(groups) if holds else row for row, holds in zip(rows, held, strict=True)]
             return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(output))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
@@ -167,7 +200,7 @@ class PrecisionPlan:
     def save(self, path: Path) -> None:
         """Write it as TOML, atomically."""
         plain = self.to_dict()
-        lines = ["# Activation bits by step, one number for each group of layers in the order of 'groups'."]
+        lines = ["# Activation bits by step, one number for each group of layers in the order of 'groups'; or hold."]
         lines.append(f"steps = {plain['steps']}")
         for name in ("bits", "groups"):
             lines += [f"{name} = [", *(f"  {json.dumps(line)}," for line in plain[name]), "]"]

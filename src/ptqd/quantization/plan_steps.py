@@ -6,16 +6,17 @@ they are set, so that a layer's own cost is to read an index. Ranges were calibr
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
 from ptqd.diffusion.step_state import StepState, StepTable
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError, MismatchError
 from ptqd.quantization.modules.activation import ActivationQuantizer, BitWidth
-from ptqd.quantization.plan import PrecisionPlan
+from ptqd.quantization.plan import HOLD, PrecisionPlan
 from ptqd.quantization.sites import layer_quantizers
 
 EXACT = 1e-5  # relative: devices divide a timestep by 1000 in different ways
@@ -24,6 +25,9 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 class PlanSteps(StepTable):
     """A plan's bit widths by step: one look-up a call.
+
+    Attributes:
+        step: the one that holds now; None before the first call.
 
     Args:
         plan: of the steps.
@@ -36,7 +40,7 @@ class PlanSteps(StepTable):
         self.timesteps = plan.timesteps
         self._index = {t: i for i, t in reversed([*enumerate(plan.timesteps)])}
         self._next = dict(itertools.pairwise(sorted(self._index.values())))
-        self._at: int | None = None
+        self.step: int | None = None
 
     def enter(self, timesteps: Sequence[float], model: nn.Module) -> None:
         """Let the plan's row for a timestep hold."""
@@ -52,11 +56,11 @@ class PlanSteps(StepTable):
         Raises:
             MismatchError: the plan has no such step, or not after the last one.
         """
-        before, self._at = self._at, None
+        before, self.step = self.step, None
         step = self._nearest(t, TOLERANCE.get(dtype, EXACT), before)
         if before is not None and step > before and self._next.get(before) != step:  # less is a run that starts anew
             raise self._mismatch(f"after timestep {self.plan.timesteps[before]:g} came {t:g}")
-        self._at = step
+        self.step = step
         return step
 
     def _nearest(self, t: float, tolerance: float, before: int | None) -> int:
@@ -89,14 +93,15 @@ def remove_plan(model: nn.Module) -> None:
     state = StepState.of(model)
     if state is not None:
         state.plan, state.aliases = None, {}
+    stop_holding(model)
 
 
 def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     """Let a quantized denoiser compute with a plan's bits from now on.
 
     Raises:
-        InputError: the model has ranges for one width only, or not for one that the plan asks for; a group without a
-            layer, or a layer without a group; or a denoiser that takes no timestep.
+        InputError: the model has ranges for one width only, and the plan holds no step; or none for a width that the
+            plan asks for; a group without a layer, or a layer without a group; or a denoiser that takes no timestep.
     """
     if timestep_argument(model) is None:
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
@@ -105,17 +110,14 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
         if len(quantizer.widths) > 1:
             quantizers[name].append(quantizer)
     planned = {name: result for name, result in quantizers.items() if result}
-    if not planned:
+    if planned:
+        widths = next(iter(planned.values()))[0].widths
+    elif any(plan.held):  # of a graph, which has its ranges inside, any that was exported
+        fixed = {q.bits for _, q in layer_quantizers(model)} or {bits for row in plan.bits for bits in row} - {HOLD}
+        widths = tuple(sorted(fixed))
+    else:
         raise InputError("the model has activation ranges for one width; quantize with a recipe such as w4a4+8")
-    widths = next(iter(planned.values()))[0].widths
-    for step, row in enumerate(plan.bits):
-        for bits in row:
-            if bits not in widths:
-                known = " and ".join(map(str, widths))
-                raise InputError(
-                    f"step {step} of the plan asks for {bits} bits, the model has ranges for {known}; "
-                    f"quantize with a recipe such as w4a{'+'.join(map(str, sorted({*widths, bits})))}"
-                )
+    _check_widths(plan, widths)
     groups = [BitWidth(0) for _ in plan.groups]
     used = set()
     for name, result in planned.items():
@@ -124,9 +126,33 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
         for quantizer in result:
             quantizer.active = groups[group]
     for i, (name, patterns) in enumerate(plan.groups):
-        if i not in used:
+        if planned and i not in used:
             raise InputError(
                 f"the plan's group {name!r} ({', '.join(patterns)}) has no layer whose bits can change; take it out"
             )
-    rows = [[widths.index(bits) for bits in row] for row in plan.bits]
-    StepState.on(model).plan = PlanSteps(plan, groups, rows)
+    computed = plan.holding(())  # a call that holds nothing is computed
+    rows = [[widths.index(bits) for bits in row] for row in computed.bits]
+    StepState.on(model).plan = PlanSteps(plan, groups if planned else (), rows if planned else [()] * plan.steps)
+    if any(plan.held):
+        hold_outputs(model, HeldOutputs(_enter))
+
+
+def _check_widths(plan: PrecisionPlan, widths: Sequence[int]) -> None:
+    for step, row in enumerate(plan.bits):
+        for bits in row:
+            if bits not in (HOLD, *widths):
+                known = " and ".join(map(str, widths))
+                raise InputError(
+                    f"step {step} of the plan asks for {bits} bits, the model has ranges for {known}; "
+                    f"quantize with a recipe such as w4a{'+'.join(map(str, sorted({*widths, bits})))}"
+                )
+
+
+def _enter(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[int, bool]:
+    """Let a call's step hold for what follows the steps; which it is, and whether it holds its output."""
+    state, table = StepState.of(model), plan_steps_of(model)
+    assert state is not None
+    assert table is not None
+    state(model, args, kwargs)
+    assert table.step is not None
+    return table.step, table.plan.held[table.step]

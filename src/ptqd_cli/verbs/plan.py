@@ -57,4 +57,5 @@ class Plan:
         tell(f"{self.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
         tell("".join(f"  {name.replace('_', ' ')}: {value}\n" for name, value in plan.made.items()), end="")
         for i, (t, row) in enumerate(zip(plan.timesteps, plan.bits, strict=True)):
-            tell(f"  step {i:3d}  t {t:7g}  bits {' '.join(map(str, row))}")
+            what = "hold" if plan.held[i] else f"bits {' '.join(map(str, row))}"
+            tell(f"  step {i:3d}  t {t:7g}  {what}")

@@ -23,6 +23,7 @@ from ptqd.files import read_tensors
 from ptqd.metrics.images import is_picture
 from ptqd.metrics.registry import METRICS
 from ptqd.names import inside, short
+from ptqd.quantization.plan import HOLD
 
 QUANTITIES = {
     "k": ("k (correlated part)", "linear"),
@@ -195,9 +196,11 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
         sheet = sheet[..., 0] if sheet.shape[-1] == 1 else sheet
         top.imshow(sheet, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1))
     top.set_axis_off()
-    top.set_title("the sample before each step, and the bits of the activations there", fontsize=10)
+    held = " (grey: the last output is held)" if (bits == HOLD).any() else ""
+    top.set_title(f"the sample before each step, and the bits of the activations there{held}", fontsize=10)
     strip = figure.add_subplot(rows[1, :])
-    places = np.searchsorted(plan.widths, bits)
+    places = np.ma.masked_array(np.searchsorted(plan.widths, bits), bits == HOLD)
+    strip.set_facecolor("lightgrey")
     image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan.widths) - 0.5)
     strip.set_yticks(range(len(bits)), [*map(plot_text, plan.groups)], fontsize=7)
     strip.set_xlabel("sampling step")

@@ -1,0 +1,122 @@
+"""Steps at which a denoiser is not called: its output is held, the one of the last step at which it was.
+
+A step may call its denoiser more than once, as guidance does; each call then holds what the call in its place gave. A
+call that holds nothing, as the first of a run that begins midway, or one of another shape, is computed. Threads hold
+outputs of their own, so that runs which take turns do not mix.
+
+The denoiser's class is what changes, as a hook cannot leave out the call: its subclass is otherwise its own class.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ptqd.diffusion.pipeline_parts import calling_pipeline, scheduler_of
+
+Shapes = tuple[torch.Size, ...]
+
+
+@dataclass
+class _Run:
+    """What one run has computed so far; a pipeline's next one has a schedule of its own."""
+
+    schedule: Any = None
+    step: int = -1
+    calls: int = 0  # of this step
+    outputs: list[tuple[Shapes, Any]] = field(default_factory=list)  # of the last step that was computed
+
+
+class HeldOutputs:
+    """The outputs that a denoiser holds.
+
+    Args:
+        enter: tells what follows the steps about a call, and gives its step, and whether the step holds.
+    """
+
+    def __init__(self, enter: Callable[[nn.Module, Any, Any], tuple[int, bool]]) -> None:
+        self._enter = enter
+        self._runs: weakref.WeakKeyDictionary[threading.Thread, _Run] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "HeldOutputs":
+        return HeldOutputs(self._enter)
+
+    @torch.compiler.disable
+    def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The output that a call holds; None where it is to be computed."""
+        step, holds = self._enter(model, args, kwargs)
+        pipe, schedule = calling_pipeline()[0], None
+        if pipe is not None:
+            schedule = getattr(scheduler_of(pipe), "timesteps", None)
+        run = self._runs.setdefault(threading.current_thread(), _Run(schedule))
+        if schedule is not run.schedule or step < run.step:
+            self._runs[threading.current_thread()] = run = _Run(schedule)
+        if step != run.step:
+            run.step, run.calls = step, 0
+            if not holds:
+                run.outputs = []
+        run.calls += 1
+        if not holds or len(run.outputs) < run.calls:
+            return None
+        shapes, output = run.outputs[run.calls - 1]
+        return _own(output) if shapes == _shapes(args, kwargs) else None
+
+    @torch.compiler.disable
+    def after(self, args: Any, kwargs: Any, output: Any) -> None:
+        """Keep what a call computed."""
+        run = self._runs[threading.current_thread()]
+        if len(run.outputs) >= run.calls:  # of another shape
+            run.outputs = run.outputs[: run.calls - 1]
+        if len(run.outputs) == run.calls - 1:
+            run.outputs.append((_shapes(args, kwargs), _own(output)))
+
+
+class _Holding:
+    """What a denoiser's class is given."""
+
+    proxy_for: ClassVar[type[nn.Module]]
+    held_outputs: HeldOutputs
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = self.held_outputs.before(self, args, kwargs)
+        if held is not None:
+            return held
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        self.held_outputs.after(args, kwargs, output)
+        return output
+
+
+def hold_outputs(model: nn.Module, held: HeldOutputs) -> None:
+    """Let a denoiser hold outputs from now on."""
+    stop_holding(model)
+    kind: Any = type(model)
+    model.__class__ = _holding(kind)
+    vars(model)["held_outputs"] = held
+
+
+def stop_holding(model: nn.Module) -> None:
+    """Let a denoiser compute at every step."""
+    if isinstance(model, _Holding):
+        model.__class__ = type(model).proxy_for  # type: ignore[assignment]
+        vars(model).pop("held_outputs", None)
+
+
+@functools.cache
+def _holding(kind: type[nn.Module]) -> Any:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (_Holding, kind), {**names, "proxy_for": kind})
+
+
+def _shapes(args: Any, kwargs: Any) -> Shapes:
+    return tuple(x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+
+
+def _own(output: Any) -> Any:
+    """An output in tensors of its own: some pipelines change it in place."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, output)

@@ -1,0 +1,237 @@
+"""Steps of a plan that hold the output of the step before: the denoiser is not called."""
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ptqd import (
+    InputError,
+    NoiseStats,
+    PrecisionPlan,
+    Recipe,
+    Sampling,
+    apply_plan,
+    correct,
+    load,
+    measure,
+    quantize,
+)
+from ptqd.correction import fit_trajectory
+from ptqd.diffusion import run_batch
+from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
+from ptqd.diffusion.trajectory import record
+from ptqd.quantization import plan_of, run_cost
+
+
+@pytest.fixture(scope="module")
+def timesteps(pipe: Any, run: Sampling) -> tuple[float, ...]:
+    pipe.scheduler.set_timesteps(run.steps)
+    return tuple(float(t) for t in pipe.scheduler.timesteps)
+
+
+@pytest.fixture(scope="module")
+def plan(timesteps: tuple[float, ...]) -> PrecisionPlan:
+    return PrecisionPlan.uniform(timesteps, 8).holding((1, 2))
+
+
+@pytest.fixture(scope="module")
+def held(qpipe: Any, plan: PrecisionPlan) -> Any:
+    return apply_plan(qpipe, plan)
+
+
+def sampled(pipe: Any, run: Sampling) -> torch.Tensor:
+    return torch.as_tensor(run_batch(pipe, run, range(3), "latent"))
+
+
+def test_text_of_a_plan_that_holds(plan: PrecisionPlan, tmp_path: Path) -> None:
+    assert plan.held == (False, True, True, False)
+    assert plan.to_dict()["bits"] == ["0: t 751, bits 8", "1: t 501, hold", "2: t 251, hold", "3: t 1, bits 8"]
+    plan.save(tmp_path / "plan.toml")
+    assert PrecisionPlan.load(tmp_path / "plan.toml") == plan
+    assert plan.holding(()).bits == ((8,),) * 4
+    assert plan.holding((3,)).held == (False, False, False, True)
+    two = PrecisionPlan(plan.timesteps, ((4, 8), (4, 6), (6, 8), (8, 8)), (("down", ("down*",)), ("rest", ("*",))))
+    assert PrecisionPlan.from_dict(two.holding((1,)).to_dict()).bits == ((4, 8), (0, 0), (6, 8), (8, 8))
+    with pytest.raises(InputError, match="first step of the plan holds"):
+        plan.holding((0,))
+    with pytest.raises(InputError, match="no step 4 to hold"):
+        plan.holding((4,))
+    with pytest.raises(InputError, match="step 1 of the plan holds some groups only"):
+        two.replace(bits=((4, 8), (0, 6), (6, 8), (8, 8)))
+
+
+def test_a_step_that_holds_does_not_call_the_denoiser(qpipe: Any, held: Any, run: Sampling) -> None:
+    calls: list[int] = []
+    hook = held.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    with record(held) as path:
+        sampled(held, run)
+    hook.remove()
+    assert len(calls) == 2
+    assert torch.equal(path.outputs[1], path.outputs[0])
+    assert torch.equal(path.outputs[2], path.outputs[0])
+    assert not torch.equal(path.outputs[3], path.outputs[0])
+    with record(qpipe) as plain:
+        sampled(qpipe, run)
+    assert torch.equal(plain.outputs[0], path.outputs[0])  # and the same numbers where it computes
+    with torch.no_grad():
+        assert isinstance(held.unet, type(qpipe.unet))
+        assert type(held.unet).__name__ == type(qpipe.unet).__name__
+
+
+def test_it_is_saved_loaded_and_taken_back(qpipe: Any, held: Any, run: Sampling, tmp_path: Path) -> None:
+    want = sampled(held, run)
+    held.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert torch.equal(sampled(loaded, run), want)
+    assert plan_of(loaded).held == (False, True, True, False)
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"2: t 251, hold"', '"2: t 251, bits 8"'))
+    assert not torch.equal(sampled(load(tmp_path), run), want)
+    again = apply_plan(held, plan_of(held).holding((2,)))
+    assert plan_of(again).held == (False, False, True, False)
+    assert torch.equal(sampled(held, run), want)  # the one it was made from still holds two
+    config.write_text(config.read_text().replace('"0: t 751, bits 8"', '"0: t 751, hold"'))
+    with pytest.raises(InputError, match="first step of the plan holds"):
+        load(tmp_path)
+
+
+def test_bit_operations(qpipe: Any, held: Any, run: Sampling) -> None:
+    """Half the steps, half the operations, of the same full precision."""
+    whole, half = run_cost(qpipe, run), run_cost(held, run)
+    assert half.macs.total == whole.macs.total
+    assert half.total == whole.total // 2
+    assert half.ratio == pytest.approx(2 * whole.ratio)
+
+
+def test_widths_and_held_steps_in_one_plan(pipe: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
+    wide = quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 4}), run)
+    planned = apply_plan(wide, PrecisionPlan(timesteps, ((8,), (4,), (0,), (4,))))
+    seen: list[int] = []
+    conv = planned.unet.up_blocks[0].resnets[0].conv1
+    conv.register_forward_hook(lambda *_: seen.append(conv.input.bits))
+    sampled(planned, run)
+    assert seen == [8, 4, 4]
+    with pytest.raises(InputError, match="asks for 4 bits, the model has ranges for 8"):
+        apply_plan(quantize(pipe, "w4a8", run), PrecisionPlan(timesteps, ((8,), (4,), (0,), (8,))))
+
+
+def error(stats: NoiseStats) -> list[float]:
+    """Squared error of each step's output."""
+    q, e = (stats.layout.blocks[i].start + torch.arange(stats.layout.channels) for i in (0, 2))
+    table = stats.joint.sum(0)  # T,G,K,K
+    squares = table[..., q, q] - 2 * table[..., q, e] + table[..., e, e]
+    total: list[float] = squares.sum((-1, -2)).tolist()
+    return total
+
+
+def test_statistics_and_corrections(pipe: Any, qpipe: Any, held: Any, run: Sampling) -> None:
+    """Measured by the ordinary paired pass: a step that holds is off by how much the output changed since."""
+    run = run.replace(samples=16, batch=8)
+    stats, plain = measure(pipe, held, run), measure(pipe, qpipe, run)
+    assert torch.equal(stats.moments[:, 0], plain.moments[:, 0])
+    assert error(stats)[2] > 2 * error(plain)[2]
+    assert error(stats)[2] > error(stats)[1]
+    corrected = correct(held, stats, ["joint"])
+    assert not torch.equal(sampled(corrected, run), sampled(held, run))
+    fit = fit_trajectory(held, stats, run)  # whose two batches take turns, step by step
+    one = fit_trajectory(held, stats, run, batch=16)
+    torch.testing.assert_close(fit.finals, one.finals, rtol=0, atol=1e-3)
+
+
+class Network(nn.Module):
+    """Told a timestep; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        self.calls += 1
+        return x * 2
+
+
+def holding(*steps: int) -> Network:
+    """One that holds at these steps; its timestep is the step."""
+    network = Network()
+    hold_outputs(network, HeldOutputs(lambda model, args, kwargs: (args[1], args[1] in steps)))
+    return network
+
+
+def test_each_call_of_a_step_holds_what_the_one_in_its_place_gave() -> None:
+    network = holding(1)
+    a, b = torch.ones(2), torch.full((2,), 5.0)
+    network(a, 0)
+    network(b, 0)
+    first = network(b, 1)
+    assert torch.equal(first, 2 * a)
+    first += 100  # as some pipelines do
+    assert torch.equal(network(a, 1), 2 * b)
+    assert network.calls == 2
+    network(a, 1)  # one call more than there is anything to hold
+    assert network.calls == 3
+
+
+def test_what_cannot_be_held_is_computed() -> None:
+    network = holding(1, 2)
+    x = torch.ones(2)
+    assert torch.equal(network(x, 1), 2 * x)  # a run that begins midway
+    assert torch.equal(network(5 * x, 2), 2 * x)
+    assert torch.equal(network(torch.ones(3), 2), 2 * torch.ones(3))  # of another shape
+    assert torch.equal(network(3 * x, 0), 6 * x)  # another run
+    assert torch.equal(network(x, 1), 6 * x)
+    assert torch.equal(network(7 * x, 1), 14 * x) or network.calls > 3
+
+
+def test_threads_hold_their_own() -> None:
+    network, found = holding(1), {}
+    turn = threading.Barrier(2)
+
+    def run(size: float) -> None:
+        network(torch.full((2,), size), 0)
+        turn.wait()
+        found[size] = float(network(torch.zeros(2), 1)[0])
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {1.0: 2.0, 2.0: 4.0}
+
+
+def test_copies_hold_their_own() -> None:
+    network = holding(1)
+    network(torch.ones(2), 0)
+    twin = copy.deepcopy(network)
+    twin(torch.zeros(2), 1)
+    assert twin.calls == 2  # it had nothing to hold
+    stop_holding(network)
+    assert type(network) is Network
+    network(torch.ones(2), 1)
+    assert network.calls == 2
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_to_hold(held: Any, run: Sampling) -> None:
+    want = sampled(held, run)
+    other = run.replace(seed=run.seed + 1)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = held.vae.decoder.register_forward_pre_hook(stop)
+    for block in (held.vae.decoder, held.unet.conv_out):  # at its end, and at its first step
+        hook.remove()
+        hook = block.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(held, other, range(3))
+    hook.remove()
+    assert torch.equal(sampled(held, run), want)
+    with torch.no_grad():
+        x = torch.randn(6, 4, 8, 8)
+        held.unet(x, float(plan_of(held).timesteps[0]), encoder_hidden_states=torch.zeros(6, 1, 8))
+    assert torch.equal(sampled(held, run), want)
