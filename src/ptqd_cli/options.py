@@ -178,17 +178,20 @@ class PlanOptions:
     ] = None
     weights: Annotated[str | None, Parameter(help="auto: 4,6,8, bits that each layer's weights may get too")] = None
     groups: Annotated[int | None, Parameter(help="auto: of layers with bits of their own; 1: all alike")] = None
+    hold: Annotated[
+        bool, Parameter(negative="", help="auto: steps may hold the last output, for no operations and no time")
+    ] = False
 
     @property
     def any(self) -> bool:
         """Whether one of them was given."""
-        return any(value is not None for value in (self.budget, self.floor, self.weights, self.groups))
+        return self.hold or any(value is not None for value in (self.budget, self.floor, self.weights, self.groups))
 
     def request(self, kind: str, weights: str | None = None) -> "PlanRequest":
         """The plan that is asked for."""
         from ptqd.experiments.plan_request import PlanRequest
 
-        return PlanRequest.parse(kind, self.budget, self.floor, self.weights or weights, self.groups)
+        return PlanRequest.parse(kind, self.budget, self.floor, self.weights or weights, self.groups, hold=self.hold)
 
 
 def call_arguments(texts: tuple[str, ...], option: str = "--call") -> dict[str, Any]:

@@ -247,8 +247,8 @@ def random_problem(seed: int, steps: int = 3, groups: int = 2, weights: int = 0)
         group_of=group_of,
         layer_costs=np.where(group_of >= 0, macs, 0.0)[None].repeat(steps, 0),
         costs=rng.uniform(1, 5, (1, groups, 1)).repeat(steps, 0) * np.array(widths),
-        weight_costs=np.where(group_of < 0, 8 * steps * macs, 0.0),
-        fixed_cost=7.0,
+        weight_costs=np.where(group_of < 0, 8 * macs, 0.0)[None].repeat(steps, 0),
+        fixed_costs=np.full(steps, 7.0 / steps),
         full_cost=1000.0,
         variance=1.0,
     )

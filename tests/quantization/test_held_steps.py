@@ -19,13 +19,16 @@ from ptqd import (
     correct,
     load,
     measure,
+    measure_widths,
     quantize,
+    search_plan,
 )
 from ptqd.correction import fit_trajectory
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
-from ptqd.diffusion.trajectory import record
-from ptqd.quantization import plan_of, run_cost
+from ptqd.diffusion.trajectory import record, replay
+from ptqd.mixed_precision.holding import HeldErrors, sources
+from ptqd.quantization import at_width, plan_of, run_cost
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +238,63 @@ def test_a_run_that_was_broken_off_leaves_nothing_to_hold(held: Any, run: Sampli
         x = torch.randn(6, 4, 8, 8)
         held.unet(x, float(plan_of(held).timesteps[0]), encoder_hidden_states=torch.zeros(6, 1, 8))
     assert torch.equal(sampled(held, run), want)
+
+
+def test_held_errors_are_those_of_the_outputs_themselves(pipe: Any, qpipe: Any, run: Sampling) -> None:
+    """From second moments alone: what a pattern of held steps leaves, against sums over the recorded outputs."""
+    run = run.replace(samples=16, batch=16)
+    stats = measure(pipe, qpipe, run)
+    errors = HeldErrors(stats)
+    errors.coefficients = torch.tensor([[0.5, -1.0, 2.0, 1.5]], dtype=torch.float64).expand_as(errors.coefficients)
+    with record(pipe) as path:
+        run_batch(pipe, run.with_seed_for("measuring"), range(16), "latent")
+    with replay(qpipe, path) as replayed:
+        run_batch(qpipe, run.with_seed_for("measuring"), range(16), "latent")
+    e, q = (
+        torch.stack([x.double() - x.double().mean((0, 2, 3), keepdim=True) for x in outputs])
+        for outputs in (path.outputs, replayed.outputs)
+    )
+    for held in ((False,) * 4, (False, True, True, False), (False, False, True, False)):
+        total = torch.zeros_like(e[0])
+        for j, s in enumerate(sources(held)):
+            slope = (q[s] * e[j]).mean() / e[j].square().mean()
+            total += errors.coefficients[0, j] * (q[s] / slope - e[j])
+        assert errors.error(held) == pytest.approx(float(total.square().mean()), rel=1e-6)
+
+
+def test_patterns_hold_one_step_more_each_time(pipe: Any, qpipe: Any, run: Sampling) -> None:
+    errors = HeldErrors(measure(pipe, qpipe, run))
+    patterns = errors.patterns()
+    assert [sum(held) for held in patterns] == [0, 1, 2, 3]
+    assert not any(held[0] for held in patterns)
+    assert errors.error(patterns[1]) == min(errors.error([i == step for i in range(4)]) for step in (1, 2, 3))
+
+
+def test_a_plan_that_holds_meets_its_budget(pipe: Any, qpipe: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
+    stats = {8: measure(pipe, qpipe, run)}
+    whole = run_cost(qpipe, run).ratio
+    for budget, most in ((whole * 0.999, 0), (whole * 1.3, 1), (whole * 1.9, 2)):
+        plan = search_plan(pipe, qpipe, run, stats, budget=budget, hold=True)
+        assert sum(plan.held) == most
+        planned = apply_plan(qpipe, plan)
+        assert run_cost(planned, run).ratio >= budget
+        assert plan.made["fewer_bit_operations"] == pytest.approx(run_cost(planned, run).ratio, rel=1e-3)
+    with pytest.raises(InputError, match="with the fewest bits, at the first step alone"):
+        search_plan(pipe, qpipe, run, stats, budget=whole * 5, hold=True)
+    with pytest.raises(InputError, match="ranges for 8-bit activations only"):
+        search_plan(pipe, qpipe, run, stats, budget=whole * 1.5)
+
+
+def test_widths_and_held_steps_are_chosen_together(pipe: Any, run: Sampling) -> None:
+    """No worse than without, as expected; and what is expected to cost is what it costs."""
+    wide = quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 4}), run)
+    stats = measure_widths(pipe, wide, run)
+    budget = run_cost(at_width(wide, 4), run).ratio * 0.99
+    plans = [search_plan(pipe, wide, run, stats, budget=budget, hold=hold) for hold in (False, True)]
+    assert plans[1].made["expected_snr_db"] >= plans[0].made["expected_snr_db"]
+    for plan in plans:
+        cost = run_cost(apply_plan(wide, plan), run)
+        assert cost.ratio >= budget
+        assert plan.made["fewer_bit_operations"] == pytest.approx(cost.ratio, rel=1e-3)
+    kept = search_plan(pipe, wide, run, stats, floor=plans[1].made["expected_snr_db"] - 0.01, hold=True)
+    assert kept.made["fewer_bit_operations"] >= plans[1].made["fewer_bit_operations"] * 0.999

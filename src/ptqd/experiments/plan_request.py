@@ -42,6 +42,7 @@ class PlanRequest:
         floor: for auto: the final sample's signal-to-noise ratio in dB.
         weight_bits: for auto: that a plan may give each layer's weights; none leaves them.
         groups: for auto: of layers, at the most, with bits of their own.
+        hold: for auto: whether steps may hold the output of the last one that was computed.
         given: the plan that the path leads to.
     """
 
@@ -51,18 +52,26 @@ class PlanRequest:
     weight_bits: tuple[int, ...] = ()
     groups: int = GROUPS
     given: PrecisionPlan | None = None
+    hold: bool = False
 
     @classmethod
     def parse(
-        cls, kind: str, budget: str | None, floor: str | None, weights: str | None, groups: int | None = None
+        cls,
+        kind: str,
+        budget: str | None,
+        floor: str | None,
+        weights: str | None,
+        groups: int | None = None,
+        *,
+        hold: bool = False,
     ) -> "PlanRequest":
         """From a command's words: ``19.9x``, ``25dB``, ``4,6,8``.
 
         Raises:
             InputError: a word that is no number or goes with another kind of plan; or a plan that cannot be read.
         """
-        if kind != "auto" and (budget or floor or weights or groups):
-            raise InputError(f"--budget, --floor, --weights and --groups go with --plan auto, not with {kind!r}")
+        if kind != "auto" and (budget or floor or weights or groups or hold):
+            raise InputError(f"--budget, --floor, --weights, --groups, --hold go with --plan auto, not with {kind!r}")
         if kind == "auto" and (budget is None) == (floor is None):
             raise InputError("--plan auto needs --budget, such as 19.9x, or --floor, such as 25dB; one of them")
         if groups is not None and groups < 1:
@@ -79,14 +88,21 @@ class PlanRequest:
             tuple(sorted({int(value) for value in bits})),
             groups or GROUPS,
             None if kind in ("auto", "paper") else PrecisionPlan.load(Path(kind)),
+            hold,
         )
 
     @property
     def name(self) -> str:
         """For labels and folders."""
         if self.kind == "auto":
-            return f"{self.budget:g}x" if self.budget is not None else f"{self.floor:g}dB"
+            limit = f"{self.budget:g}x" if self.budget is not None else f"{self.floor:g}dB"
+            return f"{limit}, steps held" if self.hold else limit
         return self.kind if self.kind == "paper" else Path(self.kind).stem
+
+    @property
+    def holds(self) -> bool:
+        """Whether a plan may have steps that hold the output of the last one that was computed."""
+        return self.hold or (self.given is not None and any(self.given.held))
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "PlanRequest":
@@ -122,9 +138,12 @@ class PlanRequest:
         Raises:
             InputError: the recipe has one width, or the plan asks for others or is for other steps.
         """
-        if len(recipe.widths) < 2:
+        if len(recipe.widths) < 2 and not self.holds:
             only = recipe.widths[0]
-            raise InputError(f"{recipe.name} has ranges for {only}-bit activations only; give a recipe such as w4a4+8")
+            raise InputError(
+                f"{recipe.name} has ranges for {only}-bit activations only; give a recipe such as w4a4+8, or let steps "
+                "hold their output (--hold)"
+            )
         if self.given is None:
             return
         if steps is not None and self.given.steps != steps:
@@ -178,7 +197,9 @@ def make_plan(
     if request.kind == "paper":
         return paper_plan(stats), None
     bits, groups = request.weight_bits, request.groups
-    problem = planning_problem(pipe, quantized, sampling, stats, weight_bits=bits, groups=groups, progress=progress)
+    problem = planning_problem(
+        pipe, quantized, sampling, stats, weight_bits=bits, groups=groups, hold=request.hold, progress=progress
+    )
     return solve(problem, budget=request.budget, floor=request.floor).plan, problem
 
 

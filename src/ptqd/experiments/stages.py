@@ -114,7 +114,9 @@ class Stages:
             planned = apply_plan(quantized, plan, self.pipe)
             planned.save_pretrained(path)
             plan.save(path / "plan.toml")
-            problem = problem or planning_problem(self.pipe, quantized, run, stats, progress=self.progress)
+            problem = problem or planning_problem(
+                self.pipe, quantized, run, stats, hold=request.holds, progress=self.progress
+            )
             figures = plan_figures(planned, problem, stats, self.macs)
             write_json(path / "plan.json", figures.to_dict())
             return planned, figures

@@ -30,12 +30,16 @@ def measure_widths(
     Raises:
         InputError: the pipeline has one width only, or was not quantized by ptqd.
     """
+    widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
+    if len(widths) < 2:
+        raise InputError(
+            f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8, or measure it "
+            "with ptqd.measure, for a plan that only holds steps"
+        )
     return widths_measurement(pipe, qpipe, sampling).all(progress=progress)
 
 
 def widths_measurement(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> PairedMeasurement:
-    """What measures every width, batch by batch; see :func:`measure_widths`."""
+    """What measures every width, batch by batch, also where there is but one; see :func:`measure_widths`."""
     widths = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe).widths
-    if len(widths) < 2:
-        raise InputError(f"the model has ranges for {widths[0]}-bit activations only; quantize with, say, w4a4+8")
     return PairedMeasurement(pipe, {bits: at_width(qpipe, bits) for bits in widths}, sampling)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
@@ -13,6 +14,7 @@ from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.mixed_precision.contributions import contributions
+from ptqd.mixed_precision.holding import HeldErrors
 from ptqd.mixed_precision.paper_rule import model_timesteps
 from ptqd.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from ptqd.noise.measure import measure
@@ -48,10 +50,12 @@ class Problem:
         group_of: group of each weighted layer's activations (L,); -1 for one that is not for a plan to change.
         layer_costs: bit operations of one bit of weight and one bit of activation of each weighted layer (T, L).
         costs: bit operations of each step and group at each width without the weighted layers' (T, G, W).
-        weight_costs: bit operations of one bit of the weights of each layer with activations of fixed bits (L,).
-        fixed_cost: bit operations of all else.
+        weight_costs: bit operations of one bit of the weights of each layer with activations of fixed bits (T, L).
+        fixed_costs: bit operations of all else (T,).
         full_cost: bit operations of the run in FP32.
         variance: of the final sample, for errors in dB.
+        held_errors: of steps that hold their output, where a plan may have such.
+        held: the steps that do (T,); empty where none does.
     """
 
     timesteps: tuple[float, ...]
@@ -66,9 +70,11 @@ class Problem:
     layer_costs: Floats
     costs: Floats
     weight_costs: Floats
-    fixed_cost: float
+    fixed_costs: Floats
     full_cost: float
     variance: float
+    held_errors: HeldErrors | None = None
+    held: tuple[bool, ...] = ()
 
     def activation_costs(self, weights: Ints) -> Floats:
         """Bit operations of each step and group at each width (T, G, W), for the weights' bits (L,)."""
@@ -81,7 +87,7 @@ class Problem:
     def cost(self, choice: Ints, weights: Ints) -> float:
         """Bit operations of a choice of widths (T, G), as indices, and of weights' bits (L,)."""
         mine = float(np.take_along_axis(self.activation_costs(weights), choice[..., None], 2).sum())
-        return mine + float(self.weight_costs @ weights) + self.fixed_cost
+        return mine + float((self.weight_costs @ weights).sum() + self.fixed_costs.sum())
 
     def error(self, choice: Ints, weights: Ints) -> float:
         """Expected squared error of the final sample, mean over its elements."""
@@ -89,6 +95,27 @@ class Problem:
         for n, bits in enumerate(weights.tolist()):
             total += float(self.weight_errors[n, self.weight_bits.index(bits)])
         return total
+
+    def holding(self, held: Sequence[bool]) -> "Problem":
+        """What is left to choose where some steps (T,) hold: these cost nothing, and the others' noise is held on."""
+        assert self.held_errors is not None
+        if not any(held):
+            return self
+        computed = ~np.array(held)
+        grown = self.held_errors.amplification(held).numpy() * computed
+        most = self.errors[:, :, -1].sum(1)  # T
+        rest = self.held_errors.error([False] * len(held)) - float(most.sum())  # the weights'
+        changes = self.held_errors.error(held) - float(grown @ most) - rest
+        return replace(
+            self,
+            errors=self.errors * grown[:, None, None],
+            fixed_error=self.fixed_error + max(0.0, changes),
+            layer_costs=self.layer_costs * computed[:, None],
+            costs=self.costs * computed[:, None, None],
+            weight_costs=self.weight_costs * computed[:, None],
+            fixed_costs=self.fixed_costs * computed,
+            held=tuple(map(bool, held)),
+        )
 
     def decibels(self, error: float) -> float:
         """Signal-to-noise ratio of the final sample."""
@@ -120,6 +147,7 @@ def make_problem(
     weight_bits: Sequence[int] = (),
     fewest: NoiseStats | None = None,
     groups: int = GROUPS,
+    hold: bool = False,
 ) -> Problem:
     """All that a plan can choose, with its errors and costs.
 
@@ -132,6 +160,7 @@ def make_problem(
         weight_bits: that weights may get; none leaves them as they are.
         fewest: statistics with all weights that may change at the fewest of these bits and the widest activations.
         groups: how many groups of layers have bits of their own, at the most.
+        hold: whether steps may hold the output of the step before.
     """
     widths, choices = tuple(sorted(stats)), tuple(sorted(weight_bits))
     weighted = tuple(n for n in sensitivity.weighted if not layers[n].fixed) if choices else ()
@@ -139,15 +168,16 @@ def make_problem(
     now = {name: layers[name].weights for name in sensitivity.weighted}
     of_weights, weight_errors = _weight_errors(whole, sensitivity, now, weighted, choices, fewest)
 
-    named = _grouped(sensitivity, macs, groups)
+    free = tuple(name for name, own in layers.items() if own.activations is None)
+    named = _grouped(sensitivity, macs, groups) if sensitivity.layers else (free,)
     index = {name: g for g, group in enumerate(named) for name in group}
-    shares = np.zeros((len(whole), len(named), len(widths)))
+    shares = np.zeros((len(whole), len(named), len(widths))) if sensitivity.layers else np.ones((len(whole), 1, 1))
     for q, name in enumerate(sensitivity.layers):
         shares[:, index[name]] += sensitivity.activations.numpy()[:, q]
     shares /= np.maximum(shares.sum(1, keepdims=True), TINY)
     of_activations = np.maximum(whole - of_weights[:, None], 0.01 * whole)  # T,W
 
-    costs, layer_costs, weight_costs, fixed_cost = _costs(macs, layers, index, weighted, widths, softmax_bits)
+    costs, layer_costs, weight_costs, fixed_costs = _costs(macs, layers, index, weighted, widths, softmax_bits)
     finals = stats[widths[-1]].finals
     return Problem(
         timesteps=model_timesteps(stats),
@@ -162,9 +192,10 @@ def make_problem(
         layer_costs=layer_costs,
         costs=costs,
         weight_costs=weight_costs,
-        fixed_cost=fixed_cost,
+        fixed_costs=fixed_costs,
         full_cost=float(macs.total * FULL_BITS**2),
         variance=float(finals.double().var()) if len(finals) else 1.0,
+        held_errors=HeldErrors(stats[widths[-1]]) if hold else None,
     )
 
 
@@ -204,16 +235,17 @@ def _costs(
     weighted: Sequence[str],
     widths: Sequence[int],
     softmax_bits: int,
-) -> tuple[Floats, Floats, Floats, float]:
-    """``costs``, ``layer_costs``, ``weight_costs`` and ``fixed_cost`` of a :class:`Problem`."""
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """``costs``, ``layer_costs``, ``weight_costs`` and ``fixed_costs`` of a :class:`Problem`."""
     bits = np.array(widths, dtype=np.float64)
     costs = np.zeros((len(macs.counts), max(index.values(), default=-1) + 1, len(bits)))
-    layer_costs, weight_costs, fixed = np.zeros((len(macs.counts), len(weighted))), np.zeros(len(weighted)), 0.0
+    layer_costs, weight_costs = (np.zeros((len(macs.counts), len(weighted))) for _ in range(2))
+    fixed = np.zeros(len(macs.counts))
     for counts, name in zip(macs.counts.numpy().T, macs.layers, strict=True):
         product = next((p for p in PRODUCTS if name.endswith(p)), "")
         layer = name.removesuffix(product)
         if layer not in layers:
-            fixed += float(counts.sum()) * FULL_BITS**2
+            fixed += counts * FULL_BITS**2
             continue
         own, group = layers[layer], index.get(layer)
         right = bits if own.activations is None else np.full(1, float(own.activations))
@@ -221,11 +253,11 @@ def _costs(
         if layer in weighted and group is not None:
             layer_costs[:, weighted.index(layer)] = counts
         elif layer in weighted:
-            weight_costs[weighted.index(layer)] = counts.sum() * right[0]
+            weight_costs[:, weighted.index(layer)] = counts * right[0]
         elif group is not None:
             costs[:, group] += counts[:, None] * left * right
         else:
-            fixed += float((counts.sum() * left * right)[0])
+            fixed += counts * (left * right)[0]
     return costs, layer_costs, weight_costs, fixed
 
 
@@ -252,6 +284,7 @@ def planning_problem(
     *,
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
+    hold: bool = False,
     progress: bool = False,
 ) -> Problem:
     """What :func:`ptqd.search_plan` chooses from: measured errors and counted costs.
@@ -263,18 +296,25 @@ def planning_problem(
         stats: by width, of this schedule itself.
         weight_bits: as for :func:`ptqd.search_plan`.
         groups: as for :func:`ptqd.search_plan`.
+        hold: as for :func:`ptqd.search_plan`.
         progress: show bars.
 
     Raises:
-        InputError: the statistics were carried over from another schedule, a rule fixes every layer's activations, or
-            the denoiser cannot be differentiated.
+        InputError: the statistics were carried over from another schedule, there is one width and nothing is held, a
+            rule fixes every layer's activations, or the denoiser cannot be differentiated.
     """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
+    if len(recipe.widths) < 2 and not hold:
+        raise InputError(
+            f"the model has ranges for {recipe.widths[0]}-bit activations only; quantize with, say, w4a4+8, or let "
+            "steps hold their output (hold)"
+        )
     layers: dict[str, LayerBits] = {}
     model = denoiser_of(qpipe)
     for site in quantized_sites(model):
         quantizer = site.activations[0]
-        bits = None if len(quantizer.widths) > 1 else quantizer.bits
+        is_free = len(quantizer.widths) > 1 or (hold and (quantizer.bits,) == recipe.widths)
+        bits = None if is_free else quantizer.bits
         rule = recipe.rule_for(names_of(site.name), site.kind)
         fixed = site.weight is not None and rule is not None and rule.weight_bits is not None
         layers[site.name] = LayerBits(0 if site.weight is None else site.weight.weights.bits, bits, fixed)
@@ -289,13 +329,20 @@ def planning_problem(
         title = "measuring weights" if progress else False
         fewest = measure(pipe, apply_plan(qpipe, plan, pipe), half, progress=title)
     known = sorted({*(own.weights for own in layers.values() if own.weights), *weight_bits})
+    macs = by_halves(run_macs(pipe, sampling), model)
+    if len(recipe.widths) > 1 or weight_bits:
+        sensitivity = measure_sensitivity(pipe, qpipe, sampling, weight_bits=known, progress=progress)
+    else:  # steps that hold are all there is to choose
+        nothing = torch.zeros(len(macs.counts), 0, 1, dtype=torch.float64)
+        sensitivity = Sensitivity((), recipe.widths, nothing, (), (), nothing)
     return make_problem(
         stats,
-        by_halves(run_macs(pipe, sampling), model),
-        measure_sensitivity(pipe, qpipe, sampling, weight_bits=known, progress=progress),
+        macs,
+        sensitivity,
         layers,
         softmax_bits=recipe.softmax_bits,
         weight_bits=weight_bits,
         fewest=fewest,
         groups=groups,
+        hold=hold,
     )

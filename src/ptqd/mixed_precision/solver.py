@@ -13,7 +13,7 @@ from ptqd.errors import InputError
 from ptqd.mixed_precision.paper_rule import tied
 from ptqd.mixed_precision.problem import GROUPS, Ints, Problem, planning_problem
 from ptqd.noise.stats import NoiseStats
-from ptqd.quantization.plan import PrecisionPlan
+from ptqd.quantization.plan import HOLD, PrecisionPlan
 
 TIGHT = 1e-6  # relative gap at which a knapsack counts as solved
 
@@ -28,6 +28,7 @@ def search_plan(
     floor: float | None = None,
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
+    hold: bool = False,
     progress: bool = False,
 ) -> PrecisionPlan:
     """The plan with the least expected error of the final sample within a budget, or the cheapest that keeps a floor.
@@ -43,6 +44,8 @@ def search_plan(
             rule of the recipe fixes are not touched. One more full-precision and one more quantized run are measured
             for it, of half as many samples, at least 16.
         groups: of layers, at the most, that have bits of their own at each step; with 1 all have the same.
+        hold: whether steps may hold the output of the last one that was computed, which costs no operations. Also of
+            a recipe of one width, with ``{8: ptqd.measure(pipe, qpipe, sampling)}`` for its statistics.
         progress: show bars.
 
     Returns:
@@ -51,7 +54,9 @@ def search_plan(
     Raises:
         InputError: no plan meets the budget or the floor; the nearest that can be met is named.
     """
-    problem = planning_problem(pipe, qpipe, sampling, stats, weight_bits=weight_bits, groups=groups, progress=progress)
+    problem = planning_problem(
+        pipe, qpipe, sampling, stats, weight_bits=weight_bits, groups=groups, hold=hold, progress=progress
+    )
     return solve(problem, budget=budget, floor=floor).plan
 
 
@@ -85,6 +90,8 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
         budget: how many times fewer bit operations than FP32, at least.
         floor: signal-to-noise ratio of the final sample against full precision, dB, at least.
 
+    Where steps may hold, patterns of several numbers of held steps are tried, each with the best widths for the rest.
+
     Raises:
         InputError: no plan meets it; the nearest that can be met is named. Or not just one of the two is given.
     """
@@ -93,27 +100,63 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
     if budget is not None and budget <= 0:
         raise InputError(f"a budget is how many times fewer bit operations, more than 0; got {budget:g}")
     limit = problem.full_cost / budget if budget is not None else problem.variance / 10 ** ((floor or 0.0) / 10)
-    cheapest, best = _ends(problem)
-    if budget is not None and problem.cost(*cheapest) > limit * (1 + 1e-12):
-        most = problem.full_cost / problem.cost(*cheapest)
-        raise InputError(
-            f"no plan meets a budget of {budget:g}x; the nearest is {_down(most)}x, with the fewest bits everywhere"
-        )
+    patterns = [()] if problem.held_errors is None else problem.held_errors.patterns()
+    most = problem if problem.held_errors is None else problem.holding(patterns[-1])
+    cheapest, best = _ends(most)[0], _ends(problem)[1]
+    if budget is not None and most.cost(*cheapest) > limit * (1 + 1e-12):
+        ratio = problem.full_cost / most.cost(*cheapest)
+        fewest = "the fewest bits everywhere" if most is problem else "the fewest bits, at the first step alone"
+        raise InputError(f"no plan meets a budget of {budget:g}x; the nearest is {_down(ratio)}x, with {fewest}")
     if floor is not None and problem.error(*best) > limit:
-        most = problem.decibels(problem.error(*best))
-        raise InputError(f"no plan keeps {floor:g} dB; the nearest is {_down(most)} dB, with the most bits everywhere")
-    weights, bound = best[1], 0.0
+        nearest = problem.decibels(problem.error(*best))
+        raise InputError(
+            f"no plan keeps {floor:g} dB; the nearest is {_down(nearest)} dB, with the most bits everywhere"
+        )
+    made: dict[str, float] = {"budget": budget} if budget is not None else {"floor": floor or 0.0}
+    if problem.held_errors is None:
+        return _solved(problem, limit, made)
+    return _searched([problem.holding(held) for held in patterns], limit, made)
+
+
+def _searched(problems: Sequence[Problem], limit: float, made: Mapping[str, float]) -> Solution:
+    """The best of problems in which one step more holds than in the one before: some at first, then those between."""
+    by_cost = "budget" in made
+    found: dict[int, Solution | None] = {}
+
+    def value(n: int) -> float:
+        if n not in found:
+            cheapest, best = _ends(problems[n])
+            end = problems[n].cost(*cheapest) if by_cost else problems[n].error(*best)
+            found[n] = _solved(problems[n], limit, made) if end <= limit * (1 + 1e-12) else None
+        solution = found[n]
+        return math.inf if solution is None else solution.error if by_cost else solution.cost
+
+    step = max(1, (len(problems) - 1) // 8)
+    best = min([*range(0, len(problems), step), len(problems) - 1], key=value)
+    while step > 1:
+        step = (step + 1) // 2 if step > 2 else 1
+        best = min((n for n in (best - step, best, best + step) if 0 <= n < len(problems)), key=value)
+    solution = found[best]
+    assert solution is not None
+    return solution
+
+
+def _solved(problem: Problem, limit: float, made: Mapping[str, float]) -> Solution:
+    """The best widths and weights of a problem, which can be met."""
+    by_cost = "budget" in made
+    weights, bound = _ends(problem)[1][1], 0.0
     if len(problem.weighted):
-        weights, bound = _weights(problem, limit, by_cost=budget is not None)
-    choice, lower = _knapsack(problem, weights, limit, by_cost=budget is not None)
+        weights, bound = _weights(problem, limit, by_cost=by_cost)
+    choice, lower = _knapsack(problem, weights, limit, by_cost=by_cost)
     if not len(problem.weighted):
         bound = lower
     error, cost = problem.error(choice, weights), problem.cost(choice, weights)
-    value = error if budget is not None else cost
+    value = error if by_cost else cost
     gap = max(0.0, (value - bound) / value) if value > 0 else 0.0
     output = {
         "rule": "budget",
-        **({"budget": budget} if budget is not None else {"floor": floor}),
+        **made,
+        **({"held_steps": sum(problem.held)} if problem.held else {}),
         "fewer_bit_operations": round(problem.full_cost / cost, 3),
         "expected_snr_db": round(problem.decibels(error), 2),
         "optimality_gap": round(gap, 6),
@@ -162,6 +205,7 @@ def _ends(problem: Problem) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
 
 def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, object]) -> PrecisionPlan:
     rows = [tuple(problem.widths[i] for i in row) for row in choice.tolist()]
+    rows = [(HOLD,) * len(row) if any(problem.held[i : i + 1]) else row for i, row in enumerate(rows)]
     groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
     chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))
     return PrecisionPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made)
@@ -249,7 +293,7 @@ def priced(problem: Problem, price: float) -> tuple[Ints, Ints]:
     choice = np.zeros(problem.errors.shape[:2], dtype=np.int64)
     weights = np.zeros(len(problem.weighted), dtype=np.int64)
     alone = problem.group_of == -1
-    table = problem.weight_errors[alone][:, :] + price * problem.weight_costs[alone][:, None] * bits
+    table = problem.weight_errors[alone][:, :] + price * problem.weight_costs.sum(0)[alone][:, None] * bits
     weights[alone] = bits[table.argmin(1)]
     for g in range(len(problem.groups)):
         mine = problem.group_of == g

@@ -144,14 +144,19 @@ class NoiseStats:
         x, e = layout.blocks[1].start + own, layout.blocks[2].start + own
         table = mean_table(self.joint, self.fold_samples)  # T,G,K,K
         if self.bands is None:
-            cross = self._noise_covariance()[None]
             _, cov = covariance(table)
             known = torch.stack([cov[..., x, other].mean((1, 2)) for other in (x, e)], -1)[None]
         else:
-            cross, known = self.bands.cross / self.samples, self.bands.known
+            known = self.bands.known
         positive = known[..., 0] > 1e-12 * known[..., 0].sum(0).clamp(min=1e-300)
         answer = torch.where(positive, known[..., 1] / torch.where(positive, known[..., 0], 1.0), 0.0)
-        return self._of_residuals(cross), answer
+        return self._of_residuals(self.noise_by_bands()), answer
+
+    def noise_by_bands(self) -> torch.Tensor:
+        """Covariance of (eps, delta) over all pairs of steps by bands of directions, each a mean over all elements (B,
+        2 T, 2 T). One band of all directions where bands were not measured.
+        """
+        return self._noise_covariance()[None] if self.bands is None else self.bands.cross / self.samples
 
     def _noise_covariance(self) -> torch.Tensor:
         """Covariance of (eps, delta) over all pairs of steps, mean over elements (2 T, 2 T)."""

@@ -100,8 +100,8 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     """Let a quantized denoiser compute with a plan's bits from now on.
 
     Raises:
-        InputError: the model has ranges for one width only, and the plan holds no step; or none for a width that the
-            plan asks for; a group without a layer, or a layer without a group; or a denoiser that takes no timestep.
+        InputError: the model has no ranges for a width that the plan asks for; a group without a layer, or a layer
+            without a group; or a denoiser that takes no timestep.
     """
     if timestep_argument(model) is None:
         raise InputError(f"{type(model).__name__} is told no timestep, so its bits cannot follow the steps")
@@ -110,10 +110,11 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
         if len(quantizer.widths) > 1:
             quantizers[name].append(quantizer)
     planned = {name: result for name, result in quantizers.items() if result}
+    wanted = {bits for row in plan.bits for bits in row} - {HOLD}
+    fixed = {q.bits for _, q in layer_quantizers(model)} or wanted  # a graph has its ranges inside
     if planned:
         widths = next(iter(planned.values()))[0].widths
-    elif any(plan.held):  # of a graph, which has its ranges inside, any that was exported
-        fixed = {q.bits for _, q in layer_quantizers(model)} or {bits for row in plan.bits for bits in row} - {HOLD}
+    elif any(plan.held) or wanted <= fixed:
         widths = tuple(sorted(fixed))
     else:
         raise InputError("the model has activation ranges for one width; quantize with a recipe such as w4a4+8")

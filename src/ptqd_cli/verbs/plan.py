@@ -35,6 +35,8 @@ class Plan:
         from ptqd.experiments.sharding import measure_width_shards
         from ptqd.outputs import output_folder, remove_scratch
         from ptqd.quantization.apply_plan import apply_plan
+        from ptqd.quantization.hf_quantizer import ptqd_quantizer
+        from ptqd.quantization.recipe import Recipe
 
         self.sampling.check_all(self.samples)
         request = self.options.request(self.plan)
@@ -42,6 +44,7 @@ class Plan:
         with output_folder(self.out, [self.model, self.quantized, given]) as out:
             pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
             run = self.sampling.of(pipe, self.samples)
+            request.check(Recipe.from_dict(ptqd_quantizer(quantized).quantization_config.recipe), run.steps)
             scratch = out.scratch(work_key(pipe, quantized, run))
             if request.given is None:
                 measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
