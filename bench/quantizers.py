@@ -4,9 +4,10 @@
     python bench/quantizers.py --out DIR --table
 
 Rows: rounding to nearest; PTQ4DM's, Q-Diffusion's and TFMQ-DM's published recipes as ptqd recipes (what is theirs:
-which steps are calibrated on, split shortcuts, softmax at 16 bits, exact time embeddings, block reconstruction); on
-the transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default; at W8A8 the quantizers of other packages
-(bench/others.py, which says what each of them leaves in full precision), and ours of just what torchao quantizes.
+which steps are calibrated on, affine weights, split shortcuts, softmax at 16 bits, exact time embeddings, block
+reconstruction); on the transformer SmoothQuant, GPTQ and SVDQuant too; ptqd's default, also with affine weights; at
+W8A8 the quantizers of other packages (bench/others.py, which says what each of them leaves in full precision), and
+ours of just what torchao quantizes.
 Judged by PSNR to the full-precision images of the same seeds, and by the Frechet distance to the test images in the
 classifier's features: its value, and how far it is above full precision's, in percent, with the bootstrap's interval
 over samples, drawn for both together. "to FP" is the Frechet distance to the full-precision images. Rows with a
@@ -80,7 +81,8 @@ def rows_of(model: str) -> list[str]:
     rows = ["w8a8", "w8a8-dynamic", "w8a8-best", LIKE_TORCHAO, *(f"w8a8 {package}" for package in OTHERS)]
     extra = TRANSFORMER if model == "fashion-dit" else ()
     for bits in ("w4a8", "w4a4"):
-        rows += [bits, *(f"{bits}-{word}" for word in (*PUBLISHED, *extra)), f"{bits}-best"]
+        words = ("affine", *PUBLISHED, *extra, "best", "best-affine")
+        rows += [bits, *(f"{bits}-{word}" for word in words)]
         rows += [f"{recipe} {correction}" for recipe in (bits, f"{bits}-best") for correction in CORRECTIONS]
     alone = [f"w4a4-{word}" for word in (*ABLATION, *TOGETHER, *COHERENT)] if model == "fashion-ldm" else []
     return [*rows, "w3a8-best", *alone]

@@ -400,7 +400,7 @@ def test_tensorrt_wants_signed_codes(full: DDIMPipeline, exports: Exports, tmp_p
         made.pipeline.unet.to("cuda")
 
 
-@pytest.mark.parametrize(("text", "layout"), [("w8a8", "int8"), ("w4a8", "int4")])
+@pytest.mark.parametrize(("text", "layout"), [("w8a8", "int8"), ("w4a8-affine", "int8"), ("w4a8", "int4")])
 def test_torchao(text: str, layout: Any, exports: Exports, tmp_path: Path) -> None:
     qpipe, _ = exports(text)
     made = export(qpipe, RUN, "torchao", tmp_path / "ao", layout=layout)
@@ -412,7 +412,8 @@ def test_torchao(text: str, layout: Any, exports: Exports, tmp_path: Path) -> No
     for name in made.products.integer:
         layer, weight = qpipe.unet.get_submodule(name), unet.get_submodule(name).weight
         if layout == "int8":
-            torch.testing.assert_close(weight.qdata.int(), layer.integer_weight().int())
+            zero = torch.zeros(()) if layer.zero_point is None else layer.zero_point.view(-1, 1)
+            torch.testing.assert_close(weight.qdata.int(), layer.integer_weight().int() - zero.int())
             x = torch.randn(2, *[3] * (weight.act_quant_scale.ndim - 2), layer.in_features)
             torch.testing.assert_close(unet.get_submodule(name)(x), layer(x), rtol=1e-4, atol=1e-5)
         else:

@@ -101,11 +101,13 @@ def _why_not(layer: nn.Module, layout: Layout) -> str | None:
         f"{weights.format} weights": weights.format != "int",
         "a 16-bit branch": layer.rank > 0,
         "a fused LoRA": layer.adapter_rank > 0,
-        "weights with zero points or groups": layer.zero_point is not None or layer.scale.ndim != 1,
+        "weights with groups": layer.scale.ndim != 1,
     }
     if layout == "int4":
+        obstacles["weights with zero points"] = layer.zero_point is not None
         obstacles[f"weights of {weights.bits} bits"] = weights.bits > FOUR_BITS
     else:
+        obstacles["8-bit weights with zero points"] = layer.zero_point is not None and weights.bits == MAX_BITS
         obstacles["ranges that change"] = len(quantizer.widths) > 1 or quantizer.ranges > 1
         obstacles[f"{quantizer.spec.format} activations of {quantizer.bits} bits"] = (
             quantizer.spec.format != "int" or quantizer.bits != MAX_BITS
@@ -127,8 +129,11 @@ def _int8(layer: QuantLayer, rank: int) -> torch.Tensor:
         signed = quantizer.zero_point - (0 if symmetric else 1 << (MAX_BITS - 1))  # torchao's codes are signed
         zero = signed.to(torch.int8).view([1] * rank)
     granularity = PerRow() if quantizer.spec.dynamic else PerTensor()
+    codes = layer.integer_weight()
+    if layer.zero_point is not None:  # of 7 bits and less: a byte holds what is left
+        codes = codes.to(torch.int16) - layer.zero_point.view(-1, *[1] * (codes.ndim - 1))
     output: torch.Tensor = Int8Tensor(
-        layer.integer_weight().to(torch.int8),
+        codes.to(torch.int8),
         layer.scale.float().view(-1, 1).clone(),
         [1, layer.columns],
         torch.float32,
