@@ -172,7 +172,9 @@ class JudgeOptions:
 class PlanOptions:
     """Which plan is wanted; the kind is the verb's."""
 
-    budget: Annotated[str | None, Parameter(help="auto: 19.9x, this many times fewer bit operations than FP32")] = None
+    budget: Annotated[
+        str | None, Parameter(help="auto: 19.9x, this many times fewer bit operations than FP32; 2x-seconds, faster")
+    ] = None
     floor: Annotated[
         str | None, Parameter(help="auto: instead, 25dB, the final sample's SNR against full precision")
     ] = None

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from ptqd.correction import fit_trajectory
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
 from ptqd.diffusion.trajectory import record, replay
+from ptqd.mixed_precision import StepSeconds, measure_seconds, planning_problem
 from ptqd.mixed_precision.holding import HeldErrors, sources
 from ptqd.quantization import at_width, plan_of, run_cost
 
@@ -298,3 +300,29 @@ def test_widths_and_held_steps_are_chosen_together(pipe: Any, run: Sampling) -> 
         assert plan.made["fewer_bit_operations"] == pytest.approx(cost.ratio, rel=1e-3)
     kept = search_plan(pipe, wide, run, stats, floor=plans[1].made["expected_snr_db"] - 0.01, hold=True)
     assert kept.made["fewer_bit_operations"] >= plans[1].made["fewer_bit_operations"] * 0.999
+
+
+def test_a_budget_of_seconds(pipe: Any, qpipe: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
+    """A held step takes what the scheduler takes: of given seconds, the fewest steps are held that meet the budget."""
+    stats = {8: measure(pipe, qpipe, run)}
+    seconds = StepSeconds({8: 1.0}, 0.1)
+    for budget, most in ((1.0, 0), (1.25, 1), (1.8, 2), (3.0, 3)):
+        plan = search_plan(pipe, qpipe, run, stats, budget=budget, hold=True, seconds=seconds)
+        assert sum(plan.held) == most
+        assert plan.made["times_faster"] == pytest.approx(4 / (4 - 0.9 * most), rel=1e-3)
+    with pytest.raises(InputError, match="the nearest is 3.07x"):
+        search_plan(pipe, qpipe, run, stats, budget=4, hold=True, seconds=seconds)
+    found = measure_seconds(qpipe, run, timesteps, (8,))
+    assert 0 <= found.held < found.computed[8]
+
+
+def test_in_seconds_groups_share_a_step_by_their_operations(pipe: Any, run: Sampling) -> None:
+    wide = quantize(pipe, Recipe.from_dict({**Recipe.parse("w8a4+8").to_dict(), "calibration_samples": 4}), run)
+    problem = planning_problem(pipe, wide, run, measure_widths(pipe, wide, run), hold=True)
+    timed = problem.in_seconds(StepSeconds({4: 0.5, 8: 1.0}, 0.1))
+    shape = problem.errors.shape[:2]
+    for index, seconds in ((0, 0.5), (1, 1.0)):
+        choice = np.full(shape, index)
+        assert timed.cost(choice, np.zeros(0, dtype=np.int64)) == pytest.approx(4 * seconds)
+    held = timed.holding((False, True, True, False))
+    assert held.cost(np.full(shape, 1), np.zeros(0, dtype=np.int64)) == pytest.approx(2 * 1.0 + 2 * 0.1)

@@ -19,6 +19,7 @@ from ptqd.errors import ArtifactError, InputError
 from ptqd.experiments.results import PlanFigures, PlanPoint
 from ptqd.mixed_precision.paper_rule import forward_snr, paper_plan, quantized_snr
 from ptqd.mixed_precision.problem import GROUPS, Problem, planning_problem
+from ptqd.mixed_precision.seconds import measure_seconds
 from ptqd.mixed_precision.solver import Solution, pareto, rated, solve, uniform
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import plan_of
@@ -28,6 +29,7 @@ from ptqd.quantization.plan import HOLD, PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.schema import typed
 
+SECONDS = "-seconds"
 MOST = 1000  # times fewer bit operations, decibels, or bits
 PICTURED = 20  # steps whose sample is shown
 
@@ -43,6 +45,7 @@ class PlanRequest:
         weight_bits: for auto: that a plan may give each layer's weights; none leaves them.
         groups: for auto: of layers, at the most, with bits of their own.
         hold: for auto: whether steps may hold the output of the last one that was computed.
+        in_seconds: the budget is how many times faster, not how many times fewer bit operations.
         given: the plan that the path leads to.
     """
 
@@ -53,6 +56,7 @@ class PlanRequest:
     groups: int = GROUPS
     given: PrecisionPlan | None = None
     hold: bool = False
+    in_seconds: bool = False
 
     @classmethod
     def parse(
@@ -65,7 +69,7 @@ class PlanRequest:
         *,
         hold: bool = False,
     ) -> "PlanRequest":
-        """From a command's words: ``19.9x``, ``25dB``, ``4,6,8``.
+        """From a command's words: ``19.9x`` or ``2x-seconds``, ``25dB``, ``4,6,8``.
 
         Raises:
             InputError: a word that is no number or goes with another kind of plan; or a plan that cannot be read.
@@ -81,14 +85,16 @@ class PlanRequest:
             if not value.is_integer():
                 raise InputError(f"--weights are whole numbers of bits, like 4,6,8; got {value:g}")
             check_weight_bits(int(value))
+        in_seconds = budget is not None and budget.endswith(SECONDS)
         return cls(
             kind,
-            None if budget is None else _number(budget.removesuffix("x"), "budget", "19.9x"),
+            None if budget is None else _number(budget.removesuffix(SECONDS).removesuffix("x"), "budget", "19.9x"),
             None if floor is None else _number(floor.removesuffix("dB"), "floor", "25dB"),
             tuple(sorted({int(value) for value in bits})),
             groups or GROUPS,
             None if kind in ("auto", "paper") else PrecisionPlan.load(Path(kind)),
             hold,
+            in_seconds,
         )
 
     @property
@@ -96,6 +102,7 @@ class PlanRequest:
         """For labels and folders."""
         if self.kind == "auto":
             limit = f"{self.budget:g}x" if self.budget is not None else f"{self.floor:g}dB"
+            limit += SECONDS if self.in_seconds else ""
             return f"{limit}, steps held" if self.hold else limit
         return self.kind if self.kind == "paper" else Path(self.kind).stem
 
@@ -198,9 +205,21 @@ def make_plan(
         return paper_plan(stats), None
     bits, groups = request.weight_bits, request.groups
     problem = planning_problem(
-        pipe, quantized, sampling, stats, weight_bits=bits, groups=groups, hold=request.hold, progress=progress
+        pipe,
+        quantized,
+        sampling,
+        stats,
+        weight_bits=bits,
+        groups=groups,
+        hold=request.hold,
+        timed=request.in_seconds,
+        progress=progress,
     )
-    return solve(problem, budget=request.budget, floor=request.floor).plan, problem
+    chosen_from = problem
+    if request.in_seconds:
+        timesteps = next(iter(stats.values())).measured_on.model_timesteps
+        chosen_from = problem.in_seconds(measure_seconds(quantized, sampling, timesteps, sorted(stats)))
+    return solve(chosen_from, budget=request.budget, floor=request.floor).plan, problem
 
 
 def plan_figures(

@@ -30,13 +30,16 @@ the weights, the knapsack then the activations, and the dual bound says how far 
 from ptqd.mixed_precision.contributions import final_coefficients
 from ptqd.mixed_precision.paper_rule import forward_snr
 from ptqd.mixed_precision.problem import Problem, planning_problem
+from ptqd.mixed_precision.seconds import StepSeconds, measure_seconds
 from ptqd.mixed_precision.sensitivity import measure_sensitivity
 from ptqd.mixed_precision.solver import pareto, priced, rated, solve, uniform
 
 __all__ = [
     "Problem",
+    "StepSeconds",
     "final_coefficients",
     "forward_snr",
+    "measure_seconds",
     "measure_sensitivity",
     "pareto",
     "planning_problem",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ptqd.errors import InputError
 from ptqd.mixed_precision.contributions import contributions
 from ptqd.mixed_precision.holding import HeldErrors
 from ptqd.mixed_precision.paper_rule import model_timesteps
+from ptqd.mixed_precision.seconds import StepSeconds
 from ptqd.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
@@ -56,6 +58,8 @@ class Problem:
         variance: of the final sample, for errors in dB.
         held_errors: of steps that hold their output, where a plan may have such.
         held: the steps that do (T,); empty where none does.
+        always: cost of the run whatever is chosen, steps that hold included.
+        unit: of costs: bit operations, or seconds of a batch; ``full_cost`` is then the widest bits' at all steps.
     """
 
     timesteps: tuple[float, ...]
@@ -75,6 +79,8 @@ class Problem:
     variance: float
     held_errors: HeldErrors | None = None
     held: tuple[bool, ...] = ()
+    always: float = 0.0
+    unit: Literal["operations", "seconds"] = "operations"
 
     def activation_costs(self, weights: Ints) -> Floats:
         """Bit operations of each step and group at each width (T, G, W), for the weights' bits (L,)."""
@@ -87,7 +93,7 @@ class Problem:
     def cost(self, choice: Ints, weights: Ints) -> float:
         """Bit operations of a choice of widths (T, G), as indices, and of weights' bits (L,)."""
         mine = float(np.take_along_axis(self.activation_costs(weights), choice[..., None], 2).sum())
-        return mine + float((self.weight_costs @ weights).sum() + self.fixed_costs.sum())
+        return mine + float((self.weight_costs @ weights).sum() + self.fixed_costs.sum()) + self.always
 
     def error(self, choice: Ints, weights: Ints) -> float:
         """Expected squared error of the final sample, mean over its elements."""
@@ -95,6 +101,24 @@ class Problem:
         for n, bits in enumerate(weights.tolist()):
             total += float(self.weight_errors[n, self.weight_bits.index(bits)])
         return total
+
+    def in_seconds(self, seconds: StepSeconds) -> "Problem":
+        """The same with costs in seconds: a group's share of a step's is its share of the operations."""
+        steps, widths = len(self.timesteps), self.widths
+        operations = self.activation_costs(np.full(len(self.weighted), min(self.weight_bits, default=0)))[:, :, -1]
+        total = operations.sum(1, keepdims=True)  # none where the layers are an engine's
+        shares = np.where(total > 0, operations / np.maximum(total, TINY), 1 / max(1, len(self.groups)))  # T,G
+        above = np.array([max(0.0, seconds.computed[bits] - seconds.held) for bits in widths])
+        return replace(
+            self,
+            layer_costs=np.zeros_like(self.layer_costs),
+            costs=shares[:, :, None] * above,
+            weight_costs=np.zeros_like(self.weight_costs),
+            fixed_costs=np.zeros(steps),
+            full_cost=steps * seconds.computed[widths[-1]],
+            always=steps * seconds.held,
+            unit="seconds",
+        )
 
     def holding(self, held: Sequence[bool]) -> "Problem":
         """What is left to choose where some steps (T,) hold: these cost nothing, and the others' noise is held on."""
@@ -285,6 +309,7 @@ def planning_problem(
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
     hold: bool = False,
+    timed: bool = False,
     progress: bool = False,
 ) -> Problem:
     """What :func:`ptqd.search_plan` chooses from: measured errors and counted costs.
@@ -297,6 +322,7 @@ def planning_problem(
         weight_bits: as for :func:`ptqd.search_plan`.
         groups: as for :func:`ptqd.search_plan`.
         hold: as for :func:`ptqd.search_plan`.
+        timed: costs will be in seconds (:meth:`Problem.in_seconds`): operations need not be known.
         progress: show bars.
 
     Raises:
@@ -318,6 +344,13 @@ def planning_problem(
         rule = recipe.rule_for(names_of(site.name), site.kind)
         fixed = site.weight is not None and rule is not None and rule.weight_bits is not None
         layers[site.name] = LayerBits(0 if site.weight is None else site.weight.weights.bits, bits, fixed)
+    if not layers and hold and len(recipe.widths) < 2:  # an engine's
+        if not timed:
+            raise InputError(
+                "the operations of an exported pipeline are not counted; give a budget of seconds, such as 2x-seconds, "
+                "or plan the quantized pipeline that it was exported from"
+            )
+        layers["*"] = LayerBits(0, None)
     if all(own.activations is not None for own in layers.values()):
         raise InputError("the recipe fixes the activations' bits of every layer by a rule; there is nothing to plan")
     free_weights = [name for name, own in layers.items() if own.weights and not own.fixed]

@@ -12,6 +12,7 @@ from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.mixed_precision.paper_rule import tied
 from ptqd.mixed_precision.problem import GROUPS, Ints, Problem, planning_problem
+from ptqd.mixed_precision.seconds import StepSeconds
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.plan import HOLD, PrecisionPlan
 
@@ -29,6 +30,7 @@ def search_plan(
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
     hold: bool = False,
+    seconds: StepSeconds | None = None,
     progress: bool = False,
 ) -> PrecisionPlan:
     """The plan with the least expected error of the final sample within a budget, or the cheapest that keeps a floor.
@@ -38,7 +40,8 @@ def search_plan(
         qpipe: quantized by ptqd with a recipe of several widths, such as ``"w4a4+8"``.
         sampling: how it samples.
         stats: of every width, as :func:`ptqd.measure_widths` gives them.
-        budget: how many times fewer bit operations than FP32, at least: 19.9.
+        budget: how many times fewer bit operations than FP32, at least: 19.9. With seconds, how many times faster than
+            the same pipeline at its widest, at least.
         floor: signal-to-noise ratio of the final sample against full precision in dB, at least.
         weight_bits: that the plan may give each layer's weights; none leaves them as they are. Layers whose weights a
             rule of the recipe fixes are not touched. One more full-precision and one more quantized run are measured
@@ -46,6 +49,7 @@ def search_plan(
         groups: of layers, at the most, that have bits of their own at each step; with 1 all have the same.
         hold: whether steps may hold the output of the last one that was computed, which costs no operations. Also of
             a recipe of one width, with ``{8: ptqd.measure(pipe, qpipe, sampling)}`` for its statistics.
+        seconds: what steps take, as :func:`ptqd.mixed_precision.measure_seconds` gives it; costs are seconds then.
         progress: show bars.
 
     Returns:
@@ -55,9 +59,17 @@ def search_plan(
         InputError: no plan meets the budget or the floor; the nearest that can be met is named.
     """
     problem = planning_problem(
-        pipe, qpipe, sampling, stats, weight_bits=weight_bits, groups=groups, hold=hold, progress=progress
+        pipe,
+        qpipe,
+        sampling,
+        stats,
+        weight_bits=weight_bits,
+        groups=groups,
+        hold=hold,
+        timed=seconds is not None,
+        progress=progress,
     )
-    return solve(problem, budget=budget, floor=floor).plan
+    return solve(problem if seconds is None else problem.in_seconds(seconds), budget=budget, floor=floor).plan
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ def _solved(problem: Problem, limit: float, made: Mapping[str, float]) -> Soluti
         "rule": "budget",
         **made,
         **({"held_steps": sum(problem.held)} if problem.held else {}),
-        "fewer_bit_operations": round(problem.full_cost / cost, 3),
+        ("times_faster" if problem.unit == "seconds" else "fewer_bit_operations"): round(problem.full_cost / cost, 3),
         "expected_snr_db": round(problem.decibels(error), 2),
         "optimality_gap": round(gap, 6),
     }

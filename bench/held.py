@@ -1,0 +1,113 @@
+"""What it costs to hold outputs: steps that ptqd chooses, every second and two of three steps, and fewer steps.
+
+    python bench/held.py                                        # an hour of a core
+    python bench/held.py --models fashion-dit --recipes w8a8 --etas 0
+
+DDIM (flow: Euler), 50 steps, guidance 1.5. Mean SNR of the final latents in dB against full precision of 50 steps, on
+64 seeds that no statistics saw: not corrected, with CNC and BC, and with the correction fitted along the trajectory;
+what the plan expects, as CNC and BC leave it; and how many times fewer bit operations than FP32. The regular patterns
+compute the first two steps and the last. Fewer steps are full precision's and the quantized model's, not corrected,
+where nothing is drawn.
+"""
+
+import argparse
+from typing import Any
+
+import diffusers
+import torch
+
+import ptqd
+from ptqd.correction import fit_trajectory
+from ptqd.diffusion import final_samples, with_components
+from ptqd.diffusion.sampling import Sampling
+from ptqd.mixed_precision.holding import HeldErrors
+from ptqd.quantization import run_cost
+
+STEPS, MEASURED, TESTED = 50, 64, 64
+MODELS = {
+    "fashion-ldm": "DDIMScheduler",
+    "fashion-dit": "DDIMScheduler",
+    "fashion-flow": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+def ends(pipe: Any, run: Sampling) -> torch.Tensor:
+    return torch.cat([final_samples(pipe, run, list(indices)) for indices in run.batches()]).double()
+
+
+def snr(end: torch.Tensor, reference: torch.Tensor) -> float:
+    energy, error = (x.square().flatten(1).sum(1) for x in (reference, end - reference))
+    return float((10 * (energy / error).log10()).mean())
+
+
+def held_rows(steps: int, errors: HeldErrors) -> dict[str, tuple[bool, ...]]:
+    """Patterns of held steps, by name."""
+    second = tuple(1 < i < steps - 1 and i % 2 == 1 for i in range(steps))
+    two_of_three = tuple(1 < i < steps - 1 and i % 3 != 1 for i in range(steps))
+    chosen = errors.patterns()
+    return {
+        "none held": (False,) * steps,
+        "every 2nd": second,
+        "as many, chosen": chosen[sum(second)],
+        "two of three": two_of_three,
+        "as many, chosen ": chosen[sum(two_of_three)],
+        "four of five, chosen": chosen[4 * steps // 5],
+    }
+
+
+def cell(model: str, recipe: str, eta: float) -> None:
+    pipe = ptqd.load(model)
+    scheduler = getattr(diffusers, MODELS[model]).from_config(pipe.scheduler.config)
+    plain = with_components(pipe, scheduler=scheduler)
+    call = {"class_labels": list(range(10)), "guidance_scale": 1.5}
+    run = Sampling(STEPS, eta, MEASURED, 32, call=call)
+    test = run.replace(seed=77, samples=TESTED)
+    quantized = ptqd.quantize(plain, recipe, run)
+    reference = ends(plain, test)
+    first = ptqd.measure(plain, quantized, run)
+    errors = HeldErrors(first)
+    timesteps = first.measured_on.model_timesteps
+    bits = ptqd.Recipe.parse(recipe).activations.bits
+    print(f"\n{model}, {recipe}, eta {eta:g}")
+    print("  held                      calls  fewer BOPs  expected     none   CNC+BC  trajectory", flush=True)
+    for name, held in held_rows(STEPS, errors).items():
+        plan = ptqd.PrecisionPlan.uniform(timesteps, bits).holding([i for i, holds in enumerate(held) if holds])
+        planned = ptqd.apply_plan(quantized, plan)
+        stats = ptqd.measure(plain, planned, run)
+        found = [
+            snr(ends(corrected, test), reference)
+            for corrected in (
+                planned,
+                ptqd.correct(planned, stats, ("cnc", "bc")),
+                ptqd.correct(planned, fit_trajectory(planned, stats, run).correction),
+            )
+        ]
+        expected = 10 * torch.tensor(float(reference.var()) / errors.error(held)).log10()
+        print(
+            f"  {name:24s} {STEPS - sum(held):6d} {run_cost(planned, run).ratio:10.1f}x  {expected:8.1f} "
+            f"{found[0]:8.1f} {found[1]:8.1f} {found[2]:11.1f}",
+            flush=True,
+        )
+    for steps in (25, 18) if eta == 0 else ():
+        fewer = test.replace(steps=steps)
+        full, mine = (snr(ends(each, fewer), reference) for each in (plain, quantized))
+        print(f"  {steps} steps: full precision {full:.1f}, quantized {mine:.1f}", flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--recipes", nargs="+", default=["w8a8", "w4a8"])
+    parser.add_argument("--etas", nargs="+", type=float, default=[0.0, 1.0])
+    args = parser.parse_args()
+    print(f"{STEPS} steps, statistics of {MEASURED}, {TESTED} other seeds, torch {torch.__version__}")
+    for model in args.models:
+        for eta in args.etas:
+            for recipe in args.recipes:
+                if eta == 0 or "flow" not in model:
+                    cell(model, recipe, eta)
+
+
+if __name__ == "__main__":
+    main()
