@@ -173,7 +173,7 @@ class PlanOptions:
     """Which plan is wanted; the kind is the verb's."""
 
     budget: Annotated[
-        str | None, Parameter(help="auto: 19.9x, this many times fewer bit operations than FP32; 2x-seconds, faster")
+        str | None, Parameter(help="auto: 19.9x, so many times fewer bit operations than FP32; 2x-seconds, faster")
     ] = None
     floor: Annotated[
         str | None, Parameter(help="auto: instead, 25dB, the final sample's SNR against full precision")

@@ -310,7 +310,7 @@ def test_a_budget_of_seconds(pipe: Any, qpipe: Any, run: Sampling, timesteps: tu
         plan = search_plan(pipe, qpipe, run, stats, budget=budget, hold=True, seconds=seconds)
         assert sum(plan.held) == most
         assert plan.made["times_faster"] == pytest.approx(4 / (4 - 0.9 * most), rel=1e-3)
-    with pytest.raises(InputError, match="the nearest is 3.07x"):
+    with pytest.raises(InputError, match=r"the nearest is 3\.07x"):
         search_plan(pipe, qpipe, run, stats, budget=4, hold=True, seconds=seconds)
     found = measure_seconds(qpipe, run, timesteps, (8,))
     assert 0 <= found.held < found.computed[8]
