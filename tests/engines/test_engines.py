@@ -29,6 +29,7 @@ from ptqd import (
     load,
     measure,
     quantize,
+    search_plan,
 )
 from ptqd.diffusion import denoiser_name, pipeline_fingerprint, run_batch
 from ptqd.engines import (
@@ -49,6 +50,7 @@ from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.engines.lowering import lowered
 from ptqd.engines.sessions import ENGINES
+from ptqd.quantization import plan_of
 from ptqd.quantization.modules import ActivationQuantizer, QuantLinear
 from ptqd_cli.main import main
 from tiny import CASES
@@ -143,7 +145,7 @@ def test_an_engine_computes_what_the_simulation_does(text: str, engine: str, exp
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, tmp_path: Path) -> None:
+def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
     """OpenVINO too, which takes no other plan: widths and ranges stay the same."""
     qpipe = exports("w4a8")[0]
     qpipe.scheduler.set_timesteps(RUN.steps)
@@ -155,6 +157,13 @@ def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, tmp_pat
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     found = images(pipe)
     assert len(calls) == RUN.steps - 1
+    again = apply_plan(pipe, plan.holding((1, 2)))  # an exported pipeline can be given another one
+    again.save_pretrained(tmp_path / "again")
+    loaded = load(tmp_path / "again")
+    assert plan_of(loaded).held == (False, True, True)
+    np.testing.assert_array_equal(images(loaded), images(again))
+    with pytest.raises(InputError, match="operations of an exported pipeline are not counted"):
+        search_plan(full, pipe, RUN, {8: measure(full, pipe, RUN)}, budget=20, hold=True)
     assert np.square(found - images(held)).mean() < 0.1 * np.square(found - images(qpipe)).mean()
 
 

@@ -357,12 +357,21 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         raise InputError("a network that an engine runs cannot be made anew; use the pipeline it was exported from")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
-        """Copy the graph and what is known of it."""
+        """Copy the graph and what is known of it, with the plan that it follows now."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (GRAPH, WEIGHTS, FACTS, TABLE, "config.json"):
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
+        quantizer: PtqdQuantizer | None = getattr(self, "hf_quantizer", None)
+        if quantizer is None:
+            return
+        values = read_as(folder / "config.json", dict[str, Any], AGAIN)
+        plan, saved = quantizer.quantization_config.plan, values["quantization_config"]
+        if saved.get("plan") != plan:
+            kept = {name: value for name, value in saved.items() if name != "plan"}
+            values["quantization_config"] = kept if plan is None else {**kept, "plan": plan}
+            write_json(folder / "config.json", values)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> "EngineModule":

@@ -300,6 +300,19 @@ def _grouped(sensitivity: Sensitivity, macs: Macs, groups: int) -> tuple[tuple[s
     return tuple(tuple(result[g]) for g in sorted(result))
 
 
+def check_countable(qpipe: DiffusionPipeline, *, timed: bool) -> None:
+    """Refuse an exported pipeline whose plan is to be counted in operations.
+
+    Raises:
+        InputError: it is one, and costs will not be in seconds.
+    """
+    if not timed and next(quantized_sites(denoiser_of(qpipe)), None) is None:
+        raise InputError(
+            "the operations of an exported pipeline are not counted; give a budget of seconds, such as 2x-seconds, or "
+            "plan the quantized pipeline that it was exported from"
+        )
+
+
 def planning_problem(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
@@ -344,12 +357,8 @@ def planning_problem(
         rule = recipe.rule_for(names_of(site.name), site.kind)
         fixed = site.weight is not None and rule is not None and rule.weight_bits is not None
         layers[site.name] = LayerBits(0 if site.weight is None else site.weight.weights.bits, bits, fixed)
-    if not layers and hold and len(recipe.widths) < 2:  # an engine's
-        if not timed:
-            raise InputError(
-                "the operations of an exported pipeline are not counted; give a budget of seconds, such as 2x-seconds, "
-                "or plan the quantized pipeline that it was exported from"
-            )
+    check_countable(qpipe, timed=timed)
+    if not layers:  # an engine's
         layers["*"] = LayerBits(0, None)
     if all(own.activations is not None for own in layers.values()):
         raise InputError("the recipe fixes the activations' bits of every layer by a rule; there is nothing to plan")
