@@ -199,9 +199,12 @@ def rated(problem: Problem, plan: PrecisionPlan) -> Solution:
 
 
 def pareto(problem: Problem, points: int = 12) -> list[Solution]:
-    """Budgeted plans over the whole range of budgets, cheapest first."""
-    cheapest, best = _ends(problem)
-    low, high = problem.full_cost / problem.cost(*best), problem.full_cost / problem.cost(*cheapest)
+    """Budgeted plans over the whole range of budgets, cheapest first; where steps may hold, up to three in four do."""
+    best, most = _ends(problem)[1], problem
+    if problem.held_errors is not None:
+        patterns = problem.held_errors.patterns()
+        most = problem.holding(patterns[3 * len(patterns) // 4])
+    low, high = problem.full_cost / problem.cost(*best), problem.full_cost / most.cost(*_ends(most)[0])
     return [solve(problem, budget=float(b)) for b in np.geomspace(high, low, points) * (1 - 1e-9)]
 
 
@@ -226,18 +229,20 @@ def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, obje
 def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -> tuple[Ints, float]:
     """The best widths (T, G) for given weights: a multiple-choice knapsack, and a lower bound of what is minimised.
 
-    Steps at the same timestep are one choice.
+    Steps at the same timestep are one choice; those that hold are none.
     """
-    costs, errors = problem.activation_costs(weights), problem.errors
-    first = [problem.timesteps.index(t) for t in problem.timesteps]
+    computed = ~np.array(problem.held or (False,) * len(problem.timesteps))
+    costs, errors = problem.activation_costs(weights)[computed], problem.errors[computed]
+    first = [problem.timesteps.index(t) for t, kept in zip(problem.timesteps, computed, strict=True) if kept]
     distinct = sorted(set(first))
     place = np.array([distinct.index(i) for i in first])
     shape = (len(distinct), *errors.shape[1:])
     joined = [np.zeros(shape), np.zeros(shape)]
     for table, total in zip((costs, errors), joined, strict=True):
         np.add.at(total, place, table)
-    no_choice = problem.cost(np.zeros(errors.shape[:2], dtype=np.int64), weights) - float(costs[:, :, 0].sum())
-    no_error = problem.error(np.zeros(errors.shape[:2], dtype=np.int64), weights) - float(errors[:, :, 0].sum())
+    choice = np.zeros(problem.errors.shape[:2], dtype=np.int64)
+    no_choice = problem.cost(choice, weights) - float(costs[:, :, 0].sum())
+    no_error = problem.error(choice, weights) - float(errors[:, :, 0].sum())
     limited, minimised = joined if by_cost else joined[::-1]
     room = limit - (no_choice if by_cost else no_error)
     scale = max(abs(room), 1e-300)
@@ -256,7 +261,7 @@ def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -
     )
     if result.x is None:
         raise InputError("no plan meets what is asked for; ask for less")
-    choice = result.x.reshape(shape).argmax(2)[place]
+    choice[computed] = result.x.reshape(shape).argmax(2)[place]
     other = no_error if by_cost else no_choice
     return choice, float(result.mip_dual_bound) * size + other
 
