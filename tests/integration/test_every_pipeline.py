@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from ptqd import PtqdError, Recipe, Sampling, correct, export, load, measure, quantize
+from ptqd import PrecisionPlan, PtqdError, Recipe, Sampling, apply_plan, correct, export, load, measure, quantize
 from ptqd.diffusion import run_batch, with_components
 from ptqd.diffusion.pipeline_parts import denoiser_name, denoisers_of
 from ptqd.quantization.modules.attention import attention_modules
@@ -117,6 +117,33 @@ def test_the_best_recipe_goes_through(name: str) -> None:
     run = Sampling(steps=case.steps, eta=case.eta, samples=4, batch=batch, call={**case.call, **(case.guidance or {})})
     made = quantize(case.build(), learning_recipe("w4a8-best"), run)
     assert bool(torch.isfinite(samples(made, run)).all())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not REFUSED.get(name)])
+def test_a_step_that_holds_calls_nothing(name: str) -> None:
+    """As many calls less as the step before has made, whatever a pipeline's guidance; and the sample is another."""
+    case = ALL[name]
+    torch.manual_seed(0)
+    batch = 1 if name == "wan-vace" else 2
+    run = Sampling(steps=case.steps, eta=case.eta, samples=2, batch=batch, call={**case.call, **(case.guidance or {})})
+    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    pipe = case.build()
+    qpipe = quantize(pipe, recipe, run)
+    timesteps = measure(pipe, qpipe, run).measured_on.model_timesteps
+    later = [t for t in timesteps if t != timesteps[0]]
+    if not later:
+        pytest.skip("one step")
+    one = later[0] if len(denoisers_of(pipe)) > 1 else later[-1]  # of two denoisers the second has its own first step
+    plan = PrecisionPlan.uniform(timesteps, 8).holding([i for i, t in enumerate(timesteps) if t == one])
+    held = apply_plan(qpipe, plan)
+    calls = {"computed": 0, "held": 0}
+    for key, each in (("computed", qpipe), ("held", held)):
+        for model in denoisers_of(each).values():
+            model.register_forward_hook(lambda *_, key=key: calls.update({key: calls[key] + 1}))
+    outcome = [samples(each, run) for each in (qpipe, held)]
+    assert calls["held"] < calls["computed"]
+    assert bool(torch.isfinite(outcome[1]).all())
+    assert not torch.equal(*outcome)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,8 +1,8 @@
 """Steps at which a denoiser is not called: its output is held, the one of the last step at which it was.
 
 A step may call its denoiser more than once, as guidance does; each call then holds what the call in its place gave. A
-call that holds nothing, as the first of a run that begins midway, or one of another shape, is computed. Threads hold
-outputs of their own, so that runs which take turns do not mix.
+call that has nothing to hold is computed: the first of a run that begins midway, or one of a sample of another shape.
+Threads hold outputs of their own, so that runs which take turns do not mix.
 
 The denoiser's class is what changes, as a hook cannot leave out the call: its subclass is otherwise its own class.
 """
@@ -18,9 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ptqd.diffusion.pipeline_parts import calling_pipeline, scheduler_of
-
-Shapes = tuple[torch.Size, ...]
+from ptqd.diffusion.pipeline_parts import calling_pipeline
 
 
 @dataclass
@@ -30,7 +28,7 @@ class _Run:
     schedule: Any = None
     step: int = -1
     calls: int = 0  # of this step
-    outputs: list[tuple[Shapes, Any]] = field(default_factory=list)  # of the last step that was computed
+    outputs: list[tuple[torch.Size | None, Any]] = field(default_factory=list)  # of the last step that was computed
 
 
 class HeldOutputs:
@@ -51,9 +49,7 @@ class HeldOutputs:
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """The output that a call holds; None where it is to be computed."""
         step, holds = self._enter(model, args, kwargs)
-        pipe, schedule = calling_pipeline()[0], None
-        if pipe is not None:
-            schedule = getattr(scheduler_of(pipe), "timesteps", None)
+        schedule = getattr(getattr(calling_pipeline()[0], "scheduler", None), "timesteps", None)
         run = self._runs.setdefault(threading.current_thread(), _Run(schedule))
         if schedule is not run.schedule or step < run.step:
             self._runs[threading.current_thread()] = run = _Run(schedule)
@@ -64,8 +60,8 @@ class HeldOutputs:
         run.calls += 1
         if not holds or len(run.outputs) < run.calls:
             return None
-        shapes, output = run.outputs[run.calls - 1]
-        return _own(output) if shapes == _shapes(args, kwargs) else None
+        shape, output = run.outputs[run.calls - 1]
+        return _own(output) if shape == _sample_shape(args, kwargs) else None
 
     @torch.compiler.disable
     def after(self, args: Any, kwargs: Any, output: Any) -> None:
@@ -74,7 +70,7 @@ class HeldOutputs:
         if len(run.outputs) >= run.calls:  # of another shape
             run.outputs = run.outputs[: run.calls - 1]
         if len(run.outputs) == run.calls - 1:
-            run.outputs.append((_shapes(args, kwargs), _own(output)))
+            run.outputs.append((_sample_shape(args, kwargs), _own(output)))
 
 
 class _Holding:
@@ -113,8 +109,10 @@ def _holding(kind: type[nn.Module]) -> Any:
     return type(kind.__name__, (_Holding, kind), {**names, "proxy_for": kind})
 
 
-def _shapes(args: Any, kwargs: Any) -> Shapes:
-    return tuple(x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+def _sample_shape(args: Any, kwargs: Any) -> torch.Size | None:
+    """Of the sample, which comes first; conditions may come and go from step to step, as adapters' do."""
+    tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+    return next((x.shape for x in tensors if x.ndim > 1), None)
 
 
 def _own(output: Any) -> Any:
