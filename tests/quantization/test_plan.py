@@ -339,3 +339,32 @@ def test_half_precision_takes_other_weights(
 def test_planning_imports_nothing_of_the_report() -> None:
     code = "import sys, ptqd.mixed_precision.solver; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_step_policies_of_serving_engines() -> None:
+    """The schema is that of vLLM-Omni's pull request 6560, which the others share."""
+    timesteps = tuple(float(t) for t in range(10, 0, -1))
+    plan = PrecisionPlan.first_last(timesteps, 8)
+    assert [row[0] for row in plan.bits] == [16] * 3 + [8] * 4 + [16] * 3
+    assert plan.step_policy() == {
+        "schema_version": 1,
+        "type": "first_last_n",
+        "index_space": "denoising_loop_iteration",
+        "scope": ["transformer"],
+        "default_mode": "native",
+        "first_steps": {"count": 3, "mode": "a16"},
+        "last_steps": {"count": 3, "mode": "a16"},
+        "overlap": "a16",
+        "reasoner": "a16",
+    }
+    one = PrecisionPlan.first_last(timesteps, 4, first=1, last=0).step_policy(["unet"])
+    assert (one["first_steps"]["count"], one["last_steps"]["count"], one["scope"]) == (1, 0, ["unet"])
+    assert PrecisionPlan.uniform(timesteps, 8).step_policy()["first_steps"]["count"] == 0
+    assert PrecisionPlan.uniform(timesteps, 16).step_policy()["first_steps"]["count"] == 10
+    for other in (
+        plan.holding((4,)),
+        plan.replace(bits=(*plan.bits[:5], (16,), *plan.bits[6:])),
+        plan.replace(bits=(*plan.bits[:5], (4,), *plan.bits[6:])),
+    ):
+        with pytest.raises(InputError, match="plan is another"):
+            other.step_policy()

@@ -40,6 +40,7 @@ from ptqd.files import read_toml, write_text
 from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
 _ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*(?:hold|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*))\s*")
+_POLICY_BITS = 16
 HOLD = 0
 """The bits of a step that is not computed."""
 _KEYS = ("steps", "bits", "groups", "weights", "made")
@@ -124,6 +125,55 @@ class PrecisionPlan:
     def uniform(cls, timesteps: Sequence[float], bits: int) -> "PrecisionPlan":
         """The same bits at every step."""
         return cls(tuple(timesteps), ((bits,),) * len(timesteps), made={"rule": "uniform"})
+
+    @classmethod
+    def first_last(
+        cls, timesteps: Sequence[float], bits: int, *, edge: int = 16, first: int = 3, last: int = 3
+    ) -> "PrecisionPlan":
+        """Other bits at the first and the last steps, as serving engines fix them; 3 and 3 is their default.
+
+        Args:
+            timesteps: what the denoiser is told at each step (T,).
+            bits: of all other steps.
+            edge: bits of the first and the last steps.
+            first: how many steps come first.
+            last: how many come last.
+        """
+        steps = len(timesteps)
+        rows = tuple((edge if i < first or i >= steps - last else bits,) for i in range(steps))
+        return cls(tuple(timesteps), rows, made={"rule": "first and last", "first": first, "last": last})
+
+    def step_policy(self, scope: Sequence[str] = ("transformer",)) -> dict[str, Any]:
+        """The plan as a ``diffusion_step_policy``, version 1: 16-bit activations at the first and the last steps, those of
+        the checkpoint in between. diffusers, vLLM-Omni, SGLang and TensorRT-LLM read it from
+        ``quantization_config.runtime`` in a denoiser's ``config.json``.
+
+        Args:
+            scope: the pipeline's components that it is for.
+
+        Raises:
+            InputError: the plan is another: it holds steps, or has 16 bits elsewhere, or more than one width besides.
+        """
+        wide = [row == (_POLICY_BITS,) * len(row) for row in self.bits]
+        first = next((i for i, is_wide in enumerate(wide) if not is_wide), self.steps)
+        last = next((i for i, is_wide in enumerate(reversed(wide)) if not is_wide), self.steps)
+        others = {bits for row, is_wide in zip(self.bits, wide, strict=True) if not is_wide for bits in row}
+        if len(others) > 1 or HOLD in others or (others and sum(wide) != first + last):
+            raise InputError(
+                f"a step policy has {_POLICY_BITS} bits at the first and the last steps and one width in between; this "
+                "plan is another, which only ptqd reads"
+            )
+        edges = {"first_steps": first, "last_steps": last if others else 0}
+        return {
+            "schema_version": 1,
+            "type": "first_last_n",
+            "index_space": "denoising_loop_iteration",
+            "scope": list(scope),
+            "default_mode": "native",
+            **{name: {"count": count, "mode": "a16"} for name, count in edges.items()},
+            "overlap": "a16",
+            "reasoner": "a16",
+        }
 
     def group_of(self, layer: str) -> int:
         """The group of a layer.
