@@ -144,8 +144,8 @@ class PrecisionPlan:
         return cls(tuple(timesteps), rows, made={"rule": "first and last", "first": first, "last": last})
 
     def step_policy(self, scope: Sequence[str] = ("transformer",)) -> dict[str, Any]:
-        """The plan as a ``diffusion_step_policy``, version 1: 16-bit activations at the first and the last steps, those of
-        the checkpoint in between. diffusers, vLLM-Omni, SGLang and TensorRT-LLM read it from
+        """The plan as a ``diffusion_step_policy``, version 1: 16-bit activations at the first and the last steps, the
+        checkpoint's own in between. diffusers, vLLM-Omni, SGLang and TensorRT-LLM read it from
         ``quantization_config.runtime`` in a denoiser's ``config.json``.
 
         Args:
