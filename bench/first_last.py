@@ -55,7 +55,7 @@ def main() -> None:
         )
         row("3 and 3", pipe, planned, run, test, reference)
         for name, options in (("steps", {"groups": 1}), ("groups", {}), ("held", {"hold": True})):
-            plan = ptqd.search_plan(pipe, quantized, run, stats, budget=budget, **options)  # type: ignore[arg-type]
+            plan = ptqd.search_plan(pipe, quantized, run, stats, budget=budget, **options)
             row(name, pipe, ptqd.apply_plan(quantized, plan), run, test, reference)
 
 
