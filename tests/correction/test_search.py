@@ -193,14 +193,16 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
 
     def overflow(pipe: Any, run: Any, batches: Any, decide: Any) -> list[torch.Tensor]:
         ends = plain(pipe, run, batches, decide)
-        ends[-1][-1] = float("nan")  # of the last candidate, joint
+        ends[-1][-1] = float("nan")  # of the last candidate, joint where all run
         return ends
 
-    monkeypatch.setattr("ptqd.correction.search.run_in_step", overflow)
+    calls = [overflow]
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", lambda *a: (calls.pop() if calls else plain)(*a))
     choice = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
     assert [trial.name for trial in choice.trials][:3] == ["trajectory", "none", "cnc+bc"]
     assert all("joint" not in trial.name for trial in choice.trials)
     monkeypatch.setattr("ptqd.correction.trajectory.run_in_step", overflow)
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", plain)
     assert "trajectory" not in [t.name for t in search_correction(gaussian_pipeline(**NOISE), stats, RUN).trials]
     monkeypatch.setattr("ptqd.correction.search.run_in_step", lambda *a: [part * float("nan") for part in plain(*a)])
     with pytest.raises(InputError, match="the quantized pipeline's samples hold NaN"):
@@ -282,3 +284,19 @@ def test_a_leader_that_runs_away_later_is_dropped(monkeypatch: pytest.MonkeyPatc
     choice = search_correction(noisy, stats, RUN)
     assert calls[0] >= 2 or choice.name.startswith("joint+")
     assert bool(torch.isfinite(latents(correct(noisy, choice), RUN)).all())
+
+
+def test_what_is_far_behind_runs_fewer_samples(stats: NoiseStats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond doubt, in distance and score; no correction, which the others are held against, runs them all."""
+    search = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
+    ran = {trial.name: trial.samples for trial in search.trials}
+    assert ran["none"] == 16
+    assert set(ran.values()) <= {8, 16, 32, len(stats.paths)}
+    monkeypatch.setattr("ptqd.correction.search.QUICK", 16)
+    whole = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
+    assert whole.name == search.name
+    assert all(trial.samples >= 16 for trial in whole.trials)
+    for trial in search.trials:
+        if trial.samples == 8:
+            other = next(t for t in whole.trials if t.name == trial.name)
+            assert other.why.startswith("worse")

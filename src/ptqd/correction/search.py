@@ -3,11 +3,11 @@
 1. ``trajectory`` (:mod:`ptqd.correction.trajectory`) is fitted along up to 64 samples, each walked with what others
    give: that walk is its trial. It chooses among PTQD's estimate, ours and its own, step by step.
 2. The others are: none, the paper's plain CNC and BC, the same with a slope for each channel where slopes differ, the
-   same gated step by step where the gate leaves some out, and ``joint``. They run whole trajectories of the first 16
-   samples, those of even folds corrected by what the odd folds' statistics give and the other way round, so that
-   nothing is judged on what it was fitted on (but which steps ``joint`` keeps follows from all). Where one of them is
-   ahead of ``trajectory``, it runs with each method for the variance that the scheduler allows, and the best two run
-   16 samples more.
+   same gated step by step where the gate leaves some out, and ``joint``. They run whole trajectories of the first 8
+   samples, and unless ``trajectory`` is ahead beyond doubt of 8 more, those of even folds corrected by what the odd
+   folds' statistics give and the other way round, so that nothing is judged on what it was fitted on (but which steps
+   ``joint`` keeps follows from all). Where one of them is ahead of ``trajectory``, it runs with each method for the
+   variance that the scheduler allows, and the best two run 16 samples more.
 3. Two measures, both against no correction: the mean squared distance to the same seed's full-precision sample (its
    geometric mean: no sample that went astray leads), and how far energy, by channel and band of frequency, is shifted.
    A smaller error alone is not enough: an estimate shrinks, and samples that are all too smooth are near to everything.
@@ -49,7 +49,9 @@ from ptqd.schema import nan_for_null, typed
 logger = logging.getLogger(__name__)
 
 MIN_CHECKED = 8
-FIRST = 16  # samples that every candidate runs
+QUICK = 8  # samples by which a candidate that is far behind the trajectory's is dropped
+FAR = 3.0  # standard errors
+FIRST = 16  # samples that every other candidate runs
 MORE = 32  # that the best run where they are alike
 ENOUGH_CHECKED = 64  # samples by which a correction that helps is told from one that does not
 RESOLUTION = 1e-6
@@ -208,6 +210,7 @@ class _Search:
         self.shifts: dict[Candidate, torch.Tensor] = {}  # of their features (n, F)
         self.plain = Candidate(NONE, ())
         self.fitted = Candidate(TRAJECTORY, (TRAJECTORY,))
+        self.behind: set[Candidate] = set()
         self.walk: TrajectoryFit | None = None
 
     def best(self) -> CorrectionSearch:
@@ -217,7 +220,12 @@ class _Search:
         self._walk()
         known = len(self.errors.get(self.fitted, self.indices))  # of large samples few trajectories are kept
         first, more = min(FIRST, known), min(MORE, known)
-        self._race([self.plain, *self._means()], first)
+        means = self._means()
+        if self.fitted in self.errors and first > QUICK:
+            self._race([self.plain, *means], QUICK)
+            means = [c for c in means if c in self.errors]
+            self.behind = {c for c in means if self._is_far_behind(c)}
+        self._race([self.plain, *(c for c in means if c not in self.behind)], first)
         leader = self._leader(first)
         if self._leads(leader, first):
             self._race([self._with_variance(leader, method) for method in self._variances()], first)
@@ -228,7 +236,7 @@ class _Search:
                 leader = self._leader(first)  # what ran away on the further samples is gone
         finalists = [c for c in self.errors if len(self.errors[c]) >= more] if self._leads(leader, first) else []
         count = more if len(finalists) > 1 else first
-        taken = min(finalists or self.errors, key=lambda c: self._score(c, count))
+        taken = min(finalists or self._rivals(), key=lambda c: self._score(c, count))
         if self.fitted in self.errors and not self._worse(self.fitted, taken, count):
             taken = self.fitted
         if not self._worse(self.plain, taken, first) and more > first:
@@ -238,7 +246,16 @@ class _Search:
         return self._choice(taken)
 
     def _leader(self, count: int) -> Candidate:
-        return min(self.errors, key=lambda c: self._score(c, count))
+        return min(self._rivals(), key=lambda c: self._score(c, count))
+
+    def _rivals(self) -> list[Candidate]:
+        return [c for c in self.errors if c not in self.behind]
+
+    def _is_far_behind(self, candidate: Candidate) -> bool:
+        """Whether it is behind the trajectory's beyond doubt, in distance and in the whole score."""
+        farther = (self.errors[candidate][:QUICK] / self.errors[self.fitted][:QUICK]).log()
+        surely = float(farther.mean()) > FAR * float(farther.std()) / QUICK**0.5
+        return surely and self._score(candidate, QUICK) > self._score(self.fitted, QUICK) + LEVEL
 
     def _leads(self, candidate: Candidate, count: int) -> bool:
         """Whether a candidate is ahead of the trajectory's by more than next to nothing."""
@@ -247,7 +264,7 @@ class _Search:
         return self.fitted not in self.errors or self._score(candidate, count) < self._score(self.fitted, count) - LEVEL
 
     def _runner_up(self, count: int) -> Candidate:
-        return sorted(self.errors, key=lambda c: self._score(c, count))[1]
+        return sorted(self._rivals(), key=lambda c: self._score(c, count))[1]
 
     def _means(self) -> list[Candidate]:
         """Candidates for the mean, that differ for these statistics."""
