@@ -197,7 +197,12 @@ def test_samples_that_are_not_finite_are_never_chosen(stats: NoiseStats, monkeyp
         return ends
 
     calls = [overflow]
-    monkeypatch.setattr("ptqd.correction.search.run_in_step", lambda *a: (calls.pop() if calls else plain)(*a))
+
+    def first_overflows(*args: Any) -> list[torch.Tensor]:
+        run: Any = calls.pop() if calls else plain
+        return list(run(*args))
+
+    monkeypatch.setattr("ptqd.correction.search.run_in_step", first_overflows)
     choice = search_correction(gaussian_pipeline(**NOISE), stats, RUN)
     assert [trial.name for trial in choice.trials][:3] == ["trajectory", "none", "cnc+bc"]
     assert all("joint" not in trial.name for trial in choice.trials)
