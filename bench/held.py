@@ -44,7 +44,7 @@ def held_rows(steps: int, errors: HeldErrors) -> dict[str, tuple[bool, ...]]:
     """Patterns of held steps, by name."""
     second = tuple(1 < i < steps - 1 and i % 2 == 1 for i in range(steps))
     two_of_three = tuple(1 < i < steps - 1 and i % 3 != 1 for i in range(steps))
-    chosen = errors.patterns()
+    chosen = errors.patterns
     return {
         "none held": (False,) * steps,
         "every 2nd": second,

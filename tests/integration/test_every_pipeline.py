@@ -131,8 +131,8 @@ def test_a_step_that_holds_calls_nothing(name: str) -> None:
     qpipe = quantize(pipe, recipe, run)
     timesteps = measure(pipe, qpipe, run).measured_on.model_timesteps
     later = [t for t in timesteps if t != timesteps[0]]
-    if not later:
-        pytest.skip("one step")
+    if not later or len(set(timesteps)) < len(timesteps):
+        pytest.skip("one step, or a schedule that takes some timestep twice")
     one = later[0] if len(denoisers_of(pipe)) > 1 else later[-1]  # of two denoisers the second has its own first step
     plan = PrecisionPlan.uniform(timesteps, 8).holding([i for i, t in enumerate(timesteps) if t == one])
     held = apply_plan(qpipe, plan)

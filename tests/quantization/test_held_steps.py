@@ -1,6 +1,8 @@
 """Steps of a plan that hold the output of the step before: the denoiser is not called."""
 
 import copy
+import itertools
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from torch import nn
 
 from ptqd import (
@@ -18,6 +21,7 @@ from ptqd import (
     Sampling,
     apply_plan,
     correct,
+    export,
     load,
     measure,
     measure_widths,
@@ -25,7 +29,7 @@ from ptqd import (
     search_plan,
 )
 from ptqd.correction import fit_trajectory
-from ptqd.diffusion import run_batch
+from ptqd.diffusion import run_batch, with_components
 from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
 from ptqd.diffusion.trajectory import record, replay
 from ptqd.mixed_precision import StepSeconds, measure_seconds, planning_problem
@@ -266,10 +270,12 @@ def test_held_errors_are_those_of_the_outputs_themselves(pipe: Any, qpipe: Any, 
 
 def test_patterns_hold_one_step_more_each_time(pipe: Any, qpipe: Any, run: Sampling) -> None:
     errors = HeldErrors(measure(pipe, qpipe, run))
-    patterns = errors.patterns()
+    patterns = errors.patterns
     assert [sum(held) for held in patterns] == [0, 1, 2, 3]
     assert not any(held[0] for held in patterns)
-    assert errors.error(patterns[1]) == min(errors.error([i == step for i in range(4)]) for step in (1, 2, 3))
+    for before, after in itertools.pairwise(patterns):
+        trials = [[held or i == step for i, held in enumerate(before)] for step in range(1, 4) if not before[step]]
+        assert errors.error(after) == pytest.approx(min(map(errors.error, trials)), rel=1e-9)
 
 
 def test_a_plan_that_holds_meets_its_budget(pipe: Any, qpipe: Any, run: Sampling, timesteps: tuple[float, ...]) -> None:
@@ -285,6 +291,23 @@ def test_a_plan_that_holds_meets_its_budget(pipe: Any, qpipe: Any, run: Sampling
         search_plan(pipe, qpipe, run, stats, budget=whole * 5, hold=True)
     with pytest.raises(InputError, match="ranges for 8-bit activations only"):
         search_plan(pipe, qpipe, run, stats, budget=whole * 1.5)
+
+
+def test_where_steps_cannot_hold(pipe: Any, qpipe: Any, held: Any, run: Sampling, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="takes some timestep twice"):
+        PrecisionPlan((9.0, 5.0, 5.0, 1.0), ((8,),) * 4).holding((3,))
+    heun = with_components(pipe, scheduler=HeunDiscreteScheduler.from_config(pipe.scheduler.config))
+    still = run.replace(eta=0.0)
+    stats = {8: measure(heun, with_components(qpipe, scheduler=heun.scheduler), still)}
+    with pytest.raises(InputError, match="takes some timestep twice"):
+        search_plan(heun, with_components(qpipe, scheduler=heun.scheduler), still, stats, budget=20, hold=True)
+    with pytest.raises(InputError, match="holds steps, which torchao's pipelines cannot"):
+        export(held, run, "torchao", tmp_path / "ao")
+
+
+def test_a_held_denoiser_is_pickled(held: Any, run: Sampling) -> None:
+    again = pickle.loads(pickle.dumps(held.unet))
+    assert torch.equal(sampled(with_components(held, unet=again), run), sampled(held, run))
 
 
 def test_widths_and_held_steps_are_chosen_together(pipe: Any, run: Sampling) -> None:

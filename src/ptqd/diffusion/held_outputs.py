@@ -42,8 +42,9 @@ class HeldOutputs:
         self._enter = enter
         self._runs: weakref.WeakKeyDictionary[threading.Thread, _Run] = weakref.WeakKeyDictionary()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "HeldOutputs":
-        return HeldOutputs(self._enter)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies hold nothing yet."""
+        return HeldOutputs, (self._enter,)
 
     @torch.compiler.disable
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -79,6 +80,10 @@ class _Holding:
     proxy_for: ClassVar[type[nn.Module]]
     held_outputs: HeldOutputs
 
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """Pickle knows no classes that are made; the denoiser's own is."""
+        return _made_again, (type(self).proxy_for,), vars(self)
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         held = self.held_outputs.before(self, args, kwargs)
         if held is not None:
@@ -86,6 +91,11 @@ class _Holding:
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         self.held_outputs.after(args, kwargs, output)
         return output
+
+
+def _made_again(kind: Any) -> Any:
+    holding = _holding(kind)
+    return holding.__new__(holding)
 
 
 def hold_outputs(model: nn.Module, held: HeldOutputs) -> None:

@@ -22,6 +22,7 @@ from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
+from ptqd.quantization.plan_steps import plan_steps_of
 from ptqd.quantization.sites import quantized_layers
 
 Layout = Literal["int8", "int4"]
@@ -47,6 +48,12 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
     model = getattr(pipe, name)
     if any(True for _ in tuned_layers(model)):
         raise InputError(f"the {name} has a LoRA, which torchao's layouts have no place for; unload it, or fuse it")
+    steps = plan_steps_of(model)
+    if steps is not None and any(steps.plan.held):
+        raise InputError(
+            f"the plan of the {name} holds steps, which torchao's pipelines cannot; export to onnxruntime or openvino, "
+            "or take a plan that holds none"
+        )
     ranks = _ranks(model, captured(pipe, sampling, model))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     plain = type(model).from_config(config).eval().to(torch.bfloat16 if layout == "int4" else torch.float32)

@@ -13,6 +13,7 @@ next, so their errors are not summed one by one.
 Patterns are searched by adding the step that costs least error, again and again.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +39,6 @@ class HeldErrors:
         noise, signal = whole[self.steps :, : self.steps], whole[: self.steps, : self.steps]
         energy = signal.diagonal().clamp(min=1e-300)
         self.slope = ((signal + noise).T / energy[:, None]).clamp(min=LEAST)  # 1 + k of step j that holds s (T, T)
-        timesteps = stats.measured_on.model_timesteps or tuple(stats.timesteps.tolist())
-        self.same = [[i for i, other in enumerate(timesteps) if other == t] for t in timesteps]
 
     def error(self, held: Sequence[bool]) -> float:
         """Expected squared error of the final sample, mean over its elements."""
@@ -55,21 +54,38 @@ class HeldErrors:
         grown = (together**2 * noise).sum(0) / own.clamp(min=1e-300)
         return torch.where(own > 0, grown, 1.0)
 
-    def patterns(self) -> list[tuple[bool, ...]]:
-        """Which steps to hold (T,), from none to all but the first, each with one timestep more than the one before."""
+    @functools.cached_property
+    def patterns(self) -> tuple[tuple[bool, ...], ...]:
+        """Which steps to hold (T,), from none to all but the first, each with one step more than the one before."""
         held = [False] * self.steps
         result = [tuple(held)]
-        while True:
-            trials = []
-            for step in range(1, self.steps):
-                if held[step] or self.same[step][0] != step or 0 in self.same[step]:
-                    continue
-                trial = [holds or i in self.same[step] for i, holds in enumerate(held)]
-                trials.append((self.error(trial), trial))
-            if not trials:
-                return result
-            held = min(trials)[1]
+        while not all(held[1:]):
+            held[self._next(held)] = True
             result.append(tuple(held))
+        return tuple(result)
+
+    def _next(self, held: Sequence[bool]) -> int:
+        """The step that adds least to the error where it holds too: it changes four weights, of h and s."""
+        source, steps = sources(held), self.steps
+        weights = self._weights(source)
+        answer = (self.cross @ weights[..., None])[..., 0]  # B,2T
+        best, least = 0, float("inf")
+        for h in range(1, steps):
+            if held[h]:
+                continue
+            s, after = source[h - 1], h
+            taken, given = torch.zeros(2, len(weights), dtype=torch.float64)
+            while after < steps and source[after] == h:
+                taken += self.coefficients[:, after] / self.slope[after, h]
+                given += self.coefficients[:, after] / self.slope[after, s]
+                after += 1
+            places = torch.tensor([h, h + steps, s, s + steps])
+            change = torch.stack([-taken, -taken, given, given], -1)  # B,4
+            inner = (self.cross[:, places][:, :, places] @ change[..., None])[..., 0]
+            added = float((change * (2 * answer[:, places] + inner)).sum())
+            if added < least:
+                best, least = h, added
+        return best
 
     def _weights(self, source: Sequence[int]) -> torch.Tensor:
         """What of each step's eps and delta the final sample's error consists of (B, 2 T)."""

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_of
+from ptqd.diffusion.pipeline_parts import denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.mixed_precision.contributions import contributions
@@ -109,6 +109,7 @@ class Problem:
         total = operations.sum(1, keepdims=True)  # none where the layers are an engine's
         shares = np.where(total > 0, operations / np.maximum(total, TINY), 1 / max(1, len(self.groups)))  # T,G
         above = np.array([max(0.0, seconds.computed[bits] - seconds.held) for bits in widths])
+        above = np.minimum.accumulate(above[::-1])[::-1]  # fewer bits that take longer are no cheaper than more
         return replace(
             self,
             layer_costs=np.zeros_like(self.layer_costs),
@@ -121,10 +122,15 @@ class Problem:
         )
 
     def holding(self, held: Sequence[bool]) -> "Problem":
-        """What is left to choose where some steps (T,) hold: these cost nothing, and the others' noise is held on."""
-        assert self.held_errors is not None
+        """What is left to choose where some steps (T,) hold: these cost nothing, and the others' noise is held on.
+
+        Raises:
+            InputError: some do, and the problem is of plans that hold none.
+        """
         if not any(held):
             return self
+        if self.held_errors is None:
+            raise InputError("what it does to hold steps was not asked for; make the problem with hold")
         computed = ~np.array(held)
         grown = self.held_errors.amplification(held).numpy() * computed
         most = self.errors[:, :, -1].sum(1)  # T
@@ -313,6 +319,23 @@ def check_countable(qpipe: DiffusionPipeline, *, timed: bool) -> None:
         )
 
 
+def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float]) -> None:
+    """Refuse to choose steps that hold where it is not known what that does.
+
+    Raises:
+        InputError: the pipeline has several denoisers, or the schedule takes some timestep twice.
+    """
+    if len(denoisers_of(qpipe)) > 1:
+        raise InputError(
+            f"{type(qpipe).__name__} has several denoisers, of which none holds what another gave; let no steps hold"
+        )
+    if len(set(timesteps)) < len(timesteps):
+        raise InputError(
+            "the schedule takes some timestep twice, so that its calls cannot be told apart; let no steps hold, or "
+            "sample with a scheduler of one call a step"
+        )
+
+
 def planning_problem(
     pipe: DiffusionPipeline,
     qpipe: DiffusionPipeline,
@@ -348,6 +371,8 @@ def planning_problem(
             f"the model has ranges for {recipe.widths[0]}-bit activations only; quantize with, say, w4a4+8, or let "
             "steps hold their output (hold)"
         )
+    if hold:
+        check_can_hold(qpipe, model_timesteps(stats))
     layers: dict[str, LayerBits] = {}
     model = denoiser_of(qpipe)
     for site in quantized_sites(model):
@@ -359,6 +384,8 @@ def planning_problem(
         layers[site.name] = LayerBits(0 if site.weight is None else site.weight.weights.bits, bits, fixed)
     check_countable(qpipe, timed=timed)
     if not layers:  # an engine's
+        if weight_bits:
+            raise InputError("the weights of an exported pipeline stay as they are; plan without bits for weights")
         layers["*"] = LayerBits(0, None)
     if all(own.activations is not None for own in layers.values()):
         raise InputError("the recipe fixes the activations' bits of every layer by a rule; there is nothing to plan")

@@ -112,7 +112,7 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
     if budget is not None and budget <= 0:
         raise InputError(f"a budget is how many times fewer bit operations, more than 0; got {budget:g}")
     limit = problem.full_cost / budget if budget is not None else problem.variance / 10 ** ((floor or 0.0) / 10)
-    patterns = [()] if problem.held_errors is None else problem.held_errors.patterns()
+    patterns = ((),) if problem.held_errors is None else problem.held_errors.patterns
     most = problem if problem.held_errors is None else problem.holding(patterns[-1])
     cheapest, best = _ends(most)[0], _ends(problem)[1]
     if budget is not None and most.cost(*cheapest) > limit * (1 + 1e-12):
@@ -190,7 +190,8 @@ def uniform(problem: Problem, bits: int) -> Solution:
 
 def rated(problem: Problem, plan: PrecisionPlan) -> Solution:
     """What a plan with one group is expected to do, with the weights' bits that err least, for comparison."""
-    rows = np.array([problem.widths.index(row[0]) for row in plan.bits])
+    problem = problem.holding(plan.held)
+    rows = np.array([problem.widths.index(row[0]) for row in plan.holding(()).bits])
     choice = np.repeat(rows[:, None], len(problem.groups), axis=1)
     weights = _ends(problem)[1][1]
     error, cost = problem.error(choice, weights), problem.cost(choice, weights)
@@ -202,7 +203,7 @@ def pareto(problem: Problem, points: int = 12) -> list[Solution]:
     """Budgeted plans over the whole range of budgets, cheapest first; where steps may hold, up to three in four do."""
     best, most = _ends(problem)[1], problem
     if problem.held_errors is not None:
-        patterns = problem.held_errors.patterns()
+        patterns = problem.held_errors.patterns
         most = problem.holding(patterns[3 * len(patterns) // 4])
     low, high = problem.full_cost / problem.cost(*best), problem.full_cost / most.cost(*_ends(most)[0])
     return [solve(problem, budget=float(b)) for b in np.geomspace(high, low, points) * (1 - 1e-9)]
@@ -322,9 +323,8 @@ def priced(problem: Problem, price: float) -> tuple[Ints, Ints]:
             weights[mine] = bits[errors.argmin(1)]
             continue
         pairs = [(i, j) for i in range(len(widths)) for j in range(i + 1, len(widths))]
-        turns = [
-            (base[:, i] - base[:, j]) / (price * np.maximum(step, 1e-300) * (widths[j] - widths[i])) for i, j in pairs
-        ]
+        some = step > 0
+        turns = [(base[some, i] - base[some, j]) / (price * step[some] * (widths[j] - widths[i])) for i, j in pairs]
         breaks = np.unique(np.clip(np.concatenate(turns), bits[0], bits[-1]))  # mean weight bits
         middles = np.unique(np.concatenate([[bits[0], bits[-1]], (breaks[1:] + breaks[:-1]) / 2]))
         tables = base[None] + price * middles[:, None, None] * step[:, None] * widths  # M,T,W

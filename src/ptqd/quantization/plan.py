@@ -83,6 +83,11 @@ class PrecisionPlan:
                 raise InputError(f"step {i} of the plan holds some groups only; a step holds its whole output, or none")
         if self.held[0]:
             raise InputError("the first step of the plan holds, and there is no output before it; give it bits")
+        if any(self.held) and len(set(self.timesteps)) < self.steps:
+            raise InputError(
+                "steps of the plan hold, and its schedule takes some timestep twice, so that its calls cannot be told "
+                "apart; give every step bits, or sample with a scheduler of one call a step"
+            )
         for bits in {b for row in self.bits for b in row} - {HOLD}:
             _ = Grid(bits, symmetric=True)
         first: dict[float, int] = {}
@@ -106,7 +111,7 @@ class PrecisionPlan:
         """The same with these steps held, and no others; a step that was held gets the bits of the one before it.
 
         Raises:
-            InputError: a step that the plan has not, the first one, or one of two at the same timestep.
+            InputError: a step that the plan has not, the first one, or any of a schedule that takes a timestep twice.
         """
         rows: list[tuple[int, ...]] = []
         for row in self.bits:
@@ -115,7 +120,7 @@ class PrecisionPlan:
             if not 0 <= step < self.steps:
                 raise InputError(f"the plan has no step {step} to hold; it has steps 0 to {self.steps - 1}")
             rows[step] = (HOLD,) * len(self.groups)
-        return self.replace(bits=tuple(rows))
+        return self.replace(bits=tuple(rows), made={})
 
     def replace(self, **changes: Any) -> "PrecisionPlan":
         """A copy with some fields changed."""
@@ -140,7 +145,8 @@ class PrecisionPlan:
             last: how many come last.
         """
         steps = len(timesteps)
-        rows = tuple((edge if i < first or i >= steps - last else bits,) for i in range(steps))
+        outer = {t for i, t in enumerate(timesteps) if i < first or i >= steps - last}  # a timestep has one width
+        rows = tuple((edge if t in outer else bits,) for t in timesteps)
         return cls(tuple(timesteps), rows, made={"rule": "first and last", "first": first, "last": last})
 
     def step_policy(self, scope: Sequence[str] = ("transformer",)) -> dict[str, Any]:
