@@ -193,7 +193,7 @@ def test_what_cannot_be_held_is_computed() -> None:
     assert torch.equal(network(torch.ones(3), 2), 2 * torch.ones(3))  # of another shape
     assert torch.equal(network(3 * x, 0), 6 * x)  # another run
     assert torch.equal(network(x, 1), 6 * x)
-    assert torch.equal(network(7 * x, 1), 14 * x) or network.calls > 3
+    assert torch.equal(network(7 * x, 1), 14 * x)  # one call more than the step before made
 
 
 def test_threads_hold_their_own() -> None:

@@ -35,7 +35,7 @@ from ptqd.files import write_json, write_tensors
 from ptqd.loading import load
 from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
-from ptqd.mixed_precision.problem import planning_problem
+from ptqd.mixed_precision.problem import check_can_hold, planning_problem
 from ptqd.noise.regression import Estimate
 from ptqd.noise.stats import NoiseStats
 from ptqd.progress import busy
@@ -100,6 +100,8 @@ class Stages:
         self, key: RowKey, quantized: DiffusionPipeline, request: PlanRequest, samples: int
     ) -> tuple[DiffusionPipeline, PlanFigures, str]:
         """A pipeline whose bits follow a plan, what the plan was chosen among, and where its sample's steps are."""
+        if request.hold:
+            check_can_hold(quantized)
         run = self.sampling.replace(samples=samples)
         inputs = {**self.made_from, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
 

@@ -319,8 +319,12 @@ def check_countable(qpipe: DiffusionPipeline, *, timed: bool) -> None:
         )
 
 
-def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float]) -> None:
+def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float] = ()) -> None:
     """Refuse to choose steps that hold where it is not known what that does.
+
+    Args:
+        qpipe: quantized.
+        timesteps: that the denoiser is told, where they are known yet.
 
     Raises:
         InputError: the pipeline has several denoisers, or the schedule takes some timestep twice.

@@ -33,7 +33,7 @@ class Plan:
         from ptqd import processes
         from ptqd.experiments.plan_request import load_widths, make_plan
         from ptqd.experiments.sharding import measure_width_shards
-        from ptqd.mixed_precision.problem import check_countable
+        from ptqd.mixed_precision.problem import check_can_hold, check_countable
         from ptqd.outputs import output_folder, remove_scratch
         from ptqd.quantization.apply_plan import apply_plan
         from ptqd.quantization.hf_quantizer import ptqd_quantizer
@@ -46,6 +46,8 @@ class Plan:
             pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
             run = self.sampling.of(pipe, self.samples)
             request.check(Recipe.from_dict(ptqd_quantizer(quantized).quantization_config.recipe), None)
+            if request.hold:
+                check_can_hold(quantized)
             if request.kind == "auto":
                 check_countable(quantized, timed=request.in_seconds)
             scratch = out.scratch(work_key(pipe, quantized, run))
