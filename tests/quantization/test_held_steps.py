@@ -337,6 +337,12 @@ def test_a_budget_of_seconds(pipe: Any, qpipe: Any, run: Sampling, timesteps: tu
         search_plan(pipe, qpipe, run, stats, budget=4, hold=True, seconds=seconds)
     found = measure_seconds(qpipe, run, timesteps, (8,))
     assert 0 <= found.held < found.computed[8]
+    heun = with_components(qpipe, scheduler=HeunDiscreteScheduler.from_config(qpipe.scheduler.config))
+    told = measure(
+        with_components(pipe, scheduler=heun.scheduler), heun, run.replace(eta=0.0)
+    ).measured_on.model_timesteps
+    found = measure_seconds(heun, run.replace(eta=0.0), told, (8,))  # which takes some timesteps twice
+    assert found.held == 0 < found.computed[8]
 
 
 def test_in_seconds_groups_share_a_step_by_their_operations(pipe: Any, run: Sampling) -> None:

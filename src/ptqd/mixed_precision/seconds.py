@@ -21,7 +21,7 @@ class StepSeconds:
 
     Attributes:
         computed: by activation width.
-        held: of a step that holds its output.
+        held: of a step that holds its output; 0 where none can.
     """
 
     computed: Mapping[int, float]
@@ -42,8 +42,9 @@ def measure_seconds(
     steps = len(timesteps)
     plans = {bits: PrecisionPlan.uniform(timesteps, bits) for bits in widths}
     pipes = {bits: apply_plan(qpipe, plan) for bits, plan in plans.items()}
-    few = [i for i, t in enumerate(timesteps) if t != timesteps[0]]
-    pipes[0] = apply_plan(qpipe, plans[widths[-1]].holding(few)) if few else pipes[widths[-1]]
+    later = range(1, steps) if len(set(timesteps)) == steps else ()  # a schedule that repeats a timestep holds nothing
+    if later:
+        pipes[0] = apply_plan(qpipe, plans[widths[-1]].holding(later))
     batch = next(iter(sampling.batches()))
     taken: dict[int, list[float]] = {key: [] for key in pipes}
     for round_number in range(ROUNDS + 1):
@@ -55,8 +56,8 @@ def measure_seconds(
                 taken[key].append(time.perf_counter() - start)
     whole = {key: statistics.median(values) for key, values in taken.items()}
     first = whole[widths[-1]] / steps  # of the run that holds, its one computed step
-    held = max(0.0, (whole[0] - first) / max(1, len(few)))
-    return StepSeconds({bits: whole[bits] / steps for bits in widths}, min(held, first))
+    held = min(first, max(0.0, (whole[0] - first) / len(later))) if later else 0.0
+    return StepSeconds({bits: whole[bits] / steps for bits in widths}, held)
 
 
 def _wait(pipe: DiffusionPipeline) -> None:
