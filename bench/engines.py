@@ -30,7 +30,7 @@ from rich.console import Console
 
 import ptqd
 from ptqd.diffusion import denoiser_name, run_batch, with_components
-from ptqd.engines import captured, processor_name
+from ptqd.engines import captured, for_engine, processor_name
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
 from ptqd.experiments import candidates, judged, labels_of, observe_images, run_benchmark, sample_images, speed_report
@@ -200,33 +200,40 @@ def fidelities(folder: Path) -> None:
 
 
 def plans(folder: Path) -> None:
-    """One graph with the ranges as inputs: what switching costs."""
+    """One graph for all widths: what it costs beside a graph of one width, and what switching costs."""
     pipe, run = ptqd.load("fashion-ldm"), CASES["fashion-ldm, batch 32"][1]
     qpipe = ptqd.quantize(pipe, "w4a4+8", run)
     rule = ptqd.paper_plan(ptqd.measure_widths(pipe, qpipe, run))
     half = rule.steps // 2
+    base = "A8, one width"
     found = {"A8 at every step": ((8,),) * rule.steps, "A4 and A8 in turn": ((4,), (8,)) * half}
-    pipes: dict[str, Any] = {"one width, ranges in the graph": quantized(pipe, "w4a8", run)}
-    pipes |= {name: ptqd.apply_plan(qpipe, rule.replace(bits=bits)) for name, bits in found.items()}
+    quantizations: dict[str, Any] = {base: quantized(pipe, "w4a8", run)}
+    quantizations |= {name: ptqd.apply_plan(qpipe, rule.replace(bits=bits)) for name, bits in found.items()}
+    quantizations["A8, eight ranges by step"] = quantized(pipe, "w4a8-steps8", run)
+    print(
+        f"fashion-ldm, batch 32, {run.steps} steps, {ROUNDS} rounds ({processor_name()}); first: seconds that come once"
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        for i, (name, planned) in enumerate(pipes.items()):
-            pipes[name] = export(planned, run, "onnxruntime", Path(temporary) / str(i)).pipeline
-        sizes = {n: sum(f.stat().st_size for f in p.unet.folder.iterdir()) for n, p in pipes.items()}
-        for planned in pipes.values():
-            run_batch(planned, run, range(32), "latent")
-        rounds = []
-        for _ in range(ROUNDS):
-            calls = {name: partial(run_batch, planned, run, range(32), "latent") for name, planned in pipes.items()}
-            rounds.append({name: seconds(call) for name, call in calls.items()})
-    base = "A8 at every step"
-    print(f"fashion-ldm in ONNX Runtime, batch 32, {run.steps} steps, {ROUNDS} rounds ({processor_name()})")
-    for name in pipes:
-        ratios = sorted(r[name] / r[base] for r in rounds)
-        middle = statistics.median(ratios)
-        print(
-            f"  {name:32s} {middle:.3f} x ({ratios[0]:.3f} to {ratios[-1]:.3f}); {sizes[name] / 1e6:.2f} MB on disk",
-            flush=True,
-        )
+        exports = Path(temporary)
+        for i, each in enumerate(quantizations.values()):
+            export(each, run, "onnxruntime", exports / f"onnxruntime{i}")
+            for_engine(exports / f"onnxruntime{i}", "openvino", exports / f"openvino{i}")
+        for engine in ("onnxruntime", "openvino"):
+            pipes = {name: ptqd.load(exports / f"{engine}{i}") for i, name in enumerate(quantizations)}
+            calls = {name: partial(run_batch, each, run, range(32), "latent") for name, each in pipes.items()}
+            first = {name: seconds(call) for name, call in calls.items()}
+            rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(ROUNDS)]
+            print(engine)
+            for name, each in pipes.items():
+                ratios = sorted(r[name] / r[base] for r in rounds)
+                middle = statistics.median(ratios)
+                once = first[name] - statistics.median(r[name] for r in rounds)
+                size = sum(file.stat().st_size for file in each.unet.folder.iterdir())
+                print(
+                    f"  {name:26s} {middle:.3f} x ({ratios[0]:.3f} to {ratios[-1]:.3f}); once {once:4.1f} s; "
+                    f"{size / 1e6:.2f} MB on disk",
+                    flush=True,
+                )
 
 
 def seconds(function: Callable[[], object]) -> float:

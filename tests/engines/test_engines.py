@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ from ptqd.engines import (
 from ptqd.engines.expansion import expanded
 from ptqd.engines.export import export
 from ptqd.engines.fidelity import fidelity
+from ptqd.engines.fixed_ranges import with_fixed_ranges
 from ptqd.engines.lowering import lowered
-from ptqd.engines.sessions import ENGINES
+from ptqd.engines.sessions import ENGINES, RANGES
 from ptqd.quantization import plan_of
 from ptqd.quantization.modules import ActivationQuantizer, QuantLinear
 from ptqd_cli.main import main
@@ -237,9 +239,13 @@ def test_a_plan_and_ranges_by_step_are_inputs_of_one_graph(
         assert_near(images(pipe), expected, images(full))
     wide = apply_plan(qpipe, dataclasses.replace(plan, bits=((8, 8),) * 3), full)
     assert np.square(images(again) - expected).mean() < 0.5 * np.square(images(wide) - expected).mean()
-    with pytest.raises(InputError, match="openvino has kernels of integers only where ranges stay the same"):
-        export(planned, RUN, "openvino", tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
+    for_engine(tmp_path / "planned", "openvino", tmp_path / "openvino")
+    with_constants = load(tmp_path / "openvino")
+    assert_near(images(with_constants), expected, images(full))
+    assert len(with_constants.unet._held.session._last_call) == RUN.steps  # each has kernels of its own
+    as_inputs = load(tmp_path / "openvino")
+    as_inputs.unet._held.session.most_ranges = 1  # the other steps have the ranges as inputs
+    assert_near(images(as_inputs), images(with_constants), images(full))
     sizes = [
         sum(path.stat().st_size for path in folder.iterdir())
         for folder in (tmp_path / "planned" / "unet", exports("w4a8")[1].pipeline.unet.folder)
@@ -247,6 +253,40 @@ def test_a_plan_and_ranges_by_step_are_inputs_of_one_graph(
     assert sizes[0] < 1.3 * sizes[1]  # weights once
     with pytest.raises(InputError, match="the samples of a batch are at several steps"):
         again.unet(call_of()[0], torch.tensor([666, 0]))
+
+
+def test_ranges_as_constants_are_those_of_a_graph_of_one_width(exports: Exports) -> None:
+    """What a step's ranges make of the graph of all widths is the graph of its width, node by node."""
+    made = exports("w4a8")[1]
+    unet = exports("w4a4+8")[1].pipeline.unet
+    call = dict(zip(("sample", "timestep"), call_of(), strict=True))
+    inputs = unet._inputs("forward", (), call)[0]
+    graph = with_fixed_ranges(read_graph(unet.folder / "model.onnx"), {name: inputs[name] for name in RANGES})
+    alone = read_graph(made.pipeline.unet.folder / "model.onnx")
+    assert Counter(n.op_type for n in graph.graph.node) == Counter(n.op_type for n in alone.graph.node)
+    assert [value.name for value in graph.graph.input] == [value.name for value in alone.graph.input]
+    torch.testing.assert_close(unet(**call).sample, made.pipeline.unet(**call).sample, rtol=0, atol=1e-6)
+
+
+def test_kernels_for_ranges_make_place_where_they_are_not_used(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = EngineModule(exports("w4a4+8")[1].pipeline.unet.folder)
+    session: Any = unet._held.session
+    session.most_ranges = 1
+
+    def rows(width: int) -> set[bytes]:
+        for quantizer in unet.quantizers:
+            quantizer.active.index = quantizer.widths.index(width)
+        unet(*call_of())
+        return set(session._sessions)
+
+    first = rows(4)
+    assert rows(8) == first | {b""}  # the second has its ranges as inputs
+    monkeypatch.setattr(sessions, "UNUSED", 1)
+    second = rows(8)
+    assert first.isdisjoint(second)
+    assert b"" not in second
 
 
 @pytest.mark.parametrize("types", [["linear", "attention"], ["linear", "attention", "conv"]])

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from ptqd.diffusion.plain_copy import as_plain
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.calls import captured
 from ptqd.engines.module import FACTS, EngineFacts, EngineModule, write_component
-from ptqd.engines.onnx_graph import Graph, Products, changing_quantizers, trace
+from ptqd.engines.onnx_graph import Graph, Products, trace
 from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
@@ -122,7 +122,6 @@ def _export(
             output.save_pretrained(temporary)
         return Exported(output, products, names)
     for model in denoisers_of(pipe).values():
-        _check_ranges(engine, changing_quantizers(model))
         if provider == "tensorrt":
             _check_symmetric(model)
     with out.replacing() as temporary:
@@ -165,19 +164,9 @@ def for_engine(exported: Path, engine: str, folder: Path) -> None:
     """
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
-    for path in exported.glob(f"*/{FACTS}"):
-        _check_ranges(engine, EngineFacts.load(path.parent).ranges)
     shutil.copytree(exported, folder)
     for path in folder.glob(f"*/{FACTS}"):
         dataclasses.replace(EngineFacts.load(path.parent), engine=engine).save(path.parent)
-
-
-def _check_ranges(engine: str, changing: Collection[str]) -> None:
-    if engine == "openvino" and changing:
-        raise InputError(
-            "openvino has kernels of integers only where ranges stay the same; for a plan, or ranges by step, "
-            "export to onnxruntime"
-        )
 
 
 def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:

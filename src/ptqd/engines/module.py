@@ -24,8 +24,8 @@ from torch import nn
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.calls import CODES, flat_arguments, timesteps_of
-from ptqd.engines.onnx_graph import RANGES, Graph
-from ptqd.engines.sessions import Provider, Session, open_session, read_graph, required
+from ptqd.engines.onnx_graph import Graph
+from ptqd.engines.sessions import RANGES, Provider, Session, open_session, read_graph, required
 from ptqd.errors import ArtifactError, InputError
 from ptqd.files import read_json, read_tensors, write_json, write_tensors
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
@@ -216,14 +216,16 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
         threads = threads or torch.get_num_threads()
         rows = max(1, ELEMENTS // self.facts.elements)
-        session = open_session(self.folder / GRAPH, self.engine, threads=threads, rows=rows, provider=provider)
+        counts = [spec.ranges for spec in self.facts.ranges.values()]
+        path = self.folder / GRAPH
+        session = open_session(path, self.engine, threads=threads, rows=rows, provider=provider, counts=counts)
         self._held = _Held(session)
         self.provider = provider
 
     def _adopt(self) -> None:
         """What follows the steps: ranges and plans; and what marks a quantized denoiser."""
         tables, _ = read_tensors(self.folder / TABLE) if (self.folder / TABLE).is_file() else ({}, {})
-        self.quantizers: list[str] = []
+        self.quantizers: list[ActivationQuantizer] = []
         for name, spec in self.facts.ranges.items():
             kind = QuantSpec(spec.bits, symmetric=spec.symmetric, dynamic=spec.dynamic)
             quantizer = ActivationQuantizer(kind, spec.widths, ranges=spec.ranges)
@@ -233,7 +235,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
                     raise ArtifactError(f"{self.folder / TABLE} lacks the ranges of {name}; export the pipeline again")
                 own.copy_(value)
             _put(self, name, quantizer)
-            self.quantizers.append(name)
+            self.quantizers.append(quantizer)
         self._vectors: dict[Any, dict[str, Any]] = {}
         config = self.config.get("quantization_config")
         if config is None or config.get("quant_method") != "ptqd":
@@ -327,14 +329,13 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """Scale, zero point, least and largest value of each quantizer whose range follows the steps, at this one."""
         if not self.quantizers:
             return {}
-        result: list[ActivationQuantizer] = [self.get_submodule(name) for name in self.quantizers]
-        steps = [quantizer.step.index for quantizer in result]
+        steps = [quantizer.step.index for quantizer in self.quantizers]
         if any(isinstance(step, torch.Tensor) for step in steps):
             raise InputError("the samples of a batch are at several steps; an engine has the ranges of one")
-        key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, result, strict=True))
+        key = tuple((step, quantizer.active.index) for step, quantizer in zip(steps, self.quantizers, strict=True))
         if key not in self._vectors:
             rows = []
-            for quantizer, (step, width) in zip(result, key, strict=True):
+            for quantizer, (step, width) in zip(self.quantizers, key, strict=True):
                 row, grid = step if quantizer.ranges > 1 else 0, quantizer.grids[width]
                 scale = quantizer.scale.view(quantizer.ranges, -1)[row, width]
                 zero = quantizer.zero_point.view(quantizer.ranges, -1)[row, width]

@@ -23,6 +23,7 @@ from torch import nn
 from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.engines.calls import CODES, Call
 from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
+from ptqd.engines.sessions import RANGES
 from ptqd.errors import InputError, UnsupportedError, raised_by
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
@@ -33,7 +34,6 @@ from ptqd.quantization.sites import activation_quantizers, quantized_sites
 from ptqd.quantization.swap import put_layer
 
 OPSET = 21  # the first with 4-bit integers, blocks and 16-bit activations
-RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
 _BYTE = 256
 _MORE_BITS = "activations of more than 8 bits"
 _TINY = torch.finfo(torch.float32).smallest_normal  # the least scale

@@ -33,8 +33,11 @@ LEAST: dict[str, tuple[int, ...]] = {
     "onnxscript": (0, 5),
     "torchao": (0, 15),
 }
+RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
 COMPILED = 2  # numbers of samples that OpenVINO keeps kernels for: a share of a batch, and one that is smaller by 1
 ROWS = 32
+AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # OpenVINO: floats stay floats
+UNUSED = 1000  # calls after which kernels for ranges that did not come again make place for others
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -92,14 +95,23 @@ class Session(ABC):
         path: of the graph.
         threads: of the CPU.
         rows: samples that a core computes at once, at most; 0: all of them, by all cores.
+        counts: how many ranges each quantizer has, of those whose ranges are inputs.
+
+    Attributes:
+        most_ranges: so many different vectors of ranges become constants of kernels of their own; the ranges of
+            quantizers that have more of them stay inputs.
     """
 
-    def __init__(self, path: Path, threads: int, rows: int) -> None:
+    most_ranges = 0
+
+    def __init__(self, path: Path, threads: int, rows: int, counts: Sequence[int] = ()) -> None:
         graph = read_graph(path, weights=False).graph
         shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
         self._by_sample = [name for name, dims in shapes.items() if dims and not dims[0].dim_value]
         self._names = list(shapes)
-        self.threads, self.rows = threads, rows
+        self.threads, self.rows, self._counts = threads, rows, counts
+        self._last_call: dict[bytes, int] = {}  # of each row whose ranges kernels have
+        self._calls = 0
         self._pool = ThreadPoolExecutor(threads)
         self._lock = Lock()  # copies of a pipeline share a session
 
@@ -111,9 +123,10 @@ class Session(ABC):
 
     def _shared(self, inputs: Mapping[str, np.ndarray], batch: int) -> list[np.ndarray]:
         alone = batch == 1 or self.rows == 0
-        self._prepare(alone=alone)
+        row = self._row_of(inputs)
+        self._prepare(inputs, row, alone=alone)
         if alone:
-            return self._run(inputs, alone=True)
+            return self._run(inputs, row, alone=True)
         shares = -(-batch // self.rows)
         shares = min(batch, -(-shares // self.threads) * self.threads)
         edges = [batch * i // shares for i in range(shares + 1)]
@@ -121,14 +134,47 @@ class Session(ABC):
             {**inputs, **{name: inputs[name][start:end] for name in self._by_sample}}
             for start, end in itertools.pairwise(edges)
         ]
-        result = list(self._pool.map(lambda part: self._run(part, alone=False), parts))
+        result = list(self._pool.map(lambda part: self._run(part, row, alone=False), parts))
         return [np.concatenate(outputs) for outputs in zip(*result, strict=True)]
 
-    def _prepare(self, *, alone: bool) -> None:  # noqa: B027  # most have nothing to do
-        """Before samples are run, alone or by a core each."""
+    def _row_of(self, inputs: Mapping[str, np.ndarray]) -> bytes:
+        """What tells the ranges that kernels have as constants from others; nothing where they have none."""
+        values = [np.delete(inputs[name], self._by_step) for name in self._names if name in RANGES]
+        row = b"".join(value.tobytes() for value in values)
+        self._calls += 1
+        if row not in self._last_call:
+            first = next(iter(self._last_call), None)
+            is_full = len(self._last_call) >= self.most_ranges
+            if not row or (is_full and (first is None or self._calls - self._last_call[first] <= UNUSED)):
+                return b""
+            if is_full and first is not None:
+                del self._last_call[first]
+                self._forget(first)
+        self._last_call.pop(row, None)  # the one that was not used for longest comes first
+        self._last_call[row] = self._calls
+        return row
+
+    def _forget(self, row: bytes) -> None:  # noqa: B027
+        """Drop the kernels that have the ranges of a row, where there are any."""
+
+    @property
+    def _by_step(self) -> list[int]:
+        """Places in the vectors of ranges that stay inputs."""
+        return [i for i, count in enumerate(self._counts) if count > self.most_ranges]
+
+    def _fixed(self, model: Any, inputs: Mapping[str, np.ndarray], row: bytes) -> Any:
+        """A graph with the ranges of a row as constants."""
+        if not row:
+            return model
+        from ptqd.engines.fixed_ranges import with_fixed_ranges
+
+        return with_fixed_ranges(model, {name: inputs[name] for name in self._names if name in RANGES}, self._by_step)
+
+    def _prepare(self, inputs: Mapping[str, np.ndarray], row: bytes, *, alone: bool) -> None:  # noqa: B027
+        """Before samples are run, alone or by a core each; most have nothing to do."""
 
     @abstractmethod
-    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
+    def _run(self, inputs: Mapping[str, np.ndarray], row: bytes, *, alone: bool) -> list[np.ndarray]:
         """The outputs of some samples; with all cores if they are alone, else with one."""
 
 
@@ -142,6 +188,7 @@ class OnnxRuntimeSession(Session):
         provider: where it runs; a GPU gets all samples at once.
         processor: of the CPU.
         shown: tensors inside the graph that are outputs too, after its own.
+        counts: see :class:`Session`.
 
     Raises:
         InputError: ONNX Runtime or the provider is not there, the processor lacks AVX2, or the graph is damaged or has
@@ -157,6 +204,7 @@ class OnnxRuntimeSession(Session):
         provider: Provider = "cpu",
         processor: Processor | None = None,
         shown: Sequence[str] = (),
+        counts: Sequence[int] = (),
     ) -> None:
         runtime = required("onnxruntime")
         if PROVIDERS[provider] not in runtime.get_available_providers():
@@ -164,14 +212,15 @@ class OnnxRuntimeSession(Session):
             raise InputError(
                 f"this onnxruntime has no {PROVIDERS[provider]} ({there}): pip install onnxruntime-gpu, or use the CPU"
             )
-        super().__init__(path, threads, rows if provider == "cpu" else 0)
+        super().__init__(path, threads, rows if provider == "cpu" else 0, counts)
         self._path, self._provider, self._shown = path, provider, shown
         self._processor = processor or this_processor()
-        self._open(1)
+        self.most_ranges = 4 if provider == "cpu" else 0
+        self._sessions: dict[bytes, tuple[Any, list[str]]] = {}
+        self._open(1, {})
 
-    def _open(self, threads: int) -> None:
-        """Load the graph, for so many cores at one sample."""
-        self.session: Any = None  # what was there before has to go first
+    def _open(self, threads: int, inputs: Mapping[str, np.ndarray], row: bytes = b"") -> None:
+        """Load the graph, for so many cores at one sample, with the ranges of a row as constants."""
         runtime = required("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -181,31 +230,41 @@ class OnnxRuntimeSession(Session):
         with TemporaryDirectory() as temporary:
             path = self._path
             if self._provider == "cpu" and has_codes(path):
-                path = self._lowered(Path(temporary))
+                path = self._lowered(Path(temporary), inputs, row)
             try:
-                self.session = runtime.InferenceSession(str(path), options, providers=[PROVIDERS[self._provider]])
+                session = runtime.InferenceSession(str(path), options, providers=[PROVIDERS[self._provider]])
             except Exception as error:  # each of onnxruntime's kinds of errors is an Exception of its own
                 reason = " ".join(str(error).split())[-300:]
                 raise InputError(
                     f"onnxruntime does not load the graph: {reason}; export it again, or simulate"
                 ) from error
         self._opened = threads
-        self._outputs = [output.name for output in self.session.get_outputs()]
+        self._outputs = [output.name for output in session.get_outputs()]
+        self._sessions[row] = session, [given.name for given in session.get_inputs()]
 
-    def _lowered(self, folder: Path) -> Path:
+    def _lowered(self, folder: Path, inputs: Mapping[str, np.ndarray], row: bytes) -> Path:
         """The graph as the CPU's kernels compute it fastest, in a file: what ONNX Runtime packs anew it then drops."""
         from ptqd.engines.lowering import lowered
 
         _check_kernels(self._processor)
-        return _written(lowered(showing(read_graph(self._path), self._shown), self._processor), folder)
+        model = self._fixed(showing(read_graph(self._path), self._shown), inputs, row)
+        return _written(lowered(model, self._processor), folder)
 
-    def _prepare(self, *, alone: bool) -> None:
+    def _prepare(self, inputs: Mapping[str, np.ndarray], row: bytes, *, alone: bool) -> None:
         threads = self.threads if alone and self._provider == "cpu" else 1
         if self._opened != threads:
-            self._open(threads)
+            self._sessions.clear()  # what was there before has to go first
+        elif row and b"" in self._sessions:
+            del self._sessions[b""]  # which was opened to see that it can be
+        if row not in self._sessions:
+            self._open(threads, inputs, row)
 
-    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
-        result: list[np.ndarray] = self.session.run(self._outputs, dict(inputs))
+    def _forget(self, row: bytes) -> None:
+        self._sessions.pop(row, None)
+
+    def _run(self, inputs: Mapping[str, np.ndarray], row: bytes, *, alone: bool) -> list[np.ndarray]:
+        session, names = self._sessions[row]
+        result: list[np.ndarray] = session.run(self._outputs, {name: inputs[name] for name in names})
         return result
 
 
@@ -218,10 +277,13 @@ class OpenVinoSession(Session):
         rows: samples that a core computes at once; see :class:`Session`.
         processor: of the CPU.
         shown: tensors inside the graph that are outputs too, after its own.
+        counts: see :class:`Session`.
 
     Raises:
         InputError: OpenVINO is not there, an operator that it lacks, or weights that would overflow on this processor.
     """
+
+    most_ranges = 16
 
     def __init__(
         self,
@@ -231,11 +293,12 @@ class OpenVinoSession(Session):
         rows: int = ROWS,
         processor: Processor | None = None,
         shown: Sequence[str] = (),
+        counts: Sequence[int] = (),
     ) -> None:
         openvino = required("openvino")
         from ptqd.engines.expansion import expanded
 
-        super().__init__(path, threads, rows)
+        super().__init__(path, threads, rows, counts)
         self._core, self._tensor = openvino.Core(), openvino.Tensor
         self._path = path
         if has_codes(path):
@@ -246,7 +309,7 @@ class OpenVinoSession(Session):
         elif any(part.is_symlink() for part in path.parent.iterdir()):  # of a hub cache, which OpenVINO does not follow
             self._path = self._kept(read_graph(path))
         self._read()
-        self._compiled: dict[Any, SimpleQueue[Any]] = {}
+        self._compiled: dict[Any, dict[bytes, tuple[SimpleQueue[Any], list[str]]]] = {}
         self._compiling = Lock()
 
     def _kept(self, model: Any) -> Path:
@@ -255,9 +318,18 @@ class OpenVinoSession(Session):
         weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
         return _written(model, Path(temporary))
 
-    def _read(self) -> Any:
+    def _read(self, inputs: Mapping[str, np.ndarray] | None = None, row: bytes = b"") -> Any:
+        """The graph, with the ranges of a row as constants: kernels of integers need that."""
+        path = self._path
+        if self._counts:
+            from ptqd.engines.fixed_ranges import rounding_floats
+
+            model = read_graph(path, weights=False)
+            model = rounding_floats(model if inputs is None else self._fixed(model, inputs, row))
+            path = path.with_name("ranges.onnx")  # beside the weights, which it shares
+            path.write_bytes(model.SerializeToString())
         try:
-            return self._core.read_model(self._path)  # weights are mapped from disk
+            return self._core.read_model(path)  # weights are mapped from disk
         except RuntimeError as error:
             raise self._refused(error) from error
 
@@ -265,10 +337,14 @@ class OpenVinoSession(Session):
         reason = " ".join(str(error).split())[-300:]
         return InputError(f"openvino does not load the graph: {reason}; use onnxruntime, or simulate")
 
-    def _run(self, inputs: Mapping[str, np.ndarray], *, alone: bool) -> list[np.ndarray]:
-        arrays = [np.ascontiguousarray(inputs[name]) for name in self._names]
+    def _forget(self, row: bytes) -> None:
+        for kernels in self._compiled.values():
+            kernels.pop(row, None)
+
+    def _run(self, inputs: Mapping[str, np.ndarray], row: bytes, *, alone: bool) -> list[np.ndarray]:
         with self._compiling:
-            requests = self._requests(tuple(array.shape for array in arrays), 1 if alone else self.threads)
+            requests, names = self._requests(inputs, row, 1 if alone else self.threads)
+        arrays = [np.ascontiguousarray(inputs[name]) for name in names]
         request = requests.get()
         try:
             for i, array in enumerate(arrays):
@@ -279,23 +355,32 @@ class OpenVinoSession(Session):
         finally:
             requests.put(request)
 
-    def _requests(self, shapes: tuple[tuple[int, ...], ...], streams: int) -> "SimpleQueue[Any]":
-        """As many requests as run at once, for one batch: kernels for shapes that vary are 2 to 3 times as slow."""
-        key = (shapes, streams)
+    def _requests(
+        self, inputs: Mapping[str, np.ndarray], row: bytes, streams: int
+    ) -> tuple["SimpleQueue[Any]", list[str]]:
+        """As many requests as run at once, for one batch and one row of ranges, and the names of what they take.
+
+        Kernels for shapes that vary are 2 to 3 times as slow, and those for ranges that vary are of floats.
+        """
+        key = (tuple(inputs[name].shape for name in self._names), streams)
         if key not in self._compiled:
             while len(self._compiled) >= COMPILED:
                 del self._compiled[next(iter(self._compiled))]
-            model = self._read()
-            config = {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "f32"}
+            self._compiled[key] = {}
+        kernels = self._compiled[key]
+        if row not in kernels:
+            model = self._read(inputs, row)
+            names = [given.any_name for given in model.inputs]
+            config = {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": streams, **AS_SIMULATED}
             try:
-                model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
+                model.reshape({name: list(inputs[name].shape) for name in names})
                 compiled = self._core.compile_model(model, "CPU", config)
             except RuntimeError as error:
                 raise self._refused(error) from error
-            self._compiled[key] = SimpleQueue()
+            kernels[row] = SimpleQueue(), names
             for _ in range(streams):
-                self._compiled[key].put(compiled.create_infer_request())
-        return self._compiled[key]
+                kernels[row][0].put(compiled.create_infer_request())
+        return kernels[row]
 
 
 def _check_kernels(processor: Processor) -> None:
@@ -398,6 +483,7 @@ def open_session(
     rows: int = ROWS,
     provider: Provider = "cpu",
     shown: Sequence[str] = (),
+    counts: Sequence[int] = (),
 ) -> Session:
     """A graph in an engine.
 
@@ -408,12 +494,14 @@ def open_session(
         rows: samples that a core computes at once, at most.
         provider: where ONNX Runtime runs it.
         shown: tensors inside the graph that are outputs too, after its own.
+        counts: how many ranges each quantizer has, of those whose ranges are inputs.
+        counts: see :class:`Session`.
 
     Raises:
         InputError: an engine that is not known, or see the engines themselves.
     """
     if engine == "onnxruntime":
-        return OnnxRuntimeSession(path, threads=threads, rows=rows, provider=provider, shown=shown)
+        return OnnxRuntimeSession(path, threads=threads, rows=rows, provider=provider, shown=shown, counts=counts)
     if engine == "openvino":
-        return OpenVinoSession(path, threads=threads, rows=rows, shown=shown)
+        return OpenVinoSession(path, threads=threads, rows=rows, shown=shown, counts=counts)
     raise InputError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
