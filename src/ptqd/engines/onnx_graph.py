@@ -411,9 +411,11 @@ class _Product(nn.Module):
             self.register_buffer("sums", sums.view(like))  # O, or 1,O,1,1
             self.register_buffer("offset", offset.view(like))
         if layer.rank:
-            down, up = layer._low_rank()
-            self.register_buffer("down", down.half())
-            self.register_buffer("up", up.half())
+            down, up = layer.low_rank_weights()
+            self.register_buffer("down", down.half() if layer.low_rank_scale is None else down)
+            self.register_buffer("up", up.half() if layer.low_rank_scale is None else up)
+        of_branch = [_RoundingByRow(q, None, rounding.table, False) for q in layer.low_rank_inputs]
+        self.of_branch = nn.ModuleList(of_branch or [nn.Identity()] * 2)  # what rounds the inputs of its two products
         if layer.adapter_down is not None and layer.adapter_up is not None:
             self.register_buffer("adapter_down", layer.adapter_down.view(-1, *layer.shape[1:]))
             self.register_buffer("adapter_up", layer.adapter_up)
@@ -432,7 +434,9 @@ class _Product(nn.Module):
         output = self._product(x)
         if layer.rank:
             down, up = self.down.float(), self.up.float()
-            output = output + layer.project(layer.matmul(x, down.view(-1, *layer.shape[1:])), up)
+            first, second = self.of_branch
+            hidden = layer.matmul(first(x), down.view(-1, *layer.shape[1:]))
+            output = output + layer.project(second(hidden), up)
         if layer.adapter_rank:
             output = output + layer.project(layer.matmul(given, self.adapter_down), self.adapter_up)
         return output

@@ -106,7 +106,7 @@ def _why_not(layer: nn.Module, layout: Layout) -> str | None:
     weights, quantizer = layer.weights, layer.input
     obstacles = {
         f"{weights.format} weights": weights.format != "int",
-        "a 16-bit branch": layer.rank > 0,
+        "a branch beside it": layer.rank > 0,
         "a fused LoRA": layer.adapter_rank > 0,
         "weights with groups": layer.scale.ndim != 1,
     }
@@ -174,7 +174,7 @@ def _rounded(layer: nn.Module) -> torch.Tensor:
     assert isinstance(layer, QuantLayer)
     weight = layer.grid().values(layer.integer_weight().flatten(1)).view(layer.shape).float()
     if layer.rank:
-        down, up = layer._low_rank()
+        down, up = layer.low_rank_weights()
         weight = weight + (up @ down).view(layer.shape)
     if layer.smooth_scale is not None:
         weight = weight / layer.smooth_scale.view(1, -1, *[1] * (weight.ndim - 2))

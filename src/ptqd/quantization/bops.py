@@ -18,7 +18,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
-from ptqd.quantization.modules.linear_conv import LOW_RANK_BITS, QuantLayer, SplitConv, find_layer
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer
 from ptqd.quantization.plan_steps import PlanSteps, plan_steps_of
 
 
@@ -130,7 +130,7 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             left[:, n] = result.weights.bits
             right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
-            beside[n] = share * LOW_RANK_BITS**2
+            beside[n] = share * result.rank_bits**2
             fused = result.adapter_rank * (1 / result.shape[0] + 1 / result.columns)
             beside[n] += fused * FULL_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(products, AttentionProducts):

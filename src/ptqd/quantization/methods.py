@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
-from ptqd.quantization.numerics.affine import Grid, check_weight_bits
+from ptqd.quantization.numerics.affine import WIDE, Grid, check_weight_bits
 
 MOST = 10_000_000  # of anything that a method counts
 SMOOTHED = 64  # rows that smoothing is searched on
@@ -94,18 +94,23 @@ class Smooth(Method):
 
 @dataclass(frozen=True)
 class LowRank(Method):
-    """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize.
+    """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a branch of low rank takes what is hardest to quantize.
 
     Attributes:
         rank: of the branch; at most a quarter of a layer's smaller side.
+        bits: of the branch's weights and of what comes into its two products: 16, or integers of 2 to 8 with ranges as
+            they come (LoRaQ, arXiv 2604.18117, has 8).
     """
 
     name: ClassVar[str] = "svd"
     changes_layers: ClassVar[bool] = True
     rank: int = 16
+    bits: int = WIDE
 
     def __post_init__(self) -> None:
         _check_count("rank", self.rank)
+        if self.bits != WIDE:
+            check_weight_bits(self.bits)
 
 
 @dataclass(frozen=True)

@@ -314,8 +314,9 @@ WORDS: dict[str, dict[str, Any]] = {
     "tfmq": {**_UNET_BASE, "time_embedding": True, "methods": (Brecq(drop=0.0),)},
 }
 """What a word of a shorthand sets. Besides: ``affine`` for weights with a zero point; ``dynamic``; a method's name,
-``svd`` bringing ``smooth`` along; ``svd32`` for its rank; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8
-groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits; ``g64`` for groups of 64 weights;
+``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name
+as well, ``brecq``."""
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 """Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
 
@@ -339,7 +340,11 @@ def _from_shorthand(text: str) -> Recipe:
     values: dict[str, Any] = {"methods": ()}
     for word in (word for word in said if word != "affine"):
         numbered = re.fullmatch(r"(svd|g|steps)([0-9]{1,9})", word)
+        beside = re.fullmatch(r"svd([0-9]{1,9})x([0-9]{1,2})", word)
         name, count = (numbered[1], int(numbered[2])) if numbered else (word, 0)
+        options = {"rank": count} if numbered else {}
+        if beside:
+            name, options = "svd", {"rank": int(beside[1]), "bits": int(beside[2])}
         if name == "dynamic":
             activations = replace(activations, dynamic=True)
         elif name == "g" and numbered:
@@ -347,7 +352,7 @@ def _from_shorthand(text: str) -> Recipe:
         elif name == "steps" and numbered:
             values["step_ranges"] = count
         elif name in METHODS:
-            method = METHODS[name](rank=count) if numbered else METHODS[name]()  # type: ignore[call-arg]
+            method = METHODS[name](**options)
             before = (METHODS["smooth"](),) if name == "svd" and "-smooth" not in words else ()
             values["methods"] = (*values["methods"], *before, method)
         elif name in WORDS:
@@ -355,7 +360,7 @@ def _from_shorthand(text: str) -> Recipe:
             more = (method for method in WORDS[name].get("methods", ()) if method.name not in named)
             values |= {**WORDS[name], "methods": (*values["methods"], *more)}
         else:
-            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "svd32"])
+            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "svd32", "svd32x8"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
     values["methods"] = tuple(  # what decides on the others' work comes first, and what they quantize before they do
         sorted(values["methods"], key=lambda method: (method.name != "wide", not method.changes_layers))

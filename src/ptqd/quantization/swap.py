@@ -31,6 +31,7 @@ from ptqd.quantization.modules.linear_conv import (
     find_layer,
     plain_name,
 )
+from ptqd.quantization.numerics.affine import WIDE
 from ptqd.quantization.numerics.formats import BLOCKS
 from ptqd.quantization.recipe import LayerType, QuantSpec, Recipe, Rule
 from ptqd.quantization.step_ranges import StepRanges
@@ -183,8 +184,8 @@ def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges:
     without = () if rule is None else rule.without
     required = {method.name: method for method in recipe.methods if method.name not in without}
     low_rank = required.get(LowRank.name)
-    rank = low_rank.rank if isinstance(low_rank, LowRank) else 0
-    extras = LayerOptions(Smooth.name in required, rank, _count(name, activations, ranges))
+    rank, rank_bits = (low_rank.rank, low_rank.bits) if isinstance(low_rank, LowRank) else (0, WIDE)
+    extras = LayerOptions(Smooth.name in required, rank, rank_bits, _count(name, activations, ranges))
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     try:
         output: QuantLayer = kind(layer, weights, activations, widths, extras)

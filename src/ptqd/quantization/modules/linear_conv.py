@@ -22,7 +22,6 @@ from ptqd.quantization.numerics.formats import BLOCKS, block_scales
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
 from ptqd.quantization.recipe import LayerType, QuantSpec
 
-LOW_RANK_BITS = WIDE  # of both operands of a low-rank branch
 BASE = "base_layer"  # what PEFT calls the layer that an adapter changes
 
 
@@ -32,12 +31,14 @@ class LayerOptions:
 
     Attributes:
         smooth: a divisor for each input channel (SmoothQuant).
-        rank: of a 16-bit branch (SVDQuant); none where it is 0.
+        rank: of a branch beside the codes (SVDQuant); none where it is 0.
+        rank_bits: of the branch's weights and inputs: 16, or integers of 8 and fewer.
         ranges: of its input, by step.
     """
 
     smooth: bool = False
     rank: int = 0
+    rank_bits: int = WIDE
     ranges: int = 1
 
 
@@ -50,7 +51,7 @@ class QuantLayer(KeptInFloat32, ABC):
     weight; ``weight`` is a float tensor derived from them, kept in memory and never saved.
     """
 
-    kept = ("scale", "smooth_scale", "global_scale")
+    kept = ("scale", "smooth_scale", "global_scale", "low_rank_scale")
     padding_mode = "zeros"
     kind: ClassVar[LayerType]
     axis: ClassVar[int]  # of the input's channels
@@ -62,6 +63,7 @@ class QuantLayer(KeptInFloat32, ABC):
     smooth_scale: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
+    low_rank_scale: torch.Tensor | None
     adapter_down: torch.Tensor | None
     adapter_up: torch.Tensor | None
     weight: torch.Tensor
@@ -88,9 +90,7 @@ class QuantLayer(KeptInFloat32, ABC):
         smooth = extras.smooth and getattr(layer, "groups", 1) == 1
         rank = min(extras.rank, min(self.shape[0], self.columns) // 4) if getattr(layer, "groups", 1) == 1 else 0
         self.register_buffer("smooth_scale", torch.ones(self.shape[1], device=device) if smooth else None)
-        for name, size in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
-            # bit patterns of float16, which a pipeline of another precision leaves alone
-            self.register_buffer(name, torch.zeros(size, dtype=torch.int16, device=device) if rank else None)
+        self._make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
@@ -116,6 +116,20 @@ class QuantLayer(KeptInFloat32, ABC):
         self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.uint8, device=device) if affine else None)
         self.register_buffer("global_scale", torch.ones((), device=device) if spec.format == "nvfp4" else None)
 
+    def _make_low_rank(self, rank: int, bits: int, device: torch.device) -> None:
+        """Room for a branch: bit patterns of float16, which a pipeline of another precision leaves alone, or codes."""
+        self.rank, self.rank_bits = rank, bits
+        for name, size in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
+            room = torch.zeros(size, dtype=torch.int16, device=device)
+            if bits < WIDE:
+                room = pack(room, QuantSpec(bits).grid)
+            self.register_buffer(name, room if rank else None)
+        scales = torch.ones(rank + self.shape[0], device=device) if rank and bits < WIDE else None  # of down, and of up
+        self.register_buffer("low_rank_scale", scales)
+        spec = QuantSpec(bits, symmetric=False, dynamic=True)
+        inputs = [ActivationQuantizer(spec, axis=self.axis, rowwise=rowwise) for rowwise in (self.input.rowwise, False)]
+        self.low_rank_inputs = tuple(inputs) if scales is not None else ()  # no modules: their ranges are of each input
+
     def set_bits(self, bits: int) -> None:
         """Make room for codes of other bits, which are then to be written."""
         self.weights = self.weights.of(bits)
@@ -128,11 +142,6 @@ class QuantLayer(KeptInFloat32, ABC):
     @abstractmethod
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x`` through a weight (O, r) that mixes channels, at each place."""
-
-    @property
-    def rank(self) -> int:
-        """Of its 16-bit branch; 0 where it has none."""
-        return 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`forward`; hooks find the input among the arguments, also where it was given by torch's keyword."""
@@ -190,8 +199,12 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
-        down, up = self._low_rank()
-        return self.project(self.matmul(x, down.view(-1, *self.shape[1:]).to(x)), up.to(x))
+        down, up = (weight.to(x) for weight in self.low_rank_weights())
+        if not self.low_rank_inputs:
+            return self.project(self.matmul(x, down.view(-1, *self.shape[1:])), up)
+        first, second = self.low_rank_inputs
+        hidden = self.matmul(_straight_through(first, x), down.view(-1, *self.shape[1:]))
+        return self.project(_straight_through(second, hidden), up)
 
     def observe(self) -> None:
         """Show the inputs of the following forward passes to the observers."""
@@ -221,7 +234,7 @@ class QuantLayer(KeptInFloat32, ABC):
             rows = rows * self.smooth_scale.cpu().view(1, -1, *[1] * (rows.ndim - 2))
         rows = rows.flatten(1)
         if self.low_rank_up is not None:
-            down, up = (t.cpu() for t in self._low_rank())
+            down, up = (t.cpu() for t in self.low_rank_weights())
             rows = rows - up @ down
         return rows
 
@@ -230,16 +243,35 @@ class QuantLayer(KeptInFloat32, ABC):
         self.weight = self.target_weight(weight).view(self.shape).to(weight)
 
     def set_low_rank(self, down: torch.Tensor, up: torch.Tensor) -> None:
-        """Give it a branch ``up @ down``, (O, r) and (r, I)."""
+        """Give it a branch ``up @ down``, (O, r) and (r, I), rounded to its bits."""
         assert self.low_rank_down is not None
         assert self.low_rank_up is not None
-        self.low_rank_down.copy_(down.half().view(torch.int16))
-        self.low_rank_up.copy_(up.half().view(torch.int16))
+        if self.low_rank_scale is None:
+            self.low_rank_down.copy_(down.half().view(torch.int16))
+            self.low_rank_up.copy_(up.half().view(torch.int16))
+            return
+        spec, scales = QuantSpec(self.rank_bits), []
+        for room, weight in ((self.low_rank_down, down), (self.low_rank_up, up)):
+            grid = WeightGrid.find(weight.float().cpu(), spec)
+            room.copy_(pack(grid.codes(weight.float().cpu()), spec.grid))
+            scales.append(grid.scale.flatten())
+        self.low_rank_scale.copy_(torch.cat(scales))
 
-    def _low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Down (r, I) and up (O, r) of its branch, float32, as they are rounded."""
         assert self.low_rank_down is not None
         assert self.low_rank_up is not None
-        return self.low_rank_down.view(torch.float16).float(), self.low_rank_up.view(torch.float16).float()
+        if self.low_rank_scale is None:
+            return self.low_rank_down.view(torch.float16).float(), self.low_rank_up.view(torch.float16).float()
+        grid, rows = QuantSpec(self.rank_bits).grid, (self.rank, self.shape[0])
+        codes = [
+            unpack(room, grid, count * columns).view(count, columns).float()
+            for room, count, columns in zip(
+                (self.low_rank_down, self.low_rank_up), rows, (self.columns, self.rank), strict=True
+            )
+        ]
+        down, up = self.low_rank_scale.split(rows)
+        return codes[0] * down[:, None], codes[1] * up[:, None]
 
     def grid(self) -> WeightGrid:
         """The numbers its rows are rounded to."""
@@ -401,6 +433,12 @@ class SplitConv(nn.Module):
         own, skipped = x.split(self.halves, dim=1)
         result: torch.Tensor = self.hidden(own) + self.skip(skipped)
         return result
+
+
+def _straight_through(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """What a quantizer rounds; its gradient is that of ``x``."""
+    rounded = quantizer.rounded(x.detach(), 0)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def plain_name(path: str) -> str:

@@ -1,4 +1,4 @@
-"""SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a 16-bit branch of low rank takes what is hardest to quantize."""
+"""SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a branch of low rank takes what is hardest to quantize."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from ptqd.quantization.methods import LowRank
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
+
+BRANCH = ("low_rank_down", "low_rank_up", "low_rank_scale")
 
 
 def split_low_rank(layer: QuantLayer, weight: torch.Tensor, seed: int) -> None:
@@ -35,7 +37,7 @@ def fit_low_rank(model: nn.Module, full: nn.Module, seed: int, scratch: Path | N
                 done.restore(name, layer)
             else:
                 split_low_rank(layer, full_weight(full, name, layer), seed)
-                done.keep({name: layer}, ["low_rank_down", "low_rank_up"])
+                done.keep({name: layer}, BRANCH if layer.low_rank_scale is not None else BRANCH[:2])
             layer.use_float(full_weight(full, name, layer))
     done.finish()
 
