@@ -22,6 +22,7 @@ from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv
 from ptqd.quantization.numerics.affine import MAX_BITS
+from ptqd.quantization.numerics.rotation import rotate
 from ptqd.quantization.plan_steps import plan_steps_of
 from ptqd.quantization.sites import quantized_layers
 
@@ -106,6 +107,7 @@ def _why_not(layer: nn.Module, layout: Layout) -> str | None:
     weights, quantizer = layer.weights, layer.input
     obstacles = {
         f"{weights.format} weights": weights.format != "int",
+        "a rotation of its input": layer.rotated > 1,
         "a branch beside it": layer.rank > 0,
         "a fused LoRA": layer.adapter_rank > 0,
         "weights with groups": layer.scale.ndim != 1,
@@ -177,6 +179,7 @@ def _rounded(layer: nn.Module) -> torch.Tensor:
         down, up = layer.low_rank_weights()
         weight = weight + (up @ down).view(layer.shape)
     if layer.smooth_scale is not None:
+        weight = weight if layer.rotated == 1 else rotate(weight, layer.rotated, 1)
         weight = weight / layer.smooth_scale.view(1, -1, *[1] * (weight.ndim - 2))
     if layer.adapter_down is not None and layer.adapter_up is not None:
         weight = weight + (layer.adapter_up @ layer.adapter_down).view(layer.shape)

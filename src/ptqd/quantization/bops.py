@@ -3,6 +3,7 @@
 BOPs = sum over layers of MACs x b_w x b_a;  FP32 counts as 32 x 32 = 1024 for each MAC.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,8 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * result.rank_bits**2
+            additions = math.log2(result.rotated)  # of each input channel, which has O multiply-accumulates
+            beside[n] += additions / result.shape[0] * FULL_BITS
             fused = result.adapter_rank * (1 / result.shape[0] + 1 / result.columns)
             beside[n] += fused * FULL_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(products, AttentionProducts):

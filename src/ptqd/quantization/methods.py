@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
 from ptqd.quantization.numerics.affine import WIDE, Grid, check_weight_bits
+from ptqd.quantization.numerics.rotation import MOST_CHANNELS
 
 MOST = 10_000_000  # of anything that a method counts
 SMOOTHED = 64  # rows that smoothing is searched on
@@ -77,13 +78,18 @@ class Smooth(Method):
     Attributes:
         alpha: the exponent in ``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)``; searched for each layer, for the least
             error of its output, where it is none.
+        rotate: try with each of these also a Hadamard rotation of groups of at most so many input channels, and without
+            any of them (ConvRot, arXiv 2512.03673); not where it is 0.
     """
 
     name: ClassVar[str] = "smooth"
     changes_layers: ClassVar[bool] = True
     alpha: float | None = None
+    rotate: int = 0
 
     def __post_init__(self) -> None:
+        if self.rotate and not 2 <= self.rotate <= MOST_CHANNELS:
+            raise InputError(f"rotate must be 2 to {MOST_CHANNELS} channels, or 0; got {self.rotate}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be between 0 and 1; got {self.alpha}")
 

@@ -12,7 +12,18 @@ from typing import Any, Literal
 
 from ptqd.errors import InputError
 from ptqd.files import read_toml
-from ptqd.quantization.methods import METHODS, Brecq, Distill, Gptq, Learned, Method, Smooth, Widen, check_order
+from ptqd.quantization.methods import (
+    METHODS,
+    Brecq,
+    Distill,
+    Gptq,
+    Learned,
+    LowRank,
+    Method,
+    Smooth,
+    Widen,
+    check_order,
+)
 from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid, check_weight_bits
 from ptqd.quantization.numerics.formats import BLOCKS, FORMAT_BITS, Format
 from ptqd.quantization.numerics.range_search import RangeMethod
@@ -317,8 +328,20 @@ WORDS: dict[str, dict[str, Any]] = {
 ``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits; ``g64`` for groups of 64 weights;
 ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name
 as well, ``brecq``."""
+ROTATED = 64
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 """Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
+
+
+def _methods_of(word: str) -> tuple[Method, ...]:
+    """The method that a word of a shorthand names, or none."""
+    sized = re.fullmatch(r"(rotate|svd)(?:([0-9]{1,9})(?:x([0-9]{1,2}))?)?", word)
+    if sized is None:
+        return (METHODS[word](),) if word in METHODS else ()
+    kind, size, bits = sized[1], int(sized[2] or 0), int(sized[3] or 0)
+    if kind == "svd":
+        return (LowRank(**{name: value for name, value in (("rank", size), ("bits", bits)) if value}),)
+    return () if bits else (Smooth(rotate=size or ROTATED),)
 
 
 def _from_shorthand(text: str) -> Recipe:
@@ -339,31 +362,26 @@ def _from_shorthand(text: str) -> Recipe:
     weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number), symmetric)
     values: dict[str, Any] = {"methods": ()}
     for word in (word for word in said if word != "affine"):
-        numbered = re.fullmatch(r"(svd|g|steps)([0-9]{1,9})", word)
-        beside = re.fullmatch(r"svd([0-9]{1,9})x([0-9]{1,2})", word)
-        name, count = (numbered[1], int(numbered[2])) if numbered else (word, 0)
-        options = {"rank": count} if numbered else {}
-        if beside:
-            name, options = "svd", {"rank": int(beside[1]), "bits": int(beside[2])}
-        if name == "dynamic":
+        numbered, methods = re.fullmatch(r"(g|steps)([0-9]{1,9})", word), _methods_of(word)
+        if word == "dynamic":
             activations = replace(activations, dynamic=True)
-        elif name == "g" and numbered:
-            weights = replace(weights, group=count)
-        elif name == "steps" and numbered:
-            values["step_ranges"] = count
-        elif name in METHODS:
-            method = METHODS[name](**options)
-            before = (METHODS["smooth"](),) if name == "svd" and "-smooth" not in words else ()
-            values["methods"] = (*values["methods"], *before, method)
-        elif name in WORDS:
-            named = {method.name for method in values["methods"]}
-            more = (method for method in WORDS[name].get("methods", ()) if method.name not in named)
-            values |= {**WORDS[name], "methods": (*values["methods"], *more)}
+        elif numbered and numbered[1] == "g":
+            weights = replace(weights, group=int(numbered[2]))
+        elif numbered:
+            values["step_ranges"] = int(numbered[2])
+        elif methods or word in WORDS:
+            named = {method.name for method in values["methods"]} if word in WORDS else set()
+            more = (m for m in methods or WORDS[word].get("methods", ()) if m.name not in named)
+            values |= {**WORDS.get(word, {}), "methods": (*values["methods"], *more)}
         else:
-            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "svd32", "svd32x8"])
+            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
-    values["methods"] = tuple(  # what decides on the others' work comes first, and what they quantize before they do
-        sorted(values["methods"], key=lambda method: (method.name != "wide", not method.changes_layers))
+    names = [method.name for method in values["methods"]]
+    if LowRank.name in names and Smooth.name not in names:
+        values["methods"] = (Smooth(), *values["methods"])
+    first = [Widen.name, Smooth.name, LowRank.name]  # what decides on the others' work, and what they quantize
+    values["methods"] = tuple(
+        sorted(values["methods"], key=lambda m: first.index(m.name) if m.name in first else 4 - m.changes_layers)
     )
     rules = tuple(
         rule

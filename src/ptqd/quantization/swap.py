@@ -185,7 +185,9 @@ def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges:
     required = {method.name: method for method in recipe.methods if method.name not in without}
     low_rank = required.get(LowRank.name)
     rank, rank_bits = (low_rank.rank, low_rank.bits) if isinstance(low_rank, LowRank) else (0, WIDE)
-    extras = LayerOptions(Smooth.name in required, rank, rank_bits, _count(name, activations, ranges))
+    smooth = required.get(Smooth.name)
+    rotate = smooth.rotate if isinstance(smooth, Smooth) else 0
+    extras = LayerOptions(smooth is not None, rotate, rank, rank_bits, _count(name, activations, ranges))
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     try:
         output: QuantLayer = kind(layer, weights, activations, widths, extras)

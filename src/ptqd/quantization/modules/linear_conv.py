@@ -19,6 +19,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
+from ptqd.quantization.numerics.rotation import largest_group, rotate
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
 from ptqd.quantization.recipe import LayerType, QuantSpec
 
@@ -31,12 +32,14 @@ class LayerOptions:
 
     Attributes:
         smooth: a divisor for each input channel (SmoothQuant).
+        rotate: room for a Hadamard rotation of groups of at most so many input channels; none where it is 0.
         rank: of a branch beside the codes (SVDQuant); none where it is 0.
         rank_bits: of the branch's weights and inputs: 16, or integers of 8 and fewer.
         ranges: of its input, by step.
     """
 
     smooth: bool = False
+    rotate: int = 0
     rank: int = 0
     rank_bits: int = WIDE
     ranges: int = 1
@@ -45,10 +48,11 @@ class LayerOptions:
 class QuantLayer(KeptInFloat32, ABC):
     """What quantized convolutions and linear layers share.
 
-    It computes ``product(round(x / s), weight) + up(down(x / s)) + bias``; ``s`` and the branch are there where a
-    recipe's methods put them, and a second branch, of ``x`` itself, where a LoRA was fused. The packed ``codes`` with
-    one ``scale`` (and, on an affine grid, ``zero_point``) an output channel, or one for each of its groups, are the
-    weight; ``weight`` is a float tensor derived from them, kept in memory and never saved.
+    It computes ``product(round(y), weight) + up(down(y)) + bias`` with ``y = x / s``, rotated; ``s``, the rotation and
+    the branch are there where a recipe's methods put them, and a second branch, of ``x`` itself, where a LoRA was
+    fused. The packed ``codes`` with one ``scale`` (and, on an affine grid, ``zero_point``) an output channel, or one
+    for each of its groups, are the weight; ``weight`` is a float tensor derived from them, kept in memory and never
+    saved.
     """
 
     kept = ("scale", "smooth_scale", "global_scale", "low_rank_scale")
@@ -61,6 +65,7 @@ class QuantLayer(KeptInFloat32, ABC):
     zero_point: torch.Tensor | None
     global_scale: torch.Tensor | None
     smooth_scale: torch.Tensor | None
+    rotation: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
     low_rank_scale: torch.Tensor | None
@@ -90,6 +95,10 @@ class QuantLayer(KeptInFloat32, ABC):
         smooth = extras.smooth and getattr(layer, "groups", 1) == 1
         rank = min(extras.rank, min(self.shape[0], self.columns) // 4) if getattr(layer, "groups", 1) == 1 else 0
         self.register_buffer("smooth_scale", torch.ones(self.shape[1], device=device) if smooth else None)
+        self.largest_rotation = largest_group(self.shape[1], extras.rotate) if smooth and extras.rotate else 1
+        room = torch.ones((), dtype=torch.int32, device=device) if self.largest_rotation > 1 else None
+        self.register_buffer("rotation", room)  # channels of a group; 1 where there is none
+        self.rotated = 1  # the same as a plain number
         self._make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
@@ -192,10 +201,17 @@ class QuantLayer(KeptInFloat32, ABC):
         self.adapter_up = None if whole else self.adapter_up[:, :-rank].clone()
 
     def smoothed(self, x: torch.Tensor) -> torch.Tensor:
-        """An input divided by what smooths it."""
+        """An input divided by what smooths it, and rotated."""
         if self.smooth_scale is None:
             return x
-        return x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
+        x = x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
+        return x if self.rotated == 1 else rotate(x, self.rotated, self.axis)
+
+    def set_rotation(self, group: int) -> None:
+        """Rotate groups of so many input channels; none of 1."""
+        assert self.rotation is not None
+        self.rotation.fill_(group)
+        self.rotated = group
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
@@ -228,10 +244,11 @@ class QuantLayer(KeptInFloat32, ABC):
         self.write(grid, grid.codes(rows))
 
     def target_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the codes should stand for, rows (O, I), float32, on the CPU: the weight smoothed, less the branch."""
+        """What the codes should stand for, rows (O, I), float32, on the CPU: smoothed, rotated, less the branch."""
         rows = weight.detach().cpu().float()
         if self.smooth_scale is not None:
             rows = rows * self.smooth_scale.cpu().view(1, -1, *[1] * (rows.ndim - 2))
+            rows = rows if self.rotated == 1 else rotate(rows, self.rotated, 1)
         rows = rows.flatten(1)
         if self.low_rank_up is not None:
             down, up = (t.cpu() for t in self.low_rank_weights())
@@ -307,6 +324,8 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
+        if self.rotation is not None and not self.rotation.is_meta:
+            self.rotated = int(self.rotation)
         if not self.codes.is_meta:
             self.weight = self.dequantized().to(dtype or self.weight.dtype)
 

@@ -44,24 +44,30 @@ def smoothing(seen: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.T
 
 
 def search_smoothing(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, alpha: float | None) -> None:
-    """Give a layer the smoothing under which its output errs least, on inputs ``x`` as it gets them.
+    """Give a layer the smoothing and rotation under which its output errs least, on inputs ``x`` as it gets them.
 
-    Each exponent is tried with weights and activations rounded to nearest; none, if no exponent is better than that.
+    Each is tried with weights and activations rounded to nearest; none, if nothing is better than that.
     """
     assert layer.smooth_scale is not None
     axes = [axis for axis in range(x.ndim) if axis != layer.axis % x.ndim]
     seen = x.abs().amax(axes).cpu()
     weight = weight.detach()
     want = layer.matmul(x, weight)
-    best, choice = float("inf"), torch.ones_like(layer.smooth_scale)
+    scales = [smoothing(seen, weight.cpu(), tried) for tried in (ALPHAS if alpha is None else (alpha,))]
     if alpha is None:
-        best = _error(layer, weight, x, want)
-    for tried in ALPHAS if alpha is None else (alpha,):
-        layer.smooth_scale.copy_(smoothing(seen, weight.cpu(), tried))
-        error = _error(layer, weight, x, want)
-        if error < best:
-            best, choice = error, layer.smooth_scale.clone()
-    layer.smooth_scale.copy_(choice)
+        scales.insert(0, torch.ones_like(scales[0]))
+    best, choice = float("inf"), (scales[0], 1)
+    for group in (1,) if layer.rotation is None else (1, layer.largest_rotation):
+        for scale in scales:
+            layer.smooth_scale.copy_(scale)
+            if layer.rotation is not None:
+                layer.set_rotation(group)
+            error = _error(layer, weight, x, want)
+            if error < best:
+                best, choice = error, (scale, group)
+    layer.smooth_scale.copy_(choice[0])
+    if layer.rotation is not None:
+        layer.set_rotation(choice[1])
 
 
 def _error(layer: QuantLayer, weight: torch.Tensor, x: torch.Tensor, want: torch.Tensor) -> float:
@@ -93,7 +99,7 @@ def fit_smoothing(
     if done.is_whole:
         for name, layer in layers.items():
             if done.has(name):
-                done.restore(name, layer)
+                _restore(done, name, layer)
                 layer.use_float(full_weight(full, name, layer))
         return
     smoothed: set[str] = set()  # a layer may be called again
@@ -104,10 +110,10 @@ def fit_smoothing(
         smoothed.add(name)
         weight = full_weight(full, name, layer)
         if done.has(name):
-            done.restore(name, layer)
+            _restore(done, name, layer)
         else:
             search_smoothing(layer, weight, args[0].detach(), method.alpha)
-            done.keep({name: layer}, ["smooth_scale"])
+            done.keep({name: layer}, ["smooth_scale", *(["rotation"] if layer.rotation is not None else [])])
         layer.use_float(weight)
 
     hooks = [layer.register_forward_pre_hook(partial(smooth, name=name)) for name, layer in layers.items()]
@@ -115,6 +121,12 @@ def fit_smoothing(
         args, kwargs = inputs.call(inputs.kinds()[0])
         model(*args, **kwargs)
     done.finish()
+
+
+def _restore(done: DoneLayers, name: str, layer: QuantLayer) -> None:
+    done.restore(name, layer)
+    if layer.rotation is not None:
+        layer.set_rotation(int(layer.rotation))
 
 
 @handles(Smooth)
