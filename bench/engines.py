@@ -4,6 +4,7 @@
     python bench/engines.py memory     # a denoiser alone, in processes without torch
     python bench/engines.py fidelity   # codes that differ from the simulation's
     python bench/engines.py plans      # a plan that switches at every step, beside one that never does
+    python bench/engines.py held       # steps that hold their output, beside the same without and beside FP32
     python bench/engines.py quality    # samples of the engine and of the simulation, same seeds
 
 Pipelines: fashion-ldm at batch 32 with guidance; a DDPM UNet of CIFAR-10 (35.7 M parameters, random weights) at batch 1
@@ -236,6 +237,46 @@ def plans(folder: Path) -> None:
                 )
 
 
+HELD = {"fashion-ldm, batch 32": 32, "35.7 M UNet, batch 1": 1}
+HELD_STEPS = 50
+
+
+def held(folder: Path) -> None:
+    """Whole pipelines of 50 steps in OpenVINO: W8A8, corrected, with steps held in regular patterns, and FP32."""
+    for case, batch in HELD.items():
+        make, run = CASES[case]
+        full, run = make(), run.replace(steps=HELD_STEPS, samples=batch, batch=batch)
+        plain = ptqd.quantize(full, "w8a8", run.replace(samples=min(batch, 4), batch=min(batch, 4)))
+        timesteps = ptqd.measure(full, plain, run.replace(samples=2, batch=2)).measured_on.model_timesteps
+        uniform = ptqd.PrecisionPlan.uniform(timesteps, 8)
+        patterns = {
+            "W8A8": [],
+            "W8A8, every 2nd held": [i for i in range(2, HELD_STEPS - 1) if i % 2],
+            "W8A8, two of three held": [i for i in range(2, HELD_STEPS - 1) if i % 3 != 1],
+            "W8A8, four of five held": [i for i in range(2, HELD_STEPS - 1) if i % 5 != 1],
+        }
+        pipes: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as temporary:
+            place = Path(temporary)
+            pipes[FULL] = export(full, run, "openvino", place / FULL, others="fp32").pipeline
+            fast = export(plain, run, "openvino", place / "fast", others="int8").pipeline
+            for name, steps in patterns.items():
+                few = run.replace(samples=max(2, min(batch, 8)), batch=max(2, min(batch, 8)))
+                planned = ptqd.apply_plan(fast, uniform.holding(steps))
+                pipes[name] = ptqd.correct(planned, ptqd.measure(full, planned, few), ["cnc", "bc"])
+            calls = {name: partial(run_batch, pipe, run, range(batch)) for name, pipe in pipes.items()}
+            for call in calls.values():
+                call()
+            rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(5)]
+        print(
+            f"{case}, {HELD_STEPS} steps, OpenVINO, 5 rounds ({processor_name()}, threads: {torch.get_num_threads()})"
+        )
+        for name in pipes:
+            spent = statistics.median(r[name] for r in rounds)
+            faster = [statistics.median(r[base] / r[name] for r in rounds) for base in ("W8A8", FULL)]
+            print(f"  {name:24s} {spent:6.2f} s; {faster[0]:.2f} x as fast as W8A8, {faster[1]:.2f} x FP32", flush=True)
+
+
 def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -285,6 +326,7 @@ PARTS: Mapping[str, Callable[[Path], None]] = {
     "memory": memory,
     "fidelity": fidelities,
     "plans": plans,
+    "held": held,
     "quality": quality,
 }
 

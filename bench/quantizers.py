@@ -60,6 +60,7 @@ TRANSFORMER = ("dynamic", "smooth", "gptq", "smooth-gptq-dynamic", "svd", "svd-g
 OTHERS = ("torchao", "quanto", "nncf", "onnxruntime-exact")
 ABLATION = ("split", "unclipped", "time", "steps8", "dynamic", "smooth", "svd", "gptq", "adaround", "brecq", "distill")
 TOGETHER = ("split-unclipped", "split-unclipped-time", "smooth-gptq-distill", "svd-best")
+BESIDE = ("smooth", "rotate", "svd16x8", "rotate-best", "svd16x8-best", "svd8x8-best", "svd16x4-best")
 COHERENT = ("split cnc+bc", "steps8 cnc+bc")
 CORRECTIONS = ("cnc+bc", "auto")
 ONE_BY_ONE = ("*conv_shortcut", "*attentions.*proj_in", "*attentions.*proj_out")  # as in diffusers' UNets
@@ -81,11 +82,11 @@ def rows_of(model: str) -> list[str]:
     rows = ["w8a8", "w8a8-dynamic", "w8a8-best", LIKE_TORCHAO, *(f"w8a8 {package}" for package in OTHERS)]
     extra = TRANSFORMER if model == "fashion-dit" else ()
     for bits in ("w4a8", "w4a4"):
-        words = ("affine", *PUBLISHED, *extra, "best", "best-affine")
+        words = ("affine", *PUBLISHED, *extra, "best", "best-affine", *(BESIDE if bits == "w4a4" else ()))
         rows += [bits, *(f"{bits}-{word}" for word in words)]
         rows += [f"{recipe} {correction}" for recipe in (bits, f"{bits}-best") for correction in CORRECTIONS]
     alone = [f"w4a4-{word}" for word in (*ABLATION, *TOGETHER, *COHERENT)] if model == "fashion-ldm" else []
-    return [*rows, "w3a8-best", *alone]
+    return list(dict.fromkeys([*rows, "w3a8-best", *alone]))
 
 
 class Bench:
