@@ -54,6 +54,8 @@ from ptqd.engines.lowering import lowered
 from ptqd.engines.sessions import ENGINES, RANGES
 from ptqd.quantization import plan_of
 from ptqd.quantization.modules import ActivationQuantizer, QuantLinear
+from ptqd.quantization.modules.linear_conv import full_weight
+from ptqd.quantization.sites import quantized_layers
 from ptqd_cli.main import main
 from tiny import CASES
 
@@ -575,6 +577,21 @@ def test_probabilities_of_16_bits_are_multiplied_as_floats(full: DDIMPipeline, t
     made = export(qpipe, RUN, "onnxruntime", tmp_path / "made")
     assert set(dict(made.products.floating).values()) == {"16-bit probabilities"}
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
+
+
+@pytest.mark.parametrize("text", ["w4a8-svd2x8", "w4a4-rotate8"])
+def test_branches_in_few_bits_and_rotations_are_computed_as_simulated(
+    text: str, full: DDIMPipeline, tmp_path: Path
+) -> None:
+    qpipe = quantize(full, recipe(text), RUN)
+    for name, layer in quantized_layers(qpipe.unet):
+        if layer.rotation is not None:  # whether it helps or not
+            layer.set_rotation(layer.largest_rotation)
+            layer.encode(full_weight(full.unet, name, layer))
+    export(qpipe, RUN, "onnxruntime", tmp_path / "onnxruntime", others="none")
+    for_engine(tmp_path / "onnxruntime", "openvino", tmp_path / "openvino")
+    for engine in ENGINES:
+        assert_near(*outputs(load(tmp_path / engine).unet, qpipe.unet, full.unet))
 
 
 def test_layers_with_more_bits_are_computed_as_simulated(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ptqd import InputError, Recipe
-from ptqd.quantization.methods import METHODS
+from ptqd.quantization.methods import METHODS, LowRank, Smooth
 from ptqd.quantization.recipe import WORDS
 
 TOML = """
@@ -54,7 +54,9 @@ def test_formats_have_no_zero_points() -> None:
     assert Recipe.parse("wmxfp4a8-ptq4dm").weights.format == "mxfp4"
 
 
-@pytest.mark.parametrize("first", [*METHODS, *WORDS, "affine", "dynamic", "g64", "steps8", "svd32"])
+@pytest.mark.parametrize(
+    "first", [*METHODS, *WORDS, "affine", "dynamic", "g64", "steps8", "svd32", "svd32x8", "rotate16"]
+)
 @pytest.mark.parametrize("second", ["best", "wide"])
 def test_words_go_together(first: str, second: str) -> None:
     """Whatever comes before a word, what decides on the other methods' work is the first of them."""
@@ -63,6 +65,22 @@ def test_words_go_together(first: str, second: str) -> None:
     names = [method.name for method in Recipe.parse(f"w4a4-{first}-{second}").methods]
     assert names.index("wide") == 0
     assert len(names) == len(set(names))
+
+
+def test_words_of_branches_and_rotations() -> None:
+    smooth, low_rank = Recipe.parse("w4a4-svd32x8-rotate16").methods
+    assert (smooth, low_rank) == (Smooth(rotate=16), LowRank(32, 8))
+    assert Recipe.parse("w4a4-svd").methods == (Smooth(), LowRank())
+    best = Recipe.parse("w4a4-rotate-best")
+    assert [m for m in best.methods if isinstance(m, Smooth)] == [Smooth(rotate=64)]
+    assert Recipe.from_dict(best.to_dict()) == best
+    for wrong in ("svdx8", "rotate16x8", "svd16x"):
+        with pytest.raises(InputError, match=f"unknown word '{wrong}'"):
+            Recipe.parse(f"w4a4-{wrong}")
+    with pytest.raises(InputError, match="2 to 8"):
+        Recipe.parse("w4a4-svd16x9")
+    with pytest.raises(InputError, match="rotate must be 2 to 256"):
+        Recipe.parse("w4a4-rotate512")
 
 
 def test_shorthand_of_several_widths() -> None:

@@ -31,7 +31,7 @@ from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
 from ptqd.quantization.rounding.learned_parameters import straight_round
 
-W4, A8 = QuantSpec(4), QuantSpec(8, symmetric=False)
+W4, A8, A4 = QuantSpec(4), QuantSpec(8, symmetric=False), QuantSpec(4, symmetric=False)
 
 
 def frozen(
@@ -199,6 +199,73 @@ def test_a_low_rank_branch_takes_outliers(layer: Any) -> None:
         errors.append(float((made(x) - layer(x)).detach().square().sum()))
     assert errors[1] < errors[0] / 10
     assert made.low_rank_up.dtype == torch.int16  # two bytes a number on disk
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 24), nn.Conv2d(16, 24, 3, padding=1)], ids=["linear", "conv"])
+def test_a_branch_in_few_bits(layer: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 32) if isinstance(layer, nn.Linear) else torch.randn(2, 16, 5, 5)
+    rows = [-1] + [1] * (layer.weight.ndim - 1)
+    with torch.no_grad():
+        layer.weight += 0.1 * torch.randn(24).view(rows) * torch.randn(layer.weight.shape[1:])
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    errors, sizes = {}, {}
+    for rank, bits in ((4, 16), (4, 8), (4, 2), (1, 16)):
+        made = kind(layer, W4, A4, (), LayerOptions(rank=rank, rank_bits=bits))
+        split_low_rank(made, layer.weight, 0)
+        down, up = made.low_rank_weights()
+        whole = made.target_weight(layer.weight) + up @ down  # codes stand for what the rounded branch leaves
+        torch.testing.assert_close(whole.view(layer.weight.shape), layer.weight.detach())
+        made.use_float(layer.weight)
+        made.observe()
+        made(x)
+        made.freeze()
+        errors[rank, bits] = float((made(x) - layer(x)).detach().square().sum())
+        sizes[rank, bits] = made.low_rank_down.nbytes + made.low_rank_up.nbytes
+        again = kind(layer, W4, A4, (), LayerOptions(rank=rank, rank_bits=bits))
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(again(x), made(x))
+    assert errors[4, 8] < 1.05 * errors[4, 16] < errors[1, 16]
+    assert errors[4, 2] > 2 * errors[4, 8]
+    assert sizes[4, 16] == 2 * sizes[4, 8] == 8 * sizes[4, 2]
+
+
+def test_gradients_pass_a_branch_in_eight_bits() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 24)
+    made = QuantLinear(layer, W4, A8, (), LayerOptions(rank=4, rank_bits=8))
+    split_low_rank(made, layer.weight, 0)
+    x = torch.randn(2, 32, requires_grad=True)
+    made.low_rank(x).sum().backward()
+    down, up = made.low_rank_weights()
+    torch.testing.assert_close(x.grad, (up @ down).sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 24), nn.Conv2d(32, 24, 3, padding=1)], ids=["linear", "conv"])
+def test_a_rotation_is_taken_where_it_helps(layer: Any) -> None:
+    """Of one channel that all samples have large and that weights need: no divisor helps both, a rotation does."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32) if isinstance(layer, nn.Linear) else torch.randn(8, 32, 5, 5)
+    outlier, plain = x.clone(), x.clone()
+    outlier[:, 3] *= 40
+    with torch.no_grad():
+        layer.weight[:, 3] *= 10
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    groups, errors = {}, {}
+    for rotate in (0, 16):
+        made = kind(layer, W4, A4, (), LayerOptions(smooth=True, rotate=rotate))
+        search_smoothing(made, layer.weight, outlier, None)
+        groups[rotate] = made.rotated
+        made.use_float(layer.weight)
+        made.observe()
+        torch.testing.assert_close(made(outlier), layer(outlier), rtol=1e-3, atol=1e-2)
+        made.freeze()
+        errors[rotate] = float((made(outlier) - layer(outlier)).detach().square().sum())
+        again = kind(layer, W4, A4, (), LayerOptions(smooth=True, rotate=rotate))
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(again(plain), made(plain))
+    assert groups == {0: 1, 16: 16}
+    assert errors[16] < 0.8 * errors[0]
 
 
 def test_a_finite_set_of_inputs_is_fitted_better_than_to_nearest() -> None:

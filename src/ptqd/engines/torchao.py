@@ -179,7 +179,7 @@ def _rounded(layer: nn.Module) -> torch.Tensor:
         down, up = layer.low_rank_weights()
         weight = weight + (up @ down).view(layer.shape)
     if layer.smooth_scale is not None:
-        weight = weight if layer.rotated == 1 else rotate(weight, layer.rotated, 1)
+        weight = weight if layer.rotation_matrix is None else rotate(weight, layer.rotation_matrix, 1)
         weight = weight / layer.smooth_scale.view(1, -1, *[1] * (weight.ndim - 2))
     if layer.adapter_down is not None and layer.adapter_up is not None:
         weight = weight + (layer.adapter_up @ layer.adapter_down).view(layer.shape)

@@ -19,7 +19,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
-from ptqd.quantization.numerics.rotation import largest_group, rotate
+from ptqd.quantization.numerics.rotation import hadamard, largest_group, rotate
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
 from ptqd.quantization.recipe import LayerType, QuantSpec
 
@@ -55,7 +55,7 @@ class QuantLayer(KeptInFloat32, ABC):
     saved.
     """
 
-    kept = ("scale", "smooth_scale", "global_scale", "low_rank_scale")
+    kept = ("scale", "smooth_scale", "global_scale", "low_rank_scale", "rotation_matrix")
     padding_mode = "zeros"
     kind: ClassVar[LayerType]
     axis: ClassVar[int]  # of the input's channels
@@ -66,6 +66,7 @@ class QuantLayer(KeptInFloat32, ABC):
     global_scale: torch.Tensor | None
     smooth_scale: torch.Tensor | None
     rotation: torch.Tensor | None
+    rotation_matrix: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
     low_rank_scale: torch.Tensor | None
@@ -98,7 +99,7 @@ class QuantLayer(KeptInFloat32, ABC):
         self.largest_rotation = largest_group(self.shape[1], extras.rotate) if smooth and extras.rotate else 1
         room = torch.ones((), dtype=torch.int32, device=device) if self.largest_rotation > 1 else None
         self.register_buffer("rotation", room)  # channels of a group; 1 where there is none
-        self.rotated = 1  # the same as a plain number
+        self.register_buffer("rotation_matrix", None, persistent=False)
         self._make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
@@ -205,13 +206,18 @@ class QuantLayer(KeptInFloat32, ABC):
         if self.smooth_scale is None:
             return x
         x = x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
-        return x if self.rotated == 1 else rotate(x, self.rotated, self.axis)
+        return x if self.rotation_matrix is None else rotate(x, self.rotation_matrix, self.axis)
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a group that is rotated; 1 where none is."""
+        return 1 if self.rotation_matrix is None else len(self.rotation_matrix)
 
     def set_rotation(self, group: int) -> None:
         """Rotate groups of so many input channels; none of 1."""
         assert self.rotation is not None
         self.rotation.fill_(group)
-        self.rotated = group
+        self.rotation_matrix = hadamard(group).to(self.rotation.device) if group > 1 else None
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
@@ -248,7 +254,7 @@ class QuantLayer(KeptInFloat32, ABC):
         rows = weight.detach().cpu().float()
         if self.smooth_scale is not None:
             rows = rows * self.smooth_scale.cpu().view(1, -1, *[1] * (rows.ndim - 2))
-            rows = rows if self.rotated == 1 else rotate(rows, self.rotated, 1)
+            rows = rows if self.rotation_matrix is None else rotate(rows, self.rotation_matrix.cpu(), 1)
         rows = rows.flatten(1)
         if self.low_rank_up is not None:
             down, up = (t.cpu() for t in self.low_rank_weights())
@@ -325,7 +331,7 @@ class QuantLayer(KeptInFloat32, ABC):
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
         if self.rotation is not None and not self.rotation.is_meta:
-            self.rotated = int(self.rotation)
+            self.set_rotation(int(self.rotation))
         if not self.codes.is_meta:
             self.weight = self.dequantized().to(dtype or self.weight.dtype)
 

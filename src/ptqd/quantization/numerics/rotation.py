@@ -1,6 +1,5 @@
 """Hadamard rotations of groups of channels, which spread an outlier over its group (QuaRot, arXiv 2404.00456)."""
 
-import functools
 import math
 
 import torch
@@ -8,7 +7,6 @@ import torch
 MOST_CHANNELS = 256  # of a group
 
 
-@functools.lru_cache(maxsize=16)
 def hadamard(size: int) -> torch.Tensor:
     """Sylvester's Hadamard matrix over the root of its size, float32: orthogonal, symmetric, its own inverse.
 
@@ -30,15 +28,14 @@ def largest_group(channels: int, most: int) -> int:
     return math.gcd(channels, 1 << (most.bit_length() - 1))
 
 
-def rotate(x: torch.Tensor, group: int, axis: int) -> torch.Tensor:
-    """``x`` with each group of neighbouring channels times the Hadamard matrix; its own inverse.
+def rotate(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
+    """``x`` with each group of neighbouring channels times a matrix.
 
     Args:
         x: any shape and floating dtype.
-        group: channels of a group, a power of two that divides them.
+        matrix: (G, G); G divides the channels.
         axis: where the channels are.
     """
     moved = x.movedim(axis, -1)
-    matrix = hadamard(group).to(x)
-    rotated: torch.Tensor = moved.unflatten(-1, (-1, group)) @ matrix  # ..., C/G, G
+    rotated: torch.Tensor = moved.unflatten(-1, (-1, len(matrix))) @ matrix.to(x)  # ..., C/G, G
     return rotated.flatten(-2).movedim(-1, axis)
