@@ -285,6 +285,9 @@ def test_kernels_for_ranges_make_place_where_they_are_not_used(
 
     first = rows(4)
     assert rows(8) == first | {b""}  # the second has its ranges as inputs
+    there = dict(session._sessions)
+    assert rows(4) == rows(8) == first | {b""}
+    assert all(session._sessions[row] is opened for row, opened in there.items())  # nothing is opened anew
     monkeypatch.setattr(sessions, "UNUSED", 1)
     second = rows(8)
     assert first.isdisjoint(second)

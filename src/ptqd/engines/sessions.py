@@ -218,6 +218,7 @@ class OnnxRuntimeSession(Session):
         self.most_ranges = 4 if provider == "cpu" else 0
         self._sessions: dict[bytes, tuple[Any, list[str]]] = {}
         self._open(1, {})
+        self._only_tried = True  # opened without constants to see that it can be; it has not run
 
     def _open(self, threads: int, inputs: Mapping[str, np.ndarray], row: bytes = b"") -> None:
         """Load the graph, for so many cores at one sample, with the ranges of a row as constants."""
@@ -254,8 +255,9 @@ class OnnxRuntimeSession(Session):
         threads = self.threads if alone and self._provider == "cpu" else 1
         if self._opened != threads:
             self._sessions.clear()  # what was there before has to go first
-        elif row and b"" in self._sessions:
-            del self._sessions[b""]  # which was opened to see that it can be
+        elif row and self._only_tried:
+            del self._sessions[b""]
+        self._only_tried = False
         if row not in self._sessions:
             self._open(threads, inputs, row)
 
