@@ -241,7 +241,20 @@ def test_recipes_and_settings_that_would_share_a_folder_are_refused(pipe: Any, r
 # A6, A8, A12: values
 
 
-WORDS = ["w0a8", "w4a0", "w0a0", "w1a8", "w9a8", "w4a4+4", "w٤a8", "w4a8-g٤", "w4a8-steps99", "w4a8-svd0", "w4a999999"]
+WORDS = [
+    "w0a8",
+    "w4a0",
+    "w0a0",
+    "w1a8",
+    "w9a8",
+    "w4a4+4",
+    "w٤a8",
+    "w4a8-g٤",
+    "w4a8-steps99",
+    "w4a8-svd0",
+    "w4a8-svd4x0",
+    "w4a999999",
+]
 
 
 @pytest.mark.parametrize("recipe", WORDS)

@@ -79,8 +79,9 @@ def test_words_of_branches_and_rotations() -> None:
             Recipe.parse(f"w4a4-{wrong}")
     with pytest.raises(InputError, match="2 to 8"):
         Recipe.parse("w4a4-svd16x9")
-    with pytest.raises(InputError, match="rotate must be 2 to 256"):
-        Recipe.parse("w4a4-rotate512")
+    for wrong, message in (("rotate512", "rotate must be 2 to 256"), ("rotate0", "rotate must be 2"), ("svd0", "rank")):
+        with pytest.raises(InputError, match=message):
+            Recipe.parse(f"w4a4-{wrong}")
 
 
 def test_shorthand_of_several_widths() -> None:

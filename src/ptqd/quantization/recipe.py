@@ -338,10 +338,14 @@ def _methods_of(word: str) -> tuple[Method, ...]:
     sized = re.fullmatch(r"(rotate|svd)(?:([0-9]{1,9})(?:x([0-9]{1,2}))?)?", word)
     if sized is None:
         return (METHODS[word](),) if word in METHODS else ()
-    kind, size, bits = sized[1], int(sized[2] or 0), int(sized[3] or 0)
-    if kind == "svd":
-        return (LowRank(**{name: value for name, value in (("rank", size), ("bits", bits)) if value}),)
-    return () if bits else (Smooth(rotate=size or ROTATED),)
+    numbers = {name: int(text) for name, text in zip(("rank", "bits"), sized.groups()[1:], strict=True) if text}
+    if sized[1] == "svd":
+        return (LowRank(**numbers),)
+    if "bits" in numbers:
+        return ()
+    if numbers.get("rank") == 0:
+        raise InputError("rotate must be 2 channels at least; without the word nothing is rotated")
+    return (Smooth(rotate=numbers.get("rank", ROTATED)),)
 
 
 def _from_shorthand(text: str) -> Recipe:
