@@ -253,6 +253,7 @@ WORDS = [
     "w4a8-steps99",
     "w4a8-svd0",
     "w4a8-svd4x0",
+    "w4a8-rotate0",
     "w4a999999",
 ]
 
