@@ -280,7 +280,9 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
         names = [name for name in self.facts.codes if name not in self.facts.as_they_come]
         shown = [f"{CODES}{name}" for name in names]
-        session = open_session(self.folder / GRAPH, self.engine, threads=torch.get_num_threads(), shown=shown)
+        counts = [1] * len(self.facts.ranges)  # for one call all of them are constants
+        path, threads = self.folder / GRAPH, torch.get_num_threads()
+        session = open_session(path, self.engine, threads=threads, shown=shown, counts=counts)
         for hook in self._forward_pre_hooks.values():  # its step state
             hook(self, args, kwargs)
         output = session.run(self._inputs("forward", args, kwargs)[0])
