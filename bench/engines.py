@@ -211,9 +211,7 @@ def plans(folder: Path) -> None:
     quantizations: dict[str, Any] = {base: quantized(pipe, "w4a8", run)}
     quantizations |= {name: ptqd.apply_plan(qpipe, rule.replace(bits=bits)) for name, bits in found.items()}
     quantizations["A8, eight ranges by step"] = quantized(pipe, "w4a8-steps8", run)
-    print(
-        f"fashion-ldm, batch 32, {run.steps} steps, {ROUNDS} rounds ({processor_name()}); first: seconds that come once"
-    )
+    print(f"fashion-ldm, batch 32, {run.steps} steps, {ROUNDS} rounds ({processor_name()}); once: what comes once")
     with tempfile.TemporaryDirectory() as temporary:
         exports = Path(temporary)
         for i, each in enumerate(quantizations.values()):
@@ -253,7 +251,7 @@ def held(folder: Path) -> None:
             "W8A8": [],
             "W8A8, every 2nd held": [i for i in range(2, HELD_STEPS - 1) if i % 2],
             "W8A8, two of three held": [i for i in range(2, HELD_STEPS - 1) if i % 3 != 1],
-            "W8A8, four of five held": [i for i in range(2, HELD_STEPS - 1) if i % 5 != 1],
+            "W8A8, 12 calls": [i for i in range(2, HELD_STEPS - 1) if i % 5 != 1],
         }
         pipes: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as temporary:

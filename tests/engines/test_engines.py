@@ -150,7 +150,6 @@ def test_an_engine_computes_what_the_simulation_does(text: str, engine: str, exp
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
-    """OpenVINO too, which takes no other plan: widths and ranges stay the same."""
     qpipe = exports("w4a8")[0]
     qpipe.scheduler.set_timesteps(RUN.steps)
     plan = PrecisionPlan.uniform(tuple(float(t) for t in qpipe.scheduler.timesteps), 8).holding((1,))
@@ -591,6 +590,7 @@ def test_branches_in_few_bits_and_rotations_are_computed_as_simulated(
         if layer.rotation is not None:  # whether it helps or not
             layer.set_rotation(layer.largest_rotation)
             layer.encode(full_weight(full.unet, name, layer))
+    assert any(layer.rotated > 1 or layer.low_rank_inputs for _, layer in quantized_layers(qpipe.unet))
     export(qpipe, RUN, "onnxruntime", tmp_path / "onnxruntime", others="none")
     for_engine(tmp_path / "onnxruntime", "openvino", tmp_path / "openvino")
     for engine in ENGINES:

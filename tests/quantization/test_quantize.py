@@ -8,12 +8,15 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
+from torch import nn
 
 from conftest import tiny_pipeline
-from ptqd import InputError, LatentClassPipeline, Recipe, Rule, Sampling, load, measure, quantize
+from ptqd import InputError, LatentClassPipeline, QuantSpec, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.diffusion import fingerprint, run_batch
+from ptqd.diffusion.macs import Macs
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
-from ptqd.quantization.modules import AttentionProducts, QuantConv, QuantLinear
+from ptqd.quantization.bops import layer_bits
+from ptqd.quantization.modules import AttentionProducts, LayerOptions, QuantConv, QuantLinear
 from ptqd.quantization.sites import quantized_sites
 
 
@@ -158,10 +161,24 @@ def test_explain_ranks_layers_by_what_their_error_does_to_the_output(pipe: Any, 
 
 def test_a_split_pipeline_costs_the_same_and_a_low_rank_branch_costs_more(pipe: Any, run: Sampling) -> None:
     costs = {}
-    for recipe in ("w4a4", "w4a4-split", "w4a4-svd8"):
+    for recipe in ("w4a4", "w4a4-split", "w4a4-svd8", "w4a4-svd8x8"):
         values = {**Recipe.parse(recipe).to_dict(), "calibration_samples": 2}
         costs[recipe] = run_cost(quantize(pipe, Recipe.from_dict(values), run), run)
     assert costs["w4a4-split"].total == costs["w4a4"].total
     assert costs["w4a4-split"].macs.total == costs["w4a4"].macs.total
     assert costs["w4a4-svd8"].total > costs["w4a4"].total
-    assert costs["w4a4-svd8"].disk > costs["w4a4"].disk
+    assert costs["w4a4-svd8"].disk > costs["w4a4-svd8x8"].disk > costs["w4a4"].disk
+    beside = [costs[recipe].total - costs["w4a4"].total for recipe in ("w4a4-svd8", "w4a4-svd8x8")]
+    assert beside[0] == pytest.approx(4 * beside[1])
+
+
+def test_a_rotation_costs_its_additions() -> None:
+    """32 bit operations for each of log2(16) additions of an input, beside 4 x 4 bits for each of its products."""
+    conv, extras = nn.Conv2d(16, 8, 3, stride=2, padding=1), LayerOptions(smooth=True, rotate=16)
+    layer = QuantConv(conv, QuantSpec(4), QuantSpec(4, symmetric=False), (), extras)
+    model = nn.Sequential(layer)
+    macs = Macs(("0",), torch.ones(1, 1, dtype=torch.float64))
+    before = layer_bits(model, macs).beside
+    layer.set_rotation(16)
+    assert float(before) == 0
+    assert float(layer_bits(model, macs).beside) == pytest.approx(4 * 32 / (8 * 9 / 4))

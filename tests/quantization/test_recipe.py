@@ -74,10 +74,12 @@ def test_words_of_branches_and_rotations() -> None:
     best = Recipe.parse("w4a4-rotate-best")
     assert [m for m in best.methods if isinstance(m, Smooth)] == [Smooth(rotate=64)]
     assert Recipe.from_dict(best.to_dict()) == best
+    assert Recipe.parse("w4a4-best-rotate") == best
+    assert Recipe.parse("w4a4-smooth-rotate").methods == (Smooth(rotate=64),)
     for wrong in ("svdx8", "rotate16x8", "svd16x"):
         with pytest.raises(InputError, match=f"unknown word '{wrong}'"):
             Recipe.parse(f"w4a4-{wrong}")
-    with pytest.raises(InputError, match="2 to 8"):
+    with pytest.raises(InputError, match="bits of a branch must be 2 to 8, or 16; got 9"):
         Recipe.parse("w4a4-svd16x9")
     for wrong, message in (("rotate512", "rotate must be 2 to 256"), ("rotate0", "rotate must be 2"), ("svd0", "rank")):
         with pytest.raises(InputError, match=message):

@@ -497,7 +497,6 @@ def open_session(
         provider: where ONNX Runtime runs it.
         shown: tensors inside the graph that are outputs too, after its own.
         counts: how many ranges each quantizer has, of those whose ranges are inputs.
-        counts: see :class:`Session`.
 
     Raises:
         InputError: an engine that is not known, or see the engines themselves.

@@ -30,7 +30,7 @@ class Bits:
     Attributes:
         left: of the weight, or of a product's first operand (T, L).
         right: of the activation (T, L).
-        beside: bit operations of a 16-bit low-rank branch, for each multiply-accumulate of the layer itself (L,).
+        beside: bit operations of branches and rotations, for each multiply-accumulate of the layer itself (L,).
         computed: 1 at each step that calls the denoiser, 0 where a plan holds its output (T,).
     """
 
@@ -132,8 +132,8 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             right[:, n] = _by_step(result.input, planned, steps)
             share = result.rank * (1 / result.shape[0] + 1 / result.columns)  # r (I + O) of I O multiply-accumulates
             beside[n] = share * result.rank_bits**2
-            additions = math.log2(result.rotated)  # of each input channel, which has O multiply-accumulates
-            beside[n] += additions / result.shape[0] * FULL_BITS
+            products = result.shape[0] * math.prod(result.shape[2:]) / math.prod(getattr(result, "stride", ()))
+            beside[n] += math.log2(result.rotated) / products * FULL_BITS  # additions of an input, for its products
             fused = result.adapter_rank * (1 / result.shape[0] + 1 / result.columns)
             beside[n] += fused * FULL_BITS**2
         elif f".{product}" in PRODUCTS and isinstance(products, AttentionProducts):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ptqd.errors import InputError
-from ptqd.quantization.numerics.affine import WIDE, Grid, check_weight_bits
+from ptqd.quantization.numerics.affine import MAX_BITS, WIDE, Grid, check_weight_bits
 from ptqd.quantization.numerics.rotation import MOST_CHANNELS
 
 MOST = 10_000_000  # of anything that a method counts
@@ -89,7 +89,7 @@ class Smooth(Method):
 
     def __post_init__(self) -> None:
         if self.rotate and not 2 <= self.rotate <= MOST_CHANNELS:
-            raise InputError(f"rotate must be 2 to {MOST_CHANNELS} channels, or 0; got {self.rotate}")
+            raise InputError(f"rotate must be 2 to {MOST_CHANNELS} channels; got {self.rotate}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be between 0 and 1; got {self.alpha}")
 
@@ -115,8 +115,8 @@ class LowRank(Method):
 
     def __post_init__(self) -> None:
         _check_count("rank", self.rank)
-        if self.bits != WIDE:
-            check_weight_bits(self.bits)
+        if self.bits != WIDE and not 2 <= self.bits <= MAX_BITS:
+            raise InputError(f"bits of a branch must be 2 to {MAX_BITS}, or {WIDE}; got {self.bits}")
 
 
 @dataclass(frozen=True)

@@ -328,7 +328,7 @@ WORDS: dict[str, dict[str, Any]] = {
 ``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits; ``g64`` for groups of 64 weights;
 ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name
 as well, ``brecq``."""
-ROTATED = 64
+ROTATED = 64  # channels of a group, at most
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 """Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
 
@@ -375,8 +375,10 @@ def _from_shorthand(text: str) -> Recipe:
             values["step_ranges"] = int(numbered[2])
         elif methods or word in WORDS:
             named = {method.name for method in values["methods"]} if word in WORDS else set()
-            more = (m for m in methods or WORDS[word].get("methods", ()) if m.name not in named)
-            values |= {**WORDS.get(word, {}), "methods": (*values["methods"], *more)}
+            more = tuple(m for m in methods or WORDS[word].get("methods", ()) if m.name not in named)
+            rotates = any(isinstance(m, Smooth) and m.rotate for m in more)  # which smooths too
+            before = (m for m in values["methods"] if not (rotates and m == Smooth()))
+            values |= {**WORDS.get(word, {}), "methods": (*before, *more)}
         else:
             known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8"])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqd.errors import InputError
-from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32
+from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32, Mode
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
 from ptqd.quantization.numerics.rotation import hadamard, largest_group, rotate
@@ -159,6 +159,8 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output, of a full-precision input."""
+        if self.rotation is not None and self.rotation_matrix is None and not self.weight.numel():
+            self.set_rotation(int(self.rotation))  # of codes that are offloaded
         given, x = x, self.smoothed(x)
         weight = self.weight if self.weight.numel() else self.dequantized().to(x.dtype)  # of codes that are offloaded
         y = self.matmul(self.input(x), weight, self.bias)
@@ -222,7 +224,7 @@ class QuantLayer(KeptInFloat32, ABC):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
         down, up = (weight.to(x) for weight in self.low_rank_weights())
-        if not self.low_rank_inputs:
+        if not self.low_rank_inputs or self.input.mode is not Mode.ROUND:
             return self.project(self.matmul(x, down.view(-1, *self.shape[1:])), up)
         first, second = self.low_rank_inputs
         hidden = self.matmul(_straight_through(first, x), down.view(-1, *self.shape[1:]))
