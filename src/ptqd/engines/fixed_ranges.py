@@ -74,7 +74,7 @@ def with_fixed_ranges(
 
 
 def rounding_floats(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with what is rounded to ranges that are inputs as floats, in place: OpenVINO rounds that otherwise.
+    """The graph with what is rounded to ranges that are inputs as floats, in place: OpenVINO is quicker at it so.
 
     What is rounded was clipped to its range before.
     """

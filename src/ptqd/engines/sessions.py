@@ -308,7 +308,7 @@ class OpenVinoSession(Session):
             model = expanded(showing(read_graph(path), shown))
             _check_overflow(model, processor or this_processor())
             self._path = self._kept(model)
-        elif any(part.is_symlink() for part in path.parent.iterdir()):  # of a hub cache, which OpenVINO does not follow
+        elif counts or any(part.is_symlink() for part in path.parent.iterdir()):  # of a hub cache: not followed
             self._path = self._kept(read_graph(path))
         self._read()
         self._compiled: dict[Any, dict[bytes, tuple[SimpleQueue[Any], list[str]]]] = {}
