@@ -6,11 +6,13 @@
 
 DDIM (flow: Euler), 50 steps, guidance 1.5. Mean SNR of the final latents in dB against full precision of 50 steps, on
 64 seeds that no statistics saw: not corrected, with CNC and BC, and with the correction fitted along the trajectory;
-what the plan expects, as CNC and BC leave it; and how many times fewer bit operations than FP32. The regular patterns
-compute the first two steps and the last. Fewer steps are full precision's and the quantized model's, not corrected,
-where nothing is drawn. With --distances: the Frechet distance of so many samples to full precision's, in the
-classifier's features, and PSNR; both as differences to the same without held steps, with the 95 % interval of the
-paired difference (jackknife for Frechet). Corrected along the trajectory, decoders in full precision.
+what the plan expects, as CNC and BC leave it; and how many times fewer bit operations than FP32. Steps hold the last
+output, or go on from the last two by fitted weights. The patterns in turn, every second and two of three, compute the
+first two steps and the last. Fewer steps, where nothing is drawn, are full precision's, the quantized model's, and the
+same corrected along full precision's trajectory of as few steps. With --distances: the Frechet distance of so many
+samples to full precision's, in the classifier's features, and PSNR; both as differences to the same without held
+steps, with the 95 % interval of the paired difference (jackknife for Frechet). Corrected along the trajectory,
+decoders in full precision.
 """
 
 import argparse
@@ -49,19 +51,25 @@ def snr(end: torch.Tensor, reference: torch.Tensor) -> float:
     return float((10 * (energy / error).log10()).mean())
 
 
-def held_rows(steps: int, errors: HeldErrors) -> dict[str, tuple[bool, ...]]:
-    """Patterns of held steps, by name."""
+def held_rows(steps: int, holds: HeldErrors, goes_on: HeldErrors) -> dict[str, tuple[HeldErrors, tuple[bool, ...]]]:
+    """Patterns of held steps by name, each with what says their error: by the last output, and by the last two."""
     second = tuple(1 < i < steps - 1 and i % 2 == 1 for i in range(steps))
     two_of_three = tuple(1 < i < steps - 1 and i % 3 != 1 for i in range(steps))
-    chosen = errors.patterns
-    return {
-        "none held": (False,) * steps,
-        "every 2nd": second,
-        "as many, chosen": chosen[sum(second)],
-        "two of three": two_of_three,
-        "as many, chosen ": chosen[sum(two_of_three)],
-        "four of five, chosen": chosen[4 * steps // 5],
-    }
+    result = {"none held": (holds, (False,) * steps)}
+    for count, regular in ((sum(second), second), (sum(two_of_three), two_of_three), (4 * steps // 5, ())):
+        if regular:
+            result[f"{count} in turn, held"] = holds, regular
+            result[f"{count} in turn, by two outputs"] = goes_on, regular
+        result[f"{count} chosen, held"] = holds, holds.patterns[count]
+        result[f"{count} chosen, by two outputs"] = goes_on, goes_on.patterns[count]
+    return result
+
+
+def held_plan(
+    timesteps: tuple[float, ...], bits: int, errors: HeldErrors, held: tuple[bool, ...]
+) -> ptqd.PrecisionPlan:
+    plan = ptqd.PrecisionPlan.uniform(timesteps, bits).holding([i for i, holds in enumerate(held) if holds])
+    return plan.replace(extrapolation=errors.extrapolation(held))
 
 
 def cell(model: str, recipe: str, eta: float) -> None:
@@ -74,14 +82,13 @@ def cell(model: str, recipe: str, eta: float) -> None:
     quantized = ptqd.quantize(plain, recipe, run)
     reference = ends(plain, test)
     first = ptqd.measure(plain, quantized, run)
-    errors = HeldErrors(first)
+    rows = held_rows(STEPS, HeldErrors(first, extrapolate=False), HeldErrors(first))
     timesteps = first.measured_on.model_timesteps
     bits = ptqd.Recipe.parse(recipe).activations.bits
     print(f"\n{model}, {recipe}, eta {eta:g}")
-    print("  held                      calls  fewer BOPs  expected     none   CNC+BC  trajectory", flush=True)
-    for name, held in held_rows(STEPS, errors).items():
-        plan = ptqd.PrecisionPlan.uniform(timesteps, bits).holding([i for i, holds in enumerate(held) if holds])
-        planned = ptqd.apply_plan(quantized, plan)
+    print("  held                        calls  fewer BOPs  expected     none   CNC+BC  trajectory", flush=True)
+    for name, (errors, held) in rows.items():
+        planned = ptqd.apply_plan(quantized, held_plan(timesteps, bits, errors, held))
         stats = ptqd.measure(plain, planned, run)
         found = [
             snr(ends(corrected, test), reference)
@@ -93,14 +100,20 @@ def cell(model: str, recipe: str, eta: float) -> None:
         ]
         expected = 10 * torch.tensor(float(reference.var()) / errors.error(held)).log10()
         print(
-            f"  {name:24s} {STEPS - sum(held):6d} {run_cost(planned, run).ratio:10.1f}x  {expected:8.1f} "
+            f"  {name:26s} {STEPS - sum(held):6d} {run_cost(planned, run).ratio:10.1f}x  {expected:8.1f} "
             f"{found[0]:8.1f} {found[1]:8.1f} {found[2]:11.1f}",
             flush=True,
         )
     for steps in (25, 18) if eta == 0 else ():
         fewer = test.replace(steps=steps)
-        full, mine = (snr(ends(each, fewer), reference) for each in (plain, quantized))
-        print(f"  {steps} steps: full precision {full:.1f}, quantized {mine:.1f}", flush=True)
+        fitted = run.replace(steps=steps)
+        correction = fit_trajectory(quantized, ptqd.measure(plain, quantized, fitted), fitted).correction
+        full, mine, corrected = (
+            snr(ends(each, fewer), reference) for each in (plain, quantized, ptqd.correct(quantized, correction))
+        )
+        print(
+            f"  {steps} steps: full precision {full:.1f}, quantized {mine:.1f}, trajectory {corrected:.1f}", flush=True
+        )
 
 
 def distances(model: str, samples: int, judge: FashionClassifier) -> None:
@@ -116,9 +129,9 @@ def distances(model: str, samples: int, judge: FashionClassifier) -> None:
     with TemporaryDirectory() as temporary:
         pipes = {"FP32": export(plain, run, "openvino", Path(temporary) / "full").pipeline}
         fast = export(quantized, run, "openvino", Path(temporary) / "fast").pipeline
-        for name, held in held_rows(STEPS, HeldErrors(first)).items():
-            plan = ptqd.PrecisionPlan.uniform(timesteps, 8).holding([i for i, holds in enumerate(held) if holds])
-            planned = ptqd.apply_plan(fast, plan)
+        rows = held_rows(STEPS, HeldErrors(first, extrapolate=False), HeldErrors(first))
+        for name, (errors, held) in rows.items():
+            planned = ptqd.apply_plan(fast, held_plan(timesteps, 8, errors, held))
             stats = ptqd.measure(plain, planned, run)
             pipes[f"{name}, {STEPS - sum(held)} calls"] = ptqd.correct(
                 planned, fit_trajectory(planned, stats, run).correction

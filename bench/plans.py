@@ -2,24 +2,28 @@
 
     python bench/plans.py --out DIR --setting a      # 20 steps, eta 0, guidance 3
     python bench/plans.py --out DIR --setting b      # 250 steps, eta 1, guidance 1.5; hours
+    python bench/plans.py --out DIR --setting b --engine openvino
     python bench/plans.py --out DIR --table
 
 Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
-by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; and 4-bit weights with activations
-of 4 or 8 bits by the paper's rule, with the paper's ablation. Distances are in the features of the classifier that
-ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's over samples,
-drawn for both together. The same command resumes; --rows names some, so that processes can share them.
+by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; 4-bit weights with activations of 4
+or 8 bits by the paper's rule, with the paper's ablation; and W8A8 at all steps and at fewer, the others held, with
+auto. With --engine all pipelines, full precision's too, sample in it. Distances are in the features of the classifier
+that ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's over
+samples, drawn for both together. The same command resumes; --rows names some, so that processes can share them.
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
 import ptqd
 from ptqd.diffusion.sampling import Sampling
+from ptqd.engines.export import export
 from ptqd.experiments import MEASURED, load_images, sample_images
 from ptqd.files import read_json, write_json
 from ptqd.metrics import (
@@ -46,7 +50,13 @@ SETTINGS = {
     "b": Sampling(250, 1.0, 5000, 100, 0, {**CALL, "guidance_scale": 1.5}),
 }
 WEIGHTS = (4, 5, 6, 7, 8)
-PLANS = {"budget": ("w8a4+5+6+7+8", 19.9), "paper": ("w4a4+8", None)}
+HELD = (20, 25, 32, 40, 50, 60, 80, 100)
+PLANS: dict[str, tuple[str, float | None]] = {
+    "budget": ("w8a4+5+6+7+8", 19.9),
+    "paper": ("w4a4+8", None),
+    "w8a8": ("w8a8", 1.0),
+    **{f"held-{times}x": ("w8a8", float(times)) for times in HELD},
+}
 ROWS = {
     "full precision": ("", ()),
     "19.9x plan": ("budget", ()),
@@ -57,13 +67,26 @@ ROWS = {
     "w4, a4/a8, cnc+bc+vsc": ("paper", ("cnc", "bc", "vsc")),
     "w4, a4/a8, joint+vsc": ("paper", ("joint", "vsc")),
     "w4, a4/a8, auto": ("paper", ("auto",)),
+    "w8a8, auto": ("w8a8", ("auto",)),
+    **{f"w8a8, held, {times}x": (f"held-{times}x", ("auto",)) for times in HELD},
 }
 
 
 class Setting:
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.run, self.folder = name, SETTINGS[name], RunFolder(folder / name)
+    def __init__(self, name: str, folder: Path, engine: str = "") -> None:
+        self.name, self.run, self.folder, self.engine = name, SETTINGS[name], RunFolder(folder / name), engine
         self.pipe = ptqd.load("fashion-ldm")
+
+    def inputs(self, **own: object) -> dict[str, object]:
+        """What a file in the folder is made from."""
+        return {**own, "engine": self.engine}
+
+    def sampled(self, pipe: Any) -> Any:
+        """A pipeline as it samples: in the engine, if there is one."""
+        if not self.engine:
+            return pipe
+        one = self.run.replace(samples=self.run.batch)
+        return export(pipe, one, self.engine, Path(mkdtemp())).pipeline
 
     def planned(self, kind: str) -> Any:
         """The pipeline with its plan; the plan is made once."""
@@ -71,14 +94,22 @@ class Setting:
 
         def build(path: Path, scratch: Path) -> None:
             quantized = ptqd.quantize(self.pipe, recipe, run)
-            stats = ptqd.measure_widths(self.pipe, quantized, run)
-            if budget is None:
-                plan = paper_plan(stats)
+            if recipe == "w8a8":
+                widths = {8: ptqd.measure(self.pipe, quantized, run)}
             else:
-                plan = search_plan(self.pipe, quantized, run, stats, budget=budget, weight_bits=WEIGHTS)
+                widths = ptqd.measure_widths(self.pipe, quantized, run)
+            if budget is None:
+                plan = paper_plan(widths)
+            elif recipe == "w8a8":
+                timesteps = widths[8].measured_on.model_timesteps
+                plan = ptqd.PrecisionPlan.uniform(timesteps, 8)
+                if budget > 1:
+                    plan = search_plan(self.pipe, quantized, run, widths, budget=budget, hold=True)
+            else:
+                plan = search_plan(self.pipe, quantized, run, widths, budget=budget, weight_bits=WEIGHTS)
             ptqd.apply_plan(quantized, plan, self.pipe).save_pretrained(path)
 
-        return ptqd.load(self.folder.stage(f"{kind}/planned", {"kind": kind}, build))
+        return self.sampled(ptqd.load(self.folder.stage(f"{kind}/planned", self.inputs(kind=kind), build)))
 
     def stats(self, kind: str, planned: Any) -> NoiseStats:
         run = self.run.replace(samples=MEASURED, batch=64)
@@ -86,7 +117,7 @@ class Setting:
         def build(path: Path, scratch: Path) -> None:
             ptqd.measure(self.pipe, planned, run).save(path)
 
-        return NoiseStats.load(self.folder.stage(f"{kind}/noise.safetensors", {"kind": kind}, build))
+        return NoiseStats.load(self.folder.stage(f"{kind}/noise.safetensors", self.inputs(kind=kind), build))
 
     def corrected(self, kind: str, methods: tuple[str, ...]) -> Any:
         planned = self.planned(kind)
@@ -100,7 +131,7 @@ class Setting:
             choice = ptqd.search_correction(planned, stats, self.run.replace(samples=MEASURED, batch=64))
             write_json(path, choice.to_dict())
 
-        chosen = read_json(self.folder.stage(f"{kind}/auto.json", {"kind": kind}, build))
+        chosen = read_json(self.folder.stage(f"{kind}/auto.json", self.inputs(kind=kind), build))
         return ptqd.correct(planned, ptqd.CorrectionSearch.from_dict(chosen).correction)
 
     def images(self, row: str, samples: int) -> torch.Tensor:
@@ -108,10 +139,10 @@ class Setting:
         run = self.run.replace(samples=samples)
 
         def build(path: Path, scratch: Path) -> None:
-            pipe = self.corrected(kind, methods) if kind else self.pipe
+            pipe = self.corrected(kind, methods) if kind else self.sampled(self.pipe)
             sample_images(pipe, run, path, scratch, title=f"{self.name}: {row}")
 
-        return load_images(self.folder.stage(file_name(row), {"row": row, "samples": samples}, build))
+        return load_images(self.folder.stage(file_name(row), self.inputs(row=row, samples=samples), build))
 
 
 def above(features: torch.Tensor, full: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> list[Metric]:
@@ -138,15 +169,20 @@ def table(folder: Path) -> Iterator[str]:
     yield f"fashion-ldm, statistics of {MEASURED}, torch {torch.__version__}; 95 % intervals"
     yield "Frechet and spatial Frechet distance (sFID's construction) to the test images, and above full precision"
     for name, run in SETTINGS.items():
+        if not (folder / name).exists():
+            continue
         setting = Setting(name, folder)
         yield f"\n{run.steps} steps, eta {run.eta:g}, guidance {run.call['guidance_scale']:g}"
         ratios = {"": 1.0}
         for kind, (recipe, _) in PLANS.items():
+            if not (folder / name / kind / "planned").exists():
+                continue
             planned = setting.planned(kind)
             plan, ratios[kind] = plan_of(planned), run_cost(planned, run).ratio
             made = ", ".join(f"{k} {v}" for k, v in plan.made.items())
-            mean = sum(sum(row) / len(row) for row in plan.bits) / plan.steps
-            yield f"  plan '{kind}' of {recipe}: {ratios[kind]:.2f}x, {mean:.2f} bits over steps and groups; {made}"
+            mean, calls = sum(sum(row) / len(row) for row in plan.bits) / plan.steps, plan.held.count(False)
+            what = f"{calls} steps computed" if any(plan.held) else f"{mean:.2f} bits over steps and groups"
+            yield f"  plan '{kind}' of {recipe}: {ratios[kind]:.2f}x, {what}; {made}"
         full = load_images(folder / name / file_name("full precision"))
         for row, (kind, _) in ROWS.items():
             if not (folder / name / file_name(row)).exists():
@@ -172,13 +208,14 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--engine", default="", choices=("", "openvino", "onnxruntime"))
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
         for line in table(args.out):
             print(line, flush=True)
         return
-    setting = Setting(args.setting, args.out)
+    setting = Setting(args.setting, args.out, args.engine)
     for row in args.rows:
         setting.images(row, args.samples)
 

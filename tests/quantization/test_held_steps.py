@@ -1,6 +1,7 @@
 """Steps of a plan that hold the output of the step before: the denoiser is not called."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import threading
@@ -72,6 +73,43 @@ def test_text_of_a_plan_that_holds(plan: PrecisionPlan, tmp_path: Path) -> None:
         plan.holding((4,))
     with pytest.raises(InputError, match="step 1 of the plan holds some groups only"):
         two.replace(bits=((4, 8), (0, 6), (6, 8), (8, 8)))
+
+
+def test_text_of_a_plan_that_goes_on_from_two_outputs(timesteps: tuple[float, ...], tmp_path: Path) -> None:
+    plan = PrecisionPlan.uniform(timesteps, 8).holding((2, 3)).replace(extrapolation={2: (1.5, -0.5), 3: (2.0, -1e-3)})
+    assert plan.to_dict()["bits"][2:] == ["2: t 251, hold 1.5 -0.5", "3: t 1, hold 2 -0.001"]
+    plan.save(tmp_path / "plan.toml")
+    assert PrecisionPlan.load(tmp_path / "plan.toml") == plan
+    assert plan.holding((2,)).extrapolation == {}
+    edited = plan.to_dict() | {"bits": [*plan.to_dict()["bits"][:3], "3: t 1, hold"]}
+    assert PrecisionPlan.from_dict(edited).extrapolation == {2: (1.5, -0.5)}
+    for line, message in (
+        ("hold 1.5", "is no step"),
+        ("hold 1 2 3", "is no step"),
+        ("hold 1.5 -", "two weights of outputs"),
+        ("hold 1e9 0", "two weights of outputs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PrecisionPlan.from_dict(plan.to_dict() | {"bits": [*plan.to_dict()["bits"][:3], f"3: t 1, {line}"]})
+    with pytest.raises(InputError, match="step 1, which does not hold"):
+        plan.replace(extrapolation={1: (1.0, 0.0)})
+    with pytest.raises(InputError, match="one was computed before it"):
+        PrecisionPlan.uniform(timesteps, 8).holding((1,)).replace(extrapolation={1: (1.0, 0.0)})
+
+
+def test_a_step_that_goes_on_from_two_outputs(
+    qpipe: Any, run: Sampling, timesteps: tuple[float, ...], tmp_path: Path
+) -> None:
+    plan = PrecisionPlan.uniform(timesteps, 8).holding((2, 3)).replace(extrapolation={2: (1.5, -0.5), 3: (1.75, -1.0)})
+    planned = apply_plan(qpipe, plan)
+    with record(planned) as path:
+        want = sampled(planned, run)
+    first, second, *rest = path.outputs
+    assert not torch.equal(first, second)
+    for output, (a, b) in zip(rest, plan.extrapolation.values(), strict=True):
+        torch.testing.assert_close(output, a * second + b * first)
+    planned.save_pretrained(tmp_path)
+    assert torch.equal(sampled(load(tmp_path), run), want)
 
 
 def test_a_step_that_holds_does_not_call_the_denoiser(qpipe: Any, held: Any, run: Sampling) -> None:
@@ -164,10 +202,12 @@ class Network(nn.Module):
         return x * 2
 
 
-def holding(*steps: int) -> Network:
-    """One that holds at these steps; its timestep is the step."""
+def holding(*held: int, **extrapolated: tuple[float, float]) -> Network:
+    """One that holds at these steps, or goes on from two outputs (``at2``); its timestep is the step."""
+    steps: dict[int, tuple[float, ...]] = dict.fromkeys(held, (1.0,))
+    steps |= {int(name.removeprefix("at")): weights for name, weights in extrapolated.items()}
     network = Network()
-    hold_outputs(network, HeldOutputs(lambda model, args, kwargs: (args[1], args[1] in steps)))
+    hold_outputs(network, HeldOutputs(lambda model, args, kwargs: (args[1], steps.get(args[1], ()))))
     return network
 
 
@@ -194,6 +234,23 @@ def test_what_cannot_be_held_is_computed() -> None:
     assert torch.equal(network(3 * x, 0), 6 * x)  # another run
     assert torch.equal(network(x, 1), 6 * x)
     assert torch.equal(network(7 * x, 1), 14 * x)  # one call more than the step before made
+
+
+def test_two_outputs_times_their_weights() -> None:
+    network = holding(2, at3=(1.5, -0.5), at4=(2.0, 1.0))
+    x = torch.tensor([1.0, 4.0])
+    network(x, 0)
+    network(3 * x, 1)
+    assert torch.equal(network(x, 2), 6 * x)
+    assert torch.equal(network(x, 3), 1.5 * 6 * x - 0.5 * 2 * x)
+    assert torch.equal(network(x, 4), 2 * 6 * x + 2 * x)
+    assert network.calls == 2
+    network = holding(at2=(1.5, -0.5), at3=(1.5, -0.5))
+    half = x.half()
+    assert torch.equal(network(half, 1), 2 * half)  # a run that begins midway
+    assert torch.equal(network(5 * half, 2), 10 * half)  # which has one output, and needs two
+    assert network(half, 3).dtype == torch.float16
+    assert network.calls == 3
 
 
 def test_threads_hold_their_own() -> None:
@@ -250,8 +307,8 @@ def test_held_errors_are_those_of_the_outputs_themselves(pipe: Any, qpipe: Any, 
     """From second moments alone: what a pattern of held steps leaves, against sums over the recorded outputs."""
     run = run.replace(samples=16, batch=16)
     stats = measure(pipe, qpipe, run)
-    errors = HeldErrors(stats)
-    errors.coefficients = torch.tensor([[0.5, -1.0, 2.0, 1.5]], dtype=torch.float64).expand_as(errors.coefficients)
+    errors = HeldErrors(stats, extrapolate=False)
+    errors.coefficients = np.tile([0.5, -1.0, 2.0, 1.5], (len(errors.coefficients), 1))
     with record(pipe) as path:
         run_batch(pipe, run.with_seed_for("measuring"), range(16), "latent")
     with replay(qpipe, path) as replayed:
@@ -266,6 +323,25 @@ def test_held_errors_are_those_of_the_outputs_themselves(pipe: Any, qpipe: Any, 
             slope = (q[s] * e[j]).mean() / e[j].square().mean()
             total += errors.coefficients[0, j] * (q[s] / slope - e[j])
         assert errors.error(held) == pytest.approx(float(total.square().mean()), rel=1e-6)
+
+
+def test_the_weights_of_two_outputs_leave_least(pipe: Any, qpipe: Any, run: Sampling) -> None:
+    """Among all that keep the signal as it is: of one step by itself, in all directions alike."""
+    stats = dataclasses.replace(measure(pipe, qpipe, run.replace(samples=16, batch=16)), bands=None)
+    errors, held = HeldErrors(stats), (False, False, True, False)
+    errors.coefficients = np.array([[0.0, 0.0, 1.0, 0.0]])
+    a, b = errors.extrapolation(held)[2]
+    e, q = ([errors.cross[0, i, j] for i, j in ((2, s), (2, s + 4))] for s in (1, 0))
+    signal = np.array([sum(e), sum(q)])  # of the last output, and of the one before
+    assert signal @ (a, b) == pytest.approx(errors.cross[0, 2, 2], rel=1e-3)
+    least = errors.error(held)
+    assert least < HeldErrors(stats, extrapolate=False).error(held) or a == 1
+    for change in (-0.02, 0.02):
+        moved = a + change, b - change * signal[0] / signal[1]
+        weights = np.zeros(8)
+        weights[[2, 1, 0]] = -1, *moved
+        weights[[5, 4]] = moved
+        assert weights @ errors.cross[0] @ weights > least
 
 
 def test_patterns_hold_one_step_more_each_time(pipe: Any, qpipe: Any, run: Sampling) -> None:

@@ -1,7 +1,8 @@
-"""Steps at which a denoiser is not called: its output is held, the one of the last step at which it was.
+"""Steps at which a denoiser is not called: its output is the one of the last step at which it was, or goes on from the
+last two.
 
-A step may call its denoiser more than once, as guidance does; each call then holds what the call in its place gave. A
-call that has nothing to hold is computed: the first of a run that begins midway, or one of a sample of another shape.
+A step may call its denoiser more than once, as guidance does; each call then holds what the calls in its place gave. A
+call that lacks what it holds is computed: the first of a run that begins midway, or one of a sample of another shape.
 Threads hold outputs of their own, so that runs which take turns do not mix.
 
 The denoiser's class is what changes, as a hook cannot leave out the call: its subclass is otherwise its own class.
@@ -10,15 +11,17 @@ The denoiser's class is what changes, as a hook cannot leave out the call: its s
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ptqd.diffusion.pipeline_parts import calling_pipeline
+
+_Output = tuple[torch.Size | None, Any]
 
 
 @dataclass
@@ -28,17 +31,19 @@ class _Run:
     schedule: Any = None
     step: int = -1
     calls: int = 0  # of this step
-    outputs: list[tuple[torch.Size | None, Any]] = field(default_factory=list)  # of the last step that was computed
+    outputs: list[_Output] = field(default_factory=list)  # of the last step that was computed
+    earlier: list[_Output] = field(default_factory=list)  # of the one before it
 
 
 class HeldOutputs:
     """The outputs that a denoiser holds.
 
     Args:
-        enter: tells what follows the steps about a call, and gives its step, and whether the step holds.
+        enter: tells what follows the steps about a call, and gives its step, and of a step that holds the weights of
+            the last outputs, the last one first: one or two. Those of a step that is computed are none.
     """
 
-    def __init__(self, enter: Callable[[nn.Module, Any, Any], tuple[int, bool]]) -> None:
+    def __init__(self, enter: Callable[[nn.Module, Any, Any], tuple[int, Sequence[float]]]) -> None:
         self._enter = enter
         self._runs: weakref.WeakKeyDictionary[threading.Thread, _Run] = weakref.WeakKeyDictionary()
 
@@ -49,20 +54,22 @@ class HeldOutputs:
     @torch.compiler.disable
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """The output that a call holds; None where it is to be computed."""
-        step, holds = self._enter(model, args, kwargs)
+        step, weights = self._enter(model, args, kwargs)
         schedule = getattr(getattr(calling_pipeline()[0], "scheduler", None), "timesteps", None)
         run = self._runs.setdefault(threading.current_thread(), _Run(schedule))
         if schedule is not run.schedule or step < run.step:
             self._runs[threading.current_thread()] = run = _Run(schedule)
         if step != run.step:
             run.step, run.calls = step, 0
-            if not holds:
-                run.outputs = []
+            if not weights:
+                run.earlier, run.outputs = run.outputs, []
         run.calls += 1
-        if not holds or len(run.outputs) < run.calls:
+        used = [outputs[run.calls - 1 : run.calls] for outputs in (run.outputs, run.earlier)[: len(weights)]]
+        here = _sample_shape(args, kwargs)
+        if not weights or not all(found and found[0][0] == here for found in used):
             return None
-        shape, output = run.outputs[run.calls - 1]
-        return _own(output) if shape == _sample_shape(args, kwargs) else None
+        last, *before = (found[0][1] for found in used)
+        return _sum(weights, last, before[0]) if before else _own(last)
 
     @torch.compiler.disable
     def after(self, args: Any, kwargs: Any, output: Any) -> None:
@@ -128,3 +135,15 @@ def _sample_shape(args: Any, kwargs: Any) -> torch.Size | None:
 def _own(output: Any) -> Any:
     """An output in tensors of its own: some pipelines change it in place."""
     return tree_map_only(torch.Tensor, torch.Tensor.clone, output)
+
+
+def _sum(weights: Sequence[float], last: Any, before: Any) -> Any:
+    """Two outputs times their weights; what is no floating-point tensor is the last one's."""
+
+    def weighted(x: Any, y: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (weights[0] * x.to(wide) + weights[1] * y.to(wide)).to(x.dtype)
+
+    return tree_map(weighted, last, before)

@@ -224,7 +224,8 @@ def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, obje
     rows = [(HOLD,) * len(row) if any(problem.held[i : i + 1]) else row for i, row in enumerate(rows)]
     groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
     chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))
-    return PrecisionPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made)
+    extrapolation = problem.held_errors.extrapolation(problem.held) if problem.held_errors and problem.held else {}
+    return PrecisionPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made, extrapolation)
 
 
 def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -> tuple[Ints, float]:

@@ -5,11 +5,13 @@ section 4.3). Here every group of layers may have its own at every step, and eve
 
 A plan is text that a person can read and edit, as TOML on its own and as JSON in a saved denoiser's ``config.json``:
 
-    steps = 3
+    steps = 5
     bits = [
       "0: t 981, bits 4 4",
       "1: t 961, bits 4 8",
       "2: t 941, hold",
+      "3: t 921, bits 4 4",
+      "4: t 901, hold 1.6 -0.6",
     ]
 
     groups = [
@@ -22,7 +24,8 @@ A plan is text that a person can read and edit, as TOML on its own and as JSON i
 
 A layer belongs to the first group with a pattern that its dotted name matches; an attention's products go by the
 attention's name. A step's bits stand in the order of the groups. A step that holds has a width of zero bits everywhere:
-the denoiser is not called, and its output is that of the last step at which it was.
+the denoiser is not called, and its output is that of the last step at which it was; or, with two numbers, the sum of
+the last two such outputs times these, the last one first: above, in a line through both.
 """
 
 import dataclasses
@@ -39,8 +42,12 @@ from ptqd.errors import InputError
 from ptqd.files import read_toml, write_text
 from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
-_ROW = re.compile(r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,\s*(?:hold|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*))\s*")
+_ROW = re.compile(
+    r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,"
+    r"\s*(?:hold((?:\s+[-+0-9.e]{1,32}){2})?|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*))\s*"
+)
 _POLICY_BITS = 16
+_LARGEST = 100
 HOLD = 0
 """The bits of a step that is not computed."""
 _KEYS = ("steps", "bits", "groups", "weights", "made")
@@ -56,10 +63,13 @@ class PrecisionPlan:
         groups: name and patterns of each group (G,).
         weights: bits of the weights of layers by dotted name; of all others the recipe's.
         made: plain facts of how it was made, for people.
+        extrapolation: of steps that hold, the weights of the last two outputs that were computed, the last one first;
+            a step that has none holds the last one as it is.
 
     Raises:
         InputError: no step, rows of another length than there are groups, bits outside 2 to 16 of activations or 2 to 8
-            of weights, other bits for two steps at one timestep, or a step that holds where none was computed.
+            of weights, other bits for two steps at one timestep, or a step that holds where none was computed; an
+            extrapolation of a step that does not hold, or before which fewer than two were computed.
     """
 
     timesteps: tuple[float, ...]
@@ -67,6 +77,7 @@ class PrecisionPlan:
     groups: tuple[tuple[str, tuple[str, ...]], ...] = (("all", ("*",)),)
     weights: Mapping[str, int] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    extrapolation: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.timesteps or len(self.bits) != len(self.timesteps):
@@ -88,6 +99,7 @@ class PrecisionPlan:
                 "steps of the plan hold, and its schedule takes some timestep twice, so that its calls cannot be told "
                 "apart; give every step bits, or sample with a scheduler of one call a step"
             )
+        self._check_extrapolation()
         for bits in {b for row in self.bits for b in row} - {HOLD}:
             _ = Grid(bits, symmetric=True)
         first: dict[float, int] = {}
@@ -97,6 +109,19 @@ class PrecisionPlan:
                     f"the plan has other bits for step {first[t]} and step {i}, both at t {t:g}; align them"
                 )
 
+    def _check_extrapolation(self) -> None:
+        for step, weights in self.extrapolation.items():
+            if not 0 <= step < self.steps or not self.held[step]:
+                raise InputError(f"the plan weights outputs for step {step}, which does not hold; let it hold")
+            if self.held[:step].count(False) < 2:
+                raise InputError(
+                    f"step {step} of the plan goes on from two outputs, and one was computed before it; let it hold"
+                )
+            if len(weights) != 2 or not all(math.isfinite(w) and abs(w) <= _LARGEST for w in weights):
+                raise InputError(
+                    f"step {step} of the plan needs two weights of outputs, of {_LARGEST} at the most; got {weights}"
+                )
+
     @property
     def steps(self) -> int:
         """How many steps it is for."""
@@ -104,11 +129,13 @@ class PrecisionPlan:
 
     @property
     def held(self) -> tuple[bool, ...]:
-        """Which steps hold the output of the step before (T,)."""
+        """Which steps are not computed (T,)."""
         return tuple(row[0] == HOLD for row in self.bits)
 
     def holding(self, steps: Collection[int]) -> "PrecisionPlan":
         """The same with these steps held, and no others; a step that was held gets the bits of the one before it.
+
+        They hold the last output as it is; :meth:`replace` gives them an extrapolation.
 
         Raises:
             InputError: a step that the plan has not, the first one, or any of a schedule that takes a timestep twice.
@@ -120,7 +147,7 @@ class PrecisionPlan:
             if not 0 <= step < self.steps:
                 raise InputError(f"the plan has no step {step} to hold; it has steps 0 to {self.steps - 1}")
             rows[step] = (HOLD,) * len(self.groups)
-        return self.replace(bits=tuple(rows), made={})
+        return self.replace(bits=tuple(rows), made={}, extrapolation={})
 
     def replace(self, **changes: Any) -> "PrecisionPlan":
         """A copy with some fields changed."""
@@ -194,12 +221,15 @@ class PrecisionPlan:
             f"no group of the plan matches the layer {layer!r}; add a group with the pattern '*' at the end"
         )
 
+    def describe(self, step: int) -> str:
+        """What a step does, as a line of the plan has it."""
+        if self.held[step]:
+            return " ".join(["hold", *map(_number, self.extrapolation.get(step, ()))])
+        return "bits " + " ".join(map(str, self.bits[step]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and TOML; a step is one line of text."""
-        rows = [
-            f"{i}: t {_number(t)}, {'hold' if row[0] == HOLD else 'bits ' + ' '.join(map(str, row))}"
-            for i, (t, row) in enumerate(zip(self.timesteps, self.bits, strict=True))
-        ]
+        rows = [f"{i}: t {_number(t)}, {self.describe(i)}" for i, t in enumerate(self.timesteps)]
         groups = [f"{name}: {' '.join(patterns)}" for name, patterns in self.groups]
         plain = {"steps": self.steps, "bits": rows, "groups": groups, "weights": dict(self.weights)}
         return {**plain, "made": dict(self.made)}
@@ -222,6 +252,7 @@ class PrecisionPlan:
         timesteps: list[float] = []
         rows: list[tuple[int, ...]] = []
         held: list[bool] = []
+        extrapolation: dict[int, tuple[float, float]] = {}
         for line in lines:
             result = _ROW.fullmatch(str(line))
             t = _float(result[2]) if result else None
@@ -235,8 +266,11 @@ class PrecisionPlan:
                     f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each"
                 )
             timesteps.append(t)
-            held.append(result[3] is None)
-            rows.append(tuple(int(bits) for bits in (result[3] or "0").split()))
+            held.append(result[4] is None)
+            rows.append(tuple(int(bits) for bits in (result[4] or "0").split()))
+            if result[3]:
+                last, before = ((math.nan if w is None else w) for w in map(_float, result[3].split()))
+                extrapolation[int(result[1])] = last, before
         if len(rows) != steps:
             raise InputError(
                 f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
@@ -249,7 +283,7 @@ class PrecisionPlan:
         try:
             groups = _groups(values.get("groups", ["all: *"]))
             rows = [(HOLD,) * len(groups) if holds else row for row, holds in zip(rows, held, strict=True)]
-            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(output))
+            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(output), extrapolation)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 

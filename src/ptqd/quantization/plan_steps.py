@@ -149,11 +149,12 @@ def _check_widths(plan: PrecisionPlan, widths: Sequence[int]) -> None:
                 )
 
 
-def _enter(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[int, bool]:
-    """Let a call's step hold for what follows the steps; which it is, and whether it holds its output."""
+def _enter(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[int, tuple[float, ...]]:
+    """Let a call's step hold for what follows the steps; which it is, and the weights of the outputs that it holds."""
     state, table = StepState.of(model), plan_steps_of(model)
     assert state is not None
     assert table is not None
     state(model, args, kwargs)
     assert table.step is not None
-    return table.step, table.plan.held[table.step]
+    plan, step = table.plan, table.step
+    return step, plan.extrapolation.get(step, (1.0,)) if plan.held[step] else ()

@@ -64,6 +64,5 @@ class Plan:
             remove_scratch(scratch)
         tell(f"{self.out}: {plan.steps} steps, groups of layers: {len(plan.groups)}")
         tell("".join(f"  {name.replace('_', ' ')}: {value}\n" for name, value in plan.made.items()), end="")
-        for i, (t, row) in enumerate(zip(plan.timesteps, plan.bits, strict=True)):
-            what = "hold" if plan.held[i] else f"bits {' '.join(map(str, row))}"
-            tell(f"  step {i:3d}  t {t:7g}  {what}")
+        for i, t in enumerate(plan.timesteps):
+            tell(f"  step {i:3d}  t {t:7g}  {plan.describe(i)}")
