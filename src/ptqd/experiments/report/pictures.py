@@ -196,7 +196,7 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
         sheet = sheet[..., 0] if sheet.shape[-1] == 1 else sheet
         top.imshow(sheet, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1))
     top.set_axis_off()
-    held = " (grey: the last output is held)" if (bits == HOLD).any() else ""
+    held = " (grey: not computed)" if (bits == HOLD).any() else ""
     top.set_title(f"the sample before each step, and the bits of the activations there{held}", fontsize=10)
     strip = figure.add_subplot(rows[1, :])
     places = np.ma.masked_array(np.searchsorted(plan.widths, bits), bits == HOLD)
