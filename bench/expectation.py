@@ -19,9 +19,8 @@ import ptqd
 from ptqd.diffusion import final_samples
 from ptqd.diffusion.sampling import Sampling
 from ptqd.experiments import MEASURED
-from ptqd.mixed_precision.contributions import contributions
+from ptqd.mixed_precision import planning_problem, rated
 from ptqd.mixed_precision.holding import HeldErrors
-from ptqd.noise.stats import NoiseStats
 
 STEPS, SAMPLES, PLANS = 20, 128, 20
 SETTINGS = {"eta 1, guidance 1.5": (1.0, 1.5), "eta 0, guidance 3": (0.0, 3.0)}
@@ -44,16 +43,6 @@ def plans(errors: HeldErrors) -> list[Pattern]:
     return result
 
 
-def expected(widths: dict[int, NoiseStats], pattern: Pattern) -> float:
-    """As a plan adds it up."""
-    bits, held = pattern
-    parts = {b: contributions(stats).numpy() for b, stats in widths.items()}
-    errors, computed = HeldErrors(widths[8]), ~np.array(held)
-    grown = errors.amplification(held).numpy() * computed
-    held_on = errors.error(held) - float(grown @ parts[8]) - errors.error((False,) * STEPS) + float(parts[8].sum())
-    return sum(float(grown[j] * parts[b][j]) for j, b in enumerate(bits)) + (max(0.0, held_on) if any(held) else 0.0)
-
-
 def spread(ratios: Sequence[float]) -> str:
     logs = np.log(ratios)
     level = float(np.exp(logs.mean()))
@@ -69,6 +58,7 @@ def main() -> None:
         run = Sampling(STEPS, eta, MEASURED, MEASURED, 0, {"class_labels": list(range(10)), "guidance_scale": guidance})
         wide = ptqd.quantize(pipe, "w8a4+8", run)
         widths = ptqd.measure_widths(pipe, wide, run)
+        problem = planning_problem(pipe, wide, run, widths, groups=1, hold=True)
         errors = HeldErrors(widths[8])
         rule = ptqd.paper_plan(widths)
         test = run.replace(seed=5, samples=SAMPLES, batch=SAMPLES)
@@ -77,12 +67,12 @@ def main() -> None:
         kinds: dict[str, list[float]] = {}
         for bits, held in plans(errors):
             rows = tuple((0,) if holds else (b,) for b, holds in zip(bits, held, strict=True))
-            extrapolation = errors.extrapolation(held)
-            planned = ptqd.apply_plan(wide, rule.replace(bits=rows, made={}, extrapolation=extrapolation))
+            solution = rated(problem, rule.replace(bits=rows, made={}))
+            planned = ptqd.apply_plan(wide, solution.plan)
             corrected = ptqd.correct(planned, ptqd.measure(pipe, planned, run), ("cnc", "bc"))
             ends = final_samples(corrected, test, range(SAMPLES)).double()
             found = (ends - reference).square().flatten(1).mean(1).sort().values
-            mean, most = (float(x.mean()) / expected(widths, (bits, held)) for x in (found, found[: -SAMPLES // 10]))
+            mean, most = (float(x.mean()) / solution.error for x in (found, found[: -SAMPLES // 10]))
             chosen = "yes" if held in errors.patterns and any(held) else ""
             kinds.setdefault("mean", []).append(mean)
             kinds.setdefault("but a tenth", []).append(most)
