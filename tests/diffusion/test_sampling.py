@@ -4,12 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 from PIL import Image
 
-from ptqd import InputError, Sampling, sample
-from ptqd.diffusion import denoiser_name, run_batch, sample_generator
+from ptqd import InputError, Sampling, correct, measure, quantize, sample, search_correction
+from ptqd.diffusion import denoiser_name, run_batch, sample_generator, with_components
 from ptqd.diffusion.sampling import guidance_of
+from tiny import dit, ldm
 
 
 def images(pipe: Any, run: Sampling) -> np.ndarray:
@@ -125,3 +126,26 @@ def test_a_guidance_scale_that_is_no_number_is_refused(pipe: Any) -> None:
     for wrong in ("", [1.0, 2.0], {"a": 1}):
         with pytest.raises(InputError, match="guidance_scale must be a number; got"):
             guidance_of(pipe, Sampling(call={"guidance_scale": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("pipe", "scheduler", "eta", "call"),
+    [
+        (dit(), DDPMScheduler, 0.0, {"class_labels": [0, 1], "guidance_scale": 2.0}),
+        (dit(), EulerAncestralDiscreteScheduler, 0.0, {"class_labels": [0, 1], "guidance_scale": 2.0}),
+        (ldm(), DDIMScheduler, 1.0, {}),
+    ],
+)
+def test_a_pipeline_that_hands_its_scheduler_no_generator_draws_by_sample(
+    pipe: Any, scheduler: Any, eta: float, call: dict[str, Any]
+) -> None:
+    """Their schedulers would draw from torch's own generator, noise that depends on the batch."""
+    exact = with_components(pipe, scheduler=scheduler.from_config(pipe.scheduler.config))
+    run = Sampling(4, eta, samples=4, batch=4, call=call)
+    assert np.allclose(images(exact, run.replace(batch=2)), images(exact, run), atol=1e-4)
+    assert type(exact.scheduler) is scheduler
+    quantized = quantize(exact, "w4a8", run)
+    stats = measure(exact, quantized, run.replace(samples=16))
+    corrected = correct(quantized, stats, ("cnc", "bc", "vsc"))
+    assert np.allclose(images(corrected, run.replace(batch=2)), images(corrected, run), atol=1e-4)
+    assert "trajectory" in [trial.name for trial in search_correction(quantized, stats, run).trials]

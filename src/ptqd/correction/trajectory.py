@@ -154,7 +154,7 @@ def check_run(qpipe: DiffusionPipeline, stats: NoiseStats, sampling: Sampling) -
             )
     if not measured.repeatable and (stats.response.draws or not stats.response.exact):
         raise InputError(
-            f"{type(qpipe).__name__} hands its scheduler no generator, so a sample's noise depends on its batch and no "
+            f"{type(qpipe).__name__} takes no generator for its noise, so a sample depends on its batch and no "
             "trajectory can be checked; name methods instead, such as cnc,bc"
         )
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.diffusion.intercept import stepping_as
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.errors import InputError, PtqdError, raised_by
 from ptqd.progress import track
@@ -45,8 +47,7 @@ class Sampling:
         steps: denoising steps.
         eta: DDIM's noise (arXiv 2010.02502), passed where the pipeline takes it.
         samples: how many.
-        batch: samples at once; changes speed and memory, not results, wherever the pipeline hands its generators to its
-            scheduler.
+        batch: samples at once; changes speed and memory, not results, of every pipeline that takes a generator.
         seed: of sample i is derived from (seed, i).
         call: further arguments of the pipeline's call. A list or tensor is one value a sample, taken in turn
             (so ``{"class_labels": [0, 1, 2]}`` cycles through three classes); pictures for several ControlNets are a
@@ -259,8 +260,8 @@ def run_batch(
     seed = sample_generator(sampling.seed, indices[0]).initial_seed()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)  # some pipelines hand their scheduler no generator
+        with torch.random.fork_rng(devices), _generators_handed(pipe, generators if "generator" in accepted else []):
+            torch.manual_seed(seed)  # some schedulers take no generator
             results = pipe(**given)[0]  # images, frames or audios
     except PtqdError:
         raise
@@ -279,6 +280,27 @@ def run_batch(
             "give its arguments as lists of one value a sample"
         )
     return results
+
+
+@contextmanager
+def _generators_handed(pipe: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Hand the scheduler each sample's generator where the pipeline itself hands it none, as DiTPipeline does."""
+    scheduler = getattr(pipe, "scheduler", None)
+    plain: Any = getattr(type(scheduler), "step", None)
+    if plain is None or not generators or "generator" not in inspect.signature(plain).parameters:
+        yield
+        return
+
+    @functools.wraps(plain)  # pipelines look at the signature
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(plain).bind(self, model_output, timestep, sample, *args, **kwargs)
+        copies, others = divmod(len(sample), len(generators))
+        if call.arguments.get("generator") is None and not others and copies in (1, 2):  # with guidance's copies
+            call.arguments["generator"] = [*generators] * copies
+        return plain(*call.args, **call.kwargs)
+
+    with stepping_as(scheduler, step):
+        yield
 
 
 def _check_finite(pipe: DiffusionPipeline, results: Any, indices: Sequence[int]) -> None:
