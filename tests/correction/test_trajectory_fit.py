@@ -11,14 +11,20 @@ from gaussian import gaussian_pipeline
 from ptqd import InputError, MismatchError, NoiseStats, Sampling, correct, fit_correction, load, measure, sample
 from ptqd.correction import fit_trajectory
 from ptqd.correction.correction import Correction
+from ptqd.correction.search import CorrectionSearch, fit_along_runs
 from ptqd.diffusion import final_samples
 from ptqd.diffusion.in_step import run_in_step
+from ptqd.noise.second_moments import neighbours
 from ptqd.paused import PausedThread
 
 RUN = Sampling(steps=8, eta=0.0, samples=64, batch=64, seed=3)
 STD = (0.25, 1.6)
 NOISE: dict[str, Any] = {"k": 0.1, "bias": (0.05, -0.03), "v": 0.001, "c": 0.1}
 SCHEDULERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("euler ancestral", 0.0), ("sde-dpmsolver++ 2", 0.0)]
+
+
+def edges(x: torch.Tensor) -> torch.Tensor:
+    return x - torch.stack(neighbours(x)).mean(0)
 
 
 def latents(pipe: Any, run: Sampling) -> torch.Tensor:
@@ -59,6 +65,42 @@ def test_it_is_nearer_than_the_named_methods_and_keeps_the_energy(scheduler: str
     for methods in (("cnc", "bc"), ("joint",)):
         assert error < 1.02 * ((latents(correct(noisy, stats, methods), test) - want) ** 2).mean()
     assert torch.allclose(got.std((0, 2, 3)), want.std((0, 2, 3)), rtol=0.05)
+
+
+@pytest.mark.parametrize(("scheduler", "eta"), SCHEDULERS)
+def test_energy_is_given_back_to_the_whole_and_to_edges(scheduler: str, eta: float) -> None:
+    """Outputs whose edges are cut and that are shorter: on top of no estimate at all, the energy of both is right."""
+    exact, noisy = (gaussian_pipeline(scheduler, std=(1.0, 1.6)) for _ in range(2))
+
+    def dull(module: Any, args: Any, output: Any) -> Any:
+        return 0.99 * (output - 0.02 * edges(output))
+
+    noisy.unet.register_forward_hook(dull)
+    run = RUN.replace(eta=eta)
+    corrected = correct(noisy, measure(exact, noisy, run), "energy", sampling=run)
+    assert corrected.scheduler.correction.methods == ("energy",)
+    test = run.replace(samples=400, batch=200, seed=5)
+    want, bad, got = (latents(pipe, test) for pipe in (exact, noisy, corrected))
+    for part in (lambda x: x - x.mean((0, 2, 3), keepdim=True), edges):
+        full, without, within = (part(x).square().mean((0, 2, 3)).log() for x in (want, bad, got))
+        assert ((within - full).abs() < 0.25 * (without - full).abs() + 0.01).all()
+
+
+def test_energy_is_on_top_of_named_methods(stats: NoiseStats) -> None:
+    """The estimate is theirs, at every step but for the factors; which every channel's map shows."""
+    exact, noisy = pair(**NOISE)
+    plain = fit_correction(stats, ("cnc", "bc"))
+    choice = fit_along_runs(noisy, stats, RUN, ("cnc", "bc", "energy"))
+    assert choice.correction.methods == ("cnc", "bc", "energy")
+    assert choice.steps[0].kept == "cnc+bc"
+    assert CorrectionSearch.from_dict(json.loads(json.dumps(choice.to_dict()))).correction == choice.correction
+    test = RUN.replace(samples=200, batch=200, seed=5)
+    want, base, got = (latents(p, test) for p in (exact, correct(noisy, plain), correct(noisy, choice)))
+    assert ((got - want) ** 2).mean() < 1.1 * ((base - want) ** 2).mean()
+    with pytest.raises(InputError, match="vsc and energy both answer for the residual's variance"):
+        correct(noisy, stats, ("cnc", "vsc", "energy"), sampling=RUN)
+    with pytest.raises(InputError, match="energy is fitted along runs"):
+        fit_correction(stats, ("cnc", "energy"))
 
 
 def test_the_groups_ends_are_a_fair_trial(stats: NoiseStats) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline
 
 from ptqd.correction.correction import Correction
+from ptqd.correction.fit import along_runs, split_methods
 from ptqd.correction.scheduler import apply_correction
-from ptqd.correction.search import TRAJECTORY, CorrectionSearch, search_correction
-from ptqd.correction.trajectory import fit_trajectory
+from ptqd.correction.search import CorrectionSearch, fit_along_runs, search_correction
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.noise.stats import NoiseStats
@@ -30,34 +30,37 @@ def correct(
         qpipe: the pipeline the statistics were measured on; one that already corrects gets this correction instead.
         correction: statistics to derive it from, or a correction that was fitted or searched.
         methods: when statistics are given, which corrections to derive: ``"auto"`` searches for the best on whole
-            trajectories, see :func:`ptqd.search_correction`; ``"trajectory"`` fits along them; other names are taken as
-            published, see :func:`ptqd.fit_correction`.
-        sampling: for ``"auto"`` and ``"trajectory"``: the run that was measured.
+            trajectories, see :func:`ptqd.search_correction`; ``"trajectory"``, and ``"energy"`` beside methods of the
+            mean, are fitted along them; other names are taken as published, see :func:`ptqd.fit_correction`.
+        sampling: for what runs whole trajectories: the run that was measured.
         steps: when methods are named, how many steps will be taken, if not as many as were measured: the statistics are
             then interpolated over log-SNR, and the log says so.
         progress: for ``"auto"``: show a bar.
 
     Raises:
         MismatchError: the statistics are of another model or scheduler.
-        InputError: ``"auto"`` or ``"trajectory"`` without the run, or for another number of steps; or statistics that
-            give no correction.
+        InputError: methods that run whole trajectories without the run, or for another number of steps; or statistics
+            that give no correction.
     """
     if isinstance(correction, CorrectionSearch):
         return apply_correction(qpipe, correction.correction)
     if isinstance(correction, Correction):
         return apply_correction(qpipe, correction)
     named = (methods,) if isinstance(methods, str) else tuple(methods)
-    if named in ((TRAJECTORY,), (AUTO,)):
+    if named != (AUTO,):
+        split_methods(named)  # known ones, that go together
+    if named == (AUTO,) or along_runs(named):
         if steps not in (None, correction.measured_on.steps):
-            raise InputError(
-                f"{named[0]} runs the {correction.measured_on.steps} steps that were measured; name other methods"
-            )
+            taken = correction.measured_on.steps
+            raise InputError(f"{','.join(named)} runs the {taken} steps that were measured; name other methods")
         if sampling is None:
             raise InputError(
-                f"methods={named[0]!r} runs whole trajectories; give sampling=, the run that was measured, or name "
+                f"methods={methods!r} runs whole trajectories; give sampling=, the run that was measured, or name "
                 "methods, such as ['cnc', 'bc']"
             )
-        if named == (TRAJECTORY,):
-            return apply_correction(qpipe, fit_trajectory(qpipe, correction, sampling).correction)
-        return apply_correction(qpipe, search_correction(qpipe, correction, sampling, progress=progress).correction)
+        if named == (AUTO,):
+            choice = search_correction(qpipe, correction, sampling, progress=progress)
+        else:
+            choice = fit_along_runs(qpipe, correction, sampling, named)
+        return apply_correction(qpipe, choice.correction)
     return apply_correction(qpipe, correction, named, steps=steps)

@@ -10,6 +10,8 @@ A correction of the mean, at most one, makes an estimate of eps from what a step
 and a method for the variance, at most one, deals with what the estimate leaves:
 
     vsc         PTQD's: draw less noise       dns, qdrift, stepbaq     for steps that draw none
+    energy      ours: full precision's energy, fitted along the trajectory, see
+                :func:`ptqd.correction.trajectory.fit_energy`
 
 Named methods are taken as published, at every step; ``joint`` is gated step by step. What is best for a pipeline is
 found by :func:`ptqd.correction.search.search_correction`.
@@ -37,7 +39,8 @@ logger = logging.getLogger(__name__)
 DEFAULT = ("cnc", "bc", "vsc")
 COHERENCES = (1.0, 2.0, 4.0, 8.0)
 CLIPPING = 0.99  # below this a step clips
-METHODS = ("cnc", CHANNEL, "bc", *MEAN_METHODS, "joint", "trajectory", *VARIANCE_METHODS)
+TRAJECTORY, ENERGY = "trajectory", "energy"  # which are fitted along runs
+METHODS = ("cnc", CHANNEL, "bc", *MEAN_METHODS, "joint", TRAJECTORY, *VARIANCE_METHODS, ENERGY)
 
 
 def fit_correction(stats: NoiseStats, methods: Sequence[str] = DEFAULT) -> Correction:
@@ -52,8 +55,9 @@ def fit_correction(stats: NoiseStats, methods: Sequence[str] = DEFAULT) -> Corre
         InputError: an unknown method, methods that do not go together, or statistics that give no correction.
     """
     mean, variance = split_methods(methods)
-    if "trajectory" in mean:
-        raise InputError("trajectory is fitted along runs, not from statistics alone; use ptqd.correct with sampling=")
+    if along_runs(methods):
+        name = TRAJECTORY if TRAJECTORY in mean else ENERGY
+        raise InputError(f"{name} is fitted along runs, not from statistics alone; use ptqd.correct with sampling=")
     if stats.samples < 2:
         raise InputError(f"statistics of {stats.samples} sample give no correction; measure at least two samples")
     _check_slopes(stats, mean)
@@ -86,15 +90,21 @@ def split_methods(methods: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     for method in methods:
         if method not in METHODS:
             raise InputError(f"unknown correction {method!r}; known are {', '.join(METHODS)}")
-    mean = tuple(m for m in METHODS if m in methods and m not in VARIANCE_METHODS)
-    variance = [m for m in dict.fromkeys(methods) if m in VARIANCE_METHODS]
+    for_variance = (*VARIANCE_METHODS, ENERGY)
+    mean = tuple(m for m in METHODS if m in methods and m not in for_variance)
+    variance = [m for m in dict.fromkeys(methods) if m in for_variance]
     if len(mean) > 1 and set(mean) not in ({"cnc", "bc"}, {CHANNEL, "bc"}):
         raise InputError(f"{' and '.join(mean)} are each a whole correction of the mean; give one of them")
-    if mean == ("trajectory",) and variance:
+    if mean == (TRAJECTORY,) and variance:
         raise InputError(f"trajectory answers for the whole of a step, {variance[0]} too; give it alone")
     if len(variance) > 1:
         raise InputError(f"{' and '.join(variance)} both answer for the residual's variance; give one of them")
     return mean, variance[0] if variance else None
+
+
+def along_runs(methods: Sequence[str]) -> bool:
+    """Whether methods are fitted along whole trajectories."""
+    return TRAJECTORY in methods or ENERGY in methods
 
 
 def mean_estimator(mean: Sequence[str]) -> Estimator:

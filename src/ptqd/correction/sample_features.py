@@ -49,3 +49,8 @@ def distribution_distance(shifts: torch.Tensor) -> float:
     energy, whatever it does to the error.
     """
     return float((scipy_stats.trim_mean(shifts.numpy(), 0.1, axis=0) ** 2).mean())
+
+
+def by_chance(shifts: torch.Tensor) -> float:
+    """What :func:`distribution_distance` of such shifts (N, F) comes to where none is systematic."""
+    return float(scipy_stats.trim_mean((shifts**2).numpy(), 0.1, axis=0).mean()) / len(shifts)

@@ -21,11 +21,14 @@ groups' ends are thus a fair trial of the whole correction. What is returned is 
 
 A regression shrinks, step by step, to samples that are too smooth. So each step's signal is lengthened by the factor,
 one a channel, that gives the next sample the energy it has in full precision, where the two differ significantly. It
-costs next to no distance: at a correlation of r with the full-precision sample, 2 (1 - r) for 1 - r^2. This factor
-alone is of all groups' samples together.
+costs next to no distance: at a correlation of r with the full-precision sample, 2 (1 - r) for 1 - r^2. Where a pixel's
+neighbours are known, a second factor, on what the pixel is more than their mean, gives the edges theirs. These factors
+alone are of all groups' samples together.
+
+``energy`` is these factors on an estimate that is given: of named methods, at every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +36,7 @@ from diffusers import DiffusionPipeline
 from scipy import stats as scipy_stats
 
 from ptqd.correction.correction import Correction
-from ptqd.correction.fit import compose
+from ptqd.correction.fit import ENERGY, TRAJECTORY, compose
 from ptqd.correction.gate import NOTHING, StepGate
 from ptqd.correction.methods.cnc_bc import cnc_bc
 from ptqd.correction.methods.joint import joint
@@ -50,6 +53,7 @@ from ptqd.noise.second_moments import (
     fold_of,
     joint_moments,
     mean_table,
+    neighbours,
     output_errors,
     ridge,
 )
@@ -65,6 +69,9 @@ BASES: dict[str, Estimator] = {
     "cnc+bc": cnc_bc(cnc=True, bc=True),
     **{f"joint L={coherence:g}": joint(coherence) for coherence in (1.0, 4.0, 16.0)},
 }
+
+
+HalfEstimate = Callable[[int | None], OutputEstimate]  # of a half of the statistics, 0 or 1, or of all of them
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,61 @@ def fit_trajectory(
         MismatchError: the statistics are of another model, scheduler or run.
         InputError: they hold too few trajectories, or the scheduler's response is not known.
     """
+    bases = {name: of_halves(stats, estimator) for name, estimator in BASES.items()}
+    return _walked(qpipe, stats, sampling, (TRAJECTORY,), bases, len(stats.paths), batch)
+
+
+def of_halves(stats: NoiseStats, estimator: Estimator) -> HalfEstimate:
+    """What an estimator makes of the half of the statistics of even or odd folds, or of all."""
+
+    def estimate(half: int | None) -> OutputEstimate:
+        folds = slice(half, None, 1 if half is None else 2)
+        samples = stats.fold_samples[folds]
+        if int(samples.sum()) < 2:
+            folds, samples = slice(None), stats.fold_samples
+        return estimator(mean_table(stats.joint[folds], samples), stats.layout)
+
+    return estimate
+
+
+def fit_energy(
+    qpipe: DiffusionPipeline,
+    stats: NoiseStats,
+    sampling: Sampling,
+    methods: Sequence[str],
+    estimate: HalfEstimate,
+    *,
+    samples: int | None = None,
+    batch: int | None = None,
+) -> TrajectoryFit:
+    """Give samples full precision's energy along trajectories that are corrected by a given estimate.
+
+    Args:
+        qpipe: as in :func:`fit_trajectory`, also the others.
+        stats: likewise.
+        sampling: likewise.
+        methods: that the estimate is of, for the record.
+        estimate: of one half of the statistics, or of all of them.
+        samples: that walk, if not all.
+        batch: samples at once, if not the run's.
+
+    Raises:
+        MismatchError: as :func:`fit_trajectory`.
+        InputError: likewise.
+    """
+    count = min(samples or len(stats.paths), len(stats.paths))
+    return _walked(qpipe, stats, sampling, (*methods, ENERGY), {"+".join(methods): estimate}, count, batch)
+
+
+def _walked(
+    qpipe: DiffusionPipeline,
+    stats: NoiseStats,
+    sampling: Sampling,
+    methods: Sequence[str],
+    bases: Mapping[str, HalfEstimate],
+    count: int,
+    batch: int | None,
+) -> TrajectoryFit:
     check_run(qpipe, stats, sampling)
     if not stats.response.exact:
         raise InputError(
@@ -112,15 +174,15 @@ def fit_trajectory(
     if not bool(torch.isfinite(stats.paths).all()):
         raise InputError("the full-precision trajectories hold NaN or infinite values; try a wider dtype")
     run = sampling.with_seed_for("measuring")
-    indices = stats.final_indices[: len(stats.paths)]
+    indices = stats.final_indices[:count]
     plain = with_components(qpipe, scheduler=plain_scheduler(qpipe.scheduler))
     size = batch or sampling.batch
     batches = indices.split(size)
-    walk = _Walk(stats, indices, [len(part) for part in batches])
+    walk = _Walk(stats, indices, [len(part) for part in batches], bases, regress=tuple(methods) == (TRAJECTORY,))
     ends = run_in_step(plain, run, [part.tolist() for part in batches], walk.decide)
     finals = [whole_samples(rows, len(part), stats.paths.shape[2]) for rows, part in zip(ends, batches, strict=True)]
     return TrajectoryFit(
-        compose(stats, ("trajectory",), walk.estimate, None),
+        compose(stats, methods, walk.estimate, None),
         tuple(walk.steps),
         tuple(indices.tolist()),
         torch.cat(finals).detach().cpu(),
@@ -167,20 +229,24 @@ class _Walk:
         steps: what each of them keeps.
     """
 
-    def __init__(self, stats: NoiseStats, indices: torch.Tensor, sizes: Sequence[int]) -> None:
-        self.stats, self.layout, self.sizes = stats, stats.layout, sizes
+    def __init__(
+        self,
+        stats: NoiseStats,
+        indices: torch.Tensor,
+        sizes: Sequence[int],
+        bases: Mapping[str, HalfEstimate],
+        regress: bool,
+    ) -> None:
+        self.stats, self.layout, self.sizes, self.regress = stats, stats.layout, sizes, regress
         groups = fold_of(indices) % GROUPS
         present, self.group = groups.unique(return_inverse=True)  # numbered without gaps
         self.members = [(self.group == j).nonzero().flatten() for j in range(len(present))]
-        halves = [(stats.joint[half::2], stats.fold_samples[half::2]) for half in (0, 1)]
-        whole = mean_table(stats.joint, stats.fold_samples)
-        tables = [mean_table(*half) if int(half[1].sum()) > 1 else whole for half in halves]
-        self.estimate = OutputEstimate.nothing(whole, self.layout)
-        self.bases = {NOTHING: self.estimate.copy()}  # T,...
-        own = {NOTHING: [self.bases[NOTHING]] * len(present)}
-        for name, estimator in BASES.items():
-            by_half = [estimator(table, self.layout) for table in tables]
-            self.bases[name] = estimator(whole, self.layout)
+        self.estimate = OutputEstimate.nothing(mean_table(stats.joint, stats.fold_samples), self.layout)
+        self.bases = {NOTHING: self.estimate.copy()} if regress else {}  # T,...
+        own = {name: [estimate] * len(present) for name, estimate in self.bases.items()}
+        for name, estimate in bases.items():
+            by_half = [estimate(half) for half in (0, 1)]
+            self.bases[name] = estimate(None)
             own[name] = [by_half[1 - int(n) % 2] for n in present]  # what the other half of the samples gave
         self.of_group = OutputEstimate.stack([OutputEstimate.stack(each) for each in own.values()])  # B,J,T,...
         self.steps: list[StepGate] = []
@@ -192,7 +258,7 @@ class _Walk:
         """The output that each batch goes on with."""
         gain = float(self.gain[step])
         moves = abs(gain) > 1e-9 * max(1e-12, float(self.gain.abs().max())) and not self.clips[step]
-        wanted = self.stats.paths[:, step].split(self.sizes)
+        wanted = self.stats.paths[: len(self.group), step].split(self.sizes)
         batches = [
             _Walked(arrival, self.stats, rows, gain if moves else 1.0)
             for arrival, rows in zip(arrivals, wanted, strict=True)
@@ -200,7 +266,7 @@ class _Walk:
         bases = OutputEstimate(
             self.of_group.output[:, :, step], self.of_group.sample[:, :, step], self.of_group.bias[:, :, step]
         )
-        if moves:
+        if moves and self.regress:
             overall, each, gate = self._regressed(batches, bases, step)
         else:
             overall, each, gate = self._as_given(batches, bases, step)
@@ -277,28 +343,53 @@ class _Walk:
     def _lengthen(
         self, batches: Sequence["_Walked"], overall: OutputEstimate, step: int, gain: float
     ) -> OutputEstimate:
-        """Give the next sample full precision's energy, by one factor a channel on what the step makes of its input."""
-        state = float(self.stats.response.own_state[step])
-        parts = [batch.energies(state) for batch in batches]
-        ratios = torch.cat([part[0] for part in parts])  # N,C
-        size, moved, mean = (torch.cat([part[i] for part in parts]).mean(0) for i in (1, 2, 3))
+        """Give the next sample full precision's energy, by factors of each channel on what the step makes of its input:
+        on the whole of it, and where neighbours are known on its edges, what it is more than their mean.
+        """
+        layout, state = self.layout, float(self.stats.response.own_state[step])
+        parts = [batch.energies(state, edges=layout.taps > 1) for batch in batches]
+        ratios = torch.cat([part[0] for part in parts])  # N,F,C
+        sizes, moved, mean = (torch.cat([part[i] for part in parts]).mean(0) for i in (1, 2, 3))
         shift = torch.from_numpy(scipy_stats.trim_mean(ratios.numpy(), TRIMMED, axis=0))
         cut, ordered = int(TRIMMED * len(ratios)), ratios.sort(0).values
         spread = ratios.clamp(ordered[cut], ordered[len(ratios) - 1 - cut]).std(0)  # winsorized
         error = spread / ((1 - 2 * TRIMMED) * len(ratios) ** 0.5)
-        sure = (shift.abs() > SURE * error) & (moved.abs() > 1e-12)
-        factor = torch.where(sure, 0.5 * shift * size / torch.where(sure, moved, 1.0), 0.0)
-        factor = factor.clamp(-MOST_LENGTHENED, MOST_LENGTHENED)
-        if not bool(factor.any()):
+        factors = _factors(torch.where(shift.abs() > SURE * error, shift, 0.0), sizes, moved)
+        if not bool(factors.any()):
             return overall
         for batch in batches:
-            batch.lengthen(factor, mean, state)
-        own = range(self.layout.channels)
-        f = factor.view(self.layout.groups, self.layout.channels)
-        output, sample = ((1 + f[..., None]) * part for part in (overall.output, overall.sample))
-        output[..., own, own] -= f
-        sample[..., own, own] -= f * state / gain
-        return OutputEstimate(output, sample, (1 + f) * overall.bias + f * mean.view_as(f) / gain)
+            batch.lengthen(factors, mean, state)
+        own = list(range(layout.channels))
+        whole = factors[0].view_as(overall.bias)
+        edges = factors[1].view_as(overall.bias) if layout.taps > 1 else torch.zeros_like(whole)
+        output, sample = ((1 + whole[..., None]) * part for part in (overall.output, overall.sample))
+        output[..., own, own] -= whole + edges
+        sample[..., own, own] -= (whole + edges) * state / gain
+        for tap in range(1, layout.taps):
+            near = [tap * layout.channels + c for c in own]
+            output[..., own, near] += edges / (layout.taps - 1)
+            sample[..., own, near] += edges / (layout.taps - 1) * state / gain
+        return OutputEstimate(output, sample, (1 + whole) * overall.bias + whole * mean.view_as(whole) / gain)
+
+
+def _factors(shift: torch.Tensor, sizes: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Factors (F, C) that shift the logarithm of energies by so much (F, C), 0 where it is not significant.
+
+    Args:
+        shift: wanted; of the whole and, if F is 2, of the edges.
+        sizes: the energies (F, C).
+        moved: half of what each energy grows by with each factor (F energies, F factors, C).
+    """
+    response = 2 * moved / sizes[:, None].clamp(min=1e-30)
+    factors = torch.zeros_like(shift)
+    factors[0] = torch.where(moved[0, 0].abs() > 1e-12, shift[0] / response[0, 0], 0.0)
+    if len(shift) == 2:
+        (a, b), (c, d) = response
+        determinant = a * d - b * c
+        both = (shift[1] != 0) & (determinant.abs() > 0.01 * (a * d).abs())
+        solved = torch.stack([d * shift[0] - b * shift[1], a * shift[1] - c * shift[0]]) / determinant
+        factors = torch.where(both, solved, factors)
+    return torch.where((shift != 0).any(0), factors, 0.0).clamp(-MOST_LENGTHENED, MOST_LENGTHENED)
 
 
 class _Walked(StepBatch):
@@ -321,32 +412,55 @@ class _Walked(StepBatch):
         off = self._flat(self.arrival.stepped(self.full_output()) - self.wanted)
         return self._samples(off.square().mean((1, 2))).clamp(min=1e-30)
 
-    def energies(self, state: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each sample and channel (n, C): the log of the energy that the next sample should have over what it has,
-        that energy, what of it moves with the step's own part of the sample, and that part's mean.
+    def energies(self, state: float, edges: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each sample and channel: the log of the energy that the next sample should have over what it has, that
+        energy (n, F, C), half of what it grows by with each of the factors that :meth:`lengthen` takes (n, F, F, C),
+        and the mean of what the factors are on (n, C). F is 2 with the edges' energy, else 1.
         """
-        own = self._flat(self.arrival.stepped(self.full_output()))
-        part = self._flat(state * self.x.float() + self.gain * self.chosen.float())
-        wanted = self._flat(self.wanted)
-        mean = part.mean((0, 2), keepdim=True)
-        centred, right = own - own.mean((0, 2), keepdim=True), wanted - wanted.mean((0, 2), keepdim=True)
-        has, should = (self._samples(value.square().mean(2)) for value in (centred, right))
-        moved = self._samples((centred * (part - mean)).mean(2))
-        ratio = (should.clamp(min=1e-30) / has.clamp(min=1e-30)).log()
-        return ratio, has, moved, mean[..., 0].expand(len(ratio), -1)
+        part = self._by_channel(state * self.x.float() + self.gain * self.chosen.float())
+        mean = part.flatten(2).mean((0, 2)).view(1, -1, *[1] * (part.ndim - 2))
+        directions = [part - mean]
+        own, wanted = (
+            rows - rows.flatten(2).mean((0, 2)).view_as(mean)
+            for rows in map(self._by_channel, (self.arrival.stepped(self.full_output()), self.wanted))
+        )
+        views = [(own, wanted, directions)]
+        if edges:
+            directions.append(_edges(self._by_channel(state * self.x.float() + self.gain * self.eps_q.float())))
+            views.append((_edges(own), _edges(wanted), [_edges(direction) for direction in directions]))
+        ratios, sizes, moved = [], [], []
+        for mine, right, along in views:
+            has, should = (self._samples(value.square().flatten(2).mean(2)) for value in (mine, right))
+            ratios.append((should.clamp(min=1e-30) / has.clamp(min=1e-30)).log())
+            sizes.append(has)
+            moved.append(torch.stack([self._samples((mine * d).flatten(2).mean(2)) for d in along], dim=1))
+        each = mean.flatten().expand(self.samples, -1)
+        return torch.stack(ratios, dim=1), torch.stack(sizes, dim=1), torch.stack(moved, dim=1), each
 
-    def lengthen(self, factor: torch.Tensor, mean: torch.Tensor, state: float) -> None:
-        """Lengthen the step's own part of the next sample, around its mean."""
+    def lengthen(self, factors: torch.Tensor, mean: torch.Tensor, state: float) -> None:
+        """Lengthen the step's own part of the next sample around its mean, and its edges (factors (F, C))."""
         shape = [1] * self.x.ndim
         shape[self.axis] = -1
-        f, m = (value.float().to(self.x.device).view(shape) for value in (factor, mean))
+        f, m = (value.float().to(self.x.device).view(shape) for value in (factors[0], mean))
         chosen = self.chosen.float()
         part = state * self.x.float() + self.gain * chosen
-        self.chosen = (chosen + f * (part - m) / self.gain).to(self.chosen.dtype)
+        longer = chosen + f * (part - m) / self.gain
+        if len(factors) == 2:
+            before = state * self.x.float() + self.gain * self.eps_q.float()
+            longer += factors[1].float().to(self.x.device).view(shape) * _edges(before) / self.gain
+        self.chosen = longer.to(self.chosen.dtype)
+
+    def _by_channel(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.detach().cpu().double().movedim(self.axis, 1)
 
     def _flat(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.detach().cpu().double().movedim(self.axis, 1).flatten(2)
+        return self._by_channel(rows).flatten(2)
 
     def _samples(self, rows: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(self.samples, *rows.shape[1:], dtype=rows.dtype).index_add_(0, self.sample_of, rows)
         return sums * self.samples / len(rows)
+
+
+def _edges(x: torch.Tensor) -> torch.Tensor:
+    """What each pixel is more than the mean of its four neighbours (..., H, W)."""
+    return x - torch.stack(neighbours(x)).mean(0)

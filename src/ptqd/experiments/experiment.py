@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ptqd import processes
-from ptqd.correction.fit import METHODS, split_methods
+from ptqd.correction.fit import METHODS, along_runs, split_methods
 from ptqd.correction.scheduler import apply_correction
-from ptqd.correction.search import MIN_CHECKED, TRAJECTORY, CorrectionSearch
+from ptqd.correction.search import MIN_CHECKED, CorrectionSearch
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.sampling import MOST_SAMPLES, Sampling
 from ptqd.errors import InputError
@@ -28,7 +28,6 @@ from ptqd.quantization.recipe import Recipe
 from ptqd.run_folder import RunFolder
 
 AUTO = ("auto",)
-BY_RUNS = (AUTO, (TRAJECTORY,))  # corrections that whole trajectories give
 DEFAULT: tuple[tuple[str, ...], ...] = ((), AUTO)
 ABLATION: tuple[tuple[str, ...], ...] = ((), ("cnc",), ("cnc", "bc"), ("cnc", "bc", "vsc"), AUTO)
 MEASURED = 64  # samples on the plateau of bench/samples.txt
@@ -77,7 +76,7 @@ class Experiment:
                     self.plan.check(recipe, None)
         if self.measured < 1 or self.measured > MOST_SAMPLES:
             raise InputError(f"--measured must be 1 to {MOST_SAMPLES:,}; got {self.measured}")
-        if any(methods in BY_RUNS for methods in self.corrections) and self.measured < MIN_CHECKED:
+        if any(by_runs(methods) for methods in self.corrections) and self.measured < MIN_CHECKED:
             raise InputError(
                 f"auto and trajectory run whole trajectories of the measured samples, and {self.measured} are too few; "
                 f"measure at least {MIN_CHECKED}, or name methods, such as cnc,bc"
@@ -192,8 +191,8 @@ def _rows(experiment: Experiment, stages: Stages, report: Report) -> Iterator[Ro
             if before is None or methods != (*before, "vsc") or stats.response.draws:  # else the images are the same
                 inputs = {"recipe": recipe.to_dict(), "methods": methods, "quantized": fingerprint}
                 corrected = quantized
-                if methods in BY_RUNS:
-                    choice, inputs[methods[0]] = stages.search(key, quantized, stats, methods[0])
+                if by_runs(methods):
+                    choice, inputs[",".join(methods)] = stages.search(key, quantized, stats, methods)
                     if methods == AUTO:
                         report.choices.append(_choice_row(stages, key, choice))
                     corrected = apply_correction(quantized, choice.correction)
@@ -232,9 +231,14 @@ def pipeline_of(folder: Path, row: Row) -> DiffusionPipeline:
     if not path.is_dir():
         raise InputError(f"{path.parent} holds no quantized pipeline; run it again with 'ptqd run'")
     pipe, methods = load(path), row.key.methods
-    if methods in BY_RUNS:
-        return apply_correction(pipe, CorrectionSearch.load(part(f"{methods[0]}.json")).correction)
+    if by_runs(methods):
+        return apply_correction(pipe, CorrectionSearch.load(part(f"{','.join(methods)}.json")).correction)
     return apply_correction(pipe, NoiseStats.load(part("noise.safetensors")), methods) if methods else pipe
+
+
+def by_runs(methods: Sequence[str]) -> bool:
+    """Whether a correction is one that whole trajectories give."""
+    return tuple(methods) == AUTO or along_runs(methods)
 
 
 def check_methods(methods: Sequence[str]) -> None:

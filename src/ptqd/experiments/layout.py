@@ -1,5 +1,7 @@
 """Where the stages of a run folder stand."""
 
+from collections.abc import Sequence
+
 from ptqd.experiments.results import RowKey, SamplerSettings
 from ptqd.names import folder_name
 
@@ -30,9 +32,9 @@ class RunLayout:
         """Statistics."""
         return f"{self.of(key)}/noise.safetensors"
 
-    def search(self, key: RowKey, method: str) -> str:
-        """The correction that runs gave: auto's, or that of the trajectory."""
-        return f"{self.of(key)}/{method}.json"
+    def search(self, key: RowKey, methods: Sequence[str]) -> str:
+        """The correction that runs gave: auto's, or that of named methods."""
+        return f"{self.of(key)}/{','.join(methods)}.json"
 
     def samples(self, key: RowKey) -> str:
         """The images of a row."""

@@ -1,6 +1,6 @@
 """The stages of a run for one way of sampling: each returns its value, and reads a file only where it was skipped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ptqd.correction.search import CorrectionSearch, only_trajectory, search_correction
+from ptqd.correction.search import CorrectionSearch, fit_along_runs, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
@@ -147,16 +147,18 @@ class Stages:
         return self._value(self.layout.noise(key), inputs, build, NoiseStats.load, shared=True)
 
     def search(
-        self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats, method: str
+        self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats, methods: Sequence[str]
     ) -> tuple[CorrectionSearch, str]:
-        """A correction that runs give: ``auto``'s, or ``trajectory``'s; and the key of its file."""
-        name = self.layout.search(key, method)
-        search = search_correction if method == "auto" else only_trajectory
+        """A correction that runs give: ``auto``'s, or that of named methods; and the key of its file."""
+        name = self.layout.search(key, methods)
         inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": stats.final_indices.tolist()}
 
         def build(path: Path, scratch: Path) -> CorrectionSearch:
             with busy(self._title(f"choosing a correction for {self.layout.root}/{key.quantized}")):
-                choice = search(quantized, stats, self.sampling)
+                if tuple(methods) == ("auto",):
+                    choice = search_correction(quantized, stats, self.sampling)
+                else:
+                    choice = fit_along_runs(quantized, stats, self.sampling, methods)
             write_json(path, choice.to_dict())
             return choice
 

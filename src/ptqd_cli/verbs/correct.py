@@ -56,17 +56,19 @@ class Correct:
         self, out: "OutputFolder", methods: tuple[str, ...], stats: "NoiseStats", given: dict[str, Any]
     ) -> None:
         from ptqd.correction.scheduler import apply_correction
-        from ptqd.correction.search import describe, only_trajectory, search_correction
+        from ptqd.correction.search import describe, fit_along_runs, search_correction
         from ptqd.diffusion.sampling import Sampling, default_call
         from ptqd.errors import InputError
-        from ptqd.experiments.experiment import AUTO, BY_RUNS
+        from ptqd.experiments.experiment import AUTO, by_runs
 
         measured = stats.measured_on
-        by_runs = methods in BY_RUNS
-        if by_runs and self.steps not in (None, measured.steps):
-            raise InputError(f"{methods[0]} runs the {measured.steps} steps that were measured; name other methods")
+        runs = by_runs(methods)
+        if runs and self.steps not in (None, measured.steps):
+            raise InputError(
+                f"{','.join(methods)} runs the {measured.steps} steps that were measured; name other methods"
+            )
         quantized = load_pipeline(self.quantized, self.scheduler, self.device)
-        if by_runs:
+        if runs:
             guidance = measured.call.get("guidance_scale")
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})
             call |= given
@@ -76,7 +78,7 @@ class Correct:
                 choice = search_correction(quantized, stats, run, progress=True)
                 tell("\n".join(describe(choice.trials)))
             else:
-                choice = only_trajectory(quantized, stats, run)
+                choice = fit_along_runs(quantized, stats, run, methods)
             if measured.steps == 1:
                 tell("with one step, a correction is a filter of the finished sample, and mends what all samples share")
             corrected = apply_correction(quantized, choice.correction)
