@@ -16,6 +16,9 @@ def show_report(report: "Report", folder: Path, *, wide: bool = False, may_fail:
     from ptqd.experiments.results import REPORT
 
     show(terminal_table(report.rows, wide=wide), width=200 if wide else 100)
+    for plan in report.plans:
+        if plan.outcome:
+            tell(plan.outcome)
     if report.speed is not None:
         show(speed_table(report.speed), width=160)
     tell(str(folder / REPORT))

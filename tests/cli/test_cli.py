@@ -472,6 +472,12 @@ def test_a_run_with_plans(
     assert sum(plan["share"]) == pytest.approx(1)
     assert [point["bits"] for point in plan["uniform"]] == [4, 6, 8]
     assert len(plan["pareto"]) > 5
+    assert plan["expected_db"] == pytest.approx(plan["made"]["expected_snr_db"], abs=0.01)
+    assert plan["reached"]["samples"] == 16
+    interval = plan["reached"]["nearest_db"]
+    assert interval["low"] < interval["value"]
+    assert plan["reached"]["all_db"] <= interval["value"]
+    assert f"the plan expects an SNR of {plan['expected_db']:.1f} dB" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert "Bits by step: wide 40x" in page
 
@@ -483,6 +489,7 @@ def test_a_run_with_plans(
         "measure_width_shards",
         "make_plan",
         "measure_shards",
+        "final_samples",
         "search_correction",
         "sample_images",
     ):

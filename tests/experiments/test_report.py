@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from ptqd.experiments.report.grids import grid, png
 from ptqd.experiments.report.page import summary
 from ptqd.experiments.report.pictures import choice_plots, quality_against_cost, step_plots
 from ptqd.experiments.report.table import terminal_table
+from ptqd.experiments.results import PlanRow
+from ptqd.experiments.stages import plan_outcome
 from ptqd.files import write_json
 
 SETTINGS = SamplerSettings("DDIMScheduler", 20, 0.0, 3.0)
@@ -90,6 +94,22 @@ def test_quality_is_drawn_against_cost() -> None:
         "DDIM, 20 steps, eta 0, guidance 3: w4a8 takes 19.9 times fewer bit operations than FP32; PSNR to FP dB "
         "25.00 ±0.10 with the correction (auto), 20.00 without."
     ]
+
+
+def test_what_came_of_a_plan_stands_beside_what_was_expected() -> None:
+    errors = torch.tensor([*[0.009, 0.011] * 9, 5.0, 5.0], dtype=torch.float64)
+    reached = plan_outcome(1.0, errors)
+    assert reached.nearest_db.value == pytest.approx(20.0)
+    assert reached.all_db == pytest.approx(-10 * math.log10(0.509))
+    figures: dict[str, Any] = dict.fromkeys(("timesteps", "widths", "groups", "bits", "share", "pareto", "uniform"), ())
+    figures |= {"made": {}, "snr": {}, "forward_snr": None, "weights": {}, "ratio": 20.0, "paper": None}
+    plan = PlanRow(**figures, settings=SETTINGS, recipe="w4a4+8 20x", pictures="", expected_db=19.0, reached=reached)
+    assert (
+        "expects an SNR of 19.0 dB of samples that CNC and BC correct; it is 20.0 dB (19.8 to 20.2) of" in plan.outcome
+    )
+    assert plan.outcome.endswith("samples, those that stay nearest, and 2.9 dB of all.")
+    assert dataclasses.replace(plan, reached=None).outcome.endswith("the plan expects an SNR of 19.0 dB.")
+    assert dataclasses.replace(plan, expected_db=None).outcome == ""
 
 
 def test_a_file_that_is_no_report_is_named(tmp_path: Any) -> None:

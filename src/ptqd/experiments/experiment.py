@@ -179,10 +179,12 @@ def _rows(experiment: Experiment, stages: Stages, report: Report) -> Iterator[Ro
         quantized = stages.quantized(key, recipe)
         if experiment.plan is not None:
             quantized, figures, pictures = stages.planned(key, quantized, experiment.plan, experiment.measured)
-            row = {"settings": stages.settings, "recipe": key.quantized, "pictures": pictures}
-            report.plans.append(PlanRow(**row, **vars(figures)))  # type: ignore[arg-type]
         fingerprint = pipeline_fingerprint(quantized)
         stats = stages.noise(key, quantized, fingerprint, experiment.measured)
+        if experiment.plan is not None:
+            row = {"settings": stages.settings, "recipe": key.quantized, "pictures": pictures}
+            row["reached"] = stages.reached(key, quantized, stats)
+            report.plans.append(PlanRow(**row, **vars(figures)))  # type: ignore[arg-type]
         report.steps += stages.step_rows(key, stats)
         bops = stages.bops(quantized)
         images, before = reference, None

@@ -36,6 +36,10 @@ class RunLayout:
         """The correction that runs gave: auto's, or that of named methods."""
         return f"{self.of(key)}/{','.join(methods)}.json"
 
+    def reached(self, key: RowKey) -> str:
+        """What came of a plan's expectation."""
+        return f"{self.of(key)}/reached.json"
+
     def samples(self, key: RowKey) -> str:
         """The images of a row."""
         if key.is_full_precision:

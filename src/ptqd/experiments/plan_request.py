@@ -236,6 +236,7 @@ def plan_figures(
     plan, first = plan_of(planned), stats[problem.widths[0]]
     cost = cost_of(planned, macs)
     known = first.levels is not None
+    expected = rated(problem, plan)
     return PlanFigures(
         made=dict(plan.made),
         timesteps=tuple(first.timesteps.tolist()),
@@ -250,6 +251,7 @@ def plan_figures(
         pareto=tuple(_point(s) for s in pareto(problem)),
         uniform=tuple(dataclasses.replace(_point(uniform(problem, b)), bits=b) for b in problem.widths),
         paper=_point(rated(problem, paper_plan(stats))) if known else None,
+        expected_db=expected.decibels,
     )
 
 

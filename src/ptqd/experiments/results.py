@@ -205,7 +205,10 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """A plan, and what it was chosen among; lists over steps, but for ``groups`` and the points."""
+    """A plan, and what it was chosen among; lists over steps, but for ``groups`` and the points.
+
+    ``expected_db`` is the SNR of the final sample that the plan was chosen by, in dB.
+    """
 
     made: dict[str, Any]
     timesteps: tuple[float, ...]
@@ -220,6 +223,7 @@ class PlanFigures:
     pareto: tuple[PlanPoint, ...]
     uniform: tuple[PlanPoint, ...]
     paper: PlanPoint | None
+    expected_db: float | None = field(default=None, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -236,12 +240,47 @@ class PlanFigures:
 
 
 @dataclass(frozen=True)
+class PlanOutcome:
+    """What came of a plan's expectation, in dB: final samples that CNC and BC correct, against full precision.
+
+    Attributes:
+        samples: how many.
+        nearest_db: of the nine tenths that stay nearest, with its 95 % interval.
+        all_db: of all; few that go astray are most of it.
+    """
+
+    samples: int
+    nearest_db: Interval
+    all_db: float | None
+
+
+@dataclass(frozen=True)
 class PlanRow(PlanFigures):
-    """A plan of a recipe, and where the pictures of its sample's steps are in the run folder."""
+    """A plan of a recipe, and where the pictures of its sample's steps are in the run folder.
+
+    ``reached`` is what came of ``expected_db``.
+    """
 
     settings: SamplerSettings
     recipe: str
     pictures: str
+    reached: PlanOutcome | None = field(default=None, kw_only=True)
+
+    @property
+    def outcome(self) -> str:
+        """What was expected of the final sample, and what came, as a sentence; empty where neither is known."""
+        if self.expected_db is None:
+            return ""
+        sentence = f"{self.recipe}, {self.settings.heading}: the plan expects an SNR of {self.expected_db:.1f} dB"
+        came = self.reached
+        if came is None or came.nearest_db.value is None or came.all_db is None:
+            return f"{sentence}."
+        nearest = came.nearest_db
+        low, high = (f"{end:.1f}" if end is not None else "?" for end in (nearest.low, nearest.high))
+        return (
+            f"{sentence} of samples that CNC and BC correct; it is {nearest.value:.1f} dB ({low} to {high}) of nine "
+            f"tenths of {came.samples} samples, those that stay nearest, and {came.all_db:.1f} dB of all."
+        )
 
 
 @dataclass(frozen=True)

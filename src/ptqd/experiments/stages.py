@@ -1,5 +1,7 @@
 """The stages of a run for one way of sampling: each returns its value, and reads a file only where it was skipped."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -9,11 +11,14 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd.correction.scheduler import apply_correction
 from ptqd.correction.search import CorrectionSearch, fit_along_runs, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
+from ptqd.diffusion.trajectory import final_samples
+from ptqd.errors import InputError
 from ptqd.experiments.layout import RunLayout
 from ptqd.experiments.plan_request import (
     PlanRequest,
@@ -22,7 +27,16 @@ from ptqd.experiments.plan_request import (
     plan_figures,
     trajectory_images,
 )
-from ptqd.experiments.results import FULL_PRECISION, Interval, PlanFigures, Row, RowKey, SamplerSettings, StepRow
+from ptqd.experiments.results import (
+    FULL_PRECISION,
+    Interval,
+    PlanFigures,
+    PlanOutcome,
+    Row,
+    RowKey,
+    SamplerSettings,
+    StepRow,
+)
 from ptqd.experiments.sharding import (
     judged,
     labels_of,
@@ -46,6 +60,10 @@ from ptqd.quantization.recipe import Recipe
 from ptqd.run_folder import RunFolder, whole_file
 from ptqd.schema import read_as
 
+logger = logging.getLogger(__name__)
+
+REACHED = 32  # samples that a plan is held to its expectation by
+NEAREST = 0.9  # of them; the others may have gone astray
 T = TypeVar("T")
 
 
@@ -145,6 +163,34 @@ class Stages:
             return measure_shards(self.pipe, quantized, run, path, scratch, title=title)
 
         return self._value(self.layout.noise(key), inputs, build, NoiseStats.load, shared=True)
+
+    def reached(self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats) -> PlanOutcome | None:
+        """What a plan's expectation is of, on measured seeds: final samples that CNC and BC correct.
+
+        None where they cannot be followed, or noise undoes the output.
+        """
+        if not len(stats.finals):
+            return None
+        indices = stats.final_indices[:REACHED]
+        inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": indices.tolist()}
+
+        def build(path: Path, scratch: Path) -> PlanOutcome:
+            try:
+                corrected = apply_correction(quantized, stats, ("cnc", "bc"))
+            except InputError as error:
+                logger.info("what the plan's expectation comes to is not known: %s", error)
+                outcome = PlanOutcome(0, Interval(None, None, None), None)
+            else:
+                with busy(self._title(f"holding the plan of {self.layout.root}/{key.quantized} to its expectation")):
+                    run = self.sampling.with_seed_for("measuring")
+                    parts = indices.split(self.sampling.batch)
+                    ends = [final_samples(corrected, run, part.tolist()) for part in parts]
+                off = (torch.cat(ends).cpu().double() - stats.finals[: len(indices)]).square().flatten(1).mean(1)
+                outcome = plan_outcome(float(stats.finals.double().var()), off)
+            write_json(path, asdict(outcome))
+            return outcome
+
+        return self._value(self.layout.reached(key), inputs, build, lambda path: read_as(path, PlanOutcome))
 
     def search(
         self, key: RowKey, quantized: DiffusionPipeline, stats: NoiseStats, methods: Sequence[str]
@@ -295,6 +341,19 @@ class Stages:
 
     def _sampling_facts(self, samples: int) -> dict[str, Any]:
         return {**self.sampling.to_dict(), "samples": samples}
+
+
+def plan_outcome(variance: float, errors: torch.Tensor) -> PlanOutcome:
+    """Signal-to-noise ratios of samples with squared errors (N,)."""
+
+    def decibels(error: float) -> float:
+        return 10 * math.log10(variance / max(error, 1e-300))
+
+    nearest = errors.sort().values[: math.ceil(NEAREST * len(errors))]
+    mean, half = float(nearest.mean()), 1.96 * float(nearest.std()) / len(nearest) ** 0.5
+    low = decibels(mean + half) if math.isfinite(half) else None
+    high = decibels(mean - half) if mean > half else None
+    return PlanOutcome(len(errors), Interval.of(decibels(mean), low, high), decibels(float(errors.mean())))
 
 
 def _at(estimate: Estimate, index: object) -> Interval:

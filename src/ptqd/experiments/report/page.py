@@ -69,7 +69,7 @@ def write_page(report: Report, folder: Path) -> Path:
             (text, picture, [choice for choice in report.choices if choice.settings.heading == text])
             for text, picture in pictures.choice_plots(report.choices)
         ],
-        plans=plans,
+        plans=[(*shown, plan.outcome) for shown, plan in zip(plans, report.plans, strict=True)],
         stages=_stage_seconds(report.stages),
         versions=report.versions,
         number=number,

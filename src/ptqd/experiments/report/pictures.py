@@ -225,20 +225,29 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     quality = figure.add_subplot(rows[2, 2])
-    quality.plot(*_points(plan.pareto), "o-", markersize=3, label="budgeted plans")
-    quality.plot(*_points(plan.uniform), "s", color="tab:gray", label="uniform widths")
-    for point in plan.uniform:
-        at = (point.ratio, point.db)
-        quality.annotate(f"{point.bits}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    if plan.paper is not None:
-        quality.plot(*_points([plan.paper]), "^", color="tab:red", label="the paper's rule")
-    quality.axvline(plan.ratio, color="tab:green", linestyle=":", label="this plan")
-    quality.set_xlabel("times fewer bit operations than FP32")
-    quality.set_title("expected SNR of the final sample, dB", fontsize=10)
+    _plan_quality(quality, plan)
     for axis in (snr, quality):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return _figure_png(figure)
+
+
+def _plan_quality(axis: Any, plan: PlanRow) -> None:
+    """What is expected of plans by what they cost, and what came of this one."""
+    axis.plot(*_points(plan.pareto), "o-", markersize=3, label="budgeted plans")
+    axis.plot(*_points(plan.uniform), "s", color="tab:gray", label="uniform widths")
+    for point in plan.uniform:
+        at = (point.ratio, point.db)
+        axis.annotate(f"{point.bits}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if plan.paper is not None:
+        axis.plot(*_points([plan.paper]), "^", color="tab:red", label="the paper's rule")
+    axis.axvline(plan.ratio, color="tab:green", linestyle=":", label="this plan")
+    came = None if plan.reached is None else plan.reached.nearest_db
+    if came is not None and came.value is not None:
+        bounds = [[0.0 if end is None else abs(came.value - end)] for end in (came.low, came.high)]
+        axis.errorbar([plan.ratio], [came.value], bounds, fmt="o", color="tab:green", capsize=3, label="what came")
+    axis.set_xlabel("times fewer bit operations than FP32")
+    axis.set_title("SNR of the final sample, dB: expected, and what came", fontsize=10)
 
 
 def _points(points: Sequence[PlanPoint]) -> tuple[list[float], list[float]]:
