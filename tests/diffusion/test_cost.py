@@ -57,7 +57,7 @@ def test_bits_of_layers_and_products() -> None:
     assert bits.right[1].tolist() == [8, 8, 32, 4, 4, 32]
     macs = Macs(("conv",), torch.tensor([[10.0], [30.0]], dtype=torch.float64))
     cost = Cost(
-        macs, Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]]), torch.zeros(1), torch.ones(2)), 0, 0, 0
+        macs, Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]]), torch.zeros(1), torch.ones(2, 1)), 0, 0, 0
     )
     assert cost.bops.tolist() == [[160.0], [960.0]]
     assert (cost.total, cost.ratio) == (1120, 40 * 1024 / 1120)

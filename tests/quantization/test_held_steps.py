@@ -31,7 +31,7 @@ from ptqd import (
 )
 from ptqd.correction import fit_trajectory
 from ptqd.diffusion import run_batch, with_components
-from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
+from ptqd.diffusion.held_outputs import HeldOutputs, Place, hold_outputs, stop_holding
 from ptqd.diffusion.trajectory import record, replay
 from ptqd.mixed_precision import StepSeconds, measure_seconds, planning_problem
 from ptqd.mixed_precision.holding import HeldErrors, sources
@@ -207,7 +207,7 @@ def holding(*held: int, **extrapolated: tuple[float, float]) -> Network:
     steps: dict[int, tuple[float, ...]] = dict.fromkeys(held, (1.0,))
     steps |= {int(name.removeprefix("at")): weights for name, weights in extrapolated.items()}
     network = Network()
-    hold_outputs(network, HeldOutputs(lambda model, args, kwargs: (args[1], steps.get(args[1], ()))))
+    hold_outputs(network, HeldOutputs(lambda model, args, kwargs: Place(args[1], steps.get(args[1], ()))))
     return network
 
 

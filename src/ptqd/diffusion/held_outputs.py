@@ -1,5 +1,5 @@
 """Steps at which a denoiser is not called: its output is the one of the last step at which it was, or goes on from the
-last two.
+last two. Or only its outer blocks are, and its deep part holds what it gave (:mod:`ptqd.diffusion.deep_part`).
 
 A step may call its denoiser more than once, as guidance does; each call then holds what the calls in its place gave. A
 call that lacks what it holds is computed: the first of a run that begins midway, or one of a sample of another shape.
@@ -12,16 +12,32 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from ptqd.diffusion.deep_part import Features, follow_deep_part, leave_deep_part, using
 from ptqd.diffusion.pipeline_parts import calling_pipeline
 
 _Output = tuple[torch.Size | None, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call stands.
+
+    Attributes:
+        step: that it belongs to.
+        weights: of the last outputs, the last one first, where the step holds: one or two; none where it computes.
+        shallow: whether it computes the outer blocks only.
+    """
+
+    step: int
+    weights: Sequence[float] = ()
+    shallow: bool = False
 
 
 @dataclass
@@ -33,28 +49,30 @@ class _Run:
     calls: int = 0  # of this step
     outputs: list[_Output] = field(default_factory=list)  # of the last step that was computed
     earlier: list[_Output] = field(default_factory=list)  # of the one before it
+    features: list[Features] = field(default_factory=list)  # of the last step whose deep part was computed
 
 
 class HeldOutputs:
     """The outputs that a denoiser holds.
 
     Args:
-        enter: tells what follows the steps about a call, and gives its step, and of a step that holds the weights of
-            the last outputs, the last one first: one or two. Those of a step that is computed are none.
+        enter: tells what follows the steps about a call, and gives where it stands.
+        deep: whether some step computes the outer blocks only.
     """
 
-    def __init__(self, enter: Callable[[nn.Module, Any, Any], tuple[int, Sequence[float]]]) -> None:
-        self._enter = enter
+    def __init__(self, enter: Callable[[nn.Module, Any, Any], Place], *, deep: bool = False) -> None:
+        self._enter, self.deep = enter, deep
         self._runs: weakref.WeakKeyDictionary[threading.Thread, _Run] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies hold nothing yet."""
-        return HeldOutputs, (self._enter,)
+        return functools.partial(HeldOutputs, deep=self.deep), (self._enter,)
 
     @torch.compiler.disable
-    def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The output that a call holds; None where it is to be computed."""
-        step, weights = self._enter(model, args, kwargs)
+    def before(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Features | None]:
+        """The output that a call holds, None where it is to be computed; then, what its deep part gives or keeps."""
+        place = self._enter(model, args, kwargs)
+        step, weights = place.step, place.weights
         schedule = getattr(getattr(calling_pipeline()[0], "scheduler", None), "timesteps", None)
         run = self._runs.setdefault(threading.current_thread(), _Run(schedule))
         if schedule is not run.schedule or step < run.step:
@@ -63,13 +81,24 @@ class HeldOutputs:
             run.step, run.calls = step, 0
             if not weights:
                 run.earlier, run.outputs = run.outputs, []
+                if not place.shallow:
+                    run.features = []
         run.calls += 1
         used = [outputs[run.calls - 1 : run.calls] for outputs in (run.outputs, run.earlier)[: len(weights)]]
         here = _sample_shape(args, kwargs)
         if not weights or not all(found and found[0][0] == here for found in used):
-            return None
+            return None, self._features(run, here, shallow=place.shallow) if self.deep else None
         last, *before = (found[0][1] for found in used)
-        return _sum(weights, last, before[0]) if before else _own(last)
+        return _sum(weights, last, before[0]) if before else _own(last), None
+
+    def _features(self, run: _Run, here: torch.Size | None, *, shallow: bool) -> Features:
+        """Those that a call holds, where they are of a sample of its shape; else new ones, to be kept."""
+        at = run.calls - 1
+        if shallow and len(run.features) > at and run.features[at].shape == here:
+            return replace(run.features[at], known=True)
+        features = Features(here)
+        run.features[at:] = [features]
+        return features
 
     @torch.compiler.disable
     def after(self, args: Any, kwargs: Any, output: Any) -> None:
@@ -92,10 +121,11 @@ class _Holding:
         return _made_again, (type(self).proxy_for,), vars(self)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        held = self.held_outputs.before(self, args, kwargs)
+        held, features = self.held_outputs.before(self, args, kwargs)
         if held is not None:
             return held
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with using(features):
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         self.held_outputs.after(args, kwargs, output)
         return output
 
@@ -106,8 +136,14 @@ def _made_again(kind: Any) -> Any:
 
 
 def hold_outputs(model: nn.Module, held: HeldOutputs) -> None:
-    """Let a denoiser hold outputs from now on."""
+    """Let a denoiser hold outputs from now on, or what its deep part gives.
+
+    Raises:
+        InputError: its deep part is to be held, and it is not known which that is.
+    """
     stop_holding(model)
+    if held.deep:
+        follow_deep_part(model)
     kind: Any = type(model)
     model.__class__ = _holding(kind)
     vars(model)["held_outputs"] = held
@@ -115,6 +151,7 @@ def hold_outputs(model: nn.Module, held: HeldOutputs) -> None:
 
 def stop_holding(model: nn.Module) -> None:
     """Let a denoiser compute at every step."""
+    leave_deep_part(model)
     if isinstance(model, _Holding):
         model.__class__ = type(model).proxy_for  # type: ignore[assignment]
         vars(model).pop("held_outputs", None)

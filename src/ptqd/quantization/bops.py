@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.deep_part import deep_modules, is_deep
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoisers_of
 from ptqd.diffusion.sampling import Sampling
@@ -31,7 +32,7 @@ class Bits:
         left: of the weight, or of a product's first operand (T, L).
         right: of the activation (T, L).
         beside: bit operations of branches and rotations, for each multiply-accumulate of the layer itself (L,).
-        computed: 1 at each step that calls the denoiser, 0 where a plan holds its output (T,).
+        computed: 1 where a step computes a layer, 0 where a plan holds the output or the deep part (T, L).
     """
 
     left: torch.Tensor
@@ -62,7 +63,7 @@ class Cost:
     def bops(self) -> torch.Tensor:
         """Bit operations of each layer at each step (T, L), float64."""
         of_each = self.bits.left * self.bits.right + self.bits.beside
-        return self.macs.counts * self.bits.computed[:, None] * of_each
+        return self.macs.counts * self.bits.computed * of_each
 
     @property
     def total(self) -> int:
@@ -140,10 +141,22 @@ def layer_bits(model: nn.Module, macs: Macs) -> Bits:
             first, second = (0, 1) if product == "qk" else (2, 3)
             left[:, n] = _by_step(products.quantizers[first], planned, steps)
             right[:, n] = _by_step(products.quantizers[second], planned, steps)
-    computed = torch.ones(steps, dtype=torch.float64)
+    computed = torch.ones_like(macs.counts)
     if planned is not None:
-        computed -= torch.tensor(planned.plan.held, dtype=torch.float64)
+        computed[list(planned.plan.held)] = 0
+        if planned.plan.shallow:
+            computed[list(planned.plan.shallow)] *= 1 - deep_layers(model, macs.layers)
     return Bits(left, right, beside, computed)
+
+
+def deep_layers(model: nn.Module, layers: Sequence[str]) -> torch.Tensor:
+    """1 for layers of a denoiser's deep part, else 0 (L,).
+
+    Raises:
+        InputError: its deep part is not known.
+    """
+    deep = deep_modules(model)
+    return torch.tensor([float(is_deep(layer, deep)) for layer in layers], dtype=torch.float64)
 
 
 def _by_step(quantizer: ActivationQuantizer, planned: PlanSteps | None, steps: int) -> torch.Tensor:

@@ -5,13 +5,14 @@ section 4.3). Here every group of layers may have its own at every step, and eve
 
 A plan is text that a person can read and edit, as TOML on its own and as JSON in a saved denoiser's ``config.json``:
 
-    steps = 5
+    steps = 6
     bits = [
       "0: t 981, bits 4 4",
       "1: t 961, bits 4 8",
       "2: t 941, hold",
       "3: t 921, bits 4 4",
       "4: t 901, hold 1.6 -0.6",
+      "5: t 881, bits 4 8 shallow",
     ]
 
     groups = [
@@ -25,7 +26,9 @@ A plan is text that a person can read and edit, as TOML on its own and as JSON i
 A layer belongs to the first group with a pattern that its dotted name matches; an attention's products go by the
 attention's name. A step's bits stand in the order of the groups. A step that holds has a width of zero bits everywhere:
 the denoiser is not called, and its output is that of the last step at which it was; or, with two numbers, the sum of
-the last two such outputs times these, the last one first: above, in a line through both.
+the last two such outputs times these, the last one first: above, in a line through both. A shallow step computes the
+outer blocks of the network only, and its deep part gives what it gave at the last step that computed it
+(:mod:`ptqd.diffusion.deep_part`).
 """
 
 import dataclasses
@@ -44,7 +47,7 @@ from ptqd.quantization.numerics.affine import Grid, check_weight_bits
 
 _ROW = re.compile(
     r"\s*([0-9]{1,9})\s*:\s*t\s+(\S{1,64})\s*,"
-    r"\s*(?:hold((?:\s+[-+0-9.e]{1,32}){2})?|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*))\s*"
+    r"\s*(?:hold((?:\s+[-+0-9.e]{1,32}){2})?|bits\s+([0-9]{1,9}(?:\s+[0-9]{1,9})*)(\s+shallow)?)\s*"
 )
 _POLICY_BITS = 16
 _LARGEST = 100
@@ -65,11 +68,13 @@ class PrecisionPlan:
         made: plain facts of how it was made, for people.
         extrapolation: of steps that hold, the weights of the last two outputs that were computed, the last one first;
             a step that has none holds the last one as it is.
+        shallow: steps that compute the network's outer blocks only.
 
     Raises:
         InputError: no step, rows of another length than there are groups, bits outside 2 to 16 of activations or 2 to 8
             of weights, other bits for two steps at one timestep, or a step that holds where none was computed; an
-            extrapolation of a step that does not hold, or before which fewer than two were computed.
+            extrapolation of a step that does not hold, or before which fewer than two were computed; a shallow step
+            that is the first, or holds.
     """
 
     timesteps: tuple[float, ...]
@@ -78,6 +83,7 @@ class PrecisionPlan:
     weights: Mapping[str, int] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
     extrapolation: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    shallow: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.timesteps or len(self.bits) != len(self.timesteps):
@@ -92,13 +98,7 @@ class PrecisionPlan:
         for i, row in enumerate(self.bits):
             if HOLD in row and set(row) != {HOLD}:
                 raise InputError(f"step {i} of the plan holds some groups only; a step holds its whole output, or none")
-        if self.held[0]:
-            raise InputError("the first step of the plan holds, and there is no output before it; give it bits")
-        if any(self.held) and len(set(self.timesteps)) < self.steps:
-            raise InputError(
-                "steps of the plan hold, and its schedule takes some timestep twice, so that its calls cannot be told "
-                "apart; give every step bits, or sample with a scheduler of one call a step"
-            )
+        self._check_held()
         self._check_extrapolation()
         for bits in {b for row in self.bits for b in row} - {HOLD}:
             _ = Grid(bits, symmetric=True)
@@ -108,6 +108,20 @@ class PrecisionPlan:
                 raise InputError(
                     f"the plan has other bits for step {first[t]} and step {i}, both at t {t:g}; align them"
                 )
+
+    def _check_held(self) -> None:
+        if self.held[0]:
+            raise InputError("the first step of the plan holds, and there is no output before it; give it bits")
+        for step in self.shallow:
+            if not 0 < step < self.steps or self.held[step]:
+                raise InputError(
+                    f"step {step} of the plan cannot be shallow: it has to be computed, and another before it in full"
+                )
+        if (any(self.held) or self.shallow) and len(set(self.timesteps)) < self.steps:
+            raise InputError(
+                "steps of the plan hold or are shallow, and its schedule takes some timestep twice, so that its calls "
+                "cannot be told apart; give every step bits, or sample with a scheduler of one call a step"
+            )
 
     def _check_extrapolation(self) -> None:
         for step, weights in self.extrapolation.items():
@@ -133,7 +147,8 @@ class PrecisionPlan:
         return tuple(row[0] == HOLD for row in self.bits)
 
     def holding(self, steps: Collection[int]) -> "PrecisionPlan":
-        """The same with these steps held, and no others; a step that was held gets the bits of the one before it.
+        """The same with these steps held, and no others; a step that was held gets the bits of the one before it, and
+        none that is held now is shallow.
 
         They hold the last output as it is; :meth:`replace` gives them an extrapolation.
 
@@ -147,7 +162,8 @@ class PrecisionPlan:
             if not 0 <= step < self.steps:
                 raise InputError(f"the plan has no step {step} to hold; it has steps 0 to {self.steps - 1}")
             rows[step] = (HOLD,) * len(self.groups)
-        return self.replace(bits=tuple(rows), made={}, extrapolation={})
+        shallow = tuple(step for step in self.shallow if step not in steps)
+        return self.replace(bits=tuple(rows), made={}, extrapolation={}, shallow=shallow)
 
     def replace(self, **changes: Any) -> "PrecisionPlan":
         """A copy with some fields changed."""
@@ -185,13 +201,14 @@ class PrecisionPlan:
             scope: the pipeline's components that it is for.
 
         Raises:
-            InputError: the plan is another: it holds steps, or has 16 bits elsewhere, or more than one width besides.
+            InputError: the plan is another: it holds steps, has shallow ones, or 16 bits elsewhere, or more than one
+                width besides.
         """
         wide = [row == (_POLICY_BITS,) * len(row) for row in self.bits]
         first = next((i for i, is_wide in enumerate(wide) if not is_wide), self.steps)
         last = next((i for i, is_wide in enumerate(reversed(wide)) if not is_wide), self.steps)
         others = {bits for row, is_wide in zip(self.bits, wide, strict=True) if not is_wide for bits in row}
-        if len(others) > 1 or HOLD in others or (others and sum(wide) != first + last):
+        if len(others) > 1 or HOLD in others or self.shallow or (others and sum(wide) != first + last):
             raise InputError(
                 f"a step policy has {_POLICY_BITS} bits at the first and the last steps and one width in between; this "
                 "plan is another, which only ptqd reads"
@@ -225,7 +242,7 @@ class PrecisionPlan:
         """What a step does, as a line of the plan has it."""
         if self.held[step]:
             return " ".join(["hold", *map(_number, self.extrapolation.get(step, ()))])
-        return "bits " + " ".join(map(str, self.bits[step]))
+        return " ".join(["bits", *map(str, self.bits[step]), *["shallow"] * (step in self.shallow)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and TOML; a step is one line of text."""
@@ -249,28 +266,7 @@ class PrecisionPlan:
         steps, lines = values.get("steps"), values.get("bits")
         if type(steps) is not int or not isinstance(lines, list):
             raise InputError(f"{where} needs 'steps', a number, and 'bits', a list of one line for each step")
-        timesteps: list[float] = []
-        rows: list[tuple[int, ...]] = []
-        held: list[bool] = []
-        extrapolation: dict[int, tuple[float, float]] = {}
-        for line in lines:
-            result = _ROW.fullmatch(str(line))
-            t = _float(result[2]) if result else None
-            if result is None or t is None:
-                raise InputError(
-                    f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8', or '1: t 961, hold'"
-                )
-            if int(result[1]) != len(rows):
-                at = f"after t {timesteps[-1]:g}" if timesteps else "the first"
-                raise InputError(
-                    f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each"
-                )
-            timesteps.append(t)
-            held.append(result[4] is None)
-            rows.append(tuple(int(bits) for bits in (result[4] or "0").split()))
-            if result[3]:
-                last, before = ((math.nan if w is None else w) for w in map(_float, result[3].split()))
-                extrapolation[int(result[1])] = last, before
+        timesteps, rows, extrapolation, shallow = _steps(lines, steps, where)
         if len(rows) != steps:
             raise InputError(
                 f"{where} says {steps} steps and has {len(rows)}; put the missing line back, or mend 'steps'"
@@ -282,8 +278,8 @@ class PrecisionPlan:
             raise InputError(f"{where}: 'made' must give a word or a number, or a list of them, for each fact")
         try:
             groups = _groups(values.get("groups", ["all: *"]))
-            rows = [(HOLD,) * len(groups) if holds else row for row, holds in zip(rows, held, strict=True)]
-            return cls(tuple(timesteps), tuple(rows), groups, dict(weights), dict(output), extrapolation)
+            bits = tuple(row or (HOLD,) * len(groups) for row in rows)
+            return cls(timesteps, bits, groups, dict(weights), dict(output), extrapolation, shallow)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
@@ -326,6 +322,34 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(v) and not isinstance(v, list | tuple) for v in value)
     return isinstance(value, str | int | float)
+
+
+def _steps(
+    lines: Sequence[object], steps: int, where: str
+) -> tuple[tuple[float, ...], list[tuple[int, ...]], dict[int, tuple[float, float]], tuple[int, ...]]:
+    """Timesteps, bits (none where a step holds), extrapolation and shallow steps, from a plan's lines."""
+    timesteps: list[float] = []
+    rows: list[tuple[int, ...]] = []
+    extrapolation: dict[int, tuple[float, float]] = {}
+    shallow: list[int] = []
+    for line in lines:
+        result = _ROW.fullmatch(str(line))
+        t = _float(result[2]) if result else None
+        if result is None or t is None:
+            raise InputError(
+                f"{where}: {line!r} is no step; a step is written like '0: t 981, bits 4 8', or '1: t 961, hold'"
+            )
+        if int(result[1]) != len(rows):
+            at = f"after t {timesteps[-1]:g}" if timesteps else "the first"
+            raise InputError(f"{where} lacks step {len(rows)} ({at}); number the steps 0 to {steps - 1}, one line each")
+        timesteps.append(t)
+        rows.append(tuple(int(bits) for bits in (result[4] or "").split()))
+        if result[5]:
+            shallow.append(int(result[1]))
+        if result[3]:
+            last, before = ((math.nan if w is None else w) for w in map(_float, result[3].split()))
+            extrapolation[int(result[1])] = last, before
+    return tuple(timesteps), rows, extrapolation, tuple(shallow)
 
 
 def _groups(lines: object) -> tuple[tuple[str, tuple[str, ...]], ...]:

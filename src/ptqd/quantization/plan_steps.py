@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ptqd.diffusion.held_outputs import HeldOutputs, hold_outputs, stop_holding
+from ptqd.diffusion.held_outputs import HeldOutputs, Place, hold_outputs, stop_holding
 from ptqd.diffusion.step_state import StepState, StepTable
 from ptqd.diffusion.timesteps import timestep_argument
 from ptqd.errors import InputError, MismatchError
@@ -100,7 +100,8 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     """Let a quantized denoiser compute with a plan's bits from now on.
 
     Raises:
-        InputError: the model has no ranges for a width that the plan asks for; a group without a layer, or a layer
+        InputError: the model has no ranges for a width that the plan asks for, or no deep part that is known for steps
+            that hold it; a group without a layer, or a layer
             without a group; or a denoiser that takes no timestep.
     """
     if timestep_argument(model) is None:
@@ -114,7 +115,7 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     fixed = {q.bits for _, q in layer_quantizers(model)} or wanted  # a graph has its ranges inside
     if planned:
         widths = next(iter(planned.values()))[0].widths
-    elif any(plan.held) or wanted <= fixed:
+    elif any(plan.held) or plan.shallow or wanted <= fixed:
         widths = tuple(sorted(fixed))
     else:
         raise InputError("the model has activation ranges for one width; quantize with a recipe such as w4a4+8")
@@ -134,8 +135,8 @@ def set_plan(model: nn.Module, plan: PrecisionPlan) -> None:
     computed = plan.holding(())  # a call that holds nothing is computed
     rows = [[widths.index(bits) for bits in row] for row in computed.bits]
     StepState.on(model).plan = PlanSteps(plan, groups if planned else (), rows if planned else [()] * plan.steps)
-    if any(plan.held):
-        hold_outputs(model, HeldOutputs(_enter))
+    if any(plan.held) or plan.shallow:
+        hold_outputs(model, HeldOutputs(_enter, deep=bool(plan.shallow)))
 
 
 def _check_widths(plan: PrecisionPlan, widths: Sequence[int]) -> None:
@@ -149,12 +150,13 @@ def _check_widths(plan: PrecisionPlan, widths: Sequence[int]) -> None:
                 )
 
 
-def _enter(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[int, tuple[float, ...]]:
-    """Let a call's step hold for what follows the steps; which it is, and the weights of the outputs that it holds."""
+def _enter(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Place:
+    """Let a call's step hold for what follows the steps; where it stands."""
     state, table = StepState.of(model), plan_steps_of(model)
     assert state is not None
     assert table is not None
     state(model, args, kwargs)
     assert table.step is not None
     plan, step = table.plan, table.step
-    return step, plan.extrapolation.get(step, (1.0,)) if plan.held[step] else ()
+    weights = plan.extrapolation.get(step, (1.0,)) if plan.held[step] else ()
+    return Place(step, weights, shallow=step in plan.shallow)
