@@ -7,8 +7,9 @@
 
 Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
 by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; 4-bit weights with activations of 4
-or 8 bits by the paper's rule, with the paper's ablation; and W8A8 at all steps and at fewer, the others held, with
-auto. With --engine all pipelines, full precision's too, sample in it. Distances are in the features of the classifier
+or 8 bits by the paper's rule, with the paper's ablation; W8A8 at all steps and at fewer, the others held, with auto;
+and W8A8 -best at all steps, and with the deep part of the network held at most of them. With --engine all pipelines,
+full precision's too, sample in it, but for those that hold the deep part. Distances are in features of the classifier
 that ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's over
 samples, drawn for both together. The same command resumes; --rows names some, so that processes can share them.
 """
@@ -51,11 +52,14 @@ SETTINGS = {
 }
 WEIGHTS = (4, 5, 6, 7, 8)
 HELD = (20, 25, 32, 40, 50, 60, 80, 100)
+DEEP = (25, 32, 40, 50)
 PLANS: dict[str, tuple[str, float | None]] = {
     "budget": ("w8a4+5+6+7+8", 19.9),
     "paper": ("w4a4+8", None),
     "w8a8": ("w8a8", 1.0),
     **{f"held-{times}x": ("w8a8", float(times)) for times in HELD},
+    "w8a8-best": ("w8a8-best", 1.0),
+    **{f"deep-{times}x": ("w8a8-best", float(times)) for times in DEEP},
 }
 ROWS = {
     "full precision": ("", ()),
@@ -69,7 +73,14 @@ ROWS = {
     "w4, a4/a8, auto": ("paper", ("auto",)),
     "w8a8, auto": ("w8a8", ("auto",)),
     **{f"w8a8, held, {times}x": (f"held-{times}x", ("auto",)) for times in HELD},
+    "w8a8-best": ("w8a8-best", ()),
+    "w8a8-best, auto": ("w8a8-best", ("auto",)),
+    **{f"w8a8-best, deep held, {times}x": (f"deep-{times}x", ("auto",)) for times in DEEP},
 }
+
+
+def is_quantized(pipe: Any) -> bool:
+    return "quantization_config" in pipe.unet.config
 
 
 class Setting:
@@ -82,29 +93,39 @@ class Setting:
         return {**own, "engine": self.engine}
 
     def sampled(self, pipe: Any) -> Any:
-        """A pipeline as it samples: in the engine, if there is one."""
-        if not self.engine:
+        """A pipeline as it samples: in the engine, if there is one and it can."""
+        if not self.engine or (is_quantized(pipe) and plan_of(pipe).shallow):
             return pipe
         one = self.run.replace(samples=self.run.batch)
         return export(pipe, one, self.engine, Path(mkdtemp())).pipeline
+
+    def quantized(self, recipe: str) -> Any:
+        """A recipe's pipeline, which several plans are of."""
+        run = self.run.replace(samples=MEASURED, batch=64)
+
+        def build(path: Path, scratch: Path) -> None:
+            ptqd.quantize(self.pipe, recipe, run).save_pretrained(path)
+
+        return ptqd.load(self.folder.stage(f"quantized/{recipe}", {"recipe": recipe}, build))
 
     def planned(self, kind: str) -> Any:
         """The pipeline with its plan; the plan is made once."""
         run, (recipe, budget) = self.run.replace(samples=MEASURED, batch=64), PLANS[kind]
 
         def build(path: Path, scratch: Path) -> None:
-            quantized = ptqd.quantize(self.pipe, recipe, run)
-            if recipe == "w8a8":
+            quantized = self.quantized(recipe)
+            if recipe.startswith("w8a8"):
                 widths = {8: ptqd.measure(self.pipe, quantized, run)}
             else:
                 widths = ptqd.measure_widths(self.pipe, quantized, run)
             if budget is None:
                 plan = paper_plan(widths)
-            elif recipe == "w8a8":
+            elif recipe.startswith("w8a8"):
                 timesteps = widths[8].measured_on.model_timesteps
                 plan = ptqd.PrecisionPlan.uniform(timesteps, 8)
                 if budget > 1:
-                    plan = search_plan(self.pipe, quantized, run, widths, budget=budget, hold=True)
+                    deep = kind.startswith("deep")
+                    plan = search_plan(self.pipe, quantized, run, widths, budget=budget, hold=not deep, hold_deep=deep)
             else:
                 plan = search_plan(self.pipe, quantized, run, widths, budget=budget, weight_bits=WEIGHTS)
             ptqd.apply_plan(quantized, plan, self.pipe).save_pretrained(path)
@@ -180,8 +201,10 @@ def table(folder: Path) -> Iterator[str]:
             planned = setting.planned(kind)
             plan, ratios[kind] = plan_of(planned), run_cost(planned, run).ratio
             made = ", ".join(f"{k} {v}" for k, v in plan.made.items())
+            shallow = f", {len(plan.shallow)} of them the outer blocks alone" if plan.shallow else ""
             mean, calls = sum(sum(row) / len(row) for row in plan.bits) / plan.steps, plan.held.count(False)
-            what = f"{calls} steps computed" if any(plan.held) else f"{mean:.2f} bits over steps and groups"
+            fewer = any(plan.held) or plan.shallow
+            what = f"{calls} steps computed{shallow}" if fewer else f"{mean:.2f} bits over steps and groups"
             yield f"  plan '{kind}' of {recipe}: {ratios[kind]:.2f}x, {what}; {made}"
         full = load_images(folder / name / file_name("full precision"))
         for row, (kind, _) in ROWS.items():

@@ -183,17 +183,22 @@ class PlanOptions:
     hold: Annotated[
         bool, Parameter(negative="", help="auto: steps may hold the last output, for no operations and no time")
     ] = False
+    hold_deep: Annotated[
+        bool, Parameter(negative="", help="auto: steps may compute the network's outer blocks only, the rest held")
+    ] = False
 
     @property
     def any(self) -> bool:
         """Whether one of them was given."""
-        return self.hold or any(value is not None for value in (self.budget, self.floor, self.weights, self.groups))
+        others = (self.budget, self.floor, self.weights, self.groups)
+        return self.hold or self.hold_deep or any(value is not None for value in others)
 
     def request(self, kind: str, weights: str | None = None) -> "PlanRequest":
         """The plan that is asked for."""
         from ptqd.experiments.plan_request import PlanRequest
 
-        return PlanRequest.parse(kind, self.budget, self.floor, self.weights or weights, self.groups, hold=self.hold)
+        texts = (self.budget, self.floor, self.weights or weights, self.groups)
+        return PlanRequest.parse(kind, *texts, hold=self.hold, hold_deep=self.hold_deep)
 
 
 def call_arguments(texts: tuple[str, ...], option: str = "--call") -> dict[str, Any]:

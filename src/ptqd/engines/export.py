@@ -23,6 +23,7 @@ from ptqd.engines.sessions import ENGINES, Provider, required
 from ptqd.engines.torchao import Layout, to_torchao
 from ptqd.errors import InputError
 from ptqd.outputs import OutputFolder, output_folder
+from ptqd.quantization.plan_steps import plan_steps_of
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import activation_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.swap import insert_quantizers
@@ -113,6 +114,12 @@ def _export(
             raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
         if hasattr(model, "post_process_latents"):
             raise InputError(f"the {name} computes beside its call too, which no graph holds; leave it to torch")
+        steps = plan_steps_of(model)
+        if steps is not None and steps.plan.shallow:
+            raise InputError(
+                f"the plan of the {name} holds the deep part of the network, and an exported graph is computed as a "
+                "whole; take a plan without shallow steps, such as one made with --hold alone"
+            )
         if model.dtype != torch.float32:
             raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = with_components(pipe, **{name: as_plain(model) for name, model in denoisers_of(pipe).items()}).to("cpu")

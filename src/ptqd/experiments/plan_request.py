@@ -45,6 +45,7 @@ class PlanRequest:
         weight_bits: for auto: that a plan may give each layer's weights; none leaves them.
         groups: for auto: of layers, at the most, with bits of their own.
         hold: for auto: whether steps may hold the output of the last one that was computed.
+        hold_deep: for auto: whether steps may hold what the deep part of the network gave.
         in_seconds: the budget is how many times faster, not how many times fewer bit operations.
         given: the plan that the path leads to.
     """
@@ -57,6 +58,7 @@ class PlanRequest:
     given: PrecisionPlan | None = None
     hold: bool = False
     in_seconds: bool = False
+    hold_deep: bool = False
 
     @classmethod
     def parse(
@@ -68,14 +70,17 @@ class PlanRequest:
         groups: int | None = None,
         *,
         hold: bool = False,
+        hold_deep: bool = False,
     ) -> "PlanRequest":
         """From a command's words: ``19.9x`` or ``2x-seconds``, ``25dB``, ``4,6,8``.
 
         Raises:
             InputError: a word that is no number or goes with another kind of plan; or a plan that cannot be read.
         """
-        if kind != "auto" and (budget or floor or weights or groups or hold):
-            raise InputError(f"--budget, --floor, --weights, --groups, --hold go with --plan auto, not with {kind!r}")
+        if kind != "auto" and (budget or floor or weights or groups or hold or hold_deep):
+            raise InputError(
+                f"--budget, --floor, --weights, --groups, --hold, --hold-deep go with --plan auto, not with {kind!r}"
+            )
         if kind == "auto" and (budget is None) == (floor is None):
             raise InputError("--plan auto needs --budget, such as 19.9x, or --floor, such as 25dB; one of them")
         if groups is not None and groups < 1:
@@ -86,6 +91,10 @@ class PlanRequest:
                 raise InputError(f"--weights are whole numbers of bits, like 4,6,8; got {value:g}")
             check_weight_bits(int(value))
         in_seconds = budget is not None and budget.endswith(SECONDS)
+        if in_seconds and hold_deep:
+            raise InputError(
+                "what a shallow step takes is not timed; give a budget of bit operations, or --hold without --hold-deep"
+            )
         return cls(
             kind,
             None if budget is None else _number(budget.removesuffix(SECONDS).removesuffix("x"), "budget", "19.9x"),
@@ -95,6 +104,7 @@ class PlanRequest:
             None if kind in ("auto", "paper") else PrecisionPlan.load(Path(kind)),
             hold,
             in_seconds,
+            hold_deep,
         )
 
     @property
@@ -103,13 +113,19 @@ class PlanRequest:
         if self.kind == "auto":
             limit = f"{self.budget:g}x" if self.budget is not None else f"{self.floor:g}dB"
             limit += SECONDS if self.in_seconds else ""
-            return f"{limit}, steps held" if self.hold else limit
+            held = {(True, False): ", steps held", (False, True): ", deep held", (True, True): ", steps or deep held"}
+            return limit + held.get((self.hold, self.hold_deep), "")
         return self.kind if self.kind == "paper" else Path(self.kind).stem
 
     @property
     def holds(self) -> bool:
         """Whether a plan may have steps that hold the output of the last one that was computed."""
         return self.hold or (self.given is not None and any(self.given.held))
+
+    @property
+    def holds_deep(self) -> bool:
+        """Whether a plan may have shallow steps."""
+        return self.hold_deep or (self.given is not None and bool(self.given.shallow))
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "PlanRequest":
@@ -145,7 +161,7 @@ class PlanRequest:
         Raises:
             InputError: the recipe has one width, or the plan asks for others or is for other steps.
         """
-        if len(recipe.widths) < 2 and not self.holds:
+        if len(recipe.widths) < 2 and not (self.holds or self.holds_deep):
             only = recipe.widths[0]
             raise InputError(
                 f"{recipe.name} has ranges for {only}-bit activations only; give a recipe such as w4a4+8, or let steps "
@@ -212,6 +228,7 @@ def make_plan(
         weight_bits=bits,
         groups=groups,
         hold=request.hold,
+        hold_deep=request.hold_deep,
         timed=request.in_seconds,
         progress=progress,
     )
@@ -252,6 +269,7 @@ def plan_figures(
         uniform=tuple(dataclasses.replace(_point(uniform(problem, b)), bits=b) for b in problem.widths),
         paper=_point(rated(problem, paper_plan(stats))) if known else None,
         expected_db=expected.decibels,
+        shallow=plan.shallow,
     )
 
 

@@ -207,7 +207,8 @@ class PlanPoint:
 class PlanFigures:
     """A plan, and what it was chosen among; lists over steps, but for ``groups`` and the points.
 
-    ``expected_db`` is the SNR of the final sample that the plan was chosen by, in dB.
+    ``shallow`` are the steps that hold the deep part of the network; ``expected_db`` is the SNR of the final sample
+    that the plan was chosen by, in dB.
     """
 
     made: dict[str, Any]
@@ -224,6 +225,7 @@ class PlanFigures:
     uniform: tuple[PlanPoint, ...]
     paper: PlanPoint | None
     expected_db: float | None = field(default=None, kw_only=True)
+    shallow: tuple[int, ...] = field(default=(), kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

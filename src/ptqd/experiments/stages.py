@@ -118,8 +118,8 @@ class Stages:
         self, key: RowKey, quantized: DiffusionPipeline, request: PlanRequest, samples: int
     ) -> tuple[DiffusionPipeline, PlanFigures, str]:
         """A pipeline whose bits follow a plan, what the plan was chosen among, and where its sample's steps are."""
-        if request.hold:
-            check_can_hold(quantized)
+        if request.hold or request.hold_deep:
+            check_can_hold(quantized, deep=request.hold_deep)
         run = self.sampling.replace(samples=samples)
         inputs = {**self.made_from, "setting": run.to_dict(), "quantized": pipeline_fingerprint(quantized)}
 
@@ -135,7 +135,13 @@ class Stages:
             planned.save_pretrained(path)
             plan.save(path / "plan.toml")
             problem = problem or planning_problem(
-                self.pipe, quantized, run, stats, hold=request.holds, progress=self.progress
+                self.pipe,
+                quantized,
+                run,
+                stats,
+                hold=request.holds,
+                hold_deep=request.holds_deep,
+                progress=self.progress,
             )
             figures = plan_figures(planned, problem, stats, self.macs)
             write_json(path / "plan.json", figures.to_dict())

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
+from ptqd.diffusion.deep_part import deep_modules, is_deep
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling
@@ -19,6 +20,7 @@ from ptqd.mixed_precision.holding import HeldErrors
 from ptqd.mixed_precision.paper_rule import model_timesteps
 from ptqd.mixed_precision.seconds import StepSeconds
 from ptqd.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
+from ptqd.mixed_precision.shallow import ShallowErrors, measure_shallow
 from ptqd.noise.measure import measure
 from ptqd.noise.stats import NoiseStats
 from ptqd.quantization.apply_plan import apply_plan
@@ -58,6 +60,9 @@ class Problem:
         variance: of the final sample, for errors in dB.
         held_errors: of steps that hold their output, where a plan may have such.
         held: the steps that do (T,); empty where none does.
+        shallow_errors: of steps that compute the outer blocks only, where a plan may have such.
+        deep_costs: ``layer_costs``, ``costs``, ``weight_costs`` and ``fixed_costs`` of the deep part alone.
+        shallow: the steps that do not compute it (T,); empty where all do.
         always: cost of the run whatever is chosen, steps that hold included.
         unit: of costs: bit operations, or seconds of a batch; ``full_cost`` is then the widest bits' at all steps.
     """
@@ -79,6 +84,9 @@ class Problem:
     variance: float
     held_errors: HeldErrors | None = None
     held: tuple[bool, ...] = ()
+    shallow_errors: ShallowErrors | None = None
+    deep_costs: tuple[Floats, Floats, Floats, Floats] | None = None
+    shallow: tuple[bool, ...] = ()
     always: float = 0.0
     unit: Literal["operations", "seconds"] = "operations"
 
@@ -147,6 +155,32 @@ class Problem:
             held=tuple(map(bool, held)),
         )
 
+    def without_deep(self, shallow: Sequence[bool]) -> "Problem":
+        """What is left to choose where some steps (T,) are shallow: they cost what the outer blocks do.
+
+        Raises:
+            InputError: some are, and the problem is of plans that have none.
+        """
+        if not any(shallow):
+            return self
+        if self.shallow_errors is None or self.deep_costs is None:
+            raise InputError("what shallow steps do was not asked for; make the problem with hold_deep")
+        present = np.array(shallow, dtype=np.float64)
+        own = (self.layer_costs, self.costs, self.weight_costs, self.fixed_costs)
+        outer = [
+            whole - deep * present.reshape(-1, *[1] * (deep.ndim - 1))
+            for whole, deep in zip(own, self.deep_costs, strict=True)
+        ]
+        return replace(
+            self,
+            fixed_error=self.fixed_error + self.shallow_errors.error(shallow),
+            layer_costs=outer[0],
+            costs=outer[1],
+            weight_costs=outer[2],
+            fixed_costs=outer[3],
+            shallow=tuple(map(bool, shallow)),
+        )
+
     def decibels(self, error: float) -> float:
         """Signal-to-noise ratio of the final sample."""
         return 10 * math.log10(self.variance / max(error, 1e-300))
@@ -178,6 +212,8 @@ def make_problem(
     fewest: NoiseStats | None = None,
     groups: int = GROUPS,
     hold: bool = False,
+    shallow: ShallowErrors | None = None,
+    deep: Mapping[str, str] | None = None,
 ) -> Problem:
     """All that a plan can choose, with its errors and costs.
 
@@ -191,6 +227,8 @@ def make_problem(
         fewest: statistics with all weights that may change at the fewest of these bits and the widest activations.
         groups: how many groups of layers have bits of their own, at the most.
         hold: whether steps may hold the output of the step before.
+        shallow: what steps do that compute the outer blocks only, where there may be such.
+        deep: the denoiser's deep part then.
     """
     widths, choices = tuple(sorted(stats)), tuple(sorted(weight_bits))
     weighted = tuple(n for n in sensitivity.weighted if not layers[n].fixed) if choices else ()
@@ -209,6 +247,12 @@ def make_problem(
 
     costs, layer_costs, weight_costs, fixed_costs = _costs(macs, layers, index, weighted, widths, softmax_bits)
     finals = stats[widths[-1]].finals
+    deep_costs = None
+    if shallow is not None:
+        inner = torch.tensor([float(is_deep(name, deep or {})) for name in macs.layers], dtype=torch.float64)
+        part = replace(macs, counts=macs.counts * inner)
+        own = _costs(part, layers, index, weighted, widths, softmax_bits)
+        deep_costs = own[1], own[0], own[2], own[3]
     return Problem(
         timesteps=model_timesteps(stats),
         groups=named,
@@ -226,6 +270,8 @@ def make_problem(
         full_cost=float(macs.total * FULL_BITS**2),
         variance=float(finals.double().var()) if len(finals) else 1.0,
         held_errors=HeldErrors(stats[widths[-1]]) if hold else None,
+        shallow_errors=shallow,
+        deep_costs=deep_costs,
     )
 
 
@@ -319,20 +365,24 @@ def check_countable(qpipe: DiffusionPipeline, *, timed: bool) -> None:
         )
 
 
-def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float] = ()) -> None:
+def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float] = (), *, deep: bool = False) -> None:
     """Refuse to choose steps that hold where it is not known what that does.
 
     Args:
         qpipe: quantized.
         timesteps: that the denoiser is told, where they are known yet.
+        deep: whether the deep part of the network is to be held.
 
     Raises:
-        InputError: the pipeline has several denoisers, or the schedule takes some timestep twice.
+        InputError: the pipeline has several denoisers, or the schedule takes some timestep twice; or the deep part is
+            not known.
     """
     if len(denoisers_of(qpipe)) > 1:
         raise InputError(
             f"{type(qpipe).__name__} has several denoisers, of which none holds what another gave; let no steps hold"
         )
+    if deep:
+        deep_modules(denoiser_of(qpipe))
     if len(set(timesteps)) < len(timesteps):
         raise InputError(
             "the schedule takes some timestep twice, so that its calls cannot be told apart; let no steps hold, or "
@@ -349,6 +399,7 @@ def planning_problem(
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
     hold: bool = False,
+    hold_deep: bool = False,
     timed: bool = False,
     progress: bool = False,
 ) -> Problem:
@@ -362,6 +413,7 @@ def planning_problem(
         weight_bits: as for :func:`ptqd.search_plan`.
         groups: as for :func:`ptqd.search_plan`.
         hold: as for :func:`ptqd.search_plan`.
+        hold_deep: likewise.
         timed: costs will be in seconds (:meth:`Problem.in_seconds`): operations need not be known.
         progress: show bars.
 
@@ -370,18 +422,21 @@ def planning_problem(
             rule fixes every layer's activations, or the denoiser cannot be differentiated.
     """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
-    if len(recipe.widths) < 2 and not hold:
+    widest = max(stats)
+    may_hold = hold or hold_deep
+    if len(recipe.widths) < 2 and not may_hold:
         raise InputError(
             f"the model has ranges for {recipe.widths[0]}-bit activations only; quantize with, say, w4a4+8, or let "
             "steps hold their output (hold)"
         )
-    if hold:
+    if may_hold:
         check_can_hold(qpipe, model_timesteps(stats))
+    deep = deep_modules(denoiser_of(qpipe)) if hold_deep else None
     layers: dict[str, LayerBits] = {}
     model = denoiser_of(qpipe)
     for site in quantized_sites(model):
         quantizer = site.activations[0]
-        is_free = len(quantizer.widths) > 1 or (hold and (quantizer.bits,) == recipe.widths)
+        is_free = len(quantizer.widths) > 1 or (may_hold and (quantizer.bits,) == recipe.widths)
         bits = None if is_free else quantizer.bits
         rule = recipe.rule_for(names_of(site.name), site.kind)
         fixed = site.weight is not None and rule is not None and rule.weight_bits is not None
@@ -405,9 +460,12 @@ def planning_problem(
     macs = by_halves(run_macs(pipe, sampling), model)
     if len(recipe.widths) > 1 or weight_bits:
         sensitivity = measure_sensitivity(pipe, qpipe, sampling, weight_bits=known, progress=progress)
-    else:  # steps that hold are all there is to choose
+    else:  # steps that hold, or hold the deep part, are all there is to choose
         nothing = torch.zeros(len(macs.counts), 0, 1, dtype=torch.float64)
         sensitivity = Sensitivity((), recipe.widths, nothing, (), (), nothing)
+    shallow = None
+    if deep is not None:
+        shallow = measure_shallow(pipe, qpipe, sampling, stats[widest], widest, progress=progress)
     return make_problem(
         stats,
         macs,
@@ -418,4 +476,6 @@ def planning_problem(
         fewest=fewest,
         groups=groups,
         hold=hold,
+        shallow=shallow,
+        deep=deep,
     )

@@ -30,6 +30,7 @@ def search_plan(
     weight_bits: Sequence[int] = (),
     groups: int = GROUPS,
     hold: bool = False,
+    hold_deep: bool = False,
     seconds: StepSeconds | None = None,
     progress: bool = False,
 ) -> PrecisionPlan:
@@ -49,6 +50,9 @@ def search_plan(
         groups: of layers, at the most, that have bits of their own at each step; with 1 all have the same.
         hold: whether steps may hold the output of the last one that was computed, which costs no operations. Also of
             a recipe of one width, with ``{8: ptqd.measure(pipe, qpipe, sampling)}`` for its statistics.
+        hold_deep: whether steps may compute the outer blocks only, while the deep part of the network gives what it
+            gave at the last step that computed it (:mod:`ptqd.diffusion.deep_part`). It is measured by two more runs of
+            half as many samples. Beside ``hold`` the better of both is taken. Exported pipelines cannot do it.
         seconds: what steps take, as :func:`ptqd.mixed_precision.measure_seconds` gives it; costs are seconds then.
         progress: show bars.
 
@@ -56,8 +60,11 @@ def search_plan(
         The plan; ``made`` says what it is expected to do. :func:`ptqd.apply_plan` puts it to work.
 
     Raises:
-        InputError: no plan meets the budget or the floor; the nearest that can be met is named.
+        InputError: no plan meets the budget or the floor; the nearest that can be met is named. Or shallow steps of a
+            network whose deep part is not known, or within a budget of seconds.
     """
+    if hold_deep and seconds is not None:
+        raise InputError("what a shallow step takes is not timed; give a budget of bit operations, or hold outputs")
     problem = planning_problem(
         pipe,
         qpipe,
@@ -66,6 +73,7 @@ def search_plan(
         weight_bits=weight_bits,
         groups=groups,
         hold=hold,
+        hold_deep=hold_deep,
         timed=seconds is not None,
         progress=progress,
     )
@@ -112,12 +120,19 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
     if budget is not None and budget <= 0:
         raise InputError(f"a budget is how many times fewer bit operations, more than 0; got {budget:g}")
     limit = problem.full_cost / budget if budget is not None else problem.variance / 10 ** ((floor or 0.0) / 10)
-    patterns = ((),) if problem.held_errors is None else problem.held_errors.patterns
-    most = problem if problem.held_errors is None else problem.holding(patterns[-1])
+    families: list[list[Problem]] = []
+    if problem.held_errors is not None:
+        families.append([problem.holding(held) for held in problem.held_errors.patterns])
+    if problem.shallow_errors is not None:
+        families.append([problem.without_deep(shallow) for shallow in problem.shallow_errors.patterns])
+    ends = [family[-1] for family in families] or [problem]
+    most = min(ends, key=lambda end: end.cost(*_ends(end)[0]))
     cheapest, best = _ends(most)[0], _ends(problem)[1]
     if budget is not None and most.cost(*cheapest) > limit * (1 + 1e-12):
         ratio = problem.full_cost / most.cost(*cheapest)
         fewest = "the fewest bits everywhere" if most is problem else "the fewest bits, at the first step alone"
+        if most.shallow:
+            fewest = "the fewest bits, and the deep part at the fewest steps"
         raise InputError(f"no plan meets a budget of {budget:g}x; the nearest is {_down(ratio)}x, with {fewest}")
     if floor is not None and problem.error(*best) > limit:
         nearest = problem.decibels(problem.error(*best))
@@ -125,13 +140,17 @@ def solve(problem: Problem, *, budget: float | None = None, floor: float | None 
             f"no plan keeps {floor:g} dB; the nearest is {_down(nearest)} dB, with the most bits everywhere"
         )
     made: dict[str, float] = {"budget": budget} if budget is not None else {"floor": floor or 0.0}
-    if problem.held_errors is None:
+    if not families:
         return _solved(problem, limit, made)
-    return _searched([problem.holding(held) for held in patterns], limit, made)
+    found = [solution for family in families if (solution := _searched(family, limit, made)) is not None]
+    return min(found, key=lambda solution: solution.error if budget is not None else solution.cost)
 
 
-def _searched(problems: Sequence[Problem], limit: float, made: Mapping[str, float]) -> Solution:
-    """The best of problems in which one step more holds than in the one before: some at first, then those between."""
+def _searched(problems: Sequence[Problem], limit: float, made: Mapping[str, float]) -> Solution | None:
+    """The best of problems in which one step more holds than in the one before: some at first, then those between.
+
+    None where none of them can be met.
+    """
     by_cost = "budget" in made
     found: dict[int, Solution | None] = {}
 
@@ -148,9 +167,7 @@ def _searched(problems: Sequence[Problem], limit: float, made: Mapping[str, floa
     while step > 1:
         step = (step + 1) // 2 if step > 2 else 1
         best = min((n for n in (best - step, best, best + step) if 0 <= n < len(problems)), key=value)
-    solution = found[best]
-    assert solution is not None
-    return solution
+    return found[best]
 
 
 def _solved(problem: Problem, limit: float, made: Mapping[str, float]) -> Solution:
@@ -169,6 +186,7 @@ def _solved(problem: Problem, limit: float, made: Mapping[str, float]) -> Soluti
         "rule": "budget",
         **made,
         **({"held_steps": sum(problem.held)} if problem.held else {}),
+        **({"shallow_steps": sum(problem.shallow)} if problem.shallow else {}),
         ("times_faster" if problem.unit == "seconds" else "fewer_bit_operations"): round(problem.full_cost / cost, 3),
         "expected_snr_db": round(problem.decibels(error), 2),
         "optimality_gap": round(gap, 6),
@@ -190,7 +208,7 @@ def uniform(problem: Problem, bits: int) -> Solution:
 
 def rated(problem: Problem, plan: PrecisionPlan) -> Solution:
     """What a plan with one group is expected to do, with the weights' bits that err least, for comparison."""
-    problem = problem.holding(plan.held)
+    problem = problem.holding(plan.held).without_deep([i in plan.shallow for i in range(plan.steps)])
     rows = np.array([problem.widths.index(row[0]) for row in plan.holding(()).bits])
     choice = np.repeat(rows[:, None], len(problem.groups), axis=1)
     weights = _ends(problem)[1][1]
@@ -205,6 +223,8 @@ def pareto(problem: Problem, points: int = 12) -> list[Solution]:
     if problem.held_errors is not None:
         patterns = problem.held_errors.patterns
         most = problem.holding(patterns[3 * len(patterns) // 4])
+    elif problem.shallow_errors is not None:
+        most = problem.without_deep(problem.shallow_errors.patterns[-1])
     low, high = problem.full_cost / problem.cost(*best), problem.full_cost / most.cost(*_ends(most)[0])
     return [solve(problem, budget=float(b)) for b in np.geomspace(high, low, points) * (1 - 1e-9)]
 
@@ -225,7 +245,9 @@ def _plan(problem: Problem, choice: Ints, weights: Ints, made: Mapping[str, obje
     groups = tuple((f"group {g + 1}", names) for g, names in enumerate(problem.groups))
     chosen = dict(zip(problem.weighted, weights.tolist(), strict=True))
     extrapolation = problem.held_errors.extrapolation(problem.held) if problem.held_errors and problem.held else {}
-    return PrecisionPlan(problem.timesteps, tied(problem.timesteps, rows), groups, chosen, made, extrapolation)
+    shallow = tuple(i for i, is_shallow in enumerate(problem.shallow) if is_shallow)
+    bits = tied(problem.timesteps, rows)
+    return PrecisionPlan(problem.timesteps, bits, groups, chosen, made, extrapolation, shallow)
 
 
 def _knapsack(problem: Problem, weights: Ints, limit: float, *, by_cost: bool) -> tuple[Ints, float]:

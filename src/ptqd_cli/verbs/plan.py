@@ -46,8 +46,8 @@ class Plan:
             pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
             run = self.sampling.of(pipe, self.samples)
             request.check(Recipe.from_dict(ptqd_quantizer(quantized).quantization_config.recipe), None)
-            if request.hold:
-                check_can_hold(quantized)
+            if request.hold or request.hold_deep:
+                check_can_hold(quantized, deep=request.hold_deep)
             if request.kind == "auto":
                 check_countable(quantized, timed=request.in_seconds)
             scratch = out.scratch(work_key(pipe, quantized, run))

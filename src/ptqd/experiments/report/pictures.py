@@ -197,11 +197,14 @@ def _plan_plot(plan: PlanRow, folder: Path) -> bytes:
         top.imshow(sheet, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1))
     top.set_axis_off()
     held = " (grey: not computed)" if (bits == HOLD).any() else ""
+    held += " (hatched: the deep part is held)" if plan.shallow else ""
     top.set_title(f"the sample before each step, and the bits of the activations there{held}", fontsize=10)
     strip = figure.add_subplot(rows[1, :])
     places = np.ma.masked_array(np.searchsorted(plan.widths, bits), bits == HOLD)
     strip.set_facecolor("lightgrey")
     image = strip.imshow(places, cmap=colours, aspect="auto", vmin=-0.5, vmax=len(plan.widths) - 0.5)
+    for step in plan.shallow:
+        strip.axvspan(step - 0.5, step + 0.5, fill=False, hatch="///", edgecolor="white", linewidth=0)
     strip.set_yticks(range(len(bits)), [*map(plot_text, plan.groups)], fontsize=7)
     strip.set_xlabel("sampling step")
     bar = figure.colorbar(image, ax=[top, strip], ticks=range(len(plan.widths)), pad=0.01)
