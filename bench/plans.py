@@ -7,11 +7,11 @@
 
 Rows, all from the same seeds: full precision; the plan for 19.9 times fewer bit operations (activations of 4 to 8 bits
 by step and group of layers, weights of 4 to 8 bits by layer), plain and with auto; 4-bit weights with activations of 4
-or 8 bits by the paper's rule, with the paper's ablation; W8A8 at all steps and at fewer, the others held, with auto;
-and W8A8 -best at all steps, and with the deep part of the network held at most of them. With --engine all pipelines,
-full precision's too, sample in it, but for those that hold the deep part. Distances are in features of the classifier
-that ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's over
-samples, drawn for both together. The same command resumes; --rows names some, so that processes can share them.
+or 8 bits by the paper's rule, with the paper's ablation; and W8A8, rounded to nearest and -best, at all steps, at
+fewer, the others held, and with the deep part of the network held at most of them, with auto. With --engine all
+pipelines, full precision's too, sample in it, but for those that hold the deep part. Distances are in features of the
+classifier that ships with ptqd, to the test images; intervals, also of the ratio to full precision, are the bootstrap's
+over samples, drawn for both together. The same command resumes; --rows names some, so that processes can share them.
 """
 
 import argparse
@@ -53,6 +53,7 @@ SETTINGS = {
 WEIGHTS = (4, 5, 6, 7, 8)
 HELD = (20, 25, 32, 40, 50, 60, 80, 100)
 DEEP = (25, 32, 40, 50)
+BEST_HELD = (20, 25, 32)
 PLANS: dict[str, tuple[str, float | None]] = {
     "budget": ("w8a4+5+6+7+8", 19.9),
     "paper": ("w4a4+8", None),
@@ -60,6 +61,7 @@ PLANS: dict[str, tuple[str, float | None]] = {
     **{f"held-{times}x": ("w8a8", float(times)) for times in HELD},
     "w8a8-best": ("w8a8-best", 1.0),
     **{f"deep-{times}x": ("w8a8-best", float(times)) for times in DEEP},
+    **{f"best-held-{times}x": ("w8a8-best", float(times)) for times in BEST_HELD},
 }
 ROWS = {
     "full precision": ("", ()),
@@ -76,6 +78,7 @@ ROWS = {
     "w8a8-best": ("w8a8-best", ()),
     "w8a8-best, auto": ("w8a8-best", ("auto",)),
     **{f"w8a8-best, deep held, {times}x": (f"deep-{times}x", ("auto",)) for times in DEEP},
+    **{f"w8a8-best, held, {times}x": (f"best-held-{times}x", ("auto",)) for times in BEST_HELD},
 }
 
 

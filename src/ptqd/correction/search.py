@@ -15,8 +15,9 @@
    The score is the sum of both measures' logarithms, the second's by a quarter, over the samples that two candidates
    share. In 53 corrections of 20 pipelines (docs/corrections) the Frechet distance to full precision went with the
    first by 0.7 of its logarithm, with the second by 0.1.
-4. The one with the best score is taken; but ``trajectory`` unless another is better by more than a standard error, and
-   no correction where nothing is better by a tenth. What is taken is fitted on all samples.
+4. The one with the best score is taken; but ``trajectory`` unless another is better by more than two standard errors
+   (the best of several leads by one by chance alone), and no correction where nothing is better by a tenth. What is
+   taken is fitted on all samples.
 """
 
 import logging
@@ -59,6 +60,7 @@ MORE = 32  # that the best run where they are alike
 ENOUGH_CHECKED = 64  # samples by which a correction that helps is told from one that does not
 RESOLUTION = 1e-6
 ENERGY_WEIGHT = 0.25
+SURE = 2.0  # standard errors by which another has to lead
 LEVEL = 0.1  # of the score: by less than that candidates are alike
 NONE = "none"
 
@@ -279,7 +281,7 @@ class _Search:
         finalists = [c for c in self.errors if len(self.errors[c]) >= more] if self._leads(leader, first) else []
         count = more if len(finalists) > 1 else first
         taken = min(finalists or self._rivals(), key=lambda c: self._score(c, count))
-        if self.fitted in self.errors and not self._worse(self.fitted, taken, count):
+        if self.fitted in self.errors and not self._worse(self.fitted, taken, count, SURE):
             taken = self.fitted
         if not self._worse(self.plain, taken, first) and more > first:
             self._race([c for c in dict.fromkeys((self.plain, taken)) if len(self.errors[c]) < more], more)
@@ -449,9 +451,9 @@ class _Search:
         ]
         return differences[0], jackknife_error(torch.tensor(differences[1:]))
 
-    def _worse(self, candidate: Candidate, than: Candidate, count: int) -> bool:
+    def _worse(self, candidate: Candidate, than: Candidate, count: int, errors: float = 1.0) -> bool:
         difference, error = self._difference(candidate, than, count)
-        return difference > error
+        return difference > errors * error
 
     def _why(self, candidate: Candidate, taken: Candidate) -> str:
         count = min(len(self.errors[candidate]), len(self.errors[taken]))
@@ -464,7 +466,7 @@ class _Search:
         difference, error = self._difference(candidate, taken, count)
         if difference > 0:
             return f"worse on {count} samples" + ("" if difference > error else ", by less than the standard error")
-        less = "a tenth" if taken is self.plain else "the standard error"
+        less = "a tenth" if taken is self.plain else "two standard errors"
         return f"better on {count} samples, by less than {less}"
 
     def _choice(self, taken: Candidate) -> CorrectionSearch:
