@@ -53,7 +53,7 @@ SETTINGS = {
 WEIGHTS = (4, 5, 6, 7, 8)
 HELD = (20, 25, 32, 40, 50, 60, 80, 100)
 DEEP = (25, 32, 40, 50)
-BEST_HELD = (20, 25, 32)
+BEST_HELD = (20, 25, 32, 40)
 PLANS: dict[str, tuple[str, float | None]] = {
     "budget": ("w8a4+5+6+7+8", 19.9),
     "paper": ("w4a4+8", None),
