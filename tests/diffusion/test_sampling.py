@@ -8,7 +8,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DiffusionPipel
 from PIL import Image
 
 from ptqd import InputError, Sampling, correct, measure, quantize, sample, search_correction
-from ptqd.diffusion import denoiser_name, run_batch, sample_generator, with_components
+from ptqd.diffusion import denoiser_name, final_samples, run_batch, sample_generator, with_components
 from ptqd.diffusion.sampling import guidance_of
 from tiny import dit, ldm
 
@@ -146,6 +146,8 @@ def test_a_pipeline_that_hands_its_scheduler_no_generator_draws_by_sample(
     assert type(exact.scheduler) is scheduler
     quantized = quantize(exact, "w4a8", run)
     stats = measure(exact, quantized, run.replace(samples=16))
+    assert stats.finals.shape == (16, *final_samples(exact, run, range(4)).shape[1:])
+    assert stats.paths.shape[:3] == (16, 4, 1)
     corrected = correct(quantized, stats, ("cnc", "bc", "vsc"))
     assert np.allclose(images(corrected, run.replace(batch=2)), images(corrected, run), atol=1e-4)
     assert "trajectory" in [trial.name for trial in search_correction(quantized, stats, run).trials]

@@ -24,6 +24,7 @@ class StepBatch:
         x: the samples before the step.
         eps_q: the denoiser's output.
         chosen: the output to go on with.
+        each: rows of a sample.
         sample_of: of which sample each row is (R,). Some pipelines step a guided batch twice, the second half a copy;
             in others a sample is several rows, its frames.
     """
@@ -35,9 +36,9 @@ class StepBatch:
         self.x = arrival.sample
         self.eps_q = arrival.output.narrow(self.axis, 0, arrival.sample.shape[self.axis])
         self.chosen = self.eps_q
-        each = stats.finals[0].numel() // self.x[0].numel()
-        self.copies = len(self.x) // (samples * each)
-        self.sample_of = (torch.arange(len(self.x)) // each) % samples
+        self.each = stats.finals[0].numel() // self.x[0].numel()
+        self.copies = len(self.x) // (samples * self.each)
+        self.sample_of = (torch.arange(len(self.x)) // self.each) % samples
 
     def correct(self, estimates: Iterable[tuple[torch.Tensor, OutputEstimate]], layout: Layout) -> None:
         """Correct the rows of some samples (integers, within the batch) by an estimate each (G, C, taps C)."""

@@ -405,7 +405,7 @@ class _Walked(StepBatch):
         """Moments of what the step knows and of the output that leads to the full-precision sample (n, G, K, K)."""
         off = (self.wanted - self.arrival.stepped(self.arrival.output)).float()
         moments = joint_moments(self.x, self.eps_q.float() + off / self.gain, self.eps_q, self.axis)
-        return per_sample(moments, self.samples)
+        return per_sample(moments, self.samples, self.each)
 
     def error(self) -> torch.Tensor:
         """Mean squared error of the next sample that the chosen output gives (n,)."""

@@ -283,8 +283,11 @@ def run_batch(
 
 
 @contextmanager
-def _generators_handed(pipe: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Hand the scheduler each sample's generator where the pipeline itself hands it none, as DiTPipeline does."""
+def _generators_handed(pipe: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[None]:
+    """Hand the scheduler each sample's generator where the pipeline itself hands it none, as DiTPipeline does.
+
+    Rows that are guidance's copies of the samples are given the same noise.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     plain: Any = getattr(type(scheduler), "step", None)
     if plain is None or not generators or "generator" not in inspect.signature(plain).parameters:
@@ -296,7 +299,8 @@ def _generators_handed(pipe: DiffusionPipeline, generators: Sequence[torch.Gener
         call = inspect.signature(plain).bind(self, model_output, timestep, sample, *args, **kwargs)
         copies, others = divmod(len(sample), len(generators))
         if call.arguments.get("generator") is None and not others and copies in (1, 2):  # with guidance's copies
-            call.arguments["generator"] = [*generators] * copies
+            again = [torch.Generator(g.device).set_state(g.get_state()) for g in generators * (copies - 1)]
+            call.arguments["generator"] = [*generators, *again]
         return plain(*call.args, **call.kwargs)
 
     with stepping_as(scheduler, step):

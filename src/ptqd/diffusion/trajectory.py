@@ -199,25 +199,27 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
     Nothing is found where the scheduler steps otherwise than ptqd can follow.
     """
     remaining: list[torch.Tensor] = []
-    last: list[Any] = []
+    last: list[Any] = []  # the sample before and after the last step
     try:
         scheduler = scheduler_of(pipe)
     except InputError:
         yield remaining
         return
     kind: Any = type(scheduler)
+    plain = inspect.signature(kind.step)
 
     @functools.wraps(kind.step)
     def step(self: object, *args: object, **kwargs: object) -> Any:
         result = kind.step(self, *args, **kwargs)
         if self is scheduler:
-            last[:] = [next_sample(result)]
+            last[:] = [plain.bind(self, *args, **kwargs).arguments["sample"], next_sample(result)]
         return result
 
     with stepping_as(scheduler, step):
         yield remaining
-    if last and last[0].is_floating_point() and len(last[0]) % samples == 0:
-        remaining.append(whole_samples(last[0], samples).detach().cpu())
+    if last and last[1].is_floating_point() and len(last[1]) % samples == 0:
+        each = rows_of_samples(last[0], samples).shape[1]
+        remaining.append(whole_samples(last[1], samples, each).detach().cpu())
 
 
 def final_samples(pipe: DiffusionPipeline, sampling: Sampling, indices: Sequence[int]) -> torch.Tensor:
@@ -233,7 +235,8 @@ def rows_of_samples(rows: torch.Tensor, samples: int, each: int | None = None) -
     """What a step sees of each sample (samples, m, ...), of all its rows (m samples, ...).
 
     Some pipelines step a guided batch twice, the second half a copy, which is left out; in others a sample is m rows,
-    its frames. Which it is, is told by whether the rows are alike, where ``each``, m, is not known.
+    its frames. Which it is, is told by whether the rows are alike, where ``each``, m, is not known; rows before a step
+    tell it, since a step may make copies differ, by a variance that is learned.
 
     Raises:
         InputError: the rows are not a whole number of batches.

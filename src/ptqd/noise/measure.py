@@ -184,7 +184,7 @@ class PairedMeasurement:
         for x, eps, eps_q in zip(trajectory.samples, means, means_q, strict=True):
             rows.append(per_sample(paired_moments(eps, eps_q, axis), len(indices)))
             tables.append(fold_sums(per_sample(joint_moments(x, eps, eps_q, axis), len(indices)), indices))
-        each = rows_of_samples(trajectory.final, len(indices)).shape[1]  # rows of a sample
+        each = rows_of_samples(trajectory.samples[-1], len(indices)).shape[1]  # rows of a sample
         final = whole_samples(trajectory.final, len(indices), each)
         first = self._first.get(key)
         cross = cross_moments(means, means_q) * len(final) / len(means[0])

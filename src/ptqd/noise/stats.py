@@ -508,9 +508,9 @@ def paired_moments(eps: torch.Tensor, eps_q: torch.Tensor, axis: int | None = No
     return torch.stack([(powers_e[i] * powers_d[j]).mean(2) for i, j in POWERS], dim=2)
 
 
-def per_sample(moments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Moments (samples, ...) of a step's rows (m samples, ...); see ``rows_of_samples``."""
-    return rows_of_samples(moments, samples).mean(1)
+def per_sample(moments: torch.Tensor, samples: int, each: int | None = None) -> torch.Tensor:
+    """Moments (samples, ...) of a step's rows (m samples, ...), each of so many; see ``rows_of_samples``."""
+    return rows_of_samples(moments, samples, each).mean(1)
 
 
 def cross_moments(eps: Sequence[torch.Tensor], eps_q: Sequence[torch.Tensor]) -> torch.Tensor:
