@@ -9,7 +9,7 @@ from PIL import Image
 
 from ptqd import InputError, Sampling, correct, measure, quantize, sample, search_correction
 from ptqd.diffusion import denoiser_name, final_samples, run_batch, sample_generator, with_components
-from ptqd.diffusion.sampling import guidance_of
+from ptqd.diffusion.sampling import _generators_handed, guidance_of
 from tiny import dit, ldm
 
 
@@ -34,6 +34,23 @@ def test_batch_size_does_not_change_quantized_images(pipe: Any, qpipe: Any, run:
     noise = np.abs(want - images(pipe, run.replace(batch=64)))
     assert np.median(difference) < 1e-6
     assert difference.mean() < noise.mean() / 50
+
+
+def test_a_step_with_other_arguments_is_left_as_it_is(pixel_pipe: DDIMPipeline) -> None:
+    """CogVideoXDPMScheduler's has the sample in fifth place; others call it something else."""
+
+    class Odd(DDIMScheduler):
+        def step(self, model_output: Any, old: Any, timestep: Any, latents: Any, generator: Any = None) -> Any:
+            assert generator is None
+            return super().step(model_output, timestep, latents)
+
+    scheduler = Odd.from_config(pixel_pipe.scheduler.config)
+    scheduler.set_timesteps(2)
+    pipe = with_components(pixel_pipe, scheduler=scheduler)
+    x = torch.randn(1, 1, 8, 8)
+    want = scheduler.step(x, None, scheduler.timesteps[0], x)[0]
+    with _generators_handed(pipe, [sample_generator(0, 0)]):
+        assert torch.equal(pipe.scheduler.step(x, None, scheduler.timesteps[0], x)[0], want)
 
 
 def test_every_sample_has_its_own_seed() -> None:

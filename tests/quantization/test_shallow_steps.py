@@ -190,6 +190,13 @@ def test_the_patterns_are_the_best_of_all() -> None:
             assert errors.error(pattern) == pytest.approx(min(errors.error((False, *p)) for p in others))
 
 
+def test_features_age_over_held_steps_and_beyond_what_was_measured() -> None:
+    """As a plan that was written by hand has them."""
+    errors = ShallowErrors(np.array([[1.0, 2.0]] * 6))
+    assert errors.error((False, True, True, True, False, True)) == pytest.approx(1 + 2 + 2 * (3 / 2) ** 2 + 1)
+    assert errors.error((False, False, True), (False, True, False)) == 2
+
+
 def test_a_budget_is_met_by_shallow_steps(pipe: Any, qpipe: Any, timesteps: tuple[float, ...]) -> None:
     stats = {8: measure(pipe, qpipe, STEPS)}
     whole = run_cost(qpipe, STEPS).ratio

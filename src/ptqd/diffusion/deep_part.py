@@ -28,7 +28,7 @@ class Features:
 
     Attributes:
         shape: of the sample that the call was for.
-        outputs: of each module, by its path; of a transformer what all of them add, under the path of the last.
+        outputs: of each module, by its path; of a transformer what all of them add, as ``"added"``.
         known: whether they are to be held, not computed.
     """
 

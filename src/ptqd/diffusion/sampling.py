@@ -295,9 +295,11 @@ def _generators_handed(pipe: DiffusionPipeline, generators: list[torch.Generator
         return
 
     @functools.wraps(plain)  # pipelines look at the signature
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(plain).bind(self, model_output, timestep, sample, *args, **kwargs)
-        copies, others = divmod(len(sample), len(generators))
+    def step(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(plain).bind(*args, **kwargs)
+        sample = call.arguments.get("sample")
+        rows = len(sample) if isinstance(sample, torch.Tensor) and sample.ndim else 0
+        copies, others = divmod(rows, len(generators))
         if call.arguments.get("generator") is None and not others and copies in (1, 2):  # with guidance's copies
             again = [torch.Generator(g.device).set_state(g.get_state()) for g in generators * (copies - 1)]
             call.arguments["generator"] = [*generators, *again]

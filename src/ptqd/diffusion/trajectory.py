@@ -212,7 +212,8 @@ def last_samples(pipe: DiffusionPipeline, samples: int) -> Iterator[list[torch.T
     def step(self: object, *args: object, **kwargs: object) -> Any:
         result = kind.step(self, *args, **kwargs)
         if self is scheduler:
-            last[:] = [plain.bind(self, *args, **kwargs).arguments["sample"], next_sample(result)]
+            after = next_sample(result)
+            last[:] = [plain.bind(self, *args, **kwargs).arguments.get("sample", after), after]
         return result
 
     with stepping_as(scheduler, step):

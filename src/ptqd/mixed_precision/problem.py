@@ -173,7 +173,7 @@ class Problem:
         ]
         return replace(
             self,
-            fixed_error=self.fixed_error + self.shallow_errors.error(shallow),
+            fixed_error=self.fixed_error + self.shallow_errors.error(shallow, self.held),
             layer_costs=outer[0],
             costs=outer[1],
             weight_costs=outer[2],

@@ -38,13 +38,16 @@ class ShallowErrors:
     def __init__(self, added: NDArray[np.float64]) -> None:
         self.added = added
 
-    def error(self, shallow: Sequence[bool]) -> float:
-        """What shallow steps (T,) add; features that are older than any that were measured count as infinitely bad."""
-        total, age = 0.0, 0
+    def error(self, shallow: Sequence[bool], held: Sequence[bool] = ()) -> float:
+        """What shallow steps (T,) add, and features age over steps that hold their output too (T,).
+
+        Features that are older than any that were measured are taken to be off in proportion to their age.
+        """
+        total, age, oldest = 0.0, 0, self.added.shape[1]
         for j, is_shallow in enumerate(shallow):
-            age = age + 1 if is_shallow else 0
-            if age:
-                total += float(self.added[j, age - 1]) if age <= self.added.shape[1] else np.inf
+            age = age + 1 if is_shallow or any(held[j : j + 1]) else 0
+            if is_shallow:
+                total += float(self.added[j, min(age, oldest) - 1]) * max(1.0, age / oldest) ** 2
         return total
 
     @functools.cached_property
