@@ -13,9 +13,23 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from ptqd import PrecisionPlan, PtqdError, Recipe, Sampling, apply_plan, correct, export, load, measure, quantize
+from ptqd import (
+    InputError,
+    PrecisionPlan,
+    PtqdError,
+    Recipe,
+    Sampling,
+    apply_plan,
+    correct,
+    export,
+    load,
+    measure,
+    quantize,
+)
 from ptqd.diffusion import run_batch, with_components
+from ptqd.diffusion.deep_part import deep_modules
 from ptqd.diffusion.pipeline_parts import denoiser_name, denoisers_of
+from ptqd.quantization import run_cost
 from ptqd.quantization.modules.attention import attention_modules
 from ptqd.quantization.modules.linear_conv import QuantLinear
 from ptqd.quantization.sites import quantized_sites
@@ -241,3 +255,39 @@ def test_a_pipeline_goes_the_whole_way(
             broken.append(f"{title}: {line}")
     record_property("class", type(pipe).__name__)
     assert not broken
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CASES or name == "cascade-prior" else pytest.mark.slow)
+        for name in ALL
+        if not REFUSED.get(name)
+    ],
+)
+def test_a_shallow_step_computes_the_outer_blocks_or_is_refused(name: str) -> None:
+    """Of what the first step takes it costs less, and the sample is another; where the deep part is not known, it says
+    so before anything runs.
+    """
+    case = ALL[name]
+    torch.manual_seed(0)
+    batch = 1 if name == "wan-vace" else 2
+    run = Sampling(steps=case.steps, eta=case.eta, samples=2, batch=batch, call={**case.call, **(case.guidance or {})})
+    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    pipe = case.build()
+    qpipe = quantize(pipe, recipe, run)
+    timesteps = measure(pipe, qpipe, run).measured_on.model_timesteps
+    if len(timesteps) < 2 or len(set(timesteps)) < len(timesteps) or len(denoisers_of(pipe)) > 1:
+        pytest.skip("one step, several denoisers, or a schedule that takes some timestep twice")
+    plan = PrecisionPlan.uniform(timesteps, 8).replace(shallow=(len(timesteps) - 1,))
+    try:
+        deep_modules(next(iter(denoisers_of(pipe).values())))
+    except InputError:
+        with pytest.raises(InputError, match="let steps hold their output"):
+            apply_plan(qpipe, plan)
+        return
+    shallow = apply_plan(qpipe, plan)
+    outcome = [samples(each, run) for each in (qpipe, shallow)]
+    assert bool(torch.isfinite(outcome[1]).all())
+    assert not torch.equal(*outcome)
+    assert run_cost(shallow, run).total < run_cost(qpipe, run).total

@@ -61,7 +61,8 @@ def deep_modules(model: nn.Module) -> dict[str, str]:
         list(found) if isinstance(found := getattr(model, name, None), nn.ModuleList) else []
         for name in ("down_blocks", "up_blocks", "transformer_blocks")
     )
-    if len(down) == len(up) > 1:
+    called = not any(isinstance(block, nn.ModuleList) for block in (*down, *up))  # as one, not part by part
+    if called and len(down) == len(up) > 1:
         middle = ["mid_block"] if getattr(model, "mid_block", None) is not None else []
         inner = [f"down_blocks.{i}" for i in range(1, len(down))], [f"up_blocks.{i}" for i in range(len(up) - 1)]
         return dict.fromkeys([*inner[0], *middle, *inner[1]], "output")
