@@ -240,7 +240,10 @@ HELD_STEPS = 50
 
 
 def held(folder: Path) -> None:
-    """Whole pipelines of 50 steps in OpenVINO: W8A8, corrected, with steps held in regular patterns, and FP32."""
+    """Whole pipelines of 50 steps in OpenVINO: W8A8, corrected, with steps held in regular patterns, and FP32.
+
+    The whole output is held, or the deep part alone.
+    """
     for case, batch in HELD.items():
         make, run = CASES[case]
         full, run = make(), run.replace(steps=HELD_STEPS, samples=batch, batch=batch)
@@ -253,14 +256,20 @@ def held(folder: Path) -> None:
             "W8A8, two of three held": [i for i in range(2, HELD_STEPS - 1) if i % 3 != 1],
             "W8A8, 12 calls": [i for i in range(2, HELD_STEPS - 1) if i % 5 != 1],
         }
+        plans = {name: uniform.holding(steps) for name, steps in patterns.items()}
+        plans |= {
+            name.replace("held", "shallow").replace("calls", "whole"): uniform.replace(shallow=tuple(steps))
+            for name, steps in patterns.items()
+            if steps
+        }
         pipes: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary)
             pipes[FULL] = export(full, run, "openvino", place / FULL, others="fp32").pipeline
-            fast = export(plain, run, "openvino", place / "fast", others="int8").pipeline
-            for name, steps in patterns.items():
+            fast = export(plain, run, "openvino", place / "fast", others="int8", hold_deep=True).pipeline
+            for name, plan in plans.items():
                 few = run.replace(samples=max(2, min(batch, 8)), batch=max(2, min(batch, 8)))
-                planned = ptqd.apply_plan(fast, uniform.holding(steps))
+                planned = ptqd.apply_plan(fast, plan)
                 pipes[name] = ptqd.correct(planned, ptqd.measure(full, planned, few), ["cnc", "bc"])
             calls = {name: partial(run_batch, pipe, run, range(batch)) for name, pipe in pipes.items()}
             for call in calls.values():

@@ -170,6 +170,31 @@ def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, full: D
     assert np.square(found - images(held)).mean() < 0.1 * np.square(found - images(qpipe)).mean()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_shallow_steps_compute_the_outer_blocks_alone(engine: str, exports: Exports, tmp_path: Path) -> None:
+    qpipe, whole = exports("w4a8")
+    qpipe.scheduler.set_timesteps(RUN.steps)
+    uniform = PrecisionPlan.uniform(tuple(float(t) for t in qpipe.scheduler.timesteps), 8)
+    shallow = apply_plan(qpipe, uniform.replace(shallow=(1,)))
+    export(shallow, RUN, engine, tmp_path / "made")
+    pipe = load(tmp_path / "made")
+    assert not whole.pipeline.unet.facts.deep
+    assert list(pipe.unet.facts.deep) == ["deep.3"]  # what up_blocks.0 gives
+    whole_graph, outer = (read_graph(pipe.unet.folder / name).graph for name in ("model.onnx", "shallow.onnx"))
+    assert len(outer.node) < 0.5 * len(whole_graph.node)
+    found, simulated, plain = images(pipe), images(shallow), images(qpipe)
+    assert np.square(found - simulated).mean() < 0.1 * np.square(simulated - plain).mean()
+    assert_near(images(apply_plan(pipe, uniform)), plain, images(small_pipe()))
+    again = apply_plan(pipe, uniform.replace(shallow=(1, 2)))
+    again.save_pretrained(tmp_path / "again")
+    loaded = load(tmp_path / "again")
+    assert plan_of(loaded).shallow == (1, 2)
+    np.testing.assert_array_equal(images(loaded), images(again))
+    assert not np.array_equal(images(loaded), found)
+    with pytest.raises(InputError, match="hold_deep"):
+        apply_plan(whole.pipeline, uniform.replace(shallow=(1,)))
+
+
 def test_affine_weights_become_signed_ones(exports: Exports) -> None:
     """Kernels of integers are several times as slow with unsigned weights, or with zero points."""
     from onnx import TensorProto, numpy_helper

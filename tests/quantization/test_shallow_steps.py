@@ -12,10 +12,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ptqd import InputError, PrecisionPlan, Sampling, apply_plan, correct, export, load, measure, quantize, search_plan
+from ptqd import InputError, PrecisionPlan, Sampling, apply_plan, correct, load, measure, quantize, search_plan
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.deep_part import Features, deep_modules, follow_deep_part, is_deep, leave_deep_part, using
-from ptqd.mixed_precision import planning_problem
+from ptqd.mixed_precision import StepSeconds, measure_seconds, planning_problem
 from ptqd.mixed_precision.shallow import ShallowErrors
 from ptqd.mixed_precision.solver import rated
 from ptqd.quantization import plan_of, run_cost
@@ -174,8 +174,6 @@ def test_a_run_computes_the_deep_part_at_full_steps_only(
     assert torch.equal(cost.bops[1][~inner], uniform.bops[1][~inner])
     corrected = correct(shallow, measure(pipe, shallow, STEPS), ("cnc", "bc"))
     assert torch.isfinite(sampled(corrected, STEPS)).all()
-    with pytest.raises(InputError, match="deep part"):
-        export(shallow, STEPS, "onnxruntime", tmp_path / "exported")
 
 
 def test_the_patterns_are_the_best_of_all() -> None:
@@ -212,6 +210,23 @@ def test_a_budget_is_met_by_shallow_steps(pipe: Any, qpipe: Any, timesteps: tupl
         search_plan(pipe, qpipe, STEPS, stats, budget=50 * whole, hold_deep=True)
     either = search_plan(pipe, qpipe, STEPS, stats, budget=1.2 * whole, hold=True, hold_deep=True)
     assert either.made["expected_snr_db"] >= plan.made["expected_snr_db"]
+
+
+def test_a_budget_in_seconds_is_met_by_shallow_steps(pipe: Any, qpipe: Any, timesteps: tuple[float, ...]) -> None:
+    """A shallow step takes what it was timed to take: of given seconds, the fewest that meet the budget."""
+    stats = {8: measure(pipe, qpipe, STEPS)}
+    seconds = StepSeconds({8: 1.0}, 0.1, 0.5)
+    for budget, fewest in ((1.0, 0), (1.05, 1), (1.3, 3), (1.7, 5)):
+        plan = search_plan(pipe, qpipe, STEPS, stats, budget=budget, hold_deep=True, seconds=seconds)
+        assert len(plan.shallow) == fewest
+        assert plan.made["times_faster"] == pytest.approx(6 / (6 - 0.5 * fewest), rel=1e-3)
+    with pytest.raises(InputError, match=r"the nearest is 1\.71x"):
+        search_plan(pipe, qpipe, STEPS, stats, budget=2.1, hold_deep=True, seconds=seconds)
+    with pytest.raises(InputError, match="was not timed"):
+        search_plan(pipe, qpipe, STEPS, stats, budget=1.2, hold_deep=True, seconds=StepSeconds({8: 1.0}, 0.1))
+    found = measure_seconds(qpipe, STEPS, timesteps, (8,), deep=True)
+    assert found.shallow is not None
+    assert 0 <= found.shallow <= found.computed[8]
 
 
 def test_a_network_whose_deep_part_is_not_known_is_refused(full: Any) -> None:

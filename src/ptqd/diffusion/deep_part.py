@@ -9,10 +9,11 @@ The modules' classes are what changes, as a hook cannot leave out a call: each s
 
 import functools
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -40,15 +41,35 @@ class Features:
 _current = threading.local()
 
 
+FeaturesOrNone = TypeVar("FeaturesOrNone", bound=Features | None)
+
+
 @contextmanager
-def using(features: Features | None) -> Iterator[None]:
+def using(features: FeaturesOrNone) -> Iterator[FeaturesOrNone]:
     """Let the deep part give what is known, or keep what it computes, in the calls of the block's time."""
     before = getattr(_current, "features", None)
     _current.features = features
     try:
-        yield
+        yield features
     finally:
         _current.features = before
+
+
+def current_features() -> Features | None:
+    """Those of :func:`using`, inside its block."""
+    return getattr(_current, "features", None)
+
+
+class OwnDeepPart:
+    """A denoiser without modules, which keeps and holds what :func:`using` says itself."""
+
+    @abstractmethod
+    def open_deep_part(self) -> None:
+        """Be ready for it.
+
+        Raises:
+            InputError: it cannot do it.
+        """
 
 
 def deep_modules(model: nn.Module) -> dict[str, str]:
@@ -114,7 +135,7 @@ class _Deep:
 
 @torch.compiler.disable
 def _features() -> Features | None:
-    return getattr(_current, "features", None)
+    return current_features()
 
 
 def _stream(block: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
@@ -128,8 +149,11 @@ def follow_deep_part(model: nn.Module) -> None:
     """Let a denoiser's deep part keep and hold what :func:`using` says, from now on.
 
     Raises:
-        InputError: it is not known which modules it is.
+        InputError: it is not known which modules it is, or it was exported as a whole.
     """
+    if isinstance(model, OwnDeepPart):
+        model.open_deep_part()
+        return
     for path, role in deep_modules(model).items():
         module = model.get_submodule(path)
         kind: Any = type(module)

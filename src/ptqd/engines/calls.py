@@ -46,7 +46,11 @@ class Call:
     @property
     def by_sample(self) -> tuple[str, ...]:
         """The tensors with a row for each sample."""
-        return tuple(name for name, value in self.tensors.items() if value.ndim and len(value) == self.batch)
+        return self.with_rows(self.tensors)
+
+    def with_rows(self, tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+        """Those of some tensors that have a row for each sample."""
+        return tuple(name for name, value in tensors.items() if value.ndim and len(value) == self.batch)
 
 
 class _Seen(Exception):  # noqa: N818  # no error: the call that was waited for

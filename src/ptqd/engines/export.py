@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.deep_part import deep_modules
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_components
 from ptqd.diffusion.plain_copy import as_plain
 from ptqd.diffusion.sampling import Sampling, sample
@@ -58,6 +59,7 @@ def export(
     others: Others = "fp32",
     provider: Provider = "cpu",
     layout: Layout = "int8",
+    hold_deep: bool = False,
 ) -> Exported:
     """Write a pipeline whose networks an engine runs, as a diffusers folder; :func:`ptqd.load` loads it again.
 
@@ -72,6 +74,8 @@ def export(
         others: decoders and text encoders: in full precision, as int8, or left to torch (``"none"``).
         provider: of ONNX Runtime, that the graph is made for.
         layout: of torchao's weights.
+        hold_deep: write the denoiser's outer blocks as a graph of their own too, for plans whose steps hold the deep
+            part (:mod:`ptqd.diffusion.deep_part`); a plan that the pipeline has and that does so asks for it as well.
 
     Raises:
         InputError: a folder that is not ptqd's to write, a network that cannot be traced, number formats or operators
@@ -79,7 +83,9 @@ def export(
     """
     check_engine(engine, provider, others)
     with output_folder(folder) as out:
-        return _export(pipe, sampling, engine, out, others=others, provider=provider, layout=layout)
+        return _export(
+            pipe, sampling, engine, out, others=others, provider=provider, layout=layout, hold_deep=hold_deep
+        )
 
 
 def check_engine(engine: str, provider: Provider = "cpu", others: Others = "fp32") -> None:
@@ -107,6 +113,7 @@ def _export(
     others: Others,
     provider: Provider,
     layout: Layout,
+    hold_deep: bool,
 ) -> Exported:
     names = denoiser_names(pipe)
     for name, model in denoisers_of(pipe).items():
@@ -114,16 +121,14 @@ def _export(
             raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
         if hasattr(model, "post_process_latents"):
             raise InputError(f"the {name} computes beside its call too, which no graph holds; leave it to torch")
-        steps = plan_steps_of(model)
-        if steps is not None and steps.plan.shallow:
-            raise InputError(
-                f"the plan of the {name} holds the deep part of the network, and an exported graph is computed as a "
-                "whole; take a plan without shallow steps, such as one made with --hold alone"
-            )
+        if hold_deep:
+            deep_modules(model)
         if model.dtype != torch.float32:
             raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
     pipe = with_components(pipe, **{name: as_plain(model) for name, model in denoisers_of(pipe).items()}).to("cpu")
     if engine == TORCHAO:
+        if hold_deep:
+            raise InputError("torchao's pipelines hold no deep part; leave hold_deep (--hold-deep) out")
         output, products = to_torchao(pipe, sampling, layout)
         with out.replacing() as temporary:
             output.save_pretrained(temporary)
@@ -132,7 +137,12 @@ def _export(
         if provider == "tensorrt":
             _check_symmetric(model)
     with out.replacing() as temporary:
-        graphs = [_written(pipe, sampling, name, "forward", temporary, engine, provider) for name in names]
+        graphs = [
+            _written(
+                pipe, sampling, name, "forward", temporary, engine, provider, hold_deep=hold_deep or _is_held(model)
+            )
+            for name, model in denoisers_of(pipe).items()
+        ]
         components = list(names)
         for component, method in _others(pipe) if others != "none" else ():
             source = pipe
@@ -184,12 +194,27 @@ def _others(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     return [(name, method) for name, method in result if not isinstance(getattr(pipe, name), EngineModule)]
 
 
+def _is_held(model: nn.Module) -> bool:
+    """Whether a denoiser's plan has steps that hold its deep part."""
+    steps = plan_steps_of(model)
+    return steps is not None and bool(steps.plan.shallow)
+
+
 def _written(
-    pipe: DiffusionPipeline, sampling: Sampling, name: str, method: str, folder: Path, engine: str, provider: Provider
+    pipe: DiffusionPipeline,
+    sampling: Sampling,
+    name: str,
+    method: str,
+    folder: Path,
+    engine: str,
+    provider: Provider,
+    *,
+    hold_deep: bool = False,
 ) -> Graph:
     """Trace one component as the pipeline calls it, and write it."""
     model = getattr(pipe, name)
-    graph = trace(model, captured(pipe, sampling, model, method), method, signed=provider == "tensorrt")
+    call = captured(pipe, sampling, model, method)
+    graph = trace(model, call, method, signed=provider == "tensorrt", hold_deep=hold_deep)
     write_component(folder / name, graph, model, engine, provider)
     return graph
 

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from torch import nn
 
+from ptqd.diffusion.deep_part import OwnDeepPart, current_features
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.diffusion.timesteps import NAMES
 from ptqd.engines.calls import CODES, flat_arguments, timesteps_of
@@ -40,6 +41,8 @@ from ptqd.quantization.swap import Coverage
 from ptqd.schema import check_version, read_as, typed
 
 GRAPH, WEIGHTS, FACTS, TABLE = "model.onnx", "model.onnx.data", "engine.json", "ranges.safetensors"
+SHALLOW, SHALLOW_WEIGHTS = "shallow.onnx", "shallow.onnx.data"  # of the outer blocks alone
+FILES = (GRAPH, WEIGHTS, TABLE, SHALLOW, SHALLOW_WEIGHTS)
 FORMAT = 1
 MOST = 1 << 40
 AGAIN = "export the pipeline again"
@@ -92,6 +95,8 @@ class EngineFacts:
         simulated_by: fingerprint of the denoiser that it was exported from.
         sha256: of the graph's files.
         versions: of packages.
+        deep: what the outer blocks get of the deep part: outputs of the graph after its own, and inputs of the graph
+            of the outer blocks alone. None where there is no such graph.
     """
 
     format: int
@@ -115,6 +120,7 @@ class EngineFacts:
     simulated_by: str | None
     sha256: str
     versions: dict[str, str]
+    deep: dict[str, InputFacts] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "EngineFacts":
@@ -146,7 +152,7 @@ class _Held:
         return self
 
 
-class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
+class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
     """A component that an engine runs; :func:`ptqd.load` makes it of a folder that ``ptqd export`` wrote.
 
     Args:
@@ -173,6 +179,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         if digest != facts.sha256:
             raise InputError(f"{folder}: the graph is not the one that was exported; export the pipeline again")
         self.register_buffer("graph_hash", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+        self._outer: _Held | None = None  # loaded where a plan has shallow steps
         self.register_to_config(**read_as(folder / "config.json", dict[str, Any], AGAIN))
         self.open(threads=threads, provider=provider)
         self._adopt()
@@ -189,7 +196,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         named = (
             set(facts.outputs) if facts.returns == "tuple" else {f.name for f in fields(_output_class(facts.returns))}
         )
-        if len(facts.outputs) != there or len(set(facts.outputs)) != there or not set(facts.outputs) <= named:
+        names = [*facts.outputs, *facts.deep]
+        if len(names) != there or len(set(names)) != there or not set(facts.outputs) <= named:
             raise ArtifactError(f"{self.folder / FACTS} names other outputs than the graph has; {AGAIN}")
 
     def __getattr__(self, name: str) -> Any:
@@ -214,13 +222,32 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 
     def open(self, *, threads: int = 0, provider: Provider = "cpu") -> None:
         """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
-        threads = threads or torch.get_num_threads()
+        self.threads, self.provider = threads or torch.get_num_threads(), provider
+        self._held = self._open(GRAPH)
+        if self._outer is not None:
+            self._outer = self._open(SHALLOW)
+
+    def _open(self, name: str) -> _Held:
         rows = max(1, ELEMENTS // self.facts.elements)
         counts = [spec.ranges for spec in self.facts.ranges.values()]
-        path = self.folder / GRAPH
-        session = open_session(path, self.engine, threads=threads, rows=rows, provider=provider, counts=counts)
-        self._held = _Held(session)
-        self.provider = provider
+        path = self.folder / name
+        return _Held(
+            open_session(path, self.engine, threads=self.threads, rows=rows, provider=self.provider, counts=counts)
+        )
+
+    def open_deep_part(self) -> None:
+        """Load the graph of the outer blocks alone.
+
+        Raises:
+            InputError: it was not exported.
+        """
+        if not self.facts.deep:
+            raise InputError(
+                "the plan holds the deep part of the network, and the pipeline was exported as a whole; export it with "
+                "--hold-deep (hold_deep=True), or with the plan"
+            )
+        if self._outer is None:
+            self._outer = self._open(SHALLOW)
 
     def _adopt(self) -> None:
         """What follows the steps: ranges and plans; and what marks a quantized denoiser."""
@@ -269,12 +296,23 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 
     def _run(self, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         inputs, like = self._inputs(method, args, kwargs)
-        tensors = [torch.from_numpy(array).to(like.device) for array in self._held.session.run(inputs)]
+        tensors = [torch.from_numpy(array).to(like.device) for array in self._outputs(inputs)]
         if like.is_floating_point():
             tensors = [t.to(like.dtype) if t.is_floating_point() else t for t in tensors]
         if kwargs.get("return_dict", True) is False or self.facts.returns == "tuple":
             return tuple(tensors)
         return _output_class(self.facts.returns)(**dict(zip(self.facts.outputs, tensors, strict=True)))
+
+    def _outputs(self, inputs: dict[str, Any]) -> list[Any]:
+        """The graph's own outputs of a call, whose deep part is held or kept where that is wanted."""
+        features, count = current_features(), len(self.facts.outputs)
+        if features is not None and features.known:
+            assert self._outer is not None
+            return self._outer.session.run(inputs | features.outputs)
+        arrays = self._held.session.run(inputs)
+        if features is not None:
+            features.outputs = dict(zip(self.facts.deep, arrays[count:], strict=True))
+        return arrays[:count]
 
     def codes(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         """What each activation quantizer makes of a call in the engine, by its name: uint8 or uint16."""
@@ -286,7 +324,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         for hook in self._forward_pre_hooks.values():  # its step state
             hook(self, args, kwargs)
         output = session.run(self._inputs("forward", args, kwargs)[0])
-        return dict(zip(names, map(torch.from_numpy, output[len(self.facts.outputs) :]), strict=True))
+        own = len(self.facts.outputs) + len(self.facts.deep)
+        return dict(zip(names, map(torch.from_numpy, output[own:]), strict=True))
 
     def _inputs(
         self, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -363,7 +402,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
         """Copy the graph and what is known of it, with the plan that it follows now."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (GRAPH, WEIGHTS, FACTS, TABLE, "config.json"):
+        for name in (*FILES, FACTS, "config.json"):
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
         quantizer: PtqdQuantizer | None = getattr(self, "hf_quantizer", None)
@@ -410,7 +449,7 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin):
 def _digest(folder: Path) -> str:
     """Of a graph and its weights."""
     digest = sha256()
-    for name in (GRAPH, WEIGHTS, TABLE):
+    for name in FILES:
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -451,6 +490,12 @@ def _put(model: nn.Module, name: str, leaf: nn.Module) -> None:
     model._modules[last] = leaf
 
 
+def _input_facts(value: torch.Tensor, *, by_sample: bool) -> InputFacts:
+    """Of a tensor; with a row for each sample, or the same for all."""
+    dtype: Any = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return InputFacts((None, *value.shape[1:]) if by_sample else tuple(value.shape), dtype)
+
+
 def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, provider: Provider = "cpu") -> None:
     """Write a traced component to a folder that :class:`EngineModule` reads.
 
@@ -463,7 +508,9 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
     """
     onnx = required("onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(graph.model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
+    files = ((graph.model, GRAPH, WEIGHTS), (graph.shallow, SHALLOW, SHALLOW_WEIGHTS))
+    for proto, name, weights in files[: 1 if graph.shallow is None else 2]:
+        onnx.save_model(proto, folder / name, save_as_external_data=True, location=weights, size_threshold=1024)
     by_sample = set(graph.call.by_sample)
     quantizers: dict[str, Any] = {name: find_layer(model, name) for name in graph.products.quantizers}
     coverage = getattr(getattr(model, "hf_quantizer", None), "coverage", Coverage((), ()))
@@ -480,13 +527,7 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         component=f"{type(model).__module__}.{type(model).__qualname__}",
         method=graph.method,
         parameters=tuple(graph.call.parameters),
-        inputs={
-            name: InputFacts(
-                tuple(None if not i and name in by_sample else size for i, size in enumerate(value.shape)),
-                "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            )
-            for name, value in tensors.items()
-        },
+        inputs={name: _input_facts(value, by_sample=name in by_sample) for name, value in tensors.items()},
         constants=dict(graph.call.constants),
         outputs=tuple(graph.outputs),
         returns=graph.kind,
@@ -504,6 +545,10 @@ def write_component(folder: Path, graph: Graph, model: nn.Module, engine: str, p
         simulated_by=fingerprint(model),
         sha256=_digest(folder),
         versions={name: version(name) for name in ("ptqd", "torch", "onnx")},
+        deep={
+            name: _input_facts(value, by_sample=name in graph.call.with_rows(graph.features))
+            for name, value in graph.features.items()
+        },
     )
     config: Any = getattr(model, "config", {})
     values = dict(config.items()) if isinstance(config, Mapping) else config.to_dict()

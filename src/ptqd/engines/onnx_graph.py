@@ -12,14 +12,17 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ptqd.diffusion.deep_part import Features, follow_deep_part, using
+from ptqd.diffusion.held_outputs import stop_holding
 from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.engines.calls import CODES, Call
 from ptqd.engines.onnx_cleanup import _drop_squeezes, _pack_four_bits
@@ -38,6 +41,7 @@ _BYTE = 256
 _MORE_BITS = "activations of more than 8 bits"
 _TINY = torch.finfo(torch.float32).smallest_normal  # the least scale
 OUT = "out."  # before the names of outputs, which an input may have too
+DEEP = "deep."  # before the numbers of what the outer blocks get of the deep part
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Graph:
         outputs: names of the outputs, by what the component calls them.
         kind: the class of what the component returns, ``"MODULE.NAME"``; ``"tuple"`` where it is a tuple.
         products: what is computed how, of a quantized denoiser.
+        features: what the outer blocks get of the deep part, by name: outputs of the graph after its own.
+        shallow: the graph of the outer blocks alone, which has the features as inputs; None where it was not asked for.
     """
 
     model: Any
@@ -84,9 +90,13 @@ class Graph:
     outputs: tuple[str, ...]
     kind: str
     products: Products
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shallow: Any = None
 
 
-def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool = False) -> Graph:
+def trace(
+    model: nn.Module, call: Call, method: str = "forward", *, signed: bool = False, hold_deep: bool = False
+) -> Graph:
     """Trace a component, quantized by ptqd or not.
 
     Args:
@@ -94,31 +104,71 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
         call: how it is called; see :func:`captured`.
         method: what of it is called.
         signed: codes of symmetric activations are signed and 4-bit codes lie in 8 bits, as TensorRT wants them.
+        hold_deep: whether the outer blocks get a graph of their own, for steps that hold the deep part.
 
     Raises:
-        InputError: it cannot be traced, or holds a number format that no ONNX engine multiplies.
+        InputError: it cannot be traced, holds a number format that no ONNX engine multiplies, or its deep part is not
+            known.
     """
     twin, products, table = _traceable(model, signed)
-    names = list(call.tensors)
-    tensors = [value.detach().cpu() for value in call.tensors.values()]
-    tensors = [value.float() if value.is_floating_point() else value for value in tensors]
-    if products.quantizers:
-        names += RANGES
-        tensors += [table.scale, table.zero, table.low, table.high]
-    wrapper = _Called(twin, call, method, table if products.quantizers else None)
-    kind = type(model).__name__
+    tensors = [_as_traced(value) for value in call.tensors.values()]
+    ranges = [table.scale, table.zero, table.low, table.high] if products.quantizers else []
+    if not hold_deep:
+        wrapper = _Called(twin, call, method, table)
+        return Graph(
+            _exported(wrapper, tensors, {}, ranges, signed), call, method, wrapper.outputs, wrapper.kind, products
+        )
+    follow_deep_part(twin)
+    features = Features(None)
+    with torch.no_grad(), using(features):
+        _Called(twin, call, method, table)(*tensors, *ranges)
+    leaves, structure = tree_flatten(features.outputs)
+    deep = {f"{DEEP}{i}": value for i, value in enumerate(leaves) if isinstance(value, torch.Tensor)}
+    outer = _Called(twin, call, method, table, _DeepPart(leaves, structure, tuple(deep), known=True))
+    shallow = _exported(outer, tensors, deep, ranges, signed)
+    used = {name for node in shallow.graph.node for name in node.input}
+    for value in [value for value in shallow.graph.input if value.name in deep.keys() - used]:
+        shallow.graph.input.remove(value)
+    deep = {name: value for name, value in deep.items() if name in used}
+    wrapper = _Called(twin, call, method, table, _DeepPart(leaves, structure, tuple(deep), known=False))
+    full = _exported(wrapper, tensors, deep, ranges, signed)
+    return Graph(full, call, method, wrapper.outputs, wrapper.kind, products, deep, shallow)
+
+
+def _as_traced(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach().cpu()
+    return value.float() if value.is_floating_point() else value
+
+
+def _exported(
+    wrapper: "_Called",
+    tensors: Sequence[torch.Tensor],
+    features: Mapping[str, torch.Tensor],
+    ranges: Sequence[torch.Tensor],
+    signed: bool,
+) -> Any:
+    """The graph of a call: its inputs are the call's tensors, the features that it is given, and ranges.
+
+    Raises:
+        UnsupportedError: it cannot be traced.
+    """
+    call, names = wrapper.call, list(wrapper.call.tensors)
+    by_sample = {*call.by_sample, *call.with_rows(features)}
+    given = wrapper.deep is not None and wrapper.deep.known
+    inputs = [*tensors, *(features.values() if given else ()), *ranges]
+    names += [*(features if given else ()), *(RANGES if ranges else ())]
     with torch.no_grad():
-        wrapper(*tensors)
-    dims = [{0: torch.export.Dim.DYNAMIC} if name in call.by_sample else {} for name in names]
-    with warnings.catch_warnings(), _silent(), _traced(kind):
+        wrapper(*inputs)
+    dims = [{0: torch.export.Dim.DYNAMIC} if name in by_sample else {} for name in names]
+    with warnings.catch_warnings(), _silent(), _traced(type(wrapper.model).__name__):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             wrapper.eval(),
-            tuple(tensors),
+            tuple(inputs),
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
-            output_names=[f"{OUT}{name}" for name in wrapper.outputs],
+            output_names=[*(f"{OUT}{name}" for name in wrapper.outputs), *(() if given else features)],
             dynamic_shapes=(tuple(dims),),
             verbose=False,
         )
@@ -130,34 +180,75 @@ def trace(model: nn.Module, call: Call, method: str = "forward", *, signed: bool
         )
     _name_codes(proto)
     _drop_squeezes(proto)
-    return Graph(proto, call, method, wrapper.outputs, wrapper.kind, products)
+    return proto
+
+
+@dataclass(frozen=True)
+class _DeepPart:
+    """What is traced of a denoiser's deep part.
+
+    Attributes:
+        leaves: what it gave, of all its modules; those that are no tensors are the same in each call.
+        structure: of these.
+        names: of the tensors among them that the graph gives, or gets where they are known.
+        known: whether they are given, not computed.
+    """
+
+    leaves: Sequence[Any]
+    structure: TreeSpec
+    names: tuple[str, ...]
+    known: bool
+
+    def features(self, tensors: Sequence[torch.Tensor]) -> Features:
+        """What the deep part keeps, or holds, in a call that is given some features."""
+        if not self.known:
+            return Features(None)
+        given = dict(zip(self.names, tensors, strict=True))
+        leaves = [given.get(f"{DEEP}{i}", leaf) for i, leaf in enumerate(self.leaves)]
+        return Features(None, tree_unflatten(leaves, self.structure), known=True)
+
+    def given(self, features: Features) -> list[torch.Tensor]:
+        """The features that a graph gives beside its outputs."""
+        if self.known:
+            return []
+        leaves = tree_flatten(features.outputs)[0]
+        return [leaves[int(name.removeprefix(DEEP))] for name in self.names]
 
 
 class _Called(nn.Module):
-    """A component as a function of tensors alone."""
+    """A component as a function of tensors alone: those of the call, features of the deep part, and ranges."""
 
     outputs: tuple[str, ...]
     kind: str
 
-    def __init__(self, model: nn.Module, call: Call, method: str, table: _Table | None) -> None:
+    def __init__(self, model: nn.Module, call: Call, method: str, table: _Table, deep: _DeepPart | None = None) -> None:
         super().__init__()
-        self.model, self.call, self.method, self.table = model, call, method, table
+        self.model, self.call, self.method, self.table, self.deep = model, call, method, table, deep
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.table is not None:
-            *tensors, self.table.scale, self.table.zero, self.table.low, self.table.high = tensors  # type: ignore[assignment]
+        known = self.deep.names if self.deep is not None and self.deep.known else ()
+        count = len(self.call.tensors)
+        own, features, ranges = tensors[:count], tensors[count : count + len(known)], tensors[count + len(known) :]
+        if ranges:
+            self.table.scale, self.table.zero, self.table.low, self.table.high = ranges
         method = getattr(self.model, self.method)
         named = inspect.signature(method).parameters.items()
         required = [name for name, p in named if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         nothing = dict.fromkeys(name for name in required if name in self.call.parameters)
-        output = method(**{**nothing, **self.call.arguments(tensors)})
+        arguments = {**nothing, **self.call.arguments(own)}
+        if self.deep is None:
+            output, given = method(**arguments), []
+        else:
+            with using(self.deep.features(features)) as deep:
+                output = method(**arguments)
+            given = self.deep.given(deep)
         result = (
             dict(output.items()) if isinstance(output, Mapping) else {str(i): value for i, value in enumerate(output)}
         )
         result = {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
         self.outputs = tuple(result)
         self.kind = f"{type(output).__module__}.{type(output).__qualname__}" if isinstance(output, Mapping) else "tuple"
-        return tuple(result.values())
+        return (*result.values(), *given)
 
 
 @contextlib.contextmanager
@@ -199,6 +290,7 @@ def _traceable(model: nn.Module, signed: bool) -> tuple[nn.Module, Products, _Ta
     for hook in list(twin._forward_pre_hooks):  # its step state: the ranges come from outside
         del twin._forward_pre_hooks[hook]
         twin._forward_pre_hooks_with_kwargs.pop(hook, None)
+    stop_holding(twin)
     for _, attention in attention_modules(twin):
         if (
             type(getattr(attention, "processor", None)) is AttnProcessor2_0

@@ -50,10 +50,10 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
     if any(True for _ in tuned_layers(model)):
         raise InputError(f"the {name} has a LoRA, which torchao's layouts have no place for; unload it, or fuse it")
     steps = plan_steps_of(model)
-    if steps is not None and any(steps.plan.held):
+    if steps is not None and (any(steps.plan.held) or steps.plan.shallow):
         raise InputError(
-            f"the plan of the {name} holds steps, which torchao's pipelines cannot; export to onnxruntime or openvino, "
-            "or take a plan that holds none"
+            f"the plan of the {name} holds steps, which torchao's pipelines cannot; export to "
+            "onnxruntime or openvino, or take a plan that holds none"
         )
     ranks = _ranks(model, captured(pipe, sampling, model))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}

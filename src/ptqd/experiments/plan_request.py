@@ -91,10 +91,6 @@ class PlanRequest:
                 raise InputError(f"--weights are whole numbers of bits, like 4,6,8; got {value:g}")
             check_weight_bits(int(value))
         in_seconds = budget is not None and budget.endswith(SECONDS)
-        if in_seconds and hold_deep:
-            raise InputError(
-                "what a shallow step takes is not timed; give a budget of bit operations, or --hold without --hold-deep"
-            )
         return cls(
             kind,
             None if budget is None else _number(budget.removesuffix(SECONDS).removesuffix("x"), "budget", "19.9x"),
@@ -235,7 +231,8 @@ def make_plan(
     chosen_from = problem
     if request.in_seconds:
         timesteps = next(iter(stats.values())).measured_on.model_timesteps
-        chosen_from = problem.in_seconds(measure_seconds(quantized, sampling, timesteps, sorted(stats)))
+        seconds = measure_seconds(quantized, sampling, timesteps, sorted(stats), deep=request.hold_deep)
+        chosen_from = problem.in_seconds(seconds)
     return solve(chosen_from, budget=request.budget, floor=request.floor).plan, problem
 
 

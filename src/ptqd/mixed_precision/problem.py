@@ -111,19 +111,31 @@ class Problem:
         return total
 
     def in_seconds(self, seconds: StepSeconds) -> "Problem":
-        """The same with costs in seconds: a group's share of a step's is its share of the operations."""
+        """The same with costs in seconds: a group's share of a step's is its share of the operations.
+
+        Raises:
+            InputError: shallow steps can be chosen, and were not timed.
+        """
         steps, widths = len(self.timesteps), self.widths
         operations = self.activation_costs(np.full(len(self.weighted), min(self.weight_bits, default=0)))[:, :, -1]
         total = operations.sum(1, keepdims=True)  # none where the layers are an engine's
         shares = np.where(total > 0, operations / np.maximum(total, TINY), 1 / max(1, len(self.groups)))  # T,G
         above = np.array([max(0.0, seconds.computed[bits] - seconds.held) for bits in widths])
         above = np.minimum.accumulate(above[::-1])[::-1]  # fewer bits that take longer are no cheaper than more
+        costs, nothing = shares[:, :, None] * above, np.zeros_like(self.layer_costs)
+        deep_costs = None
+        if self.shallow_errors is not None:
+            if seconds.shallow is None:
+                raise InputError("what a shallow step takes was not timed; time the pipeline with deep=True")
+            outer = min(1.0, max(0.0, seconds.shallow - seconds.held) / max(float(above[-1]), TINY))  # of a step
+            deep_costs = nothing, costs * (1 - outer), np.zeros_like(self.weight_costs), np.zeros(steps)
         return replace(
             self,
-            layer_costs=np.zeros_like(self.layer_costs),
-            costs=shares[:, :, None] * above,
+            layer_costs=nothing,
+            costs=costs,
             weight_costs=np.zeros_like(self.weight_costs),
             fixed_costs=np.zeros(steps),
+            deep_costs=deep_costs,
             full_cost=steps * seconds.computed[widths[-1]],
             always=steps * seconds.held,
             unit="seconds",

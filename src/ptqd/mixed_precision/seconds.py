@@ -22,14 +22,21 @@ class StepSeconds:
     Attributes:
         computed: by activation width.
         held: of a step that holds its output; 0 where none can.
+        shallow: of a step at the widest that computes the outer blocks only; None where that was not timed.
     """
 
     computed: Mapping[int, float]
     held: float
+    shallow: float | None = None
 
 
 def measure_seconds(
-    qpipe: DiffusionPipeline, sampling: Sampling, timesteps: Sequence[float], widths: Sequence[int]
+    qpipe: DiffusionPipeline,
+    sampling: Sampling,
+    timesteps: Sequence[float],
+    widths: Sequence[int],
+    *,
+    deep: bool = False,
 ) -> StepSeconds:
     """Time a pipeline at each width, and where all steps but the first hold: in turn, the median of three rounds.
 
@@ -38,15 +45,21 @@ def measure_seconds(
         sampling: how it samples; one batch of it is timed, up to the latents.
         timesteps: that the denoiser is told (T,).
         widths: activation bits; of an exported pipeline of one width, that one.
+        deep: time also where all steps but the first hold the deep part.
+
+    Raises:
+        InputError: the deep part is not known, or the pipeline was exported without it.
     """
     steps = len(timesteps)
     plans = {bits: PrecisionPlan.uniform(timesteps, bits) for bits in widths}
-    pipes = {bits: apply_plan(qpipe, plan) for bits, plan in plans.items()}
+    pipes: dict[object, DiffusionPipeline] = {bits: apply_plan(qpipe, plan) for bits, plan in plans.items()}
     later = range(1, steps) if len(set(timesteps)) == steps else ()  # a schedule that repeats a timestep holds nothing
     if later:
-        pipes[0] = apply_plan(qpipe, plans[widths[-1]].holding(later))
+        pipes["held"] = apply_plan(qpipe, plans[widths[-1]].holding(later))
+        if deep:
+            pipes["shallow"] = apply_plan(qpipe, plans[widths[-1]].replace(shallow=tuple(later)))
     batch = next(iter(sampling.batches()))
-    taken: dict[int, list[float]] = {key: [] for key in pipes}
+    taken: dict[object, list[float]] = {key: [] for key in pipes}
     for round_number in range(ROUNDS + 1):
         for key, pipe in pipes.items():
             start = time.perf_counter()
@@ -55,9 +68,9 @@ def measure_seconds(
             if round_number:  # the first compiles and allocates
                 taken[key].append(time.perf_counter() - start)
     whole = {key: statistics.median(values) for key, values in taken.items()}
-    first = whole[widths[-1]] / steps  # of the run that holds, its one computed step
-    held = min(first, max(0.0, (whole[0] - first) / len(later))) if later else 0.0
-    return StepSeconds({bits: whole[bits] / steps for bits in widths}, held)
+    first = whole[widths[-1]] / steps  # of the runs that hold, their one computed step
+    kept = {key: min(first, max(0.0, (whole[key] - first) / len(later))) for key in ("held", "shallow") if key in whole}
+    return StepSeconds({bits: whole[bits] / steps for bits in widths}, kept.get("held", 0.0), kept.get("shallow"))
 
 
 def _wait(pipe: DiffusionPipeline) -> None:

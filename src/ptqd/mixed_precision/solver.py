@@ -52,8 +52,10 @@ def search_plan(
             a recipe of one width, with ``{8: ptqd.measure(pipe, qpipe, sampling)}`` for its statistics.
         hold_deep: whether steps may compute the outer blocks only, while the deep part of the network gives what it
             gave at the last step that computed it (:mod:`ptqd.diffusion.deep_part`). It is measured by two more runs of
-            half as many samples. Beside ``hold`` the better of both is taken. Exported pipelines cannot do it.
-        seconds: what steps take, as :func:`ptqd.mixed_precision.measure_seconds` gives it; costs are seconds then.
+            half as many samples. Beside ``hold`` the better of both is taken. An exported pipeline can do it if it was
+            exported for it (:func:`ptqd.export`).
+        seconds: what steps take, as :func:`ptqd.mixed_precision.measure_seconds` gives it, with ``deep=True`` for
+            ``hold_deep``; costs are seconds then.
         progress: show bars.
 
     Returns:
@@ -61,10 +63,8 @@ def search_plan(
 
     Raises:
         InputError: no plan meets the budget or the floor; the nearest that can be met is named. Or shallow steps of a
-            network whose deep part is not known, or within a budget of seconds.
+            network whose deep part is not known, or within a budget of seconds for which they were not timed.
     """
-    if hold_deep and seconds is not None:
-        raise InputError("what a shallow step takes is not timed; give a budget of bit operations, or hold outputs")
     problem = planning_problem(
         pipe,
         qpipe,

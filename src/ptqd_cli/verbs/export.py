@@ -24,6 +24,9 @@ class Export:
     provider: Annotated[Literal["cpu", "cuda", "tensorrt"], Parameter(help="of onnxruntime")] = "cpu"
     layout: Annotated[Literal["int8", "int4"], Parameter(help="of torchao's weights")] = "int8"
     others: Others = "fp32"
+    hold_deep: Annotated[
+        bool, Parameter(help="also the outer blocks alone, for plans that are applied later and hold the deep part")
+    ] = False
     out: Annotated[Path, Parameter(help="folder to write")]
     samples: Annotated[int, Parameter(help="how many")] = 64
     sampling: SamplingOptions = SamplingOptions()
@@ -50,6 +53,7 @@ class Export:
             others=self.others,
             provider=self.provider,
             layout=self.layout,
+            hold_deep=self.hold_deep,
         )
         products = exported.products
         tell(f"{self.out}: {', '.join(exported.components)} for {self.engine}")
