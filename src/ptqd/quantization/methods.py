@@ -106,15 +106,21 @@ class LowRank(Method):
         rank: of the branch; at most a quarter of a layer's smaller side.
         bits: of the branch's weights and of what comes into its two products: 16, or integers of 2 to 8 with ranges as
             they come (LoRaQ, arXiv 2604.18117, has 8).
+        by_layer: choose each layer's rank, for the bit operations that this rank would cost in all of them
+            (:mod:`ptqd.quantization.branch_ranks`).
+        inputs: rows of the denoiser's calls that it is chosen on.
     """
 
     name: ClassVar[str] = "svd"
     changes_layers: ClassVar[bool] = True
     rank: int = 16
     bits: int = WIDE
+    by_layer: bool = False
+    inputs: int = 16
 
     def __post_init__(self) -> None:
         _check_count("rank", self.rank)
+        _check_count("inputs", self.inputs)
         if self.bits != WIDE and not 2 <= self.bits <= MAX_BITS:
             raise InputError(f"bits of a branch must be 2 to {MAX_BITS}, or {WIDE}; got {self.bits}")
 

@@ -26,6 +26,7 @@ from ptqd.names import shown
 from ptqd.progress import announce, track
 from ptqd.quantization.activation_profile import ActivationProfile
 from ptqd.quantization.bops import by_halves
+from ptqd.quantization.branch_ranks import branch_ranks
 from ptqd.quantization.budget import Budget, device_of, rows_that_fit
 from ptqd.quantization.calibration import (
     BATCH,
@@ -41,7 +42,7 @@ from ptqd.quantization.calibration import (
 from ptqd.quantization.checkpoints import PassCheckpoint
 from ptqd.quantization.estimate import Estimate, fitted, measure_costs
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer
-from ptqd.quantization.methods import OBSERVED, Method, Widen
+from ptqd.quantization.methods import OBSERVED, LowRank, Method, Widen
 from ptqd.quantization.modules.attention import PRODUCTS
 from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import Recipe
@@ -51,6 +52,7 @@ from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantize
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_full_precision, check_weights, insert_quantizers, names_of
 from ptqd.quantization.widen import widened
+from ptqd.schema import read_as
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,8 @@ class _Quantizing:
             self._take_over(model, observed, ranges)
         for method in self.recipe.methods:
             if method.changes_layers and not isinstance(method, Widen):
+                if isinstance(method, LowRank) and method.by_layer:
+                    self._choose_ranks(method, model)
                 self._apply(method, model, calibration.inputs)
         self._find_ranges(model, calibration, ranges)
         temporal = frozenset(ranges.temporal) if ranges is not None else frozenset[str]()
@@ -377,9 +381,7 @@ class _Quantizing:
             self.recipe = Recipe.from_dict(read_json(decided))
             return self.recipe.rules != before.rules
         inputs = self._unseen(method.inputs)
-        args, kwargs = inputs.call([0])
-        macs = by_halves(Macs.of([call_macs(self.full, *args, **kwargs)]), model)
-        counts = dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
+        counts = self._macs(model, inputs)
         exempt = self._exempt(model, method.name) | frozenset(() if ranges is None else ranges.temporal)
         title = self._title(method.name)
         self.recipe = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
@@ -387,6 +389,39 @@ class _Quantizing:
             make_folder(self.kept)
             write_text(decided, json.dumps(self.recipe.to_dict()))
         return self.recipe.rules != before.rules
+
+    def _macs(self, model: nn.Module, inputs: CalibrationInputs) -> dict[str, float]:
+        """Multiply-accumulates of a row's call, by layer, halves of split ones each."""
+        args, kwargs = inputs.call([0])
+        macs = by_halves(Macs.of([call_macs(self.full, *args, **kwargs)]), model)
+        return dict(zip(macs.layers, macs.counts.sum(0).tolist(), strict=True))
+
+    def _choose_ranks(self, method: LowRank, model: nn.Module) -> None:
+        """Make room for each layer's branch, and let the recipe say its rank."""
+        decided = self.kept / "ranks.json"
+        if decided.is_file():  # before a kill
+            ranks = read_as(decided, dict[str, int], "delete the folder, and quantize again")
+        else:
+            inputs = self._unseen(method.inputs)
+            exempt = frozenset(
+                name
+                for name, layer in quantized_layers(model)
+                if (rule := self.recipe.rule_for(names_of(name), layer.kind)) is not None and rule.rank is not None
+            )
+            title = self._title("ranks")
+            counts = self._macs(model, inputs)
+            ranks = branch_ranks(model, inputs, counts, exempt, seed=self.run.seed, title=title)
+            if self.keeps:
+                make_folder(self.kept)
+                write_text(decided, json.dumps(ranks))
+        layers = dict(quantized_layers(model))
+        rules = []
+        for name, rank in ranks.items():
+            layer = layers[name]
+            if rank != layer.rank:
+                layer.make_low_rank(rank, layer.rank_bits, layer.codes.device)
+                rules.append(self.recipe.rule_of(names_of(name), layer.kind, rank=rank))
+        self.recipe = replace(self.recipe, rules=(*self.recipe.rules, *rules))
 
     def _exempt(self, model: nn.Module, method: str) -> frozenset[str]:
         """Layers that a rule keeps from a method."""

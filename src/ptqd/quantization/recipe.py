@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -103,6 +103,7 @@ class Rule:
         group: of the weights, instead of the recipe's.
         dynamic: of the activations, instead of the recipe's.
         without: methods of the recipe that pass these layers over.
+        rank: of the low-rank branch, where the recipe has one, instead of the recipe's; 0 for no branch.
     """
 
     match: str
@@ -114,8 +115,11 @@ class Rule:
     group: int | None = None
     dynamic: bool | None = None
     without: tuple[str, ...] = ()
+    rank: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rank is not None and not 0 <= self.rank <= MOST:
+            raise InputError(f"the rank of a rule is 0 to {MOST:,}; got {self.rank}")
         if self.weight_bits is not None:
             check_weight_bits(self.weight_bits)
         if self.activation_bits is not None:
@@ -289,6 +293,14 @@ class Recipe:
         known = (names,) if isinstance(names, str) else tuple(names)
         return next((rule for rule in reversed(self.rules) if any(rule.matches(name, kind) for name in known)), None)
 
+    def rule_of(self, names: Iterable[str], kind: LayerType, **changes: Any) -> Rule:
+        """A rule for one layer, by the last of its dotted names: what holds of it now, and some changes."""
+        known = tuple(names)
+        name = known[-1]
+        pattern = name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
+        now = self.rule_for(known, kind) or Rule(pattern)
+        return replace(now, match=pattern, type=None, optional=False, **changes)
+
     def quantizers_for(self, rule: Rule | None) -> tuple[QuantSpec, QuantSpec, tuple[int, ...]]:
         """The quantizers of a layer's weights and activations, and the activations' widths, under a rule."""
         weights, activations, widths = self.weights, self.activations, self.widths
@@ -325,9 +337,10 @@ WORDS: dict[str, dict[str, Any]] = {
     "tfmq": {**_UNET_BASE, "time_embedding": True, "methods": (Brecq(drop=0.0),)},
 }
 """What a word of a shorthand sets. Besides: ``affine`` for weights with a zero point; ``dynamic``; a method's name,
-``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits; ``g64`` for groups of 64 weights;
-``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name
-as well, ``brecq``."""
+``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits, ``ranks`` for one of each layer;
+``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``,
+``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+RANKS = "ranks"  # a word: each layer's branch has a rank of its own
 ROTATED = 64  # channels of a group, at most
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 """Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
@@ -338,7 +351,9 @@ def _methods_of(word: str) -> tuple[Method, ...]:
     sized = re.fullmatch(r"(rotate|svd)(?:([0-9]{1,9})(?:x([0-9]{1,2}))?)?", word)
     if sized is None:
         return (METHODS[word](),) if word in METHODS else ()
-    numbers = {name: int(text) for name, text in zip(("rank", "bits"), sized.groups()[1:], strict=True) if text}
+    numbers: dict[str, Any] = {
+        name: int(text) for name, text in zip(("rank", "bits"), sized.groups()[1:], strict=True) if text
+    }
     if sized[1] == "svd":
         return (LowRank(**numbers),)
     if "bits" in numbers:
@@ -346,6 +361,12 @@ def _methods_of(word: str) -> tuple[Method, ...]:
     if numbers.get("rank") == 0:
         raise InputError("rotate must be 2 channels at least; without the word nothing is rotated")
     return (Smooth(rotate=numbers.get("rank", ROTATED)),)
+
+
+def _by_layer(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Methods whose branch has a rank of its own in each layer; one of 16 where there is none."""
+    branch = next((method for method in methods if isinstance(method, LowRank)), LowRank())
+    return (*(method for method in methods if method.name != LowRank.name), replace(branch, by_layer=True))
 
 
 def _from_shorthand(text: str) -> Recipe:
@@ -365,7 +386,7 @@ def _from_shorthand(text: str) -> Recipe:
     symmetric = not any(word in _AFFINE for word in said)
     weights = QuantSpec(format=number) if number in FORMAT_BITS else QuantSpec(int(number), symmetric)
     values: dict[str, Any] = {"methods": ()}
-    for word in (word for word in said if word != "affine"):
+    for word in (word for word in said if word not in ("affine", RANKS)):
         numbered, methods = re.fullmatch(r"(g|steps)([0-9]{1,9})", word), _methods_of(word)
         if word == "dynamic":
             activations = replace(activations, dynamic=True)
@@ -380,8 +401,12 @@ def _from_shorthand(text: str) -> Recipe:
             before = (m for m in values["methods"] if not (rotates and m == Smooth()))
             values |= {**WORDS.get(word, {}), "methods": (*before, *more)}
         else:
-            known = ", ".join([*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8"])
+            known = ", ".join(
+                [*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8", RANKS]
+            )
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
+    if RANKS in said:
+        values["methods"] = _by_layer(values["methods"])
     names = [method.name for method in values["methods"]]
     if LowRank.name in names and Smooth.name not in names:
         values["methods"] = (Smooth(), *values["methods"])

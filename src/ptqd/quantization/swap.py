@@ -185,6 +185,8 @@ def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges:
     required = {method.name: method for method in recipe.methods if method.name not in without}
     low_rank = required.get(LowRank.name)
     rank, rank_bits = (low_rank.rank, low_rank.bits) if isinstance(low_rank, LowRank) else (0, WIDE)
+    if rank and rule is not None and rule.rank is not None:
+        rank = rule.rank
     smooth = required.get(Smooth.name)
     rotate = smooth.rotate if isinstance(smooth, Smooth) else 0
     extras = LayerOptions(smooth is not None, rotate, rank, rank_bits, _count(name, activations, ranges))

@@ -176,9 +176,7 @@ def widened(
     kinds: dict[str, LayerType] = {site.name: site.kind for site in sites}
     rules: dict[str, Rule] = {}
     for each in choose_forms(operands, macs, others, error, method.budget):
-        rule = rules.get(each.layer) or recipe.rule_for(names_of(each.layer), kinds[each.layer]) or Rule(each.layer)
-        pattern = each.layer.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
-        rule = replace(rule, match=pattern, type=None, optional=False)
+        rule = rules.get(each.layer) or recipe.rule_of(names_of(each.layer), kinds[each.layer])
         if each.kind == "weights":
             rules[each.layer] = replace(rule, weight_bits=each.form.bits)
         else:

@@ -100,7 +100,7 @@ class QuantLayer(KeptInFloat32, ABC):
         room = torch.ones((), dtype=torch.int32, device=device) if self.largest_rotation > 1 else None
         self.register_buffer("rotation", room)  # channels of a group; 1 where there is none
         self.register_buffer("rotation_matrix", None, persistent=False)
-        self._make_low_rank(rank, extras.rank_bits, device)
+        self.make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
@@ -126,7 +126,7 @@ class QuantLayer(KeptInFloat32, ABC):
         self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.uint8, device=device) if affine else None)
         self.register_buffer("global_scale", torch.ones((), device=device) if spec.format == "nvfp4" else None)
 
-    def _make_low_rank(self, rank: int, bits: int, device: torch.device) -> None:
+    def make_low_rank(self, rank: int, bits: int, device: torch.device) -> None:
         """Room for a branch: bit patterns of float16, which a pipeline of another precision leaves alone, or codes."""
         self.rank, self.rank_bits = rank, bits
         for name, size in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
