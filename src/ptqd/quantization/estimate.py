@@ -31,7 +31,7 @@ from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.rounding.capture import reaching
-from ptqd.quantization.rounding.gptq import hessians_of, round_layers, rows_that_wait
+from ptqd.quantization.rounding.gptq import moments_of, round_layers, rows_that_wait
 from ptqd.quantization.rounding.learned_parameters import LearnedScale, Straight
 from ptqd.quantization.rounding.smoothquant import search_smoothing
 from ptqd.quantization.rounding.training_memory import SLACK, kept_bytes
@@ -183,10 +183,11 @@ class Costs:
             return self.smoothing(count), self._working(count, spare) + self.parameters
         if isinstance(method, Gptq):
             count = min(method.inputs, rows)
-            waiting = rows_that_wait(self.between, spare, count)
+            both = 2 if method.asymmetric else 1  # full precision is called beside
+            waiting = rows_that_wait(both * self.between, spare, count)
             again = 0.0 if waiting else count * self.call.each * self.units / 2  # run anew up to every unit
-            memory = waiting * self.between + self._working(min(BATCH, count), spare)
-            return self.hessians(waiting or count) + again + self.rounding, memory
+            memory = waiting * both * self.between + self._working(min(BATCH, count), spare)
+            return both * (self.hessians(waiting or count) + again) + self.rounding, memory
         if isinstance(method, Learned):
             whole = method.unit == "model"
             own = 5 * self.parameters  # what moves, gradients, Adam's two moments, and what is computed with
@@ -352,12 +353,12 @@ class _Part:
 
     def hessians(self) -> _Line:
         return self.clock.line(
-            lambda n: hessians_of(self.layers, lambda: self.call_plainly(n)), self.by_rows, self.by_size
+            lambda n: moments_of(self.layers, lambda: self.call_plainly(n)), self.by_rows, self.by_size
         )
 
     def rounding(self) -> float:
-        hessians = hessians_of(self.layers, lambda: self.call_plainly(1))
-        return self.clock.seconds(lambda: round_layers(self.layers, self.full, hessians, Gptq())) * self.by_size
+        moments = moments_of(self.layers, lambda: self.call_plainly(1))
+        return self.clock.seconds(lambda: round_layers(self.layers, self.full, moments, Gptq())) * self.by_size
 
     def learning(self) -> _Line:
         integers = {name: layer for name, layer in self.layers.items() if layer.weights.format == "int"}

@@ -129,18 +129,25 @@ class LowRank(Method):
 class Gptq(Method):
     """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): round column by column, the rest makes up for it.
 
+    Asymmetric (GPTAQ, Li et al., arXiv 2504.02692) it makes up for the layers before as well: layer by layer the weight
+    goes towards the one that gives, on what comes from behind rounded layers, full precision's output.
+
     Attributes:
         order: columns by falling activation energy (act-order), not as they come.
         damping: share of the mean diagonal that is added to the Hessian's.
         inputs: rows of the denoiser's batch that Hessians are taken on.
+        asymmetric: how far it goes there, from 0 to 1.
     """
 
     name: ClassVar[str] = "gptq"
     order: bool = True
     damping: float = 0.01
     inputs: int = 256
+    asymmetric: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.asymmetric <= 1:
+            raise InputError(f"asymmetric must be between 0 and 1; got {self.asymmetric}")
         if not 0 < self.damping < math.inf:
             raise InputError(f"damping must be positive and finite; got {self.damping}")
         _check_count("inputs", self.inputs)

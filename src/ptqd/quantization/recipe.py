@@ -338,8 +338,9 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 """What a word of a shorthand sets. Besides: ``affine`` for weights with a zero point; ``dynamic``; a method's name,
 ``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits, ``ranks`` for one of each layer;
-``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published recipes: ``ptq4dm``,
-``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+``gptaq``, asymmetric GPTQ; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published
+recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+GPTAQ = "gptaq"  # a word: asymmetric GPTQ
 RANKS = "ranks"  # a word: each layer's branch has a rank of its own
 ROTATED = 64  # channels of a group, at most
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
@@ -348,6 +349,8 @@ _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 
 def _methods_of(word: str) -> tuple[Method, ...]:
     """The method that a word of a shorthand names, or none."""
+    if word == GPTAQ:
+        return (Gptq(asymmetric=0.5),)
     sized = re.fullmatch(r"(rotate|svd)(?:([0-9]{1,9})(?:x([0-9]{1,2}))?)?", word)
     if sized is None:
         return (METHODS[word](),) if word in METHODS else ()

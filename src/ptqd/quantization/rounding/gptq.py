@@ -4,10 +4,15 @@ Column by column, each rounding's error is made up for by the columns still to c
 layer's squared output error says: ``W_rest -= (w_j - q_j) / U_jj U_j,rest`` with ``H^-1 = U^T U`` (algorithm 1). A very
 wide layer's columns are taken in blocks of whole channels, as if blocks were uncorrelated: memory goes with the square
 of the columns, and time with the cube.
+
+Asymmetric (GPTAQ, Li et al., arXiv 2504.02692) the target is not ``W X``, on inputs ``X`` from behind rounded layers,
+but ``W X~`` on full precision's. That is the same problem for another weight, ``W + W (X~ - X) X^T H^-1``; the target
+goes part of the way there. Layers are then rounded one after the other: two of them that saw the same error would both
+make up for it. The layer's own rounding of its input is left out of ``X~ - X``, for which least squares would shrink.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +28,14 @@ from ptqd.quantization.budget import live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import Gptq
-from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
+from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
 from ptqd.quantization.recipe import QuantSpec
-from ptqd.quantization.rounding.capture import run_until, times_called, units_in_order
+from ptqd.quantization.rounding.capture import reached_in_order, run_until, times_called, units_in_order
 from ptqd.quantization.rounding.lockstep import in_lockstep
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
+from ptqd.quantization.swap import HALVES, names_of
 
 _MOST_NUMBERS = 1 << 25  # of inputs under a convolution's kernel, at once
 _WIDEST = 9216  # columns whose Hessian is taken whole: its factors in float64 are 0.7 GB each
@@ -126,8 +132,9 @@ def fit_gptq(
 ) -> None:
     """Round a denoiser's layers unit by unit, in place.
 
-    Hessians are of the inputs that layers get behind units that are already rounded. All calls go from unit to unit
-    together where memory allows it; else, or where a unit is called more than once, they are run anew up to each unit.
+    Hessians are of the inputs that layers get behind units that are already rounded; units are single layers where it
+    is asymmetric. All calls go from unit to unit together where memory allows it; else, or where a unit is called more
+    than once, they are run anew up to each unit.
 
     Args:
         model: the quantized denoiser, rounded to nearest.
@@ -144,18 +151,20 @@ def fit_gptq(
     if done.is_whole:
         _restore({name: layer for name, layer in quantized_layers(model) if done.has(name)}, done)
         return
-    units = units_in_order(model, find_units(model), inputs)
+    units = _layers_in_order(model, inputs) if method.asymmetric else units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
     bar = iter(track(units, title))
-    waiting = rows_that_wait(live_bytes(model, units, inputs.call([0])), spare, len(inputs))
-    if max(times.values()) == 1 and waiting:
+    between = live_bytes(model, units, inputs.call([0])) * (2 if method.asymmetric else 1)
+    waiting = rows_that_wait(between, spare, len(inputs))
+    if (method.asymmetric or max(times.values()) == 1) and waiting:
         inputs = inputs.first(waiting)
 
         def visit(unit: str, call_unit: Callable[[], None]) -> None:
             next(bar, None)
             _round_unit(model, full, unit, method, exempt, call_unit, done)
 
-        in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], units, visit)
+        beside = (full, partial(find_layer, full)) if method.asymmetric else None
+        in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], units, visit, beside)
         done.finish()
         return
     for unit in bar:
@@ -163,6 +172,8 @@ def fit_gptq(
         def call_unit(unit: str = unit) -> None:
             with torch.no_grad():
                 for rows in inputs.batches(at_once):
+                    if method.asymmetric:
+                        run_until(full, unit, inputs.call(rows), times[unit])
                     run_until(model, unit, inputs.call(rows), times[unit])
 
         _round_unit(model, full, unit, method, exempt, call_unit, done)
@@ -195,9 +206,9 @@ def _round_unit(
     if done.has(*layers):
         _restore(layers, done)
     else:
-        hessians = hessians_of(layers, call_unit)
-        weights = {name: full_weight(full, name, layers[name]) for name in hessians}
-        round_layers(layers, weights, hessians, method)
+        moments = moments_of(layers, call_unit, full if method.asymmetric else None)
+        weights = {name: full_weight(full, name, layers[name]) for name in moments}
+        round_layers(layers, weights, moments, method)
         done.keep(layers, ["codes"])
 
 
@@ -208,21 +219,82 @@ def _restore(layers: Mapping[str, QuantLayer], done: DoneLayers) -> None:
         layer.refresh()
 
 
-def hessians_of(layers: Mapping[str, QuantLayer], call: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
-    """``X^T X`` of the inputs that each layer gets in calls, where it is called: (I, I), or blocks on its diagonal."""
-    hessians: dict[str, list[torch.Tensor]] = {}
+@dataclass
+class Moments:
+    """Sums over the inputs of a layer, whole (I, I) or as blocks on the diagonal.
+
+    Attributes:
+        hessians: ``X^T X``.
+        changes: ``(X~ - X)^T X``, of full precision's inputs less those before the layer rounds them; none where full
+            precision is not called beside.
+    """
+
+    hessians: list[torch.Tensor]
+    changes: list[torch.Tensor]
+
+    def add(self, other: "Moments") -> None:
+        """Further inputs."""
+        self.hessians = [a + b for a, b in zip(self.hessians, other.hessians, strict=True)]
+        self.changes = [a + b for a, b in zip(self.changes, other.changes, strict=True)]
+
+
+def moments_of(
+    layers: Mapping[str, QuantLayer], call: Callable[[], None], full: nn.Module | None = None
+) -> dict[str, Moments]:
+    """The moments of the inputs that each layer gets in calls, where it is called.
+
+    Args:
+        layers: by name.
+        call: makes the calls; each of a full-precision denoiser, where there is one, before the same of the layers.
+        full: that denoiser.
+    """
+    result: dict[str, Moments] = {}
+    given: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def keep(module: Any, args: Any, name: str) -> None:
+        given[name].append(args[0].detach())
 
     def add(layer: Any, args: Any, name: str) -> None:
-        x = layer.input(layer.smoothed(args[0].detach()))
-        for part in x.split(_rows_at_once(layer, x)):
-            columns = hessian_inputs(layer, part).float()
-            products = [(x.T @ x).cpu() for x in columns.split(_widths(layer), dim=1)]
-            before = hessians.get(name)
-            hessians[name] = products if before is None else [a + b for a, b in zip(before, products, strict=True)]
+        before = layer.smoothed(args[0].detach())
+        x = layer.input(before)
+        change = None if full is None else layer.smoothed(_half(given[name].pop(0), name, layer)) - before
+        at_once = _rows_at_once(layer, x)
+        for n, part in enumerate(x.split(at_once)):
+            columns = hessian_inputs(layer, part).float().split(_widths(layer), dim=1)
+            own = Moments([(x.T @ x).cpu() for x in columns], [])
+            if change is not None:
+                changed = hessian_inputs(layer, change.split(at_once)[n]).float().split(_widths(layer), dim=1)
+                own.changes = [(d.T @ x).cpu() for d, x in zip(changed, columns, strict=True)]
+            if name in result:
+                result[name].add(own)
+            else:
+                result[name] = own
 
-    with hooked(*(layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items())):
+    hooks = [layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items()]
+    if full is not None:
+        hooks += [_full_layer(full, name).register_forward_pre_hook(partial(keep, name=name)) for name in layers]
+    with hooked(*hooks):
         call()
-    return hessians
+    return result
+
+
+def _layers_in_order(model: nn.Module, inputs: CalibrationInputs) -> list[str]:
+    """A denoiser's quantized layers in the order a call first reaches them, both halves of a split one together."""
+    names = dict.fromkeys(names_of(name)[0] for name, _ in quantized_layers(model))
+    return reached_in_order(model, list(names), inputs)
+
+
+def _full_layer(full: nn.Module, name: str) -> nn.Module:
+    """The layer of the full-precision denoiser that a quantized one, or half of one, was made from."""
+    layer: nn.Module = find_layer(full, names_of(name)[0])
+    return layer
+
+
+def _half(x: torch.Tensor, name: str, layer: QuantLayer) -> torch.Tensor:
+    """The channels that a layer gets, of an input of the one that it is half of."""
+    if names_of(name) == (name,):
+        return x
+    return x[:, : layer.shape[1]] if name.endswith(HALVES[0]) else x[:, -layer.shape[1] :]
 
 
 def _rows_at_once(layer: QuantLayer, x: torch.Tensor) -> int:
@@ -234,14 +306,28 @@ def _rows_at_once(layer: QuantLayer, x: torch.Tensor) -> int:
 def round_layers(
     layers: Mapping[str, QuantLayer],
     weights: Mapping[str, torch.Tensor],
-    hessians: Mapping[str, list[torch.Tensor]],
+    moments: Mapping[str, Moments],
     method: Gptq,
 ) -> None:
-    """Round layers' full-precision weights by their Hessians, in place."""
-    for name, blocks in hessians.items():
+    """Round layers' full-precision weights by the moments of their inputs, in place."""
+    for name, own in moments.items():
         layer = layers[name]
         grid, target = grid_on_cpu(layer), layer.target_weight(weights[name])
-        layer.write(grid, grid.codes(gptq(target, blocks, grid, order=method.order, damping=method.damping)))
+        if own.changes:
+            target = target + method.asymmetric * correction_for_inputs(target, own, method.damping)
+        rows = gptq(target, own.hessians, grid, order=method.order, damping=method.damping)
+        layer.write(grid, grid.codes(rows))
+
+
+def correction_for_inputs(rows: torch.Tensor, moments: Moments, damping: float) -> torch.Tensor:
+    """``W (X~ - X) X^T H^-1``: what a weight (O, I) lacks to give full precision's output on the inputs that come."""
+    sizes = [len(block) for block in moments.hessians]
+    parts = []
+    for w, change, hessian in zip(rows.split(sizes, 1), moments.changes, moments.hessians, strict=True):
+        damped = hessian.double().clone()
+        damped.diagonal().add_(damping * float(damped.diagonal().mean()) + torch.finfo(torch.float64).tiny)
+        parts.append(torch.cholesky_solve((w.double() @ change.double()).T, torch.linalg.cholesky(damped)).T.float())
+    return torch.cat(parts, 1)
 
 
 def _widths(layer: QuantLayer) -> list[int]:

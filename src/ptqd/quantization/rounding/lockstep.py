@@ -28,6 +28,7 @@ class _Call:
         self._model, self._given, self._steps = model, arguments, range_steps_of(model)
         self._indices: tuple[Any, Any] | None = None
         self.thread = PausedThread(self._run)
+        self.passed: set[str] = set()  # units that it has waited before
 
     @property
     def unit(self) -> str | None:
@@ -65,47 +66,58 @@ def in_lockstep(
     calls: Sequence[Arguments],
     units: Sequence[str],
     visit: Callable[[str, Callable[[], None]], None],
+    beside: tuple[nn.Module, Callable[[str], nn.Module]] | None = None,
 ) -> None:
     """Call a denoiser several times at once, and visit each unit before the calls go through it.
 
     Args:
         model: the denoiser.
         calls: arguments of each call.
-        units: names of modules, each of which is called once in a call at most, none inside another.
+        units: names of modules, none inside another; one that a call reaches again is not visited again.
         visit: is given the unit's name and a function that calls the unit as all the calls would, in their order.
+        beside: another denoiser that is called with the same arguments, and gives its own module for a unit's name.
+            The function calls that before the unit, each time.
 
     Raises:
         Exception: what a call raised.
     """
     running = [_Call(model, arguments) for arguments in calls]
+    others = [] if beside is None else [_Call(beside[0], arguments) for arguments in calls]
+    every = [*running, *others]
 
     def arrive(module: object, args: Any, kwargs: Any, unit: str) -> None:
-        for call in running:
-            if call.thread.is_here:
+        for call in every:
+            if call.thread.is_here and unit not in call.passed:
+                call.passed.add(unit)
                 call.thread.wait((unit, (args, kwargs)))
 
+    modules = {unit: [model.get_submodule(unit), *([] if beside is None else [beside[1](unit)])] for unit in units}
     hooks = [
-        model.get_submodule(unit).register_forward_pre_hook(partial(arrive, unit=unit), with_kwargs=True)
-        for unit in units
+        module.register_forward_pre_hook(partial(arrive, unit=unit), with_kwargs=True)
+        for unit, own in modules.items()
+        for module in own
     ]
     order = {unit: place for place, unit in enumerate(units)}
     with hooked(*hooks):
         try:
-            for call in running:
+            for call in every:
                 call.advance()
             while waiting := [call for call in running if call.unit is not None]:
                 unit = min((call.unit or "" for call in waiting), key=lambda name: order[name])
                 here = [call for call in waiting if call.unit == unit]
-                visit(unit, partial(_call_unit, model.get_submodule(unit), here))
-                for call in here:
+                near = [other for call, other in zip(running, others, strict=False) if call in here]
+                visit(unit, partial(_call_unit, modules[unit], [here, near] if near else [here]))
+                for call in (*here, *near):
                     call.advance()
         finally:
-            for call in running:
+            for call in every:
                 call.thread.abandon()
 
 
-def _call_unit(module: nn.Module, calls: list[_Call]) -> None:
-    for call in calls:
-        args, kwargs = call.arguments
-        with call.here(), torch.no_grad():
-            module(*args, **kwargs)
+def _call_unit(modules: Sequence[nn.Module], calls: Sequence[Sequence[_Call]]) -> None:
+    """Call a unit as each call would, the other denoiser's before it."""
+    for together in zip(*calls, strict=True):
+        for module, call in reversed(list(zip(modules, together, strict=True))):
+            args, kwargs = call.arguments
+            with call.here(), torch.no_grad():
+                module(*args, **kwargs)
