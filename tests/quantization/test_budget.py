@@ -108,6 +108,35 @@ def test_calls_in_lockstep_end_together_when_one_fails() -> None:
     assert not model[0]._forward_pre_hooks
 
 
+def test_another_denoiser_is_called_before_each_unit_on_its_own_inputs() -> None:
+    class Twice(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.unit, self.factor = nn.Identity(), factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            once: torch.Tensor = self.unit(self.factor * self.unit(x))  # it is visited once
+            return once
+
+    model, other = Twice(2.0), Twice(3.0)
+    calls: list[Any] = [((torch.full((1,), value),), {}) for value in (1.0, 5.0)]
+    seen: list[tuple[str, float]] = []
+
+    def visit(unit: str, call: Callable[[], None]) -> None:
+        hooks = [
+            each.unit.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, float(args[0]))))
+            for name, each in (("model", model), ("other", other))
+        ]
+        call()
+        for hook in hooks:
+            hook.remove()
+
+    in_lockstep(model, calls, ["unit"], visit, (other, other.get_submodule))
+    assert seen == [("other", 1.0), ("model", 1.0), ("other", 5.0), ("model", 5.0)]
+    assert not model.unit._forward_pre_hooks
+    assert not other.unit._forward_pre_hooks
+
+
 def test_live_bytes_are_of_what_is_kept() -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
     size = 3 * 16 * 4

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from ptqd.quantization import (
 from ptqd.quantization.modules import LayerOptions, QuantConv, QuantLayer, QuantLinear
 from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
+from ptqd.quantization.rounding.gptq import Moments, correction_for_inputs
 from ptqd.quantization.rounding.learned_parameters import straight_round
 
 W4, A8, A4 = QuantSpec(4), QuantSpec(8, symmetric=False), QuantSpec(4, symmetric=False)
@@ -83,6 +85,26 @@ def test_gptq_with_inputs_that_are_always_zero() -> None:
     rows, hessian = torch.randn(3, 6), torch.zeros(6, 6)
     grid = WeightGrid.find(rows, W4)
     assert torch.equal(gptq(rows, hessian, grid, order=True, damping=0.01), grid.rounded(rows))
+
+
+def test_what_a_weight_lacks_on_other_inputs_is_least_squares() -> None:
+    """Against numpy, with the ridge as rows of their own; blocks are as if the others were not there."""
+    torch.manual_seed(0)
+    x, change, rows = torch.randn(64, 8).double(), torch.randn(64, 8).double() / 9, torch.randn(3, 8)
+    hessian, damping = x.T @ x, 0.02
+    found = correction_for_inputs(rows, Moments([hessian], [change.T @ x]), damping)
+    ridge = (damping * hessian.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
+    inputs = np.concatenate([x, ridge])
+    target = np.concatenate([change @ rows.double().T, np.zeros((8, 3))])
+    np.testing.assert_allclose(found, np.linalg.lstsq(inputs, target, rcond=None)[0].T, atol=1e-5)
+    halves = Moments([hessian[:4, :4], hessian[4:, 4:]], [(change[:, half].T @ x[:, half]) for half in HALF])
+    apart = correction_for_inputs(rows, halves, damping)
+    for half in HALF:
+        alone = Moments([x[:, half].T @ x[:, half]], [change[:, half].T @ x[:, half]])
+        assert torch.equal(apart[:, half], correction_for_inputs(rows[:, half], alone, damping))
+
+
+HALF = (slice(0, 4), slice(4, 8))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +318,19 @@ def output_error(pipe: Any, quantized: Any, run: Sampling) -> float:
         run_batch(quantized, run, range(8), "latent")
     pairs = zip(answer.outputs, trajectory.outputs, strict=True)
     return sum(float((a - b).square().mean()) for a, b in pairs)
+
+
+def test_an_asymmetric_layer_makes_up_for_the_layers_before(
+    pipe: Any, run: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where calls do not wait for each other, for lack of memory."""
+    plain, asymmetric = (
+        quantize(pipe, quick({"name": "gptq", "inputs": 64, "asymmetric": a}, recipe="w3a8"), run) for a in (0.0, 0.5)
+    )
+    assert output_error(pipe, asymmetric, run) < 0.9 * output_error(pipe, plain, run)
+    monkeypatch.setattr("ptqd.quantization.rounding.gptq.rows_that_wait", lambda *_: 0)
+    again = quantize(pipe, quick({"name": "gptq", "inputs": 64, "asymmetric": 0.5}, recipe="w3a8"), run)
+    assert output_error(pipe, again, run) == pytest.approx(output_error(pipe, asymmetric, run), rel=0.02)
 
 
 @pytest.mark.parametrize(
