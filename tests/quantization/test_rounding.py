@@ -60,6 +60,14 @@ def plain_gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, damp
     return result
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [0, 8])
+def test_a_weight_is_what_its_codes_stand_for(bits: int, symmetric: bool, group: int) -> None:
+    made = frozen(nn.Linear(40, 7), torch.randn(3, 40), QuantSpec(bits, symmetric, group=group))
+    assert torch.equal(made.dequantized(), made.grid().values(made.integer_weight()))
+
+
 @pytest.mark.parametrize("group", [0, 4])
 def test_gptq_is_optimal_brain_surgery(group: int) -> None:
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32, Mode
-from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack
+from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack, unpack_unsigned
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
 from ptqd.quantization.numerics.rotation import hadamard, largest_group, rotate
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
@@ -339,6 +339,10 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def dequantized(self) -> torch.Tensor:
         """The weight that the codes stand for, float32."""
+        if self.weights.format == "int":
+            (scale, zero), codes = self.grid().expanded(), self.weights.grid
+            rows = unpack_unsigned(self.codes, codes.bits, math.prod(self.shape)).view(-1, self.columns).to(scale.dtype)
+            return rows.sub_(zero - codes.qmin).mul_(scale).view(self.shape)
         return self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:

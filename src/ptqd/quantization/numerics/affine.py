@@ -15,6 +15,7 @@ import torch
 from ptqd.errors import InputError
 
 MIN_BITS, MAX_BITS = 2, 8  # of weights, whose codes are packed
+_BYTE = 8
 WIDE = 16  # of activations, at most
 
 
@@ -155,17 +156,30 @@ def unpack(packed: torch.Tensor, grid: Grid, count: int) -> torch.Tensor:
     Raises:
         InputError: ``packed`` is not the size that ``count`` codes take.
     """
-    if packed.numel() != packed_size(count, grid.bits):
-        need = packed_size(count, grid.bits)
-        raise InputError(f"{count} codes of {grid.bits} bits take {need} bytes; the file holds {packed.numel()}")
-    octets = packed.reshape(-1).to(torch.int64)
-    octets = torch.nn.functional.pad(octets, (0, -octets.numel() % grid.bits)).view(-1, grid.bits)  # n/8,b
+    return unpack_unsigned(packed, grid.bits, count).to(torch.int16) + grid.qmin
+
+
+def unpack_unsigned(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """How far codes of 8 bits or fewer, packed by :func:`pack`, lie above the least one: uint8 (count,).
+
+    Raises:
+        InputError: ``packed`` is not the size that ``count`` codes take.
+    """
+    if packed.numel() != packed_size(count, bits):
+        need = packed_size(count, bits)
+        raise InputError(f"{count} codes of {bits} bits take {need} bytes; the file holds {packed.numel()}")
+    packed, mask = packed.reshape(-1), 2**bits - 1
+    if bits == _BYTE:
+        return packed
+    if _BYTE % bits == 0:  # none lies in two bytes
+        return torch.stack([(packed >> shift) & mask for shift in range(0, _BYTE, bits)], dim=1).reshape(-1)[:count]
+    octets = packed.to(torch.int64)
+    octets = torch.nn.functional.pad(octets, (0, -octets.numel() % bits)).view(-1, bits)  # n/8,b
     words = torch.zeros(len(octets), dtype=torch.int64, device=octets.device)
-    for j in range(grid.bits):
+    for j in range(bits):
         words |= octets[:, j] << (8 * j)
-    mask = 2**grid.bits - 1
-    flat = torch.stack([(words >> (grid.bits * i)) & mask for i in range(8)], dim=1)  # n/8,8
-    return (flat.reshape(-1)[:count] + grid.qmin).to(torch.int16)
+    flat = torch.stack([(words >> (bits * i)) & mask for i in range(8)], dim=1)  # n/8,8
+    return flat.reshape(-1)[:count].to(torch.uint8)
 
 
 def packed_size(count: int, bits: int) -> int:
