@@ -42,6 +42,7 @@ from ptqd.quantization.explain import explain
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.quantize import quantize
 from ptqd.quantization.recipe import QuantSpec, Recipe, Rule
+from ptqd.quantization.weights_in_memory import keep_weights
 
 __version__ = _version("ptqd")
 
@@ -76,6 +77,7 @@ __all__ = [
     "export",
     "fit_correction",
     "from_module",
+    "keep_weights",
     "load",
     "load_evaluator",
     "measure",

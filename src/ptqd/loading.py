@@ -27,6 +27,7 @@ from ptqd.pipelines.module import ModulePipeline, network_for_loading
 from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import plan_of
 from ptqd.quantization.plan import PrecisionPlan
+from ptqd.quantization.weights_in_memory import Weights, check_weights_kind, loading_weights_as
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".pkl", ".bin", ".safetensors")
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, ModulePipeline, PixelPipeline)}
@@ -38,6 +39,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     network: nn.Module | None = None,
+    weights: Weights = "auto",
 ) -> DiffusionPipeline:
     """Load a pipeline that samples.
 
@@ -48,10 +50,13 @@ def load(
         variant: of the weights' files, such as ``"fp16"``; where a folder has one only, it need not be said.
         network: of a pipeline that :func:`ptqd.from_module` made, whose folder does not have the network's code; a copy
             of it gets the folder's weights.
+        weights: what a quantized denoiser holds: ``"codes"`` alone, ``"floats"`` beside them, or ``"auto"``, codes
+            where the floats would take 256 MiB or more; see :func:`ptqd.keep_weights`.
 
     Raises:
-        InputError: there is no such folder, it is no pipeline, or a file in it is damaged.
+        InputError: there is no such folder, it is no pipeline, or a file in it is damaged; or another kind of weights.
     """
+    check_weights_kind(weights)
     if not str(model):
         raise InputError("the name of the model is empty; is a variable unset?")
     if str(model) in zoo.MODELS:
@@ -79,7 +84,7 @@ def load(
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
         named = variant or (_only_variant(folder) if local else None)
-        with network_for_loading(network):
+        with network_for_loading(network), loading_weights_as(weights):
             pipe = _from_pretrained(pipeline_class, folder if local else str(model), dtype, named)
     except PtqdError:
         raise

@@ -32,6 +32,7 @@ from ptqd.quantization.swap import (
     names_of,
     quantized_by_earlier_versions,
 )
+from ptqd.quantization.weights_in_memory import choose_weights
 
 
 def with_weights(recipe: Recipe, plan: PrecisionPlan, layers: Mapping[str, LayerType]) -> Recipe:
@@ -192,6 +193,7 @@ class PtqdQuantizer(DiffusersQuantizer):
         if isinstance(kept, list):
             kept[:] = [name for name in kept if name not in QuantLayer.kept]
         _processors_as_products(model)
+        choose_weights(model)
         for name, layer in quantized_layers(model):
             wide = any(part in self._wide for part in name.split("."))
             layer.refresh(torch.float32 if wide else self.dtype or model.dtype)

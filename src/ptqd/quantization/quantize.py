@@ -51,6 +51,7 @@ from ptqd.quantization.rounding.registry import Task, apply_method
 from ptqd.quantization.sites import layer_quantizers, quantized_layers, quantized_sites
 from ptqd.quantization.step_ranges import StepRanges, group_steps, set_ranges
 from ptqd.quantization.swap import Coverage, check_full_precision, check_weights, insert_quantizers, names_of
+from ptqd.quantization.weights_in_memory import choose_weights
 from ptqd.quantization.widen import widened
 from ptqd.schema import read_as
 
@@ -178,6 +179,10 @@ class _Quantizing:
                 self._apply(method, model, calibration.inputs, temporal)
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
+        choose_weights(model, "auto")
+        for _, layer in quantized_layers(model):
+            if layer.holds_codes:
+                layer.refresh()
         return model  # type: ignore[no-any-return]
 
     def _prepare(self) -> None:

@@ -102,6 +102,7 @@ class QuantLayer(KeptInFloat32, ABC):
         self.register_buffer("rotation_matrix", None, persistent=False)
         self.make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
+        self.holds_codes = False  # alone; its float weight is then made of them at every call, and empty here
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
 
@@ -162,7 +163,7 @@ class QuantLayer(KeptInFloat32, ABC):
         if self.rotation is not None and self.rotation_matrix is None and not self.weight.numel():
             self.set_rotation(int(self.rotation))  # of codes that are offloaded
         given, x = x, self.smoothed(x)
-        weight = self.weight if self.weight.numel() else self.dequantized().to(x.dtype)  # of codes that are offloaded
+        weight = self.weight if self.weight.numel() else self.dequantized().to(x.dtype)
         y = self.matmul(self.input(x), weight, self.bias)
         if self.low_rank_up is not None:
             y = y + self.low_rank(x)
@@ -331,11 +332,17 @@ class QuantLayer(KeptInFloat32, ABC):
         return unpack(self.codes, self.weights.grid, math.prod(self.shape)).view(self.shape)
 
     def refresh(self, dtype: torch.dtype | None = None) -> None:
-        """Derive the float weight from the codes, after they changed, in another dtype if one is given."""
+        """Derive the float weight from the codes, after they changed, in another dtype if one is given.
+
+        A layer that holds codes alone forgets it.
+        """
         if self.rotation is not None and not self.rotation.is_meta:
             self.set_rotation(int(self.rotation))
-        if not self.codes.is_meta:
-            self.weight = self.dequantized().to(dtype or self.weight.dtype)
+        dtype = dtype or self.weight.dtype
+        if self.holds_codes:
+            self.weight = torch.empty(0, dtype=dtype, device=self.codes.device)
+        elif not self.codes.is_meta:
+            self.weight = self.dequantized().to(dtype)
 
     def dequantized(self) -> torch.Tensor:
         """The weight that the codes stand for, float32."""
@@ -445,8 +452,9 @@ class SplitConv(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The whole weight, as :attr:`QuantLayer.weight` is a half's."""
-        return torch.cat([self.hidden.weight, self.skip.weight], 1)
+        """The whole weight, as :attr:`QuantLayer.weight` is a half's; empty where they hold codes alone."""
+        halves = (self.hidden.weight, self.skip.weight)
+        return torch.cat(halves, 1) if all(half.numel() for half in halves) else self.hidden.weight
 
     def push_adapter(self, down: torch.Tensor, up: torch.Tensor) -> None:
         """See :meth:`QuantLayer.push_adapter`."""

@@ -1,0 +1,91 @@
+"""A denoiser that holds codes alone computes what one with float weights does, in their memory."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from ptqd import InputError, PrecisionPlan, Recipe, Sampling, apply_plan, keep_weights, load, quantize
+from ptqd.diffusion import run_batch
+from ptqd.quantization import weights_in_memory
+from ptqd.quantization.sites import quantized_layers
+
+RUN = Sampling(3, 1.0, samples=4, batch=4, call={"class_labels": [0, 1], "guidance_scale": 2.0})
+
+
+def latents(pipe: Any) -> torch.Tensor:
+    return torch.as_tensor(run_batch(pipe, RUN, range(2), "latent"))
+
+
+def floats(pipe: Any) -> int:
+    return sum(layer.weight.numel() for _, layer in quantized_layers(pipe.unet))
+
+
+@pytest.fixture(scope="module", params=["w4a8-affine", "w3a8-svd2x8-split", "wmxfp4a8", "w4a8-g8"])
+def made(request: pytest.FixtureRequest, pipe: Any) -> Any:
+    recipe = Recipe.from_dict({**Recipe.parse(request.param).to_dict(), "calibration_samples": 2})
+    return quantize(pipe, recipe, RUN)
+
+
+def test_outputs_are_the_same(made: Any, tmp_path: Path) -> None:
+    want = latents(made)
+    made.save_pretrained(tmp_path)
+    packed, plain = load(tmp_path, weights="codes"), load(tmp_path)
+    assert floats(packed) == 0 < floats(plain)
+    assert torch.equal(latents(packed), want)
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert floats(twin) == 0
+        assert torch.equal(latents(twin), want)
+    packed.save_pretrained(tmp_path / "again")
+    assert torch.equal(latents(load(tmp_path / "again")), want)
+    keep_weights(packed, "floats")
+    assert floats(packed) == floats(plain)
+    assert torch.equal(latents(packed), want)
+    keep_weights(plain, "codes")
+    assert floats(plain) == 0
+    assert torch.equal(latents(plain), want)
+
+
+def test_of_another_type(made: Any, tmp_path: Path) -> None:
+    made.save_pretrained(tmp_path)
+    packed, plain = (load(tmp_path, dtype=torch.bfloat16, weights=kind) for kind in ("codes", "floats"))
+    assert {layer.weight.dtype for _, layer in quantized_layers(packed.unet)} == {torch.bfloat16}
+    assert torch.equal(latents(packed), latents(plain))
+    for pipe in (packed, plain):
+        pipe.to(torch.float32)
+    assert floats(packed) == 0
+    assert torch.equal(latents(packed), latents(plain))
+
+
+def test_a_large_denoiser_holds_codes_by_itself(
+    made: Any, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.save_pretrained(tmp_path)
+    size = 4 * floats(load(tmp_path))
+    monkeypatch.setattr(weights_in_memory, "LARGE", size)
+    assert floats(load(tmp_path)) == 0
+    assert floats(DiffusionPipeline.from_pretrained(tmp_path)) == 0
+    assert floats(load(tmp_path, dtype=torch.bfloat16)) > 0  # half of the bytes
+    monkeypatch.setattr(weights_in_memory, "LARGE", size + 1)
+    assert floats(load(tmp_path)) > 0
+    with pytest.raises(InputError, match="'codes', 'floats' or 'auto'"):
+        load(tmp_path, weights="packed")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'codes', 'floats' or 'auto'"):
+        keep_weights(pipe, "int4")  # type: ignore[arg-type]
+
+
+def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
+    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    packed, plain = quantize(pipe, recipe, RUN), quantize(pipe, recipe, RUN)
+    keep_weights(packed, "codes")
+    pipe.scheduler.set_timesteps(RUN.steps)
+    timesteps = tuple(float(t) for t in pipe.scheduler.timesteps)
+    names = [name for name, layer in quantized_layers(plain.unet) if name not in ("conv_in", "conv_out")]
+    plan = PrecisionPlan.uniform(timesteps, 8).replace(weights=dict.fromkeys(names[:3], 4))
+    found, want = apply_plan(packed, plan, pipe), apply_plan(plain, plan, pipe)
+    assert torch.equal(latents(found), latents(want))
+    assert floats(found) == 0
