@@ -3,16 +3,17 @@
     python bench/weights.py          # ten minutes of a core, 6 GB
 
 A UNet of LDM-4's widths on 64 x 64 places with random weights, rounded to nearest. Each way of loading is a process of
-its own: resident memory before and after the pipeline is loaded, and the peak of a call of one row. A call's seconds
-are the median of several, in turn in one process.
+its own: resident memory after a call of one row, and the peak until then, above what it was before the pipeline was
+loaded. A call's seconds are the median of several, in turn in one process. Linux only.
 """
 
-import resource
+import gc
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -48,10 +49,11 @@ def loaded(folder: str, kind: Any) -> None:
     """In a process of its own: megabytes before and after loading, and at the most in a call."""
     before = resident()
     pipe: Any = ptqd.load(folder, weights=kind)
-    after = resident()
     with torch.no_grad():
-        pipe.unet(torch.randn(1, 3, 64, 64), 500)
-    print(before, after, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        pipe.unet(torch.randn(1, 3, 64, 64), 500)  # files are mapped: what is not used is not there yet
+    gc.collect()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(before, resident(), int(line.split()[1]) / 1e3)
 
 
 @torch.no_grad()

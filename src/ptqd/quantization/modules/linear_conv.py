@@ -6,6 +6,7 @@ codes). :meth:`freeze` goes from the first to the second; a layer loaded from a 
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ class QuantLayer(KeptInFloat32, ABC):
         if self.rotation is not None and self.rotation_matrix is None and not self.weight.numel():
             self.set_rotation(int(self.rotation))  # of codes that are offloaded
         given, x = x, self.smoothed(x)
-        weight = self.weight if self.weight.numel() else self.dequantized().to(x.dtype)
+        weight = self.weight if self.weight.numel() else self._passing_weight().to(x.dtype)
         y = self.matmul(self.input(x), weight, self.bias)
         if self.low_rank_up is not None:
             y = y + self.low_rank(x)
@@ -344,17 +345,42 @@ class QuantLayer(KeptInFloat32, ABC):
         elif not self.codes.is_meta:
             self.weight = self.dequantized().to(dtype)
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight that the codes stand for, float32."""
+    def _passing_weight(self) -> torch.Tensor:
+        """:meth:`dequantized`, for one call: on a CPU in memory that all layers use in turn."""
+        codes = self.codes
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or codes.device.type != "cpu":
+            return self.dequantized()
+        return self.dequantized(_room(math.prod(self.shape)))
+
+    def dequantized(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight that the codes stand for, float32; of integers in memory that is given, or new one."""
         if self.weights.format == "int":
             (scale, zero), codes = self.grid().expanded(), self.weights.grid
-            rows = unpack_unsigned(self.codes, codes.bits, math.prod(self.shape)).view(-1, self.columns).to(scale.dtype)
+            rows = unpack_unsigned(self.codes, codes.bits, math.prod(self.shape)).view(-1, self.columns)
+            rows = rows.to(scale.dtype) if out is None else out.view(-1, self.columns).copy_(rows)
             return rows.sub_(zero - codes.qmin).mul_(scale).view(self.shape)
         return self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+
+class _Room(threading.local):
+    """Memory of a thread's own: new memory for every weight would take longer than to unpack it."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(0)
+
+
+_rooms = _Room()
+
+
+def _room(count: int) -> torch.Tensor:
+    if _rooms.numbers.numel() < count:
+        with torch.inference_mode(False):
+            _rooms.numbers = torch.empty(count, dtype=torch.float32, device="cpu")
+    return _rooms.numbers[:count]
 
 
 class QuantLinear(QuantLayer):
