@@ -17,6 +17,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from conftest import tiny_pipeline
 from ptqd import (
+    ArtifactError,
     InputError,
     LatentClassPipeline,
     MismatchError,
@@ -29,6 +30,7 @@ from ptqd import (
     correct,
     load,
     measure,
+    measure_widths,
     quantize,
     search_plan,
 )
@@ -52,6 +54,8 @@ from ptqd.engines.fidelity import fidelity
 from ptqd.engines.fixed_ranges import with_fixed_ranges
 from ptqd.engines.lowering import lowered
 from ptqd.engines.sessions import ENGINES, RANGES
+from ptqd.mixed_precision import StepSeconds
+from ptqd.mixed_precision.problem import check_can_hold
 from ptqd.quantization import plan_of
 from ptqd.quantization.modules import ActivationQuantizer, QuantLinear
 from ptqd.quantization.modules.linear_conv import full_weight
@@ -193,6 +197,27 @@ def test_shallow_steps_compute_the_outer_blocks_alone(engine: str, exports: Expo
     assert not np.array_equal(images(loaded), found)
     with pytest.raises(InputError, match="hold_deep"):
         apply_plan(whole.pipeline, uniform.replace(shallow=(1,)))
+    whole.pipeline.save_pretrained(tmp_path / "again")  # over one with two graphs
+    assert not load(tmp_path / "again").unet.facts.deep
+    path = tmp_path / "made" / "unet" / "engine.json"
+    path.write_text(path.read_text().replace('"deep.3"', '"deep.2"'))
+    with pytest.raises(ArtifactError, match="another deep part"):
+        load(tmp_path / "made")
+
+
+def test_plans_with_shallow_steps_are_made_on_a_pipeline_whose_ranges_are_inputs(
+    full: DDIMPipeline, exports: Exports, tmp_path: Path
+) -> None:
+    qpipe = quantize(full, recipe("w4a4+8"), RUN)
+    pipe = export(qpipe, RUN, "onnxruntime", tmp_path / "made", hold_deep=True).pipeline
+    stats = measure_widths(full, pipe, RUN)
+    seconds = StepSeconds({4: 0.9, 8: 1.0}, 0.1, 0.4)
+    plan = search_plan(full, pipe, RUN, stats, budget=1.3, hold_deep=True, seconds=seconds)
+    assert plan.shallow
+    assert np.isfinite(images(apply_plan(pipe, plan))).all()
+    _, whole = exports("w4a8")
+    with pytest.raises(InputError, match="hold_deep"):
+        check_can_hold(whole.pipeline, deep=True)
 
 
 def test_affine_weights_become_signed_ones(exports: Exports) -> None:

@@ -86,3 +86,12 @@ def test_ranks_that_were_chosen_before_a_kill_are_taken(
     pictures = [torch.as_tensor(run_batch(each, RUN, range(2), "latent")) for each in (whole, again, third)]
     assert torch.equal(pictures[0], pictures[1])
     assert torch.equal(pictures[0], pictures[2])
+
+
+def test_a_recipe_with_the_branch_alone_draws_the_rows_that_ranks_need(pipe: Any) -> None:
+    methods = [{"name": "svd", "rank": 2, "by_layer": True}]
+    alone = Recipe.from_dict({**Recipe.parse("w4a4").to_dict(), "calibration_samples": 4, "methods": methods})
+    ranks = {layer.rank for _, layer in quantized_layers(quantize(pipe, alone, RUN).unet)}
+    assert len(ranks) > 2
+    with pytest.raises(InputError, match="named twice"):
+        Recipe.parse("w4a4-svd-svd8-ranks")

@@ -137,6 +137,36 @@ def test_another_denoiser_is_called_before_each_unit_on_its_own_inputs() -> None
     assert not other.unit._forward_pre_hooks
 
 
+def test_another_denoiser_that_skips_a_unit_is_left_where_it_is() -> None:
+    class Some(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            self.names, self.units = names, nn.ModuleDict({name: nn.Identity() for name in "abc"})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in self.names:
+                x = self.units[name](x + 1)
+            return x
+
+    model, other = Some("a", "c"), Some("b", "c")
+    calls: list[Any] = [((torch.zeros(1),), {})]
+    units, seen = ["units.a", "units.b", "units.c"], dict[str, list[float]]()
+
+    def visit(unit: str, call: Callable[[], None]) -> None:
+        values = seen.setdefault(unit, [])
+        hooks = [
+            each.get_submodule(unit).register_forward_pre_hook(lambda module, args: values.append(float(args[0])))
+            for each in (other, model)
+        ]
+        call()
+        for hook in hooks:
+            hook.remove()
+
+    in_lockstep(model, calls, units, visit, (other, other.get_submodule))
+    assert seen == {"units.a": [1.0], "units.c": [2.0, 2.0]}
+    in_lockstep(model, calls, units, lambda unit, call: None, (other, other.get_submodule))  # nothing waits for ever
+
+
 def test_live_bytes_are_of_what_is_kept() -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
     size = 3 * 16 * 4

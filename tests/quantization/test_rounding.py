@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
-from ptqd import InputError, QuantSpec, Recipe, Sampling, load, quantize
+from ptqd import InputError, QuantSpec, Recipe, Sampling, from_module, load, quantize
 from ptqd.diffusion import fingerprint, record, replay, run_batch
+from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.quantization import (
     LearnedScale,
     Soft,
@@ -32,6 +34,7 @@ from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
 from ptqd.quantization.rounding.gptq import Moments, correction_for_inputs
 from ptqd.quantization.rounding.learned_parameters import straight_round
+from ptqd.quantization.sites import quantized_layers
 
 W4, A8, A4 = QuantSpec(4), QuantSpec(8, symmetric=False), QuantSpec(4, symmetric=False)
 
@@ -339,6 +342,55 @@ def test_an_asymmetric_layer_makes_up_for_the_layers_before(
     monkeypatch.setattr("ptqd.quantization.rounding.gptq.rows_that_wait", lambda *_: 0)
     again = quantize(pipe, quick({"name": "gptq", "inputs": 64, "asymmetric": 0.5}, recipe="w3a8"), run)
     assert output_error(pipe, again, run) == pytest.approx(output_error(pipe, asymmetric, run), rel=0.02)
+
+
+class Expert(nn.Module):
+    """Its layer is one of its own, not half of one that was split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.hidden(x))
+
+
+class Routed(nn.Module):
+    """A layer is called twice, and experts are given other tokens than in full precision, where there are several."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.read, self.twice, self.write = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 6)
+        self.experts = nn.ModuleList(Expert() for _ in range(experts))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tokens = self.twice(torch.relu(self.twice(self.read(x) + t.view(-1, 1, 1) / 1000)))
+        choice, result = tokens[..., : len(self.experts)].argmax(-1), torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            if (choice == number).any():
+                result[choice == number] = expert(tokens[choice == number])
+        output: torch.Tensor = self.write(result)
+        return output
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_asymmetric_where_layers_are_called_twice_or_given_other_tokens(
+    experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    pipe = from_module(Routed(experts), DDIMScheduler(clip_sample=False), (5, 6))
+    run = Sampling(3, samples=32, batch=32)
+    plain, waiting = (quantize(pipe, quick({"name": "gptq", "asymmetric": a}, recipe="w3a8"), run) for a in (0.0, 0.5))
+    monkeypatch.setattr("ptqd.quantization.rounding.gptq.rows_that_wait", lambda *_: 0)
+    anew = quantize(pipe, quick({"name": "gptq", "asymmetric": 0.5}, recipe="w3a8"), run)
+    codes = [dict(quantized_layers(denoiser_of(each))) for each in (plain, waiting, anew)]
+    assert all(
+        not torch.equal(codes[0][name].codes, codes[1][name].codes)
+        for name in codes[0]
+        if name.endswith(("twice", "experts.0.hidden"))
+    )
+    if experts == 1:  # both ways count both calls
+        assert all(torch.equal(codes[1][name].codes, codes[2][name].codes) for name in codes[0])
 
 
 @pytest.mark.parametrize(

@@ -222,11 +222,10 @@ def test_a_budget_in_seconds_is_met_by_shallow_steps(pipe: Any, qpipe: Any, time
         assert plan.made["times_faster"] == pytest.approx(6 / (6 - 0.5 * fewest), rel=1e-3)
     with pytest.raises(InputError, match=r"the nearest is 1\.71x"):
         search_plan(pipe, qpipe, STEPS, stats, budget=2.1, hold_deep=True, seconds=seconds)
+    problem = planning_problem(pipe, qpipe, STEPS, stats, hold_deep=True, timed=True)
     with pytest.raises(InputError, match="was not timed"):
-        search_plan(pipe, qpipe, STEPS, stats, budget=1.2, hold_deep=True, seconds=StepSeconds({8: 1.0}, 0.1))
-    found = measure_seconds(qpipe, STEPS, timesteps, (8,), deep=True)
-    assert found.shallow is not None
-    assert 0 <= found.shallow <= found.computed[8]
+        problem.in_seconds(measure_seconds(qpipe, STEPS, timesteps, (8,)))
+    assert measure_seconds(qpipe, STEPS, timesteps, (8,), deep=True).shallow is not None
 
 
 def test_a_network_whose_deep_part_is_not_known_is_refused(full: Any) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import msgspec
@@ -144,9 +145,17 @@ class EngineFacts:
 
 @dataclass
 class _Held:
-    """A session, which copies of a module share."""
+    """The sessions of a graph, which copies of a module share.
+
+    Attributes:
+        session: of the whole graph.
+        outer: of the outer blocks alone, once a plan has shallow steps.
+        lock: held while that is opened.
+    """
 
     session: Session
+    outer: Session | None = None
+    lock: Any = field(default_factory=Lock)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_Held":
         return self
@@ -179,7 +188,6 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
         if digest != facts.sha256:
             raise InputError(f"{folder}: the graph is not the one that was exported; export the pipeline again")
         self.register_buffer("graph_hash", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
-        self._outer: _Held | None = None  # loaded where a plan has shallow steps
         self.register_to_config(**read_as(folder / "config.json", dict[str, Any], AGAIN))
         self.open(threads=threads, provider=provider)
         self._adopt()
@@ -192,7 +200,12 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
             ArtifactError: it does not.
         """
         facts = self.facts
-        there = len(read_graph(self.folder / GRAPH, weights=False).graph.output)
+        given = [value.name for value in read_graph(self.folder / GRAPH, weights=False).graph.output]
+        there, deep = len(given), list(facts.deep)
+        if deep:
+            taken = {value.name for value in read_graph(self.folder / SHALLOW, weights=False).graph.input}
+            if given[len(facts.outputs) :] != deep or not set(deep) <= taken:
+                raise ArtifactError(f"{self.folder / FACTS} names another deep part than the graphs have; {AGAIN}")
         named = (
             set(facts.outputs) if facts.returns == "tuple" else {f.name for f in fields(_output_class(facts.returns))}
         )
@@ -223,17 +236,15 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
     def open(self, *, threads: int = 0, provider: Provider = "cpu") -> None:
         """Load the graph into the engine, with as many threads of the CPU, or on a GPU."""
         self.threads, self.provider = threads or torch.get_num_threads(), provider
-        self._held = self._open(GRAPH)
-        if self._outer is not None:
-            self._outer = self._open(SHALLOW)
+        before: _Held | None = vars(self).get("_held")
+        outer = None if before is None or before.outer is None else self._open(SHALLOW)
+        self._held = _Held(self._open(GRAPH), outer)
 
-    def _open(self, name: str) -> _Held:
+    def _open(self, name: str) -> Session:
         rows = max(1, ELEMENTS // self.facts.elements)
         counts = [spec.ranges for spec in self.facts.ranges.values()]
         path = self.folder / name
-        return _Held(
-            open_session(path, self.engine, threads=self.threads, rows=rows, provider=self.provider, counts=counts)
-        )
+        return open_session(path, self.engine, threads=self.threads, rows=rows, provider=self.provider, counts=counts)
 
     def open_deep_part(self) -> None:
         """Load the graph of the outer blocks alone.
@@ -246,8 +257,9 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
                 "the plan holds the deep part of the network, and the pipeline was exported as a whole; export it with "
                 "--hold-deep (hold_deep=True), or with the plan"
             )
-        if self._outer is None:
-            self._outer = self._open(SHALLOW)
+        with self._held.lock:
+            if self._held.outer is None:
+                self._held.outer = self._open(SHALLOW)
 
     def _adopt(self) -> None:
         """What follows the steps: ranges and plans; and what marks a quantized denoiser."""
@@ -307,8 +319,8 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
         """The graph's own outputs of a call, whose deep part is held or kept where that is wanted."""
         features, count = current_features(), len(self.facts.outputs)
         if features is not None and features.known:
-            assert self._outer is not None
-            return self._outer.session.run(inputs | features.outputs)
+            assert self._held.outer is not None
+            return self._held.outer.run(inputs | features.outputs)
         arrays = self._held.session.run(inputs)
         if features is not None:
             features.outputs = dict(zip(self.facts.deep, arrays[count:], strict=True))
@@ -402,9 +414,11 @@ class EngineModule(ModelMixin, ConfigMixin, CacheMixin, OwnDeepPart):
         """Copy the graph and what is known of it, with the plan that it follows now."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*FILES, FACTS, "config.json"):
-            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+        for name in (*FILES, FACTS, "config.json") if folder.resolve() != self.folder.resolve() else ():
+            if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)  # of what was saved there before
         quantizer: PtqdQuantizer | None = getattr(self, "hf_quantizer", None)
         if quantizer is None:
             return

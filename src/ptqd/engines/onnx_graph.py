@@ -108,7 +108,7 @@ def trace(
 
     Raises:
         InputError: it cannot be traced, holds a number format that no ONNX engine multiplies, or its deep part is not
-            known.
+            known, or is of frames and not of samples.
     """
     twin, products, table = _traceable(model, signed)
     tensors = [_as_traced(value) for value in call.tensors.values()]
@@ -124,6 +124,11 @@ def trace(
         _Called(twin, call, method, table)(*tensors, *ranges)
     leaves, structure = tree_flatten(features.outputs)
     deep = {f"{DEEP}{i}": value for i, value in enumerate(leaves) if isinstance(value, torch.Tensor)}
+    if any(name not in call.with_rows(deep) for name in deep):
+        raise UnsupportedError(
+            f"what the deep part of {type(model).__name__} gives has no row for each sample, such as a video's frames, "
+            "so that no graph of the outer blocks alone can be made; let steps hold their output (--hold)"
+        )
     outer = _Called(twin, call, method, table, _DeepPart(leaves, structure, tuple(deep), known=True))
     shallow = _exported(outer, tensors, deep, ranges, signed)
     used = {name for node in shallow.graph.node for name in node.input}

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
-from ptqd.diffusion.deep_part import deep_modules, is_deep
+from ptqd.diffusion.deep_part import OwnDeepPart, deep_modules, is_deep
 from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling
@@ -387,14 +387,17 @@ def check_can_hold(qpipe: DiffusionPipeline, timesteps: Sequence[float] = (), *,
 
     Raises:
         InputError: the pipeline has several denoisers, or the schedule takes some timestep twice; or the deep part is
-            not known.
+            not known, or the pipeline was exported without it.
     """
     if len(denoisers_of(qpipe)) > 1:
         raise InputError(
             f"{type(qpipe).__name__} has several denoisers, of which none holds what another gave; let no steps hold"
         )
-    if deep:
-        deep_modules(denoiser_of(qpipe))
+    model = denoiser_of(qpipe)
+    if deep and isinstance(model, OwnDeepPart):
+        model.open_deep_part()
+    elif deep:
+        deep_modules(model)
     if len(set(timesteps)) < len(timesteps):
         raise InputError(
             "the schedule takes some timestep twice, so that its calls cannot be told apart; let no steps hold, or "
@@ -442,8 +445,8 @@ def planning_problem(
             "steps hold their output (hold)"
         )
     if may_hold:
-        check_can_hold(qpipe, model_timesteps(stats))
-    deep = deep_modules(denoiser_of(qpipe)) if hold_deep else None
+        check_can_hold(qpipe, model_timesteps(stats), deep=hold_deep)
+    deep = deep_modules(denoiser_of(pipe)) if hold_deep else None
     layers: dict[str, LayerBits] = {}
     model = denoiser_of(qpipe)
     for site in quantized_sites(model):

@@ -70,7 +70,8 @@ def measure_seconds(
     whole = {key: statistics.median(values) for key, values in taken.items()}
     first = whole[widths[-1]] / steps  # of the runs that hold, their one computed step
     kept = {key: min(first, max(0.0, (whole[key] - first) / len(later))) for key in ("held", "shallow") if key in whole}
-    return StepSeconds({bits: whole[bits] / steps for bits in widths}, kept.get("held", 0.0), kept.get("shallow"))
+    shallow = kept.get("shallow", first) if deep else None  # one step alone is whole
+    return StepSeconds({bits: whole[bits] / steps for bits in widths}, kept.get("held", 0.0), shallow)
 
 
 def _wait(pipe: DiffusionPipeline) -> None:

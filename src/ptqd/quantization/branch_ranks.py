@@ -104,47 +104,40 @@ def branch_ranks(
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """A layer's weights beside a branch of some rank.
+class _Branches:
+    """A layer's branches of several ranks: ``u s v^T`` is the largest; and the ranks, none included."""
 
-    Attributes:
-        rows: that the codes stand for (O, I).
-        rounded: by the codes.
-    """
-
-    rows: torch.Tensor
-    rounded: torch.Tensor
+    u: torch.Tensor
+    s: torch.Tensor
+    v: torch.Tensor
+    ranks: tuple[int, ...]
 
 
-def _branches(layer: QuantLayer, seed: int) -> dict[int, _Branch]:
-    """What the weights are beside branches of several ranks, none included."""
+def _branches(layer: QuantLayer, seed: int) -> _Branches:
     rows = layer.weight.detach().cpu().float().flatten(1)
     most = min(rows.shape) // 4
     ranks = sorted({0, *(max(1, min(most, round(share * layer.rank))) for share in SHARES)})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(rows, min(ranks[-1] + 8, *rows.shape), niter=4)
-    result: dict[int, _Branch] = {}
-    for rank in ranks:
-        rest = rows - (u[:, :rank] * s[:rank]) @ v[:, :rank].T
-        result[rank] = _Branch(rest, WeightGrid.find(rest, replace(layer.weights, range="minmax")).rounded(rest))
-    return result
+    return _Branches(u, s, v, tuple(ranks))
 
 
 def _watch(
-    found: "OutputEffects[_Effect]", name: str, branches: Mapping[int, _Branch], layer: Any, args: Any, y: torch.Tensor
+    found: "OutputEffects[_Effect]", name: str, branches: _Branches, layer: Any, args: Any, y: torch.Tensor
 ) -> torch.Tensor:
     def moves() -> dict[_Effect, torch.Tensor]:
-        x = layer.smoothed(args[0].detach())
+        x, rows = layer.smoothed(args[0].detach()), layer.weight.detach().cpu().float().flatten(1)
         as_it_comes = ActivationQuantizer(
             replace(layer.input.spec, dynamic=True), axis=layer.input.axis, rowwise=layer.input.rowwise
         ).to(x.device)
-        rounded = as_it_comes(x)
-        return {
-            (name, rank): layer.matmul(rounded, branch.rounded.view(layer.shape).to(x))
-            - layer.matmul(x, branch.rows.view(layer.shape).to(x))
-            for rank, branch in branches.items()
-        }
+        moved, rounded = {}, as_it_comes(x)
+        for rank in branches.ranks:
+            rest = rows - (branches.u[:, :rank] * branches.s[:rank]) @ branches.v[:, :rank].T
+            codes = WeightGrid.find(rest, replace(layer.weights, range="minmax")).rounded(rest)
+            wanted, found_weight = (weight.view(layer.shape).to(x) for weight in (rest, codes))
+            moved[name, rank] = layer.matmul(rounded, found_weight) - layer.matmul(x, wanted)
+        return moved
 
     return found.watch(name, y, moves)
 

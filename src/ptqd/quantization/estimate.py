@@ -117,6 +117,7 @@ class Costs:
         between: of these, between units.
         kept: bytes that a row keeps for gradients.
         units: how many there are.
+        layers: how many are quantized.
     """
 
     device: torch.device
@@ -134,6 +135,7 @@ class Costs:
     between: int
     kept: int
     units: int
+    layers: int
 
     def estimate(self, recipe: Recipe, sampling: Sampling, steps: int, budget: Budget) -> Estimate:
         """What a recipe costs.
@@ -184,9 +186,10 @@ class Costs:
         if isinstance(method, Gptq):
             count = min(method.inputs, rows)
             both = 2 if method.asymmetric else 1  # full precision is called beside
-            waiting = rows_that_wait(both * self.between, spare, count)
-            again = 0.0 if waiting else count * self.call.each * self.units / 2  # run anew up to every unit
-            memory = waiting * both * self.between + self._working(min(BATCH, count), spare)
+            between, units = (both * self.live, self.layers) if method.asymmetric else (self.between, self.units)
+            waiting = rows_that_wait(between, spare, count)
+            again = 0.0 if waiting else count * self.call.each * units / 2  # run anew up to every unit
+            memory = waiting * between + self._working(min(BATCH, count), spare)
             return both * (self.hessians(waiting or count) + again) + self.rounding, memory
         if isinstance(method, Learned):
             whole = method.unit == "model"
@@ -250,6 +253,7 @@ def measure_costs(
         between=live_bytes(model, list(units), inputs.call([0])),
         kept=part.kept(),
         units=len(units),
+        layers=len(list(quantized_layers(model))),
     )
 
 

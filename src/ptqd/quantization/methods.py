@@ -124,6 +124,10 @@ class LowRank(Method):
         if self.bits != WIDE and not 2 <= self.bits <= MAX_BITS:
             raise InputError(f"bits of a branch must be 2 to {MAX_BITS}, or {WIDE}; got {self.bits}")
 
+    def rows(self, *, dynamic: bool) -> int:
+        """The inputs that ranks are chosen on."""
+        return self.inputs if self.by_layer else 0
+
 
 @dataclass(frozen=True)
 class Gptq(Method):

@@ -368,8 +368,11 @@ def _methods_of(word: str) -> tuple[Method, ...]:
 
 def _by_layer(methods: Sequence[Method]) -> tuple[Method, ...]:
     """Methods whose branch has a rank of its own in each layer; one of 16 where there is none."""
-    branch = next((method for method in methods if isinstance(method, LowRank)), LowRank())
-    return (*(method for method in methods if method.name != LowRank.name), replace(branch, by_layer=True))
+    named = any(isinstance(method, LowRank) for method in methods)
+    return tuple(
+        replace(method, by_layer=True) if isinstance(method, LowRank) else method
+        for method in (*methods, *(() if named else (LowRank(),)))
+    )
 
 
 def _from_shorthand(text: str) -> Recipe:
@@ -404,9 +407,8 @@ def _from_shorthand(text: str) -> Recipe:
             before = (m for m in values["methods"] if not (rotates and m == Smooth()))
             values |= {**WORDS.get(word, {}), "methods": (*before, *more)}
         else:
-            known = ", ".join(
-                [*WORDS, *METHODS, "affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8", RANKS]
-            )
+            others = ("affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8", RANKS, GPTAQ)
+            known = ", ".join([*WORDS, *METHODS, *others])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
     if RANKS in said:
         values["methods"] = _by_layer(values["methods"])

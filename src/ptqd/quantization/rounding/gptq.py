@@ -28,14 +28,14 @@ from ptqd.quantization.budget import live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import Gptq
-from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight
+from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid, round_to
 from ptqd.quantization.recipe import QuantSpec
 from ptqd.quantization.rounding.capture import reached_in_order, run_until, times_called, units_in_order
 from ptqd.quantization.rounding.lockstep import in_lockstep
 from ptqd.quantization.rounding.registry import Task, handles
 from ptqd.quantization.sites import quantized_layers
-from ptqd.quantization.swap import HALVES, names_of
+from ptqd.quantization.swap import HALVES
 
 _MOST_NUMBERS = 1 << 25  # of inputs under a convolution's kernel, at once
 _WIDEST = 9216  # columns whose Hessian is taken whole: its factors in float64 are 0.7 GB each
@@ -134,7 +134,8 @@ def fit_gptq(
 
     Hessians are of the inputs that layers get behind units that are already rounded; units are single layers where it
     is asymmetric. All calls go from unit to unit together where memory allows it; else, or where a unit is called more
-    than once, they are run anew up to each unit.
+    than once, they are run anew up to each unit. (Asymmetric, it is the layers that are called more than once for which
+    they are, before the others.)
 
     Args:
         model: the quantized denoiser, rounded to nearest.
@@ -153,23 +154,15 @@ def fit_gptq(
         return
     units = _layers_in_order(model, inputs) if method.asymmetric else units_in_order(model, find_units(model), inputs)
     times = times_called(model, units, inputs)
+    again = [unit for unit in units if times[unit] > 1] if method.asymmetric else []
     bar = iter(track(units, title))
     between = live_bytes(model, units, inputs.call([0])) * (2 if method.asymmetric else 1)
     waiting = rows_that_wait(between, spare, len(inputs))
-    if (method.asymmetric or max(times.values()) == 1) and waiting:
-        inputs = inputs.first(waiting)
 
-        def visit(unit: str, call_unit: Callable[[], None]) -> None:
-            next(bar, None)
-            _round_unit(model, full, unit, method, exempt, call_unit, done)
+    def anew(unit: str) -> None:
+        """Round a unit by calls that are run up to it."""
 
-        beside = (full, partial(find_layer, full)) if method.asymmetric else None
-        in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], units, visit, beside)
-        done.finish()
-        return
-    for unit in bar:
-
-        def call_unit(unit: str = unit) -> None:
+        def call_unit() -> None:
             with torch.no_grad():
                 for rows in inputs.batches(at_once):
                     if method.asymmetric:
@@ -177,6 +170,24 @@ def fit_gptq(
                     run_until(model, unit, inputs.call(rows), times[unit])
 
         _round_unit(model, full, unit, method, exempt, call_unit, done)
+
+    if (method.asymmetric or max(times.values()) == 1) and waiting:
+        inputs = inputs.first(waiting)
+
+        def visit(unit: str, call_unit: Callable[[], None]) -> None:
+            next(bar, None)
+            _round_unit(model, full, unit, method, exempt, call_unit, done)
+
+        for unit in again:  # whose moments are of all its calls
+            next(bar, None)
+            anew(unit)
+        beside = (full, partial(find_layer, full)) if method.asymmetric else None
+        once = [unit for unit in units if unit not in again]
+        in_lockstep(model, [inputs.call(rows) for rows in inputs.batches(at_once)], once, visit, beside)
+        done.finish()
+        return
+    for unit in bar:
+        anew(unit)
     done.finish()
 
 
@@ -249,15 +260,19 @@ def moments_of(
         full: that denoiser.
     """
     result: dict[str, Moments] = {}
-    given: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    given: dict[str, torch.Tensor] = {}
 
     def keep(module: Any, args: Any, name: str) -> None:
-        given[name].append(args[0].detach())
+        given[name] = args[0].detach()
 
     def add(layer: Any, args: Any, name: str) -> None:
         before = layer.smoothed(args[0].detach())
         x = layer.input(before)
-        change = None if full is None else layer.smoothed(_half(given[name].pop(0), name, layer)) - before
+        change = None
+        if full is not None:  # experts are given other tokens than in full precision, or none
+            input_there = given.pop(name, None)
+            theirs = before if input_there is None else layer.smoothed(_half(input_there, layer, full, name))
+            change = theirs - before if theirs.shape == before.shape else torch.zeros_like(before)
         at_once = _rows_at_once(layer, x)
         for n, part in enumerate(x.split(at_once)):
             columns = hessian_inputs(layer, part).float().split(_widths(layer), dim=1)
@@ -280,19 +295,26 @@ def moments_of(
 
 def _layers_in_order(model: nn.Module, inputs: CalibrationInputs) -> list[str]:
     """A denoiser's quantized layers in the order a call first reaches them, both halves of a split one together."""
-    names = dict.fromkeys(names_of(name)[0] for name, _ in quantized_layers(model))
+    names = dict.fromkeys(_whole_name(model, name) for name, _ in quantized_layers(model))
     return reached_in_order(model, list(names), inputs)
+
+
+def _whole_name(model: nn.Module, name: str) -> str:
+    """The name of a quantized layer, or of the one that it is half of."""
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(find_layer(model, parent), SplitConv) else name
 
 
 def _full_layer(full: nn.Module, name: str) -> nn.Module:
     """The layer of the full-precision denoiser that a quantized one, or half of one, was made from."""
-    layer: nn.Module = find_layer(full, names_of(name)[0])
+    own: nn.Module | None = find_layer(full, name)
+    layer: nn.Module = find_layer(full, name.rpartition(".")[0]) if own is None else own
     return layer
 
 
-def _half(x: torch.Tensor, name: str, layer: QuantLayer) -> torch.Tensor:
+def _half(x: torch.Tensor, layer: QuantLayer, full: nn.Module, name: str) -> torch.Tensor:
     """The channels that a layer gets, of an input of the one that it is half of."""
-    if names_of(name) == (name,):
+    if find_layer(full, name) is not None:
         return x
     return x[:, : layer.shape[1]] if name.endswith(HALVES[0]) else x[:, -layer.shape[1] :]
 

@@ -76,7 +76,7 @@ def in_lockstep(
         units: names of modules, none inside another; one that a call reaches again is not visited again.
         visit: is given the unit's name and a function that calls the unit as all the calls would, in their order.
         beside: another denoiser that is called with the same arguments, and gives its own module for a unit's name.
-            The function calls that before the unit, each time.
+            The function calls that before the unit, each time, where the same call of it has come there too.
 
     Raises:
         Exception: what a call raised.
@@ -105,19 +105,27 @@ def in_lockstep(
             while waiting := [call for call in running if call.unit is not None]:
                 unit = min((call.unit or "" for call in waiting), key=lambda name: order[name])
                 here = [call for call in waiting if call.unit == unit]
-                near = [other for call, other in zip(running, others, strict=False) if call in here]
-                visit(unit, partial(_call_unit, modules[unit], [here, near] if near else [here]))
-                for call in (*here, *near):
+                near = [_come_to(unit, others[running.index(call)], order) if others else None for call in here]
+                visit(unit, partial(_call_unit, modules[unit], here, near))
+                for call in (*here, *(other for other in near if other is not None)):
                     call.advance()
         finally:
             for call in every:
                 call.thread.abandon()
 
 
-def _call_unit(modules: Sequence[nn.Module], calls: Sequence[Sequence[_Call]]) -> None:
+def _come_to(unit: str, call: _Call, order: Mapping[str, int]) -> _Call | None:
+    """A call that waits before a unit, past those that only it reaches; None where it does not come there."""
+    while call.unit is not None and order[call.unit] < order[unit]:
+        call.advance()
+    return call if call.unit == unit else None
+
+
+def _call_unit(modules: Sequence[nn.Module], here: Sequence[_Call], near: Sequence[_Call | None]) -> None:
     """Call a unit as each call would, the other denoiser's before it."""
-    for together in zip(*calls, strict=True):
-        for module, call in reversed(list(zip(modules, together, strict=True))):
-            args, kwargs = call.arguments
-            with call.here(), torch.no_grad():
-                module(*args, **kwargs)
+    for call, other in zip(here, near, strict=True):
+        for module, one in zip(reversed(modules), (other, call)[2 - len(modules) :], strict=True):
+            if one is not None:
+                args, kwargs = one.arguments
+                with one.here(), torch.no_grad():
+                    module(*args, **kwargs)
