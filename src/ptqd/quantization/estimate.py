@@ -24,9 +24,10 @@ from ptqd.diffusion.macs import call_macs
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.quantization.blocks import find_units, is_inside
+from ptqd.quantization.branch_ranks import SHARES
 from ptqd.quantization.budget import WORKING, Budget, device_of, held, live_bytes
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
-from ptqd.quantization.methods import OBSERVED, SMOOTHED, Distill, Gptq, Learned, Method, Smooth, Widen
+from ptqd.quantization.methods import OBSERVED, SMOOTHED, Distill, Gptq, Learned, LowRank, Method, Smooth, Widen
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.recipe import Recipe
@@ -180,6 +181,9 @@ class Costs:
         if isinstance(method, Widen):
             count = min(method.inputs, rows)
             return count * 1.5 * self.learning(1) + 2 * self.freezing, self.kept + self.parameters
+        if isinstance(method, LowRank) and method.by_layer:
+            count = min(method.inputs, rows)
+            return count * 1.5 * self.learning(1) + len(SHARES) * self.freezing, self.kept + self.parameters
         if isinstance(method, Smooth):
             count = min(SMOOTHED, rows, self._fitting(spare))
             return self.smoothing(count), self._working(count, spare) + self.parameters

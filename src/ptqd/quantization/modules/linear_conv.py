@@ -354,16 +354,27 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def dequantized(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight that the codes stand for, float32; of integers in memory that is given, or new one."""
-        if self.weights.format == "int":
-            (scale, zero), codes = self.grid().expanded(), self.weights.grid
-            rows = unpack_unsigned(self.codes, codes.bits, math.prod(self.shape)).view(-1, self.columns)
-            rows = rows.to(scale.dtype) if out is None else out.view(-1, self.columns).copy_(rows)
-            return rows.sub_(zero - codes.qmin).mul_(scale).view(self.shape)
-        return self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
+        if self.weights.format != "int":
+            return self.grid().values(self.integer_weight().flatten(1)).view(self.shape)
+        grid = self.grid()
+        scale, zero = (grid.scale, grid.zero) if grid.scale.shape[1] == 1 else grid.expanded()
+        zero, bits, (count, columns) = zero - self.weights.grid.qmin, self.weights.bits, (self.shape[0], self.columns)
+        weight = torch.empty(count, columns, device=self.codes.device) if out is None else out.view(count, columns)
+        whole = columns * bits % 8 == 0  # a row ends with a byte
+        some = max(1, _AT_ONCE // columns) if whole and out is not None else count
+        for start in range(0, count, some):
+            rows = slice(start, min(start + some, count))
+            codes = self.codes[start * columns * bits // 8 : rows.stop * columns * bits // 8] if whole else self.codes
+            above = unpack_unsigned(codes, bits, (rows.stop - start) * columns)
+            weight[rows].copy_(above.view(-1, columns)).sub_(zero[rows]).mul_(scale[rows])
+        return weight.view(self.shape)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+
+_AT_ONCE = 1 << 18  # codes that are unpacked together, where memory is short
 
 
 class _Room(threading.local):
