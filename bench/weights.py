@@ -3,10 +3,12 @@
     python bench/weights.py          # ten minutes of a core, 6 GB
 
 A UNet of LDM-4's widths on 64 x 64 places with random weights, rounded to nearest. Each way of loading is a process of
-its own: resident memory after a call of one row, and the peak until then, above what it was before the pipeline was
-loaded. A call's seconds are the median of several, in turn in one process. Linux only.
+its own: resident memory after a call of one row, without what the C library keeps for later, and the peak until then,
+above what it was before the pipeline was loaded. A call's seconds are the median of several, in turn in one process.
+Linux only.
 """
 
+import ctypes
 import gc
 import statistics
 import subprocess
@@ -52,6 +54,7 @@ def loaded(folder: str, kind: Any) -> None:
     with torch.no_grad():
         pipe.unet(torch.randn(1, 3, 64, 64), 500)  # files are mapped: what is not used is not there yet
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the call left, which the C library would use again
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(before, resident(), int(line.split()[1]) / 1e3)
 
