@@ -174,21 +174,23 @@ def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, full: D
     assert np.square(found - images(held)).mean() < 0.1 * np.square(found - images(qpipe)).mean()
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_shallow_steps_compute_the_outer_blocks_alone(engine: str, exports: Exports, tmp_path: Path) -> None:
+def test_shallow_steps_compute_the_outer_blocks_alone(exports: Exports, tmp_path: Path) -> None:
     qpipe, whole = exports("w4a8")
     qpipe.scheduler.set_timesteps(RUN.steps)
     uniform = PrecisionPlan.uniform(tuple(float(t) for t in qpipe.scheduler.timesteps), 8)
     shallow = apply_plan(qpipe, uniform.replace(shallow=(1,)))
-    export(shallow, RUN, engine, tmp_path / "made")
-    pipe = load(tmp_path / "made")
+    export(shallow, RUN, "onnxruntime", tmp_path / "onnxruntime")
+    for_engine(tmp_path / "onnxruntime", "openvino", tmp_path / "openvino")
+    simulated, plain = images(shallow), images(qpipe)
     assert not whole.pipeline.unet.facts.deep
-    assert list(pipe.unet.facts.deep) == ["deep.3"]  # what up_blocks.0 gives
-    whole_graph, outer = (read_graph(pipe.unet.folder / name).graph for name in ("model.onnx", "shallow.onnx"))
-    assert len(outer.node) < 0.5 * len(whole_graph.node)
-    found, simulated, plain = images(pipe), images(shallow), images(qpipe)
-    assert np.square(found - simulated).mean() < 0.1 * np.square(simulated - plain).mean()
-    assert_near(images(apply_plan(pipe, uniform)), plain, images(small_pipe()))
+    for engine in ENGINES:
+        pipe = load(tmp_path / engine)
+        assert list(pipe.unet.facts.deep) == ["deep.3"]  # what up_blocks.0 gives
+        whole_graph, outer = (read_graph(pipe.unet.folder / name).graph for name in ("model.onnx", "shallow.onnx"))
+        assert len(outer.node) < 0.5 * len(whole_graph.node)
+        found = images(pipe)
+        assert np.square(found - simulated).mean() < 0.1 * np.square(simulated - plain).mean()
+        assert_near(images(apply_plan(pipe, uniform)), plain, images(small_pipe()))
     again = apply_plan(pipe, uniform.replace(shallow=(1, 2)))
     again.save_pretrained(tmp_path / "again")
     loaded = load(tmp_path / "again")
@@ -199,10 +201,10 @@ def test_shallow_steps_compute_the_outer_blocks_alone(engine: str, exports: Expo
         apply_plan(whole.pipeline, uniform.replace(shallow=(1,)))
     whole.pipeline.save_pretrained(tmp_path / "again")  # over one with two graphs
     assert not load(tmp_path / "again").unet.facts.deep
-    path = tmp_path / "made" / "unet" / "engine.json"
+    path = tmp_path / "openvino" / "unet" / "engine.json"
     path.write_text(path.read_text().replace('"deep.3"', '"deep.2"'))
     with pytest.raises(ArtifactError, match="another deep part"):
-        load(tmp_path / "made")
+        load(tmp_path / "openvino")
 
 
 def test_plans_with_shallow_steps_are_made_on_a_pipeline_whose_ranges_are_inputs(

@@ -33,6 +33,7 @@ def test_the_public_names_are_these() -> None:
         "export",
         "fit_correction",
         "from_module",
+        "keep_weights",
         "load",
         "load_evaluator",
         "measure",

@@ -19,7 +19,9 @@ RUN = Sampling(4, 0.0, samples=8, batch=8, call={"class_labels": [0, 1], "guidan
 
 
 def recipe(text: str) -> Recipe:
-    return Recipe.from_dict({**Recipe.parse(text).to_dict(), "calibration_samples": 4})
+    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 4}
+    values["weights"]["range"] = values["activations"]["range"] = "minmax"
+    return Recipe.from_dict(values)
 
 
 def test_the_word_and_the_rule() -> None:
@@ -90,7 +92,7 @@ def test_ranks_that_were_chosen_before_a_kill_are_taken(
 
 def test_a_recipe_with_the_branch_alone_draws_the_rows_that_ranks_need(pipe: Any) -> None:
     methods = [{"name": "svd", "rank": 2, "by_layer": True}]
-    alone = Recipe.from_dict({**Recipe.parse("w4a4").to_dict(), "calibration_samples": 4, "methods": methods})
+    alone = Recipe.from_dict({**recipe("w4a4").to_dict(), "methods": methods})
     ranks = {layer.rank for _, layer in quantized_layers(quantize(pipe, alone, RUN).unet)}
     assert len(ranks) > 2
     with pytest.raises(InputError, match="named twice"):

@@ -25,10 +25,15 @@ def floats(pipe: Any) -> int:
     return sum(layer.weight.numel() for _, layer in quantized_layers(pipe.unet))
 
 
+def quick(text: str) -> Recipe:
+    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 2}
+    values["weights"]["range"] = values["activations"]["range"] = "minmax"
+    return Recipe.from_dict(values)
+
+
 @pytest.fixture(scope="module", params=["w4a8-affine", "w3a8-svd2x8-split", "wmxfp4a8", "w4a8-g8"])
 def made(request: pytest.FixtureRequest, pipe: Any) -> Any:
-    recipe = Recipe.from_dict({**Recipe.parse(request.param).to_dict(), "calibration_samples": 2})
-    return quantize(pipe, recipe, RUN)
+    return quantize(pipe, quick(request.param), RUN)
 
 
 def test_outputs_are_the_same(made: Any, tmp_path: Path) -> None:
@@ -79,8 +84,7 @@ def test_a_large_denoiser_holds_codes_by_itself(
 
 
 def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
-    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
-    packed, plain = quantize(pipe, recipe, RUN), quantize(pipe, recipe, RUN)
+    packed, plain = quantize(pipe, quick("w8a8"), RUN), quantize(pipe, quick("w8a8"), RUN)
     keep_weights(packed, "codes")
     pipe.scheduler.set_timesteps(RUN.steps)
     timesteps = tuple(float(t) for t in pipe.scheduler.timesteps)
