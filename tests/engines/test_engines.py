@@ -633,7 +633,7 @@ def test_probabilities_of_16_bits_are_multiplied_as_floats(full: DDIMPipeline, t
     assert_near(*outputs(made.pipeline.unet, qpipe.unet, full.unet))
 
 
-@pytest.mark.parametrize("text", ["w4a8-svd2x8", "w4a4-rotate8"])
+@pytest.mark.parametrize("text", ["w4a8-svd2x8", pytest.param("w4a4-rotate8", marks=pytest.mark.slow)])
 def test_branches_in_few_bits_and_rotations_are_computed_as_simulated(
     text: str, full: DDIMPipeline, tmp_path: Path
 ) -> None:
@@ -649,6 +649,7 @@ def test_branches_in_few_bits_and_rotations_are_computed_as_simulated(
         assert_near(*outputs(load(tmp_path / engine).unet, qpipe.unet, full.unet))
 
 
+@pytest.mark.slow
 def test_layers_with_more_bits_are_computed_as_simulated(tmp_path: Path) -> None:
     """Bytes of codes are multiplied one by one; a range as it comes has no more than one."""
     pipe = tiny_pipeline()

@@ -455,7 +455,7 @@ def test_a_kill_between_or_inside_units_changes_nothing(
     ("methods", "changes"),
     [
         (("wide", "smooth", "gptq"), {"time_embedding": True, "step_ranges": 2}),
-        (("svd", "gptq"), {"calibration_steps": "ptq4dm"}),
+        pytest.param(("svd", "gptq"), {"calibration_steps": "ptq4dm"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_between_writes_changes_nothing(

@@ -83,6 +83,14 @@ def test_a_large_denoiser_holds_codes_by_itself(
         keep_weights(pipe, "int4")  # type: ignore[arg-type]
 
 
+def test_it_compiles_whole(pipe: Any) -> None:
+    packed = quantize(pipe, quick("w4a8"), RUN)
+    want = latents(packed)
+    keep_weights(packed, "codes")
+    packed.unet.compile(fullgraph=True, backend="eager")
+    assert torch.equal(latents(packed), want)
+
+
 def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
     packed, plain = quantize(pipe, quick("w8a8"), RUN), quantize(pipe, quick("w8a8"), RUN)
     keep_weights(packed, "codes")
