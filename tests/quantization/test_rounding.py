@@ -32,7 +32,7 @@ from ptqd.quantization import (
 from ptqd.quantization.modules import LayerOptions, QuantConv, QuantLayer, QuantLinear
 from ptqd.quantization.numerics import WeightGrid
 from ptqd.quantization.rounding import adaround_brecq as learned
-from ptqd.quantization.rounding.gptq import Moments, correction_for_inputs
+from ptqd.quantization.rounding.gptq import Moments, correction_for_inputs, moments_of
 from ptqd.quantization.rounding.learned_parameters import straight_round
 from ptqd.quantization.sites import quantized_layers
 
@@ -116,6 +116,26 @@ def test_what_a_weight_lacks_on_other_inputs_is_least_squares() -> None:
 
 
 HALF = (slice(0, 4), slice(4, 8))
+
+
+@torch.no_grad()
+def test_changes_are_of_the_same_calls_of_a_layer_that_is_called_twice() -> None:
+    torch.manual_seed(0)
+    full = nn.ModuleDict({"layer": nn.Linear(4, 3)})
+    layer = frozen(full["layer"], torch.randn(8, 4))
+    theirs, ours = ([torch.randn(5, 4) for _ in range(4)] for _ in range(2))
+
+    def call() -> None:
+        for batch in (slice(0, 2), slice(2, 4)):
+            for x in theirs[batch]:
+                full["layer"](x)
+            for x in ours[batch]:
+                layer(x)
+
+    found = moments_of({"layer": layer}, call, full, times=2)["layer"]
+    changes = sum((a - b).T @ layer.input(b) for a, b in zip(theirs, ours, strict=True))
+    torch.testing.assert_close(found.changes[0], changes)
+    torch.testing.assert_close(found.hessians[0], sum(layer.input(x).T @ layer.input(x) for x in ours))
 
 
 @pytest.mark.parametrize(

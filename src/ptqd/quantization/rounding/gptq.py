@@ -169,7 +169,7 @@ def fit_gptq(
                         run_until(full, unit, inputs.call(rows), times[unit])
                     run_until(model, unit, inputs.call(rows), times[unit])
 
-        _round_unit(model, full, unit, method, exempt, call_unit, done)
+        _round_unit(model, full, unit, method, exempt, call_unit, done, times[unit])
 
     if (method.asymmetric or max(times.values()) == 1) and waiting:
         inputs = inputs.first(waiting)
@@ -211,13 +211,14 @@ def _round_unit(
     exempt: frozenset[str],
     call_unit: Callable[[], None],
     done: DoneLayers,
+    times: int = 1,
 ) -> None:
     """Round the layers of one unit by the inputs that they get when the unit is called."""
     layers = {name: x for name, x in quantized_layers(model) if is_inside(name, unit) and name not in exempt}
     if done.has(*layers):
         _restore(layers, done)
     else:
-        moments = moments_of(layers, call_unit, full if method.asymmetric else None)
+        moments = moments_of(layers, call_unit, full if method.asymmetric else None, times)
         weights = {name: full_weight(full, name, layers[name]) for name in moments}
         round_layers(layers, weights, moments, method)
         done.keep(layers, ["codes"])
@@ -250,7 +251,7 @@ class Moments:
 
 
 def moments_of(
-    layers: Mapping[str, QuantLayer], call: Callable[[], None], full: nn.Module | None = None
+    layers: Mapping[str, QuantLayer], call: Callable[[], None], full: nn.Module | None = None, times: int = 1
 ) -> dict[str, Moments]:
     """The moments of the inputs that each layer gets in calls, where it is called.
 
@@ -258,20 +259,21 @@ def moments_of(
         layers: by name.
         call: makes the calls; each of a full-precision denoiser, where there is one, before the same of the layers.
         full: that denoiser.
+        times: that it calls each layer in one call, before the other calls it as often.
     """
     result: dict[str, Moments] = {}
-    given: dict[str, torch.Tensor] = {}
+    given: dict[str, list[torch.Tensor]] = {}
 
     def keep(module: Any, args: Any, name: str) -> None:
-        given[name] = args[0].detach()
+        given[name] = [*given.get(name, ()), args[0].detach()][-times:]
 
     def add(layer: Any, args: Any, name: str) -> None:
         before = layer.smoothed(args[0].detach())
         x = layer.input(before)
         change = None
         if full is not None:  # experts are given other tokens than in full precision, or none
-            input_there = given.pop(name, None)
-            theirs = before if input_there is None else layer.smoothed(_half(input_there, layer, full, name))
+            waiting = given.get(name)
+            theirs = layer.smoothed(_half(waiting.pop(0), layer, full, name)) if waiting else before
             change = theirs - before if theirs.shape == before.shape else torch.zeros_like(before)
         at_once = _rows_at_once(layer, x)
         for n, part in enumerate(x.split(at_once)):
