@@ -6,7 +6,7 @@ denoiser's output by as much as :mod:`ptqd.quantization.output_effect` says; the
 each bit operation comes first, as for a knapsack.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -92,7 +92,7 @@ def branch_ranks(
         branches = _branches(layer, seed)
         hooks.append(layer.register_forward_hook(partial(_watch, found, name, branches)))
     with hooked(*hooks):
-        found.run(partial(_call, model, inputs), len(inputs), title)
+        found.run(partial(inputs.run, model), len(inputs), title)
     options = {}
     for name, layer in layers.items():
         cost = macs.get(name, 0.0) * (1 / layer.shape[0] + 1 / layer.columns) * layer.rank_bits**2
@@ -140,8 +140,3 @@ def _watch(
         return moved
 
     return found.watch(name, y, moves)
-
-
-def _call(model: nn.Module, inputs: CalibrationInputs, rows: Sequence[int]) -> Any:
-    args, kwargs = inputs.call(rows)
-    return model(*args, **kwargs)

@@ -60,6 +60,11 @@ class CalibrationInputs:
         args, kwargs = join_rows([self.rows[i] for i in rows])
         return args, kwargs
 
+    def run(self, model: nn.Module, rows: Iterable[int]) -> Any:
+        """What a denoiser gives for some of the rows, of one kind."""
+        args, kwargs = self.call(rows)
+        return model(*args, **kwargs)
+
     def kinds(self) -> list[list[int]]:
         """The rows of each kind, by number; the commonest kind first."""
         return sorted(self._kinds.values(), key=lambda rows: (-len(rows), rows[0]))

@@ -233,13 +233,8 @@ def _effects(
             kept = forms[site.name]["weights"]
             hooks.append(site.weight.register_forward_hook(partial(_watch_output, found, site.name, kept)))
     with hooked(*hooks):
-        found.run(lambda rows: _called(model, inputs, rows), len(inputs), title)
+        found.run(partial(inputs.run, model), len(inputs), title)
     return found.effects
-
-
-def _called(model: nn.Module, inputs: CalibrationInputs, rows: list[int]) -> Any:
-    args, kwargs = inputs.call(rows)
-    return model(*args, **kwargs)
 
 
 def _frozen(quantizer: ActivationQuantizer, form: Form) -> ActivationQuantizer:
