@@ -12,6 +12,7 @@ from ptqd.correction.fit import fit_correction
 from ptqd.correction.search import CorrectionSearch, search_correction
 from ptqd.diffusion.from_module import from_module
 from ptqd.diffusion.sampling import Sampling, sample
+from ptqd.engines.checkpoints import export_checkpoint
 from ptqd.engines.export import export
 from ptqd.errors import (
     ArtifactError,
@@ -75,6 +76,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "export_checkpoint",
     "fit_correction",
     "from_module",
     "keep_weights",

@@ -27,6 +27,10 @@ JUDGING = Group("Judging", sort_key=3)
 PLANNING = Group("Bits by step", sort_key=1)
 
 Device = Annotated[str | None, Parameter(help=DEVICE_HELP)]
+Precision = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    Precision, Parameter(help="of the floating-point weights; the one of a large model's files, which are then mapped")
+]
 Others = Annotated[
     Literal["fp32", "int8", "none"],
     Parameter(help="decoders and text encoders: in full precision, as int8, or left to torch"),
@@ -120,9 +124,9 @@ class SamplingOptions(ScheduleOptions):
         """How a pipeline is run for so many samples."""
         return self.sampling(pipe, samples=samples, batch=self.batch, seed=self.seed)
 
-    def load(self, model: str | Path) -> "DiffusionPipeline":
+    def load(self, model: str | Path, dtype: "Precision" = "float32") -> "DiffusionPipeline":
         """A pipeline, with the wanted scheduler, on the wanted device."""
-        return load_pipeline(model, self.scheduler, self.device)
+        return load_pipeline(model, self.scheduler, self.device, dtype)
 
 
 @Parameter(name="*", group=JUDGING)
@@ -222,14 +226,19 @@ def call_arguments(texts: tuple[str, ...], option: str = "--call") -> dict[str, 
     return call
 
 
-def load_pipeline(model: str | Path, scheduler: str | None, device: str | None) -> "DiffusionPipeline":
-    """A pipeline, with the wanted scheduler, on the wanted device or the process' own."""
+def load_pipeline(
+    model: str | Path, scheduler: str | None, device: str | None, dtype: "Precision" = "float32"
+) -> "DiffusionPipeline":
+    """A pipeline, with the wanted scheduler and type, on the wanted device or the process' own."""
+    import torch
+
     from ptqd import processes
     from ptqd.loading import best_device, check_device, load, scheduler_class, with_scheduler
 
     check_device(device)
     scheduler_class(scheduler)
-    return with_scheduler(load(model), scheduler).to(processes.device() or device or best_device())
+    loaded = load(model, dtype=getattr(torch, dtype))
+    return with_scheduler(loaded, scheduler).to(processes.device() or device or best_device())
 
 
 def correction_methods(text: str) -> tuple[str, ...]:

@@ -14,7 +14,17 @@ from ptqd.diffusion import Macs, call_macs, run_batch, run_macs, with_components
 from ptqd.experiments import bare_denoiser, denoiser_config, one_call
 from ptqd.experiments.count_cost import count_cost
 from ptqd.experiments.meta_pipeline import meta_pipeline
-from ptqd.quantization import Bits, Cost, cost_of, disk_bytes, insert_quantizers, layer_bits, memory_bytes, run_cost
+from ptqd.quantization import (
+    Bits,
+    Cost,
+    Memory,
+    cost_of,
+    disk_bytes,
+    insert_quantizers,
+    layer_bits,
+    memory_bytes,
+    run_cost,
+)
 from ptqd.quantization.modules import AttentionProducts, QuantConv, QuantLinear
 from ptqd.quantization.modules.attention import quantize_attention
 from tiny import CASES
@@ -57,7 +67,10 @@ def test_bits_of_layers_and_products() -> None:
     assert bits.right[1].tolist() == [8, 8, 32, 4, 4, 32]
     macs = Macs(("conv",), torch.tensor([[10.0], [30.0]], dtype=torch.float64))
     cost = Cost(
-        macs, Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]]), torch.zeros(1), torch.ones(2, 1)), 0, 0, 0
+        macs,
+        Bits(torch.full((2, 1), 4.0), torch.tensor([[4.0], [8.0]]), torch.zeros(1), torch.ones(2, 1)),
+        0,
+        Memory(0, 0),
     )
     assert cost.bops.tolist() == [[160.0], [960.0]]
     assert (cost.total, cost.ratio) == (1120, 40 * 1024 / 1120)

@@ -31,6 +31,7 @@ def test_the_public_names_are_these() -> None:
         "evaluate",
         "explain",
         "export",
+        "export_checkpoint",
         "fit_correction",
         "from_module",
         "keep_weights",

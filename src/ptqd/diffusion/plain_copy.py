@@ -24,11 +24,15 @@ def uncompiled(*models: nn.Module) -> Iterator[None]:
             model._compiled_call_impl = compiled
 
 
-def plain_copy(model: nn.Module) -> Any:
-    """A copy of a network with weights of its own, as it is before it is offloaded, cast or compiled.
+def plain_copy(model: nn.Module, *, shares_weights: bool = False) -> Any:
+    """A copy of a network, as it is before it is offloaded, cast or compiled.
 
     Hooks of accelerate and diffusers, which move or cast weights for the time of a call, are left out; what they hold
     elsewhere is fetched. Weights that are stored narrower than they are computed with come as computed.
+
+    Args:
+        model: the network.
+        shares_weights: where the copy is only read: it has the network's weights, not ones of its own.
 
     Raises:
         InputError: weights that are nowhere to be had.
@@ -40,13 +44,17 @@ def plain_copy(model: nn.Module) -> Any:
             memo[id(vars(module)[name])] = None
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta and name in elsewhere:
-            full = elsewhere[name].detach().clone()
+            full = elsewhere[name].detach()
+            full = full if shares_weights else full.clone()
             memo[id(value)] = nn.Parameter(full, value.requires_grad) if isinstance(value, nn.Parameter) else full
         elif value.is_meta and name in model.state_dict():
             raise InputError(
                 f"{name!r} of {type(model).__name__} is offloaded to where ptqd cannot fetch it; load the pipeline "
                 "without device_map or offloading to quantize it"
             )
+    for parameter in model.parameters() if shares_weights else ():
+        if id(parameter) not in memo and not parameter.is_inference():
+            memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad)
     copied: nn.Module = copy.deepcopy(model, memo)
     wide = _computed_in(model)
     for (path, module), twin in zip(model.named_modules(), copied.modules(), strict=True):

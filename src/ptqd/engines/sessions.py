@@ -32,6 +32,7 @@ LEAST: dict[str, tuple[int, ...]] = {
     "onnx": (1, 17),
     "onnxscript": (0, 5),
     "torchao": (0, 15),
+    "gguf": (0, 10),
 }
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
 COMPILED = 2  # numbers of samples that OpenVINO keeps kernels for: a share of a batch, and one that is smaller by 1
@@ -52,7 +53,7 @@ def required(package: str) -> Any:
     Raises:
         InputError: it is not installed, or older than what is needed.
     """
-    extra = "backends" if package == "torchao" else "engines"
+    extra = "backends" if package in ("torchao", "gguf") else "engines"
     remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
     try:
         with _without_telemetry():

@@ -69,7 +69,7 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
                 weight = (_int8 if layout == "int8" else _int4)(layer, ranks.get(path, 2))
                 integer.append(path)
             else:
-                weight = _rounded(layer)
+                weight = rounded_weight(layer)
                 floating.append((path, reason))
             _set(module, weight, layer)
         elif layer is not None:
@@ -169,10 +169,10 @@ def _int4(layer: QuantLayer, rank: int) -> torch.Tensor:
     return output
 
 
-def _rounded(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight as one in floating point, its smoothing and its branch included."""
+def rounded_weight(layer: nn.Module) -> torch.Tensor:
+    """A quantized layer's weight as one in floating point, its smoothing and its branch included, float32."""
     if isinstance(layer, SplitConv):
-        return torch.cat([_rounded(layer.hidden), _rounded(layer.skip)], 1)
+        return torch.cat([rounded_weight(layer.hidden), rounded_weight(layer.skip)], 1)
     assert isinstance(layer, QuantLayer)
     weight = layer.grid().values(layer.integer_weight().flatten(1)).view(layer.shape).float()
     if layer.rank:

@@ -1,5 +1,7 @@
 """The cost of a model, counted from its configuration alone wherever that suffices."""
 
+import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,13 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from ptqd.diffusion.call_rows import first_rows, join_rows
 from ptqd.diffusion.macs import Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling
-from ptqd.errors import InputError
+from ptqd.errors import InputError, PtqdError
 from ptqd.experiments.meta_pipeline import (
     bare_denoiser,
+    call_of,
     denoiser_config,
     meta_pipeline,
     one_call,
@@ -23,6 +29,7 @@ from ptqd.experiments.meta_pipeline import (
 from ptqd.loading import load, with_scheduler
 from ptqd.quantization.bops import Cost, cost_of
 from ptqd.quantization.hf_quantizer import with_weights
+from ptqd.quantization.memory import Memory, calling_bytes, memory_of
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
 from ptqd.quantization.recipe import Recipe
@@ -38,6 +45,7 @@ def count_cost(
     sampling: Sampling | Callable[[DiffusionPipeline | None], Sampling] | None = None,
     *,
     scheduler: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """The cost of one sample of a model, quantized by a recipe and with a plan, if there are any.
 
@@ -49,26 +57,46 @@ def count_cost(
         plan: TOML file.
         sampling: how it is run, or what says so of a pipeline, or of None where a denoiser stands on its own.
         scheduler: a diffusers scheduler class to use instead of the pipeline's.
+        dtype: that the weights are loaded in.
 
     Raises:
         InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
     """
-    denoisers, config, macs = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
+    denoisers, config, macs, calls = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
     required, chosen = _bits(model, config, recipe, plan)
-    if required is None:
-        return cost_of(denoisers, macs)
-    if chosen is not None:
+    if required is not None and chosen is not None:
         required = with_weights(required, chosen, layer_types(denoisers[0], required))
-    for denoiser in denoisers:
-        with torch.device("meta"):
-            insert_quantizers(denoiser, required)
-        if chosen is not None:
-            set_plan(denoiser, chosen)
-    return cost_of(denoisers, macs)
+    memory = []
+    for denoiser, call in zip(denoisers, calls, strict=True):
+        nn.Module.to(denoiser, dtype)
+        full = nn.Module.to(on_meta(denoiser), dtype)
+        if required is not None:
+            with torch.device("meta"):
+                insert_quantizers(denoiser, required)
+            if chosen is not None:
+                set_plan(denoiser, chosen)
+        memory.append(memory_of(full, denoiser, required, 0 if call is None else _calling(denoiser, call, dtype)))
+    whole = Memory(*(sum(getattr(each, field.name) for each in memory) for field in dataclasses.fields(Memory)))
+    return dataclasses.replace(cost_of(denoisers, macs), memory=whole)
 
 
-def _described(model: str, sampling: Any, scheduled: Any) -> tuple[list[Any], Mapping[str, Any], Macs]:
-    """A pipeline's denoisers in full precision on the meta device, their configuration, and what a run takes."""
+def _calling(denoiser: nn.Module, call: Mapping[str, Any], dtype: torch.dtype) -> int:
+    """Bytes that a call takes at most; 0 where that cannot be counted without numbers."""
+    moved = tree_map_only(torch.Tensor, lambda x: x.to("meta", dtype if x.is_floating_point() else x.dtype), dict(call))
+    try:
+        return calling_bytes(denoiser, moved)
+    except (RuntimeError, NotImplementedError) as error:  # torch's, for a look at numbers that are not there
+        logger.info("what a call takes is not counted: %s", error)
+        return 0
+
+
+def _described(
+    model: str, sampling: Any, scheduled: Any
+) -> tuple[list[Any], Mapping[str, Any], Macs, list[Mapping[str, Any] | None]]:
+    """A pipeline's denoisers in full precision on the meta device, their configuration, and what a run takes.
+
+    And the arguments of a call of each, with one sample; None where they are not known.
+    """
     config = denoiser_config(model)
     if config is None:
         pipe = scheduled(meta_pipeline(model))
@@ -78,12 +106,26 @@ def _described(model: str, sampling: Any, scheduled: Any) -> tuple[list[Any], Ma
             logger.warning("%s; it is loaded", error)
             pipe = scheduled(load(model))
             macs = run_macs(pipe, sampling(pipe))
-        first = denoiser_of(pipe)
-        every = [on_meta(denoiser) for denoiser in denoisers_of(pipe).values()]
-        return every, saved_configuration(model, denoiser_name(pipe), first), macs
+        first, names = denoiser_of(pipe), denoisers_of(pipe)
+        every = [on_meta(denoiser) for denoiser in names.values()]
+        calls = [_first_call(pipe, sampling(pipe), name, denoiser) for name, denoiser in names.items()]
+        return every, saved_configuration(model, denoiser_name(pipe), first), macs, calls
     denoiser, run = bare_denoiser(config), sampling(None)
     guided = run.call.get("guidance_scale", 1.0) != 1.0
-    return [denoiser], config, run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
+    whole = run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
+    return [denoiser], config, whole, [call_of(config, denoiser)]
+
+
+def _first_call(
+    pipe: DiffusionPipeline, sampling: Sampling, name: str, denoiser: nn.Module
+) -> Mapping[str, Any] | None:
+    """The arguments that a pipeline calls a denoiser with first, by name; None where it does not call it."""
+    try:
+        args, kwargs = join_rows(first_rows(pipe, sampling, name))
+    except (PtqdError, RuntimeError):
+        return None
+    names = inspect.signature(denoiser.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _bits(

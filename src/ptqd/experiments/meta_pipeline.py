@@ -24,6 +24,7 @@ from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
 
 TOKENS = "context_tokens"
+CALL = "call"
 WHOLE = "give the whole pipeline's folder or hub id"
 
 
@@ -88,7 +89,7 @@ def bare_denoiser(config: Mapping[str, object]) -> Any:
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise InputError(f"diffusers has no denoiser {name!r}; see '_class_name' in its config.json")
     try:
-        return from_configuration(kind, {key: value for key, value in config.items() if key != TOKENS})
+        return from_configuration(kind, {key: value for key, value in config.items() if key not in (TOKENS, CALL)})
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         if raised_by(error, "ptqd.diffusion", "ptqd.experiments"):
             raise
@@ -99,13 +100,36 @@ def one_call(config: Mapping[str, Any], model: Any) -> dict[str, int]:
     """Multiply-accumulates by layer of one call of a bare denoiser, for one sample of the size it was trained for.
 
     Args:
-        config: its configuration; ``"context_tokens"`` says how long a cross-attention's context is, which diffusers'
-            own configurations do not.
+        config: its configuration; see :func:`call_of`.
         model: the denoiser, on the meta device.
 
     Raises:
         InputError: what it is called with does not follow from its configuration.
     """
+    arguments = call_of(config, model)
+    try:
+        return call_macs(model, **arguments)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if raised_by(error, "ptqd"):
+            raise
+        reason, kind = " ".join(str(error).split())[:160], type(model).__name__
+        raise InputError(f"{kind} is called with more than its configuration says ({reason}); {WHOLE}") from error
+
+
+def call_of(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The arguments of a bare denoiser's call, on the meta device.
+
+    Args:
+        config: its configuration. Two things in it are ptqd's own: ``"context_tokens"`` says how long a
+            cross-attention's context is; ``"call"`` the shapes of all arguments, by name.
+        model: the denoiser, on the meta device.
+
+    Raises:
+        InputError: they do not follow from its configuration.
+    """
+    if CALL in config:
+        return {name: _of_shape(value) for name, value in config[CALL].items()}
+    config = {**getattr(model, "config", {}), **config}
     size, channels, kind = config.get("sample_size"), config.get("in_channels"), type(model).__name__
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     context, tokens = config.get("cross_attention_dim"), config.get(TOKENS)
@@ -118,13 +142,18 @@ def one_call(config: Mapping[str, Any], model: Any) -> dict[str, int]:
             arguments["encoder_hidden_states"] = torch.zeros(1, int(tokens or 0), int(context or 0))
         if config.get("num_class_embeds") or config.get("num_embeds_ada_norm"):
             arguments["class_labels"] = torch.zeros(1, dtype=torch.long)
-        try:
-            return call_macs(model, torch.zeros(1, channels, *sides), **arguments)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            if raised_by(error, "ptqd"):
-                raise
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{kind} is called with more than its configuration says ({reason}); {WHOLE}") from error
+        first = next(iter(inspect.signature(model.forward).parameters))
+        return {first: torch.zeros(1, channels, *sides), **arguments}
+
+
+def _of_shape(value: Any) -> Any:
+    """A tensor on the meta device of a shape, which may be headed by a type; of a mapping one for each."""
+    if isinstance(value, Mapping):
+        return {name: _of_shape(each) for name, each in value.items()}
+    if value is None:
+        return None
+    dtype, shape = (getattr(torch, value[0]), value[1:]) if isinstance(value[0], str) else (torch.float32, value)
+    return torch.zeros(shape, dtype=dtype, device="meta")
 
 
 def denoiser_config(model: str | Path) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from ptqd.experiments.meta_pipeline import meta_pipeline, with_meta_proxies
 from ptqd.experiments.plan_request import PlanRequest
 from ptqd.experiments.results import PublishedRow, Row
 from ptqd.files import read_toml
-from ptqd.quantization.bops import cost_of, disk_bytes, memory_bytes
+from ptqd.quantization.bops import cost_of, disk_bytes
+from ptqd.quantization.memory import memory_bytes
 from ptqd.quantization.schema import build
 from ptqd.quantization.swap import insert_quantizers
 

@@ -2,9 +2,10 @@
 
 from ptqd.quantization.apply_plan import at_width, plan_of
 from ptqd.quantization.blocks import SKIPS, concatenations, find_units
-from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, memory_bytes, run_cost
+from ptqd.quantization.bops import Bits, Cost, cost_of, disk_bytes, layer_bits, run_cost
 from ptqd.quantization.calibration import CalibrationInputs, draw_inputs, step_weights
 from ptqd.quantization.hf_quantizer import coverage_of
+from ptqd.quantization.memory import Memory, memory_bytes
 from ptqd.quantization.methods import Brecq
 from ptqd.quantization.plan_steps import PlanSteps
 from ptqd.quantization.rounding.adaround_brecq import learn
@@ -24,6 +25,7 @@ __all__ = [
     "CalibrationInputs",
     "Cost",
     "LearnedScale",
+    "Memory",
     "PlanSteps",
     "RangeSteps",
     "Soft",

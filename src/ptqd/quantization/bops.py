@@ -17,6 +17,7 @@ from ptqd.diffusion.macs import FULL_BITS, PRODUCTS, Macs, on_meta, run_macs
 from ptqd.diffusion.pipeline_parts import denoisers_of
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
+from ptqd.quantization.memory import Memory, memory_bytes
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.attention import PRODUCTS as ATTENTION
 from ptqd.quantization.modules.attention import AttentionProducts
@@ -49,15 +50,18 @@ class Cost:
         macs: of one sample.
         bits: of the layers.
         parameters: of the denoiser.
-        disk: bytes of its saved tensors: packed codes, scales and what stays in full precision.
-        memory: bytes of all its tensors while it samples; a simulation holds the weights as floats beside their codes.
+        memory: that the denoiser takes, or both where there are two.
     """
 
     macs: Macs
     bits: Bits
     parameters: int
-    disk: int
-    memory: int
+    memory: Memory
+
+    @property
+    def disk(self) -> int:
+        """Bytes of its saved tensors."""
+        return self.memory.disk
 
     @property
     def bops(self) -> torch.Tensor:
@@ -94,8 +98,8 @@ def cost_of(quantized: DiffusionPipeline | nn.Module | Sequence[nn.Module], macs
     models = list(denoisers_of(models).values()) if isinstance(models, DiffusionPipeline) else models
     parameters = sum(p.numel() for model in models for p in on_meta(model).parameters())
     macs = by_halves(macs, models[0])
-    disk, memory = (sum(map(count, models)) for count in (disk_bytes, memory_bytes))
-    return Cost(macs, layer_bits(models[0], macs), parameters, disk, memory)
+    memory = Memory(sum(map(disk_bytes, models)), sum(map(memory_bytes, models)))
+    return Cost(macs, layer_bits(models[0], macs), parameters, memory)
 
 
 def by_halves(macs: Macs, model: nn.Module) -> Macs:
@@ -171,11 +175,6 @@ def disk_bytes(quantized: DiffusionPipeline | nn.Module) -> int:
     """Bytes of a model's saved tensors, or of a pipeline's denoisers': codes, scales and what is in full precision."""
     models = [quantized] if isinstance(quantized, nn.Module) else denoisers_of(quantized).values()
     return sum(_bytes(model.state_dict().values()) for model in models)
-
-
-def memory_bytes(model: nn.Module) -> int:
-    """Bytes of all of a model's tensors."""
-    return _bytes({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

@@ -114,7 +114,7 @@ class _Branches:
 
 
 def _branches(layer: QuantLayer, seed: int) -> _Branches:
-    rows = layer.weight.detach().cpu().float().flatten(1)
+    rows = layer.float_weight().detach().cpu().float().flatten(1)
     most = min(rows.shape) // 4
     ranks = sorted({0, *(max(1, min(most, round(share * layer.rank))) for share in SHARES)})
     with torch.random.fork_rng([]):
@@ -127,7 +127,7 @@ def _watch(
     found: "OutputEffects[_Effect]", name: str, branches: _Branches, layer: Any, args: Any, y: torch.Tensor
 ) -> torch.Tensor:
     def moves() -> dict[_Effect, torch.Tensor]:
-        x, rows = layer.smoothed(args[0].detach()), layer.weight.detach().cpu().float().flatten(1)
+        x, rows = layer.smoothed(args[0].detach()), layer.float_weight().detach().cpu().float().flatten(1)
         as_it_comes = ActivationQuantizer(
             replace(layer.input.spec, dynamic=True), axis=layer.input.axis, rowwise=layer.input.rowwise
         ).to(x.device)

@@ -131,7 +131,7 @@ def as_calibrated(model: nn.Module) -> nn.Module:
     merged = any(layer.merged_adapters for _, layer in tuned_layers(model))
     if is_plain(model) and not fused and not merged:
         return model
-    own: nn.Module = plain_copy(model)
+    own: nn.Module = plain_copy(model, shares_weights=True)
     without_merged(own)
     for _, attention in attention_modules(own):
         if getattr(attention, "fused_projections", False):

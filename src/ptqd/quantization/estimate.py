@@ -5,7 +5,6 @@ multiply-accumulates. What grows with the rows is scaled to all units by their m
 their parameters.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import call_macs
+from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
 from ptqd.quantization.blocks import find_units, is_inside
@@ -233,7 +233,7 @@ def measure_costs(
     if clock.seconds(lambda: call(full, 1)) > QUICK:
         clock.many = 2
     whole = clock.line(lambda n: call(full, n), 1, 1)
-    model: Any = copy.deepcopy(full)
+    model: Any = copy_module(full, lambda tensor: tensor.detach())
     insert_quantizers(model, recipe)
     for _, quantizer in activation_quantizers(model):
         quantizer.bypass()

@@ -99,6 +99,27 @@ class Smooth(Method):
 
 
 @dataclass(frozen=True)
+class ConvRot(Method):
+    """ConvRot (arXiv 2512.03673): inputs and weights are rotated by a regular Hadamard matrix, without smoothing.
+
+    Attributes:
+        group: of input channels, at most: a power of 4. A layer has the largest that divides its channels.
+    """
+
+    name: ClassVar[str] = "convrot"
+    changes_layers: ClassVar[bool] = True
+    group: int = 256
+
+    def __post_init__(self) -> None:
+        if self.group not in (4, 16, 64, 256):
+            raise InputError(f"group must be 4, 16, 64 or 256 channels; got {self.group}")
+
+    def rows(self, *, dynamic: bool) -> int:
+        """What static ranges are observed on again, behind the rotation."""
+        return 0 if dynamic else OBSERVED
+
+
+@dataclass(frozen=True)
 class LowRank(Method):
     """SVDQuant (Li et al., arXiv 2411.05007, eq. 4): a branch of low rank takes what is hardest to quantize.
 
@@ -253,6 +274,10 @@ def check_order(methods: tuple[Method, ...]) -> None:
     for before, after in itertools.pairwise(methods):
         if after.changes_layers and not before.changes_layers:
             raise InputError(f"{after.name!r} changes what {before.name!r} quantizes; name it before")
+    if "convrot" in names and "smooth" in names:
+        raise InputError("'convrot' rotates without smoothing; leave 'smooth' out, or take 'rotate' instead of both")
+    if "svd" in names and "convrot" in names and names.index("svd") < names.index("convrot"):
+        raise InputError("'convrot' changes what 'svd' splits; name it before")
     if "svd" in names and "smooth" in names and names.index("svd") < names.index("smooth"):
         raise InputError("'smooth' changes what 'svd' splits; name it before")
 

@@ -16,7 +16,14 @@ from torch import nn
 
 from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.macs import Macs, call_macs, steps_called
-from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, denoisers_of, scheduler_of, with_components
+from ptqd.diffusion.pipeline_parts import (
+    copy_module,
+    denoiser_names,
+    denoiser_of,
+    denoisers_of,
+    scheduler_of,
+    with_components,
+)
 from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
@@ -27,7 +34,7 @@ from ptqd.progress import announce, track
 from ptqd.quantization.activation_profile import ActivationProfile
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.branch_ranks import branch_ranks
-from ptqd.quantization.budget import Budget, device_of, rows_that_fit
+from ptqd.quantization.budget import Budget, device_of, release_memory, rows_that_fit
 from ptqd.quantization.calibration import (
     BATCH,
     ERROR_SAMPLES,
@@ -114,6 +121,11 @@ UNSEEN = 4  # samples, at least, whose calls show what ranges do to new samples
 BUCKETS = 64  # of steps, at most, whose activations are observed apart: a histogram each
 
 
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter on the same memory, of which there may not be room for another; a copy of a buffer."""
+    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
 def _observers_by_step(steps: int) -> list[Observer]:
     """An observer for each step; of long runs, neighbouring steps share one."""
     buckets = [Observer() for _ in range(min(steps, BUCKETS))]
@@ -179,10 +191,6 @@ class _Quantizing:
                 self._apply(method, model, calibration.inputs, temporal)
         config = PtqdConfig(self.recipe.to_dict(), ranges=None if ranges is None else ranges.to_dict())
         PtqdQuantizer(config).adopt(model, coverage)
-        choose_weights(model, "auto")
-        for _, layer in quantized_layers(model):
-            if layer.holds_codes:
-                layer.refresh()
         return model  # type: ignore[no-any-return]
 
     def _prepare(self) -> None:
@@ -234,14 +242,17 @@ class _Quantizing:
 
     def _inserted(self, ranges: StepRanges | None) -> tuple[DiffusionPipeline, Coverage]:
         """The pipeline with quantizers that are still to find their ranges."""
-        model = copy.deepcopy(self.full)
+        model = copy_module(self.full, _shared)
         coverage = insert_quantizers(model, self.recipe, ranges)
         if self.unreached:
-            model = copy.deepcopy(self.full)
+            model = copy_module(self.full, _shared)
             kept = [name for name in coverage.quantized if name.removesuffix(f".{PRODUCTS}") not in self.unreached]
             insert_quantizers(model, self.recipe, ranges, kept)
             why = [(name, "no calibration call reaches it") for name in coverage.quantized if name not in kept]
             coverage = Coverage(tuple(kept), (*coverage.skipped, *why))
+        for parameter in model.parameters():  # of layers that stay as they are
+            parameter.data = parameter.data.clone()
+        choose_weights(model, "auto")
         if ranges is not None:
             set_ranges(model, ranges)
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
@@ -476,6 +487,8 @@ class _Quantizing:
                     checkpoint.keep(done, (), {}, last=done == len(batches))
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):
             site.module.freeze()
+            if site.weight is not None and site.weight.holds_codes:
+                release_memory()
 
 
 def _siblings(name: str) -> str:

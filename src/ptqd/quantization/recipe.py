@@ -341,10 +341,14 @@ WORDS: dict[str, dict[str, Any]] = {
 ``gptaq``, asymmetric GPTQ; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published
 recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
 GPTAQ = "gptaq"  # a word: asymmetric GPTQ
+COMFY = "comfy"  # a word: what ComfyUI computes of quantized linear layers, its activations by token as they come
 RANKS = "ranks"  # a word: each layer's branch has a rank of its own
 ROTATED = 64  # channels of a group, at most
 _AFFINE = ("affine", "brecq", "ptq4dm", "qdiffusion", "tfmq")
 """Words that integer weights have a zero point with; the published recipes all have one for each output channel."""
+
+
+_OTHERS = ("affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8", RANKS, GPTAQ, COMFY)
 
 
 def _methods_of(word: str) -> tuple[Method, ...]:
@@ -375,6 +379,12 @@ def _by_layer(methods: Sequence[Method]) -> tuple[Method, ...]:
     )
 
 
+def _first_and_last(weights: QuantSpec, activations: QuantSpec) -> tuple[Rule, ...]:
+    """The rules that keep the first and the last layer in 8 bits, where others have less."""
+    narrow = min(weights.bits, activations.bits) < MAX_BITS or "int" in (weights.format, activations.format)
+    return FIRST_AND_LAST if narrow else ()
+
+
 def _from_shorthand(text: str) -> Recipe:
     """A recipe from what :data:`_SHORT` matches."""
     result = re.fullmatch(_SHORT, text)
@@ -394,8 +404,8 @@ def _from_shorthand(text: str) -> Recipe:
     values: dict[str, Any] = {"methods": ()}
     for word in (word for word in said if word not in ("affine", RANKS)):
         numbered, methods = re.fullmatch(r"(g|steps)([0-9]{1,9})", word), _methods_of(word)
-        if word == "dynamic":
-            activations = replace(activations, dynamic=True)
+        if word in ("dynamic", COMFY):
+            activations = replace(activations, dynamic=True, symmetric=activations.symmetric or word == COMFY)
         elif numbered and numbered[1] == "g":
             weights = replace(weights, group=int(numbered[2]))
         elif numbered:
@@ -407,8 +417,7 @@ def _from_shorthand(text: str) -> Recipe:
             before = (m for m in values["methods"] if not (rotates and m == Smooth()))
             values |= {**WORDS.get(word, {}), "methods": (*before, *more)}
         else:
-            others = ("affine", "dynamic", "g64", "steps8", "rotate64", "svd32", "svd32x8", RANKS, GPTAQ)
-            known = ", ".join([*WORDS, *METHODS, *others])
+            known = ", ".join([*WORDS, *METHODS, *_OTHERS])
             raise InputError(f"recipe {text!r}: unknown word {word!r}; known are {known}")
     if RANKS in said:
         values["methods"] = _by_layer(values["methods"])
@@ -419,12 +428,8 @@ def _from_shorthand(text: str) -> Recipe:
     values["methods"] = tuple(
         sorted(values["methods"], key=lambda m: first.index(m.name) if m.name in first else 4 - m.changes_layers)
     )
-    rules = tuple(
-        rule
-        for rule in FIRST_AND_LAST
-        if min(weights.bits, activations.bits) < MAX_BITS or "int" in (weights.format, activations.format)
-    )
-    chosen = values.pop("rules", rules)
-    if weights.group:  # first and last layers have few inputs
-        chosen = tuple(replace(rule, group=0) if rule.weight_bits else rule for rule in chosen)
+    chosen = values.pop("rules", _first_and_last(weights, activations))
+    if COMFY in said:
+        values["attention"], chosen = False, (*chosen, Rule("*", type="conv", skip=True, optional=True))
+    chosen = tuple(replace(rule, group=0) if rule.weight_bits and weights.group else rule for rule in chosen)
     return Recipe(weights, activations, tuple(step_bits), rules=chosen, **values)

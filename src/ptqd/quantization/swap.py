@@ -12,7 +12,7 @@ from torch import nn
 from ptqd.diffusion.plain_copy import is_plain
 from ptqd.errors import ArtifactError, InputError
 from ptqd.quantization.blocks import concatenations
-from ptqd.quantization.methods import LowRank, Smooth
+from ptqd.quantization.methods import ConvRot, LowRank, Smooth
 from ptqd.quantization.modules.attention import (
     PRODUCTS,
     AttentionProducts,
@@ -187,9 +187,11 @@ def _quantized(name: str, layer: Any, recipe: Recipe, rule: Rule | None, ranges:
     rank, rank_bits = (low_rank.rank, low_rank.bits) if isinstance(low_rank, LowRank) else (0, WIDE)
     if rank and rule is not None and rule.rank is not None:
         rank = rule.rank
-    smooth = required.get(Smooth.name)
+    smooth, convrot = required.get(Smooth.name), required.get(ConvRot.name)
     rotate = smooth.rotate if isinstance(smooth, Smooth) else 0
-    extras = LayerOptions(smooth is not None, rotate, rank, rank_bits, _count(name, activations, ranges))
+    rotate = convrot.group if isinstance(convrot, ConvRot) else rotate
+    count, changes = _count(name, activations, ranges), smooth is not None or convrot is not None
+    extras = LayerOptions(changes, rotate, convrot is not None, rank, rank_bits, count)
     kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     try:
         output: QuantLayer = kind(layer, weights, activations, widths, extras)

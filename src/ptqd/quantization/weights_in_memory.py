@@ -61,10 +61,14 @@ def choose_weights(model: nn.Module, kind: Weights | None = None) -> None:
         kind: see :func:`keep_weights`; without it what :func:`loading_weights_as` says.
     """
     kind = kind or _loaded_as.get()
-    layers = [layer for _, layer in quantized_layers(model)]
-    size = sum(math.prod(layer.shape) * layer.weight.element_size() for layer in layers)
-    for layer in layers:
-        layer.holds_codes = kind == "codes" or (kind == "auto" and size >= LARGE)
+    holds_codes = kind == "codes" or (kind == "auto" and float_bytes(model) >= LARGE)
+    for _, layer in quantized_layers(model):
+        layer.holds_codes = holds_codes
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes that the float weights of a denoiser's quantized layers take, or would."""
+    return sum(math.prod(layer.shape) * layer.weight.element_size() for _, layer in quantized_layers(model))
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def _watch_output(
     found: "OutputEffects[Effect]", place: str, forms: tuple[Form, ...], layer: Any, args: Any, y: torch.Tensor
 ) -> torch.Tensor:
     def moves() -> dict[Effect, torch.Tensor]:
-        rows = layer.weight.detach().flatten(1).float().cpu()
+        rows = layer.float_weight().detach().flatten(1).float().cpu()
         moved: dict[Effect, torch.Tensor] = {}
         for form in forms:
             spec = layer.weights if layer.weights.bits == form.bits else layer.weights.of(form.bits)

@@ -7,7 +7,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {name: _WEIGHTS / name for name in ("fashion-ldm", "fashion-ddpm", "fashion-dit", "fashion-flow")}
 CLASSIFIER = _WEIGHTS / "fashion-classifier"
 _PUBLISHED = Path(__file__).parent / "architectures"
-ARCHITECTURES = {name: _PUBLISHED / f"{name}.json" for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches")}
+ARCHITECTURES = {path.stem: path for path in sorted(_PUBLISHED.glob("*.json"))}  # denoisers' configurations
 CONFIGS = {  # as CompVis published them
     name: _PUBLISHED / f"{name}.yaml"
     for name in ("ldm4-imagenet", "ldm4-bedrooms", "ldm8-churches", "ldm4-celebahq", "ldm4-ffhq")

@@ -33,8 +33,10 @@ def cost_json(cost: Cost) -> dict[str, Any]:
         "bit_operations": cost.total,
         "fewer_than_fp32": cost.ratio,
         "parameters": cost.parameters,
-        "disk_bytes": cost.disk,
-        "memory_bytes": cost.memory,
+        "disk_bytes": cost.memory.disk,
+        "resident_bytes": cost.memory.resident,
+        "calling_bytes": cost.memory.calling,
+        "quantizing_bytes": cost.memory.quantizing,
         "steps": [
             {"macs": int(m), "bit_operations": int(b)}
             for m, b in zip(cost.macs.counts.sum(1).tolist(), cost.bops.sum(1).tolist(), strict=True)
@@ -53,7 +55,12 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
     yield f"  {_si(macs / steps)}MACs a step, {_si(macs)}MACs an image; {share:.1%} of them in attention products"
     yield f"  {_si(bops / steps)}BOPs a step, {_si(bops)}BOPs an image"
     yield f"  {cost.ratio:.2f}x fewer than FP32: {_si(full / steps)}BOPs a step, {_si(full)}BOPs an image"
-    yield f"  {cost.disk / 1e6:,.1f} MB on disk, {cost.memory / 1e6:,.1f} MB in memory while simulated"
+    memory = cost.memory
+    yield f"  {memory.disk / 1e6:,.1f} MB on disk, {memory.resident / 1e6:,.1f} MB in memory" + (
+        f", and {memory.calling / 1e6:,.1f} MB while it is called with one sample" if memory.calling else ""
+    )
+    if memory.quantizing:
+        yield f"  {memory.quantizing / 1e6:,.1f} MB at most while it is quantized, full precision's weights included"
     table = Table()
     table.add_column("layer" if layers else "block", **FOLDED)
     for title in ("MACs a step", "share", "bits", "BOPs a step", "share"):

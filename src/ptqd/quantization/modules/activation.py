@@ -209,7 +209,10 @@ class ActivationQuantizer(KeptInFloat32):
             return _round(x, scale.to(x.dtype), zero, self.spec, self.grids[index])
         if not self._numbers:
             self.refresh()
-        here = self._numbers[self.step.index if self.ranges > 1 else 0]
+        if self.scale.is_meta:  # where there are no numbers, any do
+            here = [(1.0, 0.0, grid) for grid in self.grids]
+        else:
+            here = self._numbers[self.step.index if self.ranges > 1 else 0]
         scale_, zero_, grid = here[index]
         return _round(x, scale_, zero_, self.spec, grid)
 

@@ -20,7 +20,7 @@ from ptqd.errors import InputError
 from ptqd.quantization.modules.activation import ActivationQuantizer, KeptInFloat32, Mode
 from ptqd.quantization.numerics.affine import WIDE, pack, packed_size, unpack, unpack_unsigned
 from ptqd.quantization.numerics.formats import BLOCKS, block_scales
-from ptqd.quantization.numerics.rotation import hadamard, largest_group, rotate
+from ptqd.quantization.numerics.rotation import largest_group, rotate, rotation_of
 from ptqd.quantization.numerics.weight_grid import WeightGrid, groups_of
 from ptqd.quantization.recipe import LayerType, QuantSpec
 
@@ -34,6 +34,7 @@ class LayerOptions:
     Attributes:
         smooth: a divisor for each input channel (SmoothQuant).
         rotate: room for a Hadamard rotation of groups of at most so many input channels; none where it is 0.
+        regular: the rotation is by a regular Hadamard matrix, of a power of 4 channels.
         rank: of a branch beside the codes (SVDQuant); none where it is 0.
         rank_bits: of the branch's weights and inputs: 16, or integers of 8 and fewer.
         ranges: of its input, by step.
@@ -41,6 +42,7 @@ class LayerOptions:
 
     smooth: bool = False
     rotate: int = 0
+    regular: bool = False
     rank: int = 0
     rank_bits: int = WIDE
     ranges: int = 1
@@ -98,12 +100,15 @@ class QuantLayer(KeptInFloat32, ABC):
         rank = min(extras.rank, min(self.shape[0], self.columns) // 4) if getattr(layer, "groups", 1) == 1 else 0
         self.register_buffer("smooth_scale", torch.ones(self.shape[1], device=device) if smooth else None)
         self.largest_rotation = largest_group(self.shape[1], extras.rotate) if smooth and extras.rotate else 1
+        if extras.regular and self.largest_rotation.bit_length() % 2 == 0:
+            self.largest_rotation //= 2  # to a power of 4
         room = torch.ones((), dtype=torch.int32, device=device) if self.largest_rotation > 1 else None
         self.register_buffer("rotation", room)  # channels of a group; 1 where there is none
         self.register_buffer("rotation_matrix", None, persistent=False)
         self.make_low_rank(rank, extras.rank_bits, device)
         self.make_adapter(0)
         self.holds_codes = False  # alone; its float weight is then made of them at every call, and empty here
+        self._is_target = True  # whether ``weight`` is as it is smoothed and split, where it is in full precision
         self.register_buffer("weight", full.detach(), persistent=False)
         self.bias = layer.bias  # type: ignore[assignment]
 
@@ -164,7 +169,7 @@ class QuantLayer(KeptInFloat32, ABC):
         if self.rotation is not None and self.rotation_matrix is None and not self.weight.numel():
             self.set_rotation(int(self.rotation))  # of codes that are offloaded
         given, x = x, self.smoothed(x)
-        weight = self.weight if self.weight.numel() else self._passing_weight().to(x.dtype)
+        weight = self.float_weight() if self.weight.numel() else self._passing_weight().to(x.dtype)
         y = self.matmul(self.input(x), weight, self.bias)
         if self.low_rank_up is not None:
             y = y + self.low_rank(x)
@@ -218,10 +223,11 @@ class QuantLayer(KeptInFloat32, ABC):
         return 1 if self.rotation_matrix is None else len(self.rotation_matrix)
 
     def set_rotation(self, group: int) -> None:
-        """Rotate groups of so many input channels; none of 1."""
+        """Rotate groups of so many input channels, by a regular Hadamard matrix where negative; none of 1."""
         assert self.rotation is not None
         self.rotation.fill_(group)
-        self.rotation_matrix = hadamard(group).to(self.rotation.device) if group > 1 else None
+        matrix = rotation_of(group)
+        self.rotation_matrix = None if matrix is None else matrix.to(self.rotation.device)
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """What the low-rank branch makes of a smoothed input."""
@@ -243,7 +249,7 @@ class QuantLayer(KeptInFloat32, ABC):
     def freeze(self) -> None:
         """Fix the activation's ranges and turn the full-precision weight into codes (round to nearest)."""
         self.input.freeze()
-        self._encode(self.weight.detach().cpu().float().flatten(1))
+        self._encode(self.float_weight().detach().cpu().float().flatten(1))
 
     def encode(self, weight: torch.Tensor) -> None:
         """Turn a full-precision weight into codes (round to nearest)."""
@@ -266,8 +272,17 @@ class QuantLayer(KeptInFloat32, ABC):
         return rows
 
     def use_float(self, weight: torch.Tensor) -> None:
-        """While observing: compute with a full-precision weight, as it is smoothed and split."""
-        self.weight = self.target_weight(weight).view(self.shape).to(weight)
+        """While observing: compute with a full-precision weight, as it is smoothed and split.
+
+        A layer that will hold codes alone keeps the weight as it is given, and smooths and splits it at each call.
+        """
+        self.weight, self._is_target = weight.detach(), False
+        if not self.holds_codes:
+            self.weight, self._is_target = self.float_weight(), True
+
+    def float_weight(self) -> torch.Tensor:
+        """The float weight that it computes with; while it observes, in full precision, as it is smoothed and split."""
+        return self.weight if self._is_target else self.target_weight(self.weight).view(self.shape).to(self.weight)
 
     def set_low_rank(self, down: torch.Tensor, up: torch.Tensor) -> None:
         """Give it a branch ``up @ down``, (O, r) and (r, I), rounded to its bits."""
@@ -340,6 +355,7 @@ class QuantLayer(KeptInFloat32, ABC):
         if self.rotation is not None and not self.rotation.is_meta:
             self.set_rotation(int(self.rotation))
         dtype = dtype or self.weight.dtype
+        self._is_target = True
         if self.holds_codes:
             self.weight = torch.empty(0, dtype=dtype, device=self.codes.device)
         elif not self.codes.is_meta:

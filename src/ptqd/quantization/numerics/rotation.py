@@ -19,6 +19,29 @@ def hadamard(size: int) -> torch.Tensor:
     return (matrix / math.sqrt(size)).float()
 
 
+def regular_hadamard(size: int) -> torch.Tensor:
+    """The Hadamard matrix whose rows have equal sums, over the root of its size, a power of 4; see :func:`hadamard`.
+
+    A channel's mean goes into all channels of its group, where Sylvester's matrix puts it into one (ConvRot, arXiv
+    2512.03673, section 3.2).
+
+    >>> regular_hadamard(4).mul(2).tolist()[0]
+    [1.0, 1.0, 1.0, -1.0]
+    """
+    four = torch.ones(4, 4, dtype=torch.float64) - 2 * torch.eye(4, dtype=torch.float64).flip(1)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return (matrix / math.sqrt(size)).float()
+
+
+def rotation_of(group: int) -> torch.Tensor | None:
+    """The matrix of a group as layers store it: of so many channels, Sylvester's; regular where it is negative."""
+    if abs(group) <= 1:
+        return None
+    return hadamard(group) if group > 0 else regular_hadamard(-group)
+
+
 def largest_group(channels: int, most: int) -> int:
     """The largest power of two that divides the channels, at most ``most``; 1 where none does.
 

@@ -24,7 +24,7 @@ from torch import nn
 from ptqd.diffusion.intercept import hooked
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units, is_inside
-from ptqd.quantization.budget import live_bytes
+from ptqd.quantization.budget import live_bytes, release_memory
 from ptqd.quantization.calibration import BATCH, CalibrationInputs
 from ptqd.quantization.checkpoints import DoneLayers
 from ptqd.quantization.methods import Gptq
@@ -96,14 +96,16 @@ def _block(
     damping: float,
 ) -> torch.Tensor:
     """Columns that make up for each other."""
-    hessian = hessian.double().clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0  # inputs that are always 0: any rounding does
-    diagonal[dead] = 1
+    diagonal = hessian.diagonal().double()
+    diagonal[diagonal == 0] = 1  # inputs that are always 0: any rounding does
     permutation = diagonal.argsort(descending=True, stable=True) if order else torch.arange(len(diagonal))
-    hessian = hessian[permutation][:, permutation]
-    hessian.diagonal().add_(damping * float(hessian.diagonal().mean()))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    factor = hessian[permutation[:, None], permutation].double()  # two of its size in float64 at once, at most
+    factor.diagonal().copy_(diagonal[permutation] + damping * float(diagonal[permutation].mean()))
+    factor = torch.linalg.cholesky(factor)
+    factor = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(factor, upper=True)
+    upper = factor.float()
+    del factor
     scale, zero = scale[:, permutation], zero[:, permutation]
     left, result = rows[:, permutation].clone(), torch.empty_like(rows)
     for start in range(0, left.shape[1], _BLOCK):
@@ -222,6 +224,8 @@ def _round_unit(
         weights = {name: full_weight(full, name, layers[name]) for name in moments}
         round_layers(layers, weights, moments, method)
         done.keep(layers, ["codes"])
+        if any(layer.holds_codes for layer in layers.values()):
+            release_memory()
 
 
 def _restore(layers: Mapping[str, QuantLayer], done: DoneLayers) -> None:
@@ -277,10 +281,10 @@ def moments_of(
             change = theirs - before if theirs.shape == before.shape else torch.zeros_like(before)
         at_once = _rows_at_once(layer, x)
         for n, part in enumerate(x.split(at_once)):
-            columns = hessian_inputs(layer, part).float().split(_widths(layer), dim=1)
+            columns = hessian_inputs(layer, part).float().split(hessian_widths(layer), dim=1)
             own = Moments([(x.T @ x).cpu() for x in columns], [])
             if change is not None:
-                changed = hessian_inputs(layer, change.split(at_once)[n]).float().split(_widths(layer), dim=1)
+                changed = hessian_inputs(layer, change.split(at_once)[n]).float().split(hessian_widths(layer), dim=1)
                 own.changes = [(d.T @ x).cpu() for d, x in zip(changed, columns, strict=True)]
             if name in result:
                 result[name].add(own)
@@ -354,7 +358,7 @@ def correction_for_inputs(rows: torch.Tensor, moments: Moments, damping: float) 
     return torch.cat(parts, 1)
 
 
-def _widths(layer: QuantLayer) -> list[int]:
+def hessian_widths(layer: QuantLayer) -> list[int]:
     """How many of a layer's columns each block of its Hessian has: all, or whole channels of as many as fit."""
     if layer.columns <= _WIDEST:
         return [layer.columns]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
+from ptqd.quantization.budget import release_memory
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.checkpoints import DoneLayers
-from ptqd.quantization.methods import SMOOTHED, Smooth
+from ptqd.quantization.methods import SMOOTHED, ConvRot, Smooth
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer, full_weight
 from ptqd.quantization.numerics.weight_grid import WeightGrid
@@ -115,6 +116,8 @@ def fit_smoothing(
             search_smoothing(layer, weight, args[0].detach(), method.alpha)
             done.keep({name: layer}, ["smooth_scale", *(["rotation"] if layer.rotation is not None else [])])
         layer.use_float(weight)
+        if layer.holds_codes:
+            release_memory()
 
     hooks = [layer.register_forward_pre_hook(partial(smooth, name=name)) for name, layer in layers.items()]
     with hooked(*hooks), torch.no_grad():
@@ -123,10 +126,24 @@ def fit_smoothing(
     done.finish()
 
 
+def fit_rotation(model: nn.Module, full: nn.Module) -> None:
+    """Rotate every layer that has room for it, by a regular Hadamard matrix of the largest group."""
+    for name, layer in quantized_layers(model):
+        if layer.rotation is not None:
+            layer.set_rotation(-layer.largest_rotation)
+            layer.use_float(full_weight(full, name, layer))
+
+
 def _restore(done: DoneLayers, name: str, layer: QuantLayer) -> None:
     done.restore(name, layer)
     if layer.rotation is not None:
         layer.set_rotation(int(layer.rotation))
+
+
+@handles(ConvRot)
+def handle_convrot(task: Task, method: ConvRot) -> None:
+    """Rotate by ConvRot."""
+    fit_rotation(task.model, task.full)
 
 
 @handles(Smooth)
