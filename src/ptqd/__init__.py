@@ -26,6 +26,7 @@ from ptqd.errors import (
 from ptqd.experiments.compare import compare_runs
 from ptqd.experiments.count_cost import count_cost
 from ptqd.experiments.experiment import Experiment, run_experiment
+from ptqd.experiments.push_to_hub import push_to_hub
 from ptqd.loading import load
 from ptqd.metrics.evaluator import Evaluator, evaluate
 from ptqd.metrics.load_evaluator import load_evaluator
@@ -40,6 +41,7 @@ from ptqd.pipelines.pixel import PixelPipeline
 from ptqd.quantization.apply_plan import apply_plan
 from ptqd.quantization.budget import Budget
 from ptqd.quantization.explain import explain
+from ptqd.quantization.hf_quantizer import PtqdConfig
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.quantize import quantize
 from ptqd.quantization.recipe import QuantSpec, Recipe, Rule
@@ -62,6 +64,7 @@ __all__ = [
     "NoiseStats",
     "PixelPipeline",
     "PrecisionPlan",
+    "PtqdConfig",
     "PtqdError",
     "QuantSpec",
     "Recipe",
@@ -85,6 +88,7 @@ __all__ = [
     "measure",
     "measure_widths",
     "paper_plan",
+    "push_to_hub",
     "quantize",
     "run_experiment",
     "sample",

@@ -78,7 +78,7 @@ def load(
     elif (fetched := _fetched_index(str(model))) is not None:
         index = fetched
         pipeline_class = _class_in(index)
-        if _has_engines(index):  # whose graphs diffusers would not fetch
+        if _has_own_parts(index):  # which diffusers would not fetch
             folder, local = _fetched(str(model)), True
     diffusers.utils.logging.disable_progress_bar()
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
@@ -159,10 +159,11 @@ def _fetched_index(model: str) -> Path | None:
         return None
 
 
-def _has_engines(index: Path) -> bool:
+def _has_own_parts(index: Path) -> bool:
+    """Whether components are of ptqd's classes: engines, schedulers that correct, embedders."""
     values = read_json(index)
     parts = values.values() if isinstance(values, dict) else ()
-    return any(isinstance(part, list) and part[-1:] == [EngineModule.__name__] for part in parts)
+    return any(isinstance(part, list) and str(part[0]).split(".")[0] == "ptqd" for part in parts if part)
 
 
 def _fetched(model: str) -> Path:

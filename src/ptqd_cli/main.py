@@ -27,6 +27,7 @@ VERBS = (
     "sample",
     "evaluate",
     "export",
+    "push",
     "bench",
     "report",
     "compare",

@@ -16,9 +16,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from safetensors.numpy import load_file
-from tests import tiny
 from torch import nn
 
+import tiny
 from ptqd import InputError, PrecisionPlan, Recipe, Rule, Sampling, apply_plan, export_checkpoint, quantize
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.pipeline_parts import denoiser_of

@@ -16,8 +16,9 @@ from ptqd.diffusion.macs import on_meta
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
 from ptqd.diffusion.plain_copy import weights_elsewhere
 from ptqd.errors import ArtifactError, InputError, PtqdError, raised_by
+from ptqd.quantization.budget import release_memory
 from ptqd.quantization.modules.adapters import adapters_to_dict, insert_adapters, know_quantized, support_lora
-from ptqd.quantization.modules.attention import PRODUCTS, QuantAttention, attention_modules
+from ptqd.quantization.modules.attention import PRODUCTS, AttentionProducts, QuantAttention, attention_modules
 from ptqd.quantization.modules.linear_conv import QuantLayer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.plan_steps import set_plan
@@ -26,6 +27,7 @@ from ptqd.quantization.sites import activation_quantizers, quantized_layers, qua
 from ptqd.quantization.step_ranges import StepRanges, set_ranges
 from ptqd.quantization.swap import (
     Coverage,
+    check_weights,
     has_ip_adapter,
     insert_quantizers,
     layer_types,
@@ -85,10 +87,18 @@ class _Method(StrEnum):
 
 
 class PtqdConfig(QuantizationConfigMixin):
-    """``quantization_config`` in a saved denoiser's ``config.json``.
+    """``quantization_config`` in a saved denoiser's ``config.json``; or given to diffusers' ``from_pretrained``.
+
+    Given to it, with nothing but a recipe, it has a denoiser in full precision rounded to nearest while it is loaded.
+    Nothing is calibrated then: activations get ranges for each token as it comes (:meth:`ptqd.Recipe.uncalibrated`).
+    :func:`ptqd.quantize` is for all other recipes, and for fewer errors.
+
+    >>> PtqdConfig("w8a8").recipe["activations"]["dynamic"]
+    True
 
     Args:
-        recipe: by which it was quantized, as plain values.
+        recipe: by which it was quantized, as plain values; or by which it is to be, also a shorthand or a
+            :class:`ptqd.Recipe`.
         plan: of its bits by step, if it has one.
         ranges: by step, if it has any.
         quantized: the names of what is quantized; None in folders of earlier versions, where the recipe says it.
@@ -96,11 +106,14 @@ class PtqdConfig(QuantizationConfigMixin):
         adapters: LoRAs that are loaded; see :func:`ptqd.quantization.modules.adapters.adapters_to_dict`.
         fused: the ranks of LoRAs that were fused, by layer.
         quant_method: ``"ptqd"``.
+
+    Raises:
+        InputError: a shorthand or a Recipe that needs calibration.
     """
 
     def __init__(
         self,
-        recipe: dict[str, object],
+        recipe: dict[str, Any] | str | Recipe,
         plan: dict[str, object] | None = None,
         ranges: dict[str, object] | None = None,
         quantized: list[str] | None = None,
@@ -110,7 +123,7 @@ class PtqdConfig(QuantizationConfigMixin):
         quant_method: str = "ptqd",
     ) -> None:
         self.quant_method = _Method(quant_method)
-        self.recipe = recipe
+        self.recipe = recipe if isinstance(recipe, dict) else Recipe.parse(recipe).uncalibrated().to_dict()
         self.plan = plan
         self.ranges = ranges
         self.quantized = quantized
@@ -176,6 +189,8 @@ class PtqdQuantizer(DiffusersQuantizer):
         return torch_dtype
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
         keep: list[str] = kwargs["keep_in_fp32_modules"]  # the class's own
         self._wide = tuple(name for name in keep if name not in QuantLayer.kept)
         keep.extend(name for name in QuantLayer.kept if name not in keep)
@@ -189,6 +204,9 @@ class PtqdQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: object) -> None:
+        if not self.pre_quantized:
+            self._round_to_nearest(model)
+            return
         kept: Any = type(model)._keep_in_fp32_modules
         if isinstance(kept, list):
             kept[:] = [name for name in kept if name not in QuantLayer.kept]
@@ -200,6 +218,21 @@ class PtqdQuantizer(DiffusersQuantizer):
         for _, quantizer in activation_quantizers(model):
             quantizer.refresh()
         model.is_quantized = False  # see adopt
+
+    def _round_to_nearest(self, model: ModelMixin) -> None:
+        """Quantize what was loaded in full precision, a layer at a time; see :class:`PtqdConfig`."""
+        recipe = Recipe.from_dict(self.quantization_config.recipe, "the recipe").uncalibrated()
+        check_weights(model, type(model).__name__)
+        coverage = insert_quantizers(model, recipe)
+        choose_weights(model)
+        for _, layer in quantized_layers(model):
+            layer.encode(layer.weight)
+            if layer.holds_codes:
+                release_memory()
+        for module in model.modules():
+            if isinstance(module, AttentionProducts):
+                module.probabilities.set_static_range(torch.tensor([[0.0, 1.0]]))  # all that a softmax gives
+        self.adopt(model, coverage)
 
     @property
     def is_serializable(self) -> bool:

@@ -234,6 +234,24 @@ class Recipe:
                 "step_ranges (the number behind 'steps' in a shorthand), or take more steps"
             )
 
+    def uncalibrated(self) -> "Recipe":
+        """The same with ranges of activations that are found for each token as it comes, so that it needs no samples.
+
+        Raises:
+            InputError: it has methods, several widths, or ranges by step, which are found in calibration.
+        """
+        named = [*(method.name for method in self.methods)]
+        named += ["split_shortcuts"] * self.split_shortcuts + ["time_embedding"] * self.time_embedding
+        named += ["step_bits"] * bool(self.step_bits) + ["step_ranges"] * (self.step_ranges > 1)
+        named += ["rules that say dynamic = false"] * any(rule.dynamic is False for rule in self.rules)
+        if named:
+            raise InputError(
+                f"the recipe has {', '.join(named)}, which need calibration: quantize the pipeline with ptqd.quantize, "
+                "or take a recipe of bits alone, such as 'w8a8'"
+            )
+        dynamic = self.activations.format not in BLOCKS
+        return replace(self, activations=replace(self.activations, dynamic=dynamic))
+
     def _check_rules(self) -> None:
         named = [method.name for method in self.methods]
         for rule in self.rules:
