@@ -33,6 +33,7 @@ LEAST: dict[str, tuple[int, ...]] = {
     "onnxscript": (0, 5),
     "torchao": (0, 15),
     "gguf": (0, 10),
+    "triton": (3, 0),
 }
 RANGES = ("ptqd.scale", "ptqd.zero", "ptqd.low", "ptqd.high")  # inputs: of each quantizer (Q,), float32 and uint8
 COMPILED = 2  # numbers of samples that OpenVINO keeps kernels for: a share of a batch, and one that is smaller by 1
@@ -53,7 +54,7 @@ def required(package: str) -> Any:
     Raises:
         InputError: it is not installed, or older than what is needed.
     """
-    extra = "backends" if package in ("torchao", "gguf") else "engines"
+    extra = {"torchao": "backends", "gguf": "backends", "triton": "gpu"}.get(package, "engines")
     remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
     try:
         with _without_telemetry():

@@ -216,6 +216,15 @@ class ActivationQuantizer(KeptInFloat32):
         scale_, zero_, grid = here[index]
         return _round(x, scale_, zero_, self.spec, grid)
 
+    def parameters_for(self, x: torch.Tensor) -> tuple[Any, Any]:
+        """Scale and zero point of ``x``, where there is one width and one range: numbers, or one of each token."""
+        if self.spec.dynamic:
+            return self._as_it_comes(x, self.active.index)
+        if not self._numbers:
+            self.refresh()
+        scale, zero, _ = self._numbers[0][self.active.index]
+        return scale, zero
+
     def by_row(self, values: torch.Tensor, x: torch.Tensor, index: int) -> torch.Tensor:
         """What of ``values`` (S, W) or (W,) holds for each row of ``x``: (N, 1, ..., 1), or one number for all."""
         column = values.view(self.ranges, -1)[:, index]  # S
