@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptqd import InputError, Recipe, Sampling, quantize
+from ptqd import InputError, Recipe, Sampling, correct, measure, quantize
 from ptqd.diffusion import run_batch
 from ptqd.engines import integer_layers
 from ptqd.engines.integer_layers import IntegerLayer, with_integer_layers
+from ptqd.engines.torchao import to_torchao
 from ptqd.quantization.modules import QuantConv, QuantLinear
 from ptqd.quantization.recipe import QuantSpec
 
@@ -110,6 +111,21 @@ def test_a_pipeline_gives_the_simulations_samples(pipe: Any, text: str, kernel: 
         "ranges of each sample as they come",
         "8-bit weights with zero points",
     }
+
+
+@pytest.mark.parametrize("engine", ["integer layers", "torchao"])
+def test_a_corrected_pipeline_stays_corrected(pipe: Any, engine: str) -> None:
+    quantized = quantize(pipe.to(DEVICE), Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "attention": False}), RUN)
+    corrected = correct(quantized, measure(pipe, quantized, RUN.replace(samples=8)), methods=("cnc", "bc"))
+    both = [
+        with_integer_layers(each)[0] if engine == "integer layers" else to_torchao(each, RUN, "int8")[0]
+        for each in (quantized, corrected)
+    ]
+    plain, want, before, found = (
+        torch.as_tensor(run_batch(each, RUN, range(2), "latent")) for each in (quantized, corrected, *both)
+    )
+    moved = want - plain  # which in torchao, whose convolutions are not of integers, is the same nearly
+    assert float((found - before - moved).norm()) < 0.5 * float(moved.norm())
 
 
 def test_it_compiles_whole(pipe: Any) -> None:

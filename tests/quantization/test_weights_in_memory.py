@@ -1,19 +1,24 @@
 """A denoiser that holds codes alone computes what one with float weights does, in their memory."""
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
 from ptqd import InputError, PrecisionPlan, Recipe, Sampling, apply_plan, keep_weights, load, quantize
 from ptqd.diffusion import run_batch
+from ptqd.diffusion.plain_copy import weights_elsewhere
 from ptqd.quantization import weights_in_memory
+from ptqd.quantization.calibration import as_calibrated
 from ptqd.quantization.sites import quantized_layers
 
+quantize_module = importlib.import_module("ptqd.quantization.quantize")
 RUN = Sampling(3, 1.0, samples=4, batch=4, call={"class_labels": [0, 1], "guidance_scale": 2.0})
 
 
@@ -101,3 +106,51 @@ def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
     found, want = apply_plan(packed, plan, pipe), apply_plan(plain, plan, pipe)
     assert torch.equal(latents(found), latents(want))
     assert floats(found) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["w4a8-smooth-gptq", "w4a4-rotate-svd2-gptq", "w4a4-convrot-time", "w4a8-ranks", "w3a8-brecq"]
+)
+def test_a_large_model_is_quantized_from_the_weights_it_has(
+    pipe: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = fast(text)
+    want = quantize(pipe, recipe, RUN)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    monkeypatch.setattr(weights_in_memory, "LARGE", 0)
+    seen: list[set[int]] = []
+    original = quantize_module._Quantizing._find_ranges
+
+    def watched(self: Any, model: Any, *args: Any) -> None:
+        own = {layer.weight.untyped_storage().data_ptr() for _, layer in quantized_layers(model)}
+        seen.append(own - {p.untyped_storage().data_ptr() for p in self.full.parameters()})
+        original(self, model, *args)
+
+    monkeypatch.setattr(quantize_module._Quantizing, "_find_ranges", watched)
+    found: Any = quantize(pipe, recipe, RUN)
+    assert floats(found) == 0
+    assert seen == [set()]  # smoothed and split, no layer had float weights of its own
+    assert torch.equal(latents(found), latents(want))
+    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in before.items())
+    shared = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
+    assert not shared & {p.untyped_storage().data_ptr() for p in found.unet.parameters()}
+    found.save_pretrained(tmp_path)
+    assert torch.equal(latents(load(tmp_path)), latents(want))
+
+
+def fast(text: str) -> Recipe:
+    values = quick(text).to_dict()
+    few = {"gptq": {"inputs": 8}, "brecq": {"inputs": 8, "iterations": 4, "batch": 4}}
+    values["methods"] = [method | few.get(method["name"], {}) for method in values["methods"]]
+    return Recipe.from_dict(values)
+
+
+def test_an_offloaded_model_is_quantized_from_the_weights_it_has(pipe: Any) -> None:
+    want = quantize(pipe, quick("w4a8"), RUN)
+    offloaded = cpu_offload(copy.deepcopy(pipe.unet), torch.device("cpu"))
+    twin = copy.copy(pipe)
+    twin.register_modules(unet=offloaded)
+    calibrated: Any = as_calibrated(offloaded)
+    kept = {tensor.untyped_storage().data_ptr() for tensor in weights_elsewhere(offloaded).values()}
+    assert {p.untyped_storage().data_ptr() for p in calibrated.parameters() if p.ndim > 1} <= kept
+    assert torch.equal(latents(quantize(twin, quick("w4a8"), RUN)), latents(want))

@@ -144,6 +144,18 @@ def with_components(pipe: DiffusionPipeline, **components: object) -> DiffusionP
     return clone
 
 
+def with_twins(pipe: DiffusionPipeline, **denoisers: object) -> DiffusionPipeline:
+    """A pipeline whose denoisers are others that compute the same, in other layers; a scheduler that corrects goes on.
+
+    It gets a scheduler of its own, where the scheduler looks whether the denoiser is the one that was measured.
+    """
+    if not hasattr(pipe.scheduler, "watch_denoiser"):
+        return with_components(pipe, **denoisers)
+    made = with_components(pipe, **denoisers, scheduler=copy.deepcopy(scheduler_of(pipe)))
+    made.scheduler.watch_denoiser(made)
+    return made
+
+
 def copy_module(model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A copy of a module whose parameters and buffers are ``tensor`` of the original's: themselves, to share them."""
     memo: dict[int, Any] = {}

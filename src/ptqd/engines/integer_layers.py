@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_twins
 from ptqd.diffusion.plain_copy import plain_copy
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
@@ -70,7 +70,7 @@ def with_integer_layers(pipe: DiffusionPipeline, kernel: Kernel = "int_mm") -> t
         products = [path for path, module in model.named_modules() if isinstance(module, AttentionProducts)]
         floating += [(prefix + path, "attention products") for path in products]
         parts[name] = model
-    return with_components(pipe, **parts), Products(tuple(integer), tuple(floating), ())
+    return with_twins(pipe, **parts), Products(tuple(integer), tuple(floating), ())
 
 
 def _why_not(layer: QuantLayer) -> str | None:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
-from ptqd.diffusion.pipeline_parts import denoiser_names, with_components
+from ptqd.diffusion.pipeline_parts import denoiser_names, with_twins
 from ptqd.diffusion.sampling import Sampling
 from ptqd.engines.calls import FOUR_BITS, Call, captured
 from ptqd.engines.onnx_graph import Products
@@ -80,7 +80,7 @@ def to_torchao(pipe: DiffusionPipeline, sampling: Sampling, layout: Layout) -> t
     products = [key for key, module in own.items() if isinstance(module, AttentionProducts)]
     floating += [(key, "attention products") for key in products]
     _adopt(plain, layout, [key for key, module in plain.named_modules() if _is_plain(module)])
-    return with_components(pipe, **{name: plain}), Products(tuple(integer), tuple(floating), ())
+    return with_twins(pipe, **{name: plain}), Products(tuple(integer), tuple(floating), ())
 
 
 def _ranks(model: nn.Module, call: Call) -> dict[str, int]:
