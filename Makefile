@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
-.PHONY: demo test checks tests coverage test-slow format hooks
+.PHONY: demo test checks tests coverage test-slow test-gpu format hooks
 
 demo: $(VENV)/.installed
 	$(BIN)/ptqd demo
@@ -24,6 +24,9 @@ coverage: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed-dev
+	PTQD_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

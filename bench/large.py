@@ -28,6 +28,7 @@ import torch
 
 import ptqd
 from ptqd import Recipe, Sampling
+from ptqd.quantization.budget import release_memory
 
 SIZE, ROWS = 256, 2
 RECIPES = {"nearest": "w4a8", "SmoothQuant": "w4a8-smooth", "GPTQ": "w4a8-gptq"}
@@ -133,6 +134,7 @@ def load(out: Path) -> None:
     with torch.no_grad():
         _, calling = seconds(lambda: unet(x, 500, arguments["prompt_embeds"], added_cond_kwargs=added))
     gc.collect()
+    release_memory()  # what the C library would use again
     print(
         json.dumps(
             {
@@ -202,8 +204,10 @@ def killed(model: Path, folder: Path) -> None:
     found = process("quantize", model, "GPTQ", out, scratch)
     same = digest(out) == digest(folder / "GPTQ")
     print(
-        f"GPTQ, killed with {len(list(scratch.glob('*/gptq/layers-*.safetensors')))} files of layers at the end: went "
-        f"on for {found['seconds'][1]:.0f} s; {'the same files' if same else 'OTHER FILES'}"
+        f"GPTQ, killed after three minutes of rounding, went on for {found['seconds'][1]:.0f} s; peak "
+        f"{found['peak'] / 1e6:.2f} GB, of its own {found['own'] / 1e6:.2f} GB; "
+        f"{'the same files' if same else 'OTHER FILES'}",
+        flush=True,
     )
 
 

@@ -1,11 +1,11 @@
 """What a quantized denoiser holds in memory: codes alone, or float weights beside them; and what a call takes.
 
-    python bench/weights.py          # ten minutes of a core, 6 GB
+    python bench/weights.py          # ten minutes of a core, 8 GB
 
-A UNet of LDM-4's widths on 64 x 64 places with random weights, rounded to nearest. Each way of loading is a process of
-its own: resident memory after a call of one row, without what the C library keeps for later, and the peak until then,
-above what it was before the pipeline was loaded. A call's seconds are the median of several, in turn in one process.
-Linux only.
+LDM-4's UNet for ImageNet, 400.9 M parameters, on 64 x 64 places with random weights, rounded to nearest. Each way of
+loading is a process of its own: resident memory after a call of one row, without what the C library keeps for later,
+and the peak until then, above what it was before the pipeline was loaded, its small first stage included. A call's
+seconds are the median of several, in turn in one process. Linux only.
 """
 
 import ctypes
@@ -20,27 +20,31 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import ptqd
-from ptqd import Recipe, Sampling
+from ptqd import Recipe, Sampling, count_cost, zoo
+from ptqd.diffusion.compvis.pipeline import blank
 
 KINDS = ("floats", "codes")
-RUN = Sampling(2, 0.0, 1, 1)
+RUN = Sampling(2, 0.0, 1, 1, call={"class_labels": [0]})
 ROUNDS = 5
 
 
 def pipeline() -> Any:
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=64,
-        block_out_channels=(192, 384, 576, 960),
-        down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
-        up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=32,
-    )
-    return DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False))
+    pipe: Any = blank(zoo.CONFIGS["ldm4-imagenet"])  # without numbers
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to_empty(device="cpu").eval()
+            for parameter in part.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            for buffer in part.buffers():
+                buffer.zero_()
+    return pipe
+
+
+def arguments(rows: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+    return torch.randn(rows, 3, 64, 64), 500, torch.randn(rows, 1, 512)
 
 
 def resident() -> float:
@@ -52,7 +56,7 @@ def loaded(folder: str, kind: Any) -> None:
     before = resident()
     pipe: Any = ptqd.load(folder, weights=kind)
     with torch.no_grad():
-        pipe.unet(torch.randn(1, 3, 64, 64), 500)  # files are mapped: what is not used is not there yet
+        pipe.unet(*arguments(1))  # files are mapped: what is not used is not there yet
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the call left, which the C library would use again
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -61,14 +65,14 @@ def loaded(folder: str, kind: Any) -> None:
 
 @torch.no_grad()
 def call_seconds(pipe: Any, rows: int) -> dict[str, float]:
-    x = torch.randn(rows, 3, 64, 64)
+    given = arguments(rows)
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     outputs = {}
     for number in range(ROUNDS + 1):
         for kind in KINDS:
             ptqd.keep_weights(pipe, kind)  # type: ignore[arg-type]
             start = time.perf_counter()
-            outputs[kind] = pipe.unet(x, 500).sample
+            outputs[kind] = pipe.unet(*given).sample
             if number:  # the first allocates
                 taken[kind].append(time.perf_counter() - start)
     assert torch.equal(*outputs.values())
@@ -87,6 +91,10 @@ def main() -> None:
         values["weights"]["range"] = values["activations"]["range"] = "minmax"
         with tempfile.TemporaryDirectory() as folder:
             ptqd.quantize(full, Recipe.from_dict(values), RUN).save_pretrained(folder)
+            told = count_cost(folder).memory
+            print(
+                f"  {text}: ptqd cost says {told.resident / 1e6:.0f} MB of the denoiser, {told.disk / 1e6:.0f} on disk"
+            )
             for kind in KINDS:
                 done = subprocess.run(
                     [sys.executable, __file__, folder, kind], check=True, capture_output=True, text=True

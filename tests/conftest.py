@@ -32,6 +32,8 @@ MARKERS = {  # by the path that a test is in
     "tests/integration/test_backends": "backends",
     "tests/integration/test_pipelines": "pipelines",
     "tests/integration/test_processes": "processes",
+    "tests/integration/test_devices": "gpu",
+    "tests/engines/test_integer_layers": "gpu",
 }
 
 
@@ -44,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         case = getattr(item, "callspec", None)
         name = case.params.get("name") if case is not None and "test_pipelines" in item.nodeid else None
         item.add_marker(pytest.mark.xdist_group(str(name or item.path.stem)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are asked for on a GPU do not pass on a CPU instead."""
+    if "PTQD_TEST_GPU" in os.environ and not torch.cuda.is_available():
+        raise pytest.UsageError("this machine has no GPU that torch knows; 'make test' runs the same tests on the CPU")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -558,10 +558,10 @@ def _write_in_order(
         written.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             written.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            _release(tensor)
+            release_pages(tensor)
 
 
-def _release(tensor: torch.Tensor) -> None:
+def release_pages(tensor: torch.Tensor) -> None:
     """Let the system take back the memory of a tensor that is mapped from disk, where it can be told so (Linux)."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return

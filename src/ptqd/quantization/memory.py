@@ -35,7 +35,9 @@ class Memory:
         resident: of what is held between two calls: these and float weights, or, of one that holds codes alone
             (:func:`ptqd.keep_weights`), the memory that its layers' weights are made in.
         calling: that a call of one sample takes beside that, at most; 0 where it was not counted.
-        quantizing: that quantizing takes at most, the full-precision weights included; 0 in full precision.
+        quantizing: that quantizing takes at most, the full-precision weights included; 0 in full precision. Weights of
+            256 MiB and more are taken to be mapped from files, in the type that these have (Linux): others stay until
+            the end, and what methods take comes on top of them.
     """
 
     disk: int
@@ -96,10 +98,13 @@ def memory_of(full: nn.Module, quantized: nn.Module, recipe: Recipe | None, call
     if recipe is None:
         return Memory(disk, disk, calling)
     resident = disk + _weights_bytes(quantized)
-    held = _bytes(full.state_dict().values()) + resident
+    full_bytes = _bytes(full.state_dict().values())
     most = max([0, *(_method_bytes(method, quantized, full) for method in recipe.methods)])
     largest = max((math.prod(layer.shape) for _, layer in quantized_layers(quantized)), default=0)
-    return Memory(disk, resident, calling, held + max(calling + most, largest * ENCODING))
+    later = resident + max(calling + most, largest * ENCODING)
+    if float_bytes(quantized) < LARGE:  # else the pages of rounded layers' weights are given back
+        later += full_bytes
+    return Memory(disk, resident, calling, max(full_bytes + resident + calling, later))
 
 
 def memory_bytes(model: nn.Module) -> int:

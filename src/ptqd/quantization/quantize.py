@@ -28,7 +28,7 @@ from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
-from ptqd.files import make_folder, read_json, write_text
+from ptqd.files import make_folder, read_json, release_pages, write_text
 from ptqd.names import shown
 from ptqd.progress import announce, track
 from ptqd.quantization.activation_profile import ActivationProfile
@@ -486,8 +486,10 @@ class _Quantizing:
                     done = checkpoint.done + 1
                     checkpoint.keep(done, (), {}, last=done == len(batches))
         for site in track(list(quantized_sites(model)), self._title("finding ranges")):
+            full = None if site.weight is None else site.weight.weight
             site.module.freeze()
-            if site.weight is not None and site.weight.holds_codes:
+            if full is not None and site.weight is not None and site.weight.holds_codes:
+                release_pages(full)
                 release_memory()
 
 

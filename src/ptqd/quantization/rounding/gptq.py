@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
+from ptqd.files import release_pages
 from ptqd.progress import track
 from ptqd.quantization.blocks import find_units, is_inside
 from ptqd.quantization.budget import live_bytes, release_memory
@@ -225,6 +226,8 @@ def _round_unit(
         round_layers(layers, weights, moments, method)
         done.keep(layers, ["codes"])
         if any(layer.holds_codes for layer in layers.values()):
+            for weight in weights.values():
+                release_pages(weight)
             release_memory()
 
 
