@@ -91,7 +91,7 @@ def main() -> None:
         values["weights"]["range"] = values["activations"]["range"] = "minmax"
         with tempfile.TemporaryDirectory() as folder:
             ptqd.quantize(full, Recipe.from_dict(values), RUN).save_pretrained(folder)
-            told = count_cost(folder).memory
+            told = count_cost(folder, sampling=RUN).memory
             print(
                 f"  {text}: ptqd cost says {told.resident / 1e6:.0f} MB of the denoiser, {told.disk / 1e6:.0f} on disk"
             )
