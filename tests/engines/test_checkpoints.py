@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import tiny
@@ -66,7 +66,7 @@ def test_comfy_computes_what_the_simulation_does(made: tuple[str, Any], text: st
     own = dict(quantized_layers(model))
     forms = dict(written.quantized)
     assert set(forms) | {each for each, _ in written.floating} == set(own)
-    assert not written.lost
+    assert not written.lost or text == "w4a4-comfy-convrot-gptq"  # some layers have 8 bits there
     assert ("convrot_w4a4" in forms.values()) == text.startswith("w4")
     seen = 0
     for theirs, ours in native_names(model).items():
@@ -143,7 +143,7 @@ def test_widths_by_layer_and_what_is_lost(made: tuple[str, Any], tmp_path: Path)
     }
     assert int(np.abs(codes[narrow]).max()) <= 8
     assert max(int(np.abs(each).max()) for each in codes.values()) > 100
-    assert any("ranges of" in what for what in written.lost)
+    assert any("round activations" in what for what in written.lost)
     assert any("the plan's bits" in what for what in written.lost)
     reasons = {reason for _, reason in written.floating}
     assert "attention products" in reasons
@@ -228,6 +228,43 @@ def test_the_authors_names_of_unets_are_those_diffusers_converts(kind: str) -> N
     assert all(torch.equal(own[key], back[key]) for key in own)
 
 
+def test_a_file_of_somebody_else_is_kept(made: tuple[str, Any], tmp_path: Path) -> None:
+    name, pipe = made
+    quantized = quantize(pipe, quick("w8a8-comfy"), run_of(name))
+    for kind, ending in (("comfy", "safetensors"), ("gguf", "gguf")):
+        path = tmp_path / f"model.{ending}"
+        if kind == "comfy":
+            save_file({"precious": np.zeros(3, np.float32)}, path)
+        else:
+            path.write_bytes(b"GGUF and something else")
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="is there already and is no"):
+            export_checkpoint(quantized, kind, path)  # type: ignore[arg-type]
+        assert path.read_bytes() == before
+        path.unlink()
+        for _ in range(2):
+            export_checkpoint(quantized, kind, path)  # type: ignore[arg-type]
+
+
+def test_buffers_are_written_and_additions_refused(tmp_path: Path) -> None:
+    pipe: Any = tiny.CASES["sd3"].build()
+    pipe.set_progress_bar_config(disable=True)
+    quantized: Any = quantize(pipe, quick("w8a16"), run_of("sd3"))
+    export_checkpoint(quantized, "gguf", tmp_path / "model.gguf")
+    quantized.transformer.save_config(tmp_path)
+    loaded = type(quantized.transformer).from_single_file(
+        str(tmp_path / "model.gguf"),
+        config=str(tmp_path),
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    assert torch.equal(loaded.pos_embed.pos_embed, pipe.transformer.pos_embed.pos_embed)
+    quantized.transformer.added = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="was changed since it was made: its 'added"):
+        export_checkpoint(quantized, "gguf", tmp_path / "again.gguf")
+    assert not (tmp_path / "again.gguf").exists()
+
+
 def test_what_cannot_be_written(made: tuple[str, Any], tmp_path: Path) -> None:
     _, plain = made
     with pytest.raises(InputError, match="not quantized by ptqd"):
@@ -242,6 +279,10 @@ def test_what_cannot_be_written(made: tuple[str, Any], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="'convrot' rotates without smoothing"):
         Recipe.parse("w4a4-convrot-smooth")
+    for text in ("w8a16-comfy", "wmxfp4amxfp4-comfy", "w4a4-comfy-best", "w4a4-comfy-svd"):
+        with pytest.raises(InputError, match="neither smoothing nor branches"):
+            Recipe.parse(text)
+    assert [method.name for method in Recipe.parse("w4a4-convrot-svd2").methods] == ["convrot", "svd"]
 
 
 def test_a_rotation_survives_saving(made: tuple[str, Any], tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from ptqd.engines import integer_layers
 from ptqd.engines.integer_layers import IntegerLayer, with_integer_layers
 from ptqd.engines.torchao import to_torchao
 from ptqd.quantization.modules import QuantConv, QuantLinear
+from ptqd.quantization.modules.linear_conv import LayerOptions
 from ptqd.quantization.recipe import QuantSpec
+from tiny import CASES as CASES_OF_PIPELINES
+from tiny_more import MORE_CASES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("int_mm", "triton")
@@ -134,6 +137,38 @@ def test_it_compiles_whole(pipe: Any) -> None:
     want = torch.as_tensor(run_batch(made, RUN, range(2), "latent"))
     made.unet.compile(fullgraph=True, backend="eager")
     assert torch.equal(torch.as_tensor(run_batch(made, RUN, range(2), "latent")), want)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "wan", "flux", "sd3"])
+def test_networks_that_look_at_their_layers(name: str) -> None:
+    case = (CASES_OF_PIPELINES | MORE_CASES)[name]
+    full: Any = case.build()
+    full.set_progress_bar_config(disable=True)
+    run = Sampling(case.steps, 0.0, 2, 2, call=dict(case.call))
+    values = {**Recipe.parse("w8a8-smooth").to_dict(), "calibration_samples": 1}
+    values["weights"]["range"] = values["activations"]["range"] = "minmax"
+    made = with_integer_layers(quantize(full, Recipe.from_dict(values), run))[0]
+    assert torch.as_tensor(run_batch(made, run, range(2), "latent")).isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_in_half_precision(dynamic: bool, kernel: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 512, device=DEVICE)
+    layer = frozen(nn.Linear(512, 64), QuantSpec(8), QuantSpec(8, dynamic=dynamic), x)
+    integer = IntegerLayer(layer, kernel).to(device=DEVICE, dtype=torch.float16)
+    with torch.no_grad():
+        torch.testing.assert_close(integer(x.half()).float(), layer(x), rtol=1e-2, atol=1e-2)
+
+
+def test_smoothing_moves_along() -> None:
+    layer = QuantLinear(nn.Linear(8, 4), QuantSpec(8), QuantSpec(8), extras=LayerOptions(smooth=True))
+    integer = IntegerLayer(layer, "int_mm")
+    assert not any(isinstance(value, QuantLinear) for module in integer.modules() for value in vars(module).values())
+    moved = integer.to("meta")
+    assert moved.layer.smooth_scale is not None
+    assert moved.layer.smooth_scale.is_meta
 
 
 def test_what_it_refuses(pipe: Any) -> None:

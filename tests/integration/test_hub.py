@@ -175,7 +175,7 @@ def test_what_the_hub_refuses_is_said(hub: Hub, pipe: Any, tmp_path: Path) -> No
     assert not hub.files
     with pytest.raises(InputError, match="named like 'user/name'; got 'small'"):
         push_to_hub(tmp_path / "folder", "small")
-    with pytest.raises(InputError, match="no run folder"):
+    with pytest.raises(InputError, match="a row is of a run folder"):
         push_to_hub(tmp_path / "folder", "user/small", row="w8a8 auto")
 
 

@@ -8,7 +8,7 @@ bits and corrections are a sampler's, which neither format is.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,12 @@ from ptqd.diffusion.macs import on_meta
 from ptqd.diffusion.pipeline_parts import denoiser_names
 from ptqd.diffusion.plain_copy import as_plain
 from ptqd.engines.module import EngineModule
-from ptqd.engines.native_names import SWAPPED, UNET_PREFIX, native_leaf, native_names, own_names
+from ptqd.engines.native_names import SWAPPED, native_leaf, native_names, own_names
 from ptqd.engines.sessions import required
 from ptqd.engines.torchao import rounded_weight
 from ptqd.errors import InputError
-from ptqd.files import replacing, write_tensors
+from ptqd.files import opened_tensors, replacing, write_tensors
+from ptqd.outputs import check_file
 from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer
@@ -36,12 +37,15 @@ from ptqd.quantization.sites import quantized_layers
 
 FileFormat = Literal["comfy", "gguf"]
 FILE_FORMATS: tuple[FileFormat, ...] = ("comfy", "gguf")
+_BY = "quantized_by"  # in a file's metadata
+_GGUF_DIMENSIONS = 4
 FOUR, BLOCK = 4, 32  # bits; weights of a block of GGUF's, which share a scale
 _INT4_COLUMNS = 64  # that the inputs of ComfyUI's 4-bit layers are a multiple of
 _REGULAR_GROUPS = (4, 16, 64, 256)
 _UNPACKED = (  # whose widths ComfyUI tells a model by, which packing would halve
     *("label_emb.0.0", "attn2.to_k", "img_in", "txt_in", "vector_in.in_layer", "context_embedder", "y_embedder.mlp.0"),
 )
+_INT8, _INT4 = "int8_tensorwise", "convrot_w4a4"
 _FLUX_WIDTH = 3072  # that diffusers' conversion of Flux's names knows
 
 
@@ -67,11 +71,12 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
         pipe: quantized by ptqd; of one denoiser.
         kind: ``"comfy"``: safetensors with the markers of ComfyUI's own quantized layers, of ``int8_tensorwise`` (a
             scale a row) and ``convrot_w4a4``; or ``"gguf"``: ``Q8_0`` and ``Q4_0``.
-        path: of the file; one that is there is replaced.
+        path: of the file; one that ptqd wrote is replaced.
 
     Raises:
         InputError: another kind; a pipeline that ptqd did not quantize, with two denoisers or a LoRA; for ComfyUI, a
-            denoiser whose names in its authors' checkpoints are not known; or a file that cannot be written.
+            denoiser whose names in its authors' checkpoints are not known; a denoiser that was changed since it was
+            made; or a file that is not ptqd's to write, or cannot be written.
     """
     check_file_format(kind, path)
     name, *others = denoiser_names(pipe)
@@ -89,10 +94,14 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
     floating: list[tuple[str, str]] = []
     quantized: list[tuple[str, str]] = []
     half = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    for theirs, ours in writer.names(on_meta(model)).items():
+    plain = on_meta(model)
+    left = set(plain.state_dict())
+    _check_own(model, left)
+    for theirs, ours in writer.names(plain).items():
         parts = [find_layer(model, each) for each in ours]
         if any(part is None for part in parts):
             continue
+        left -= {f"{each}.weight" for each in ours}
         reasons = [writer.why_not(part, theirs) for part in parts]
         layers = [part for part in parts if isinstance(part, QuantLayer)]
         if len(layers) == len(parts) and not any(reasons) and len({writer.form(x, theirs) for x in layers}) == 1:
@@ -110,19 +119,21 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
             ]
         for leaf, values in _others(parts):
             writer.add_float(theirs, native_leaf(theirs, leaf), values, half)
-    for each in _loose(model):
-        writer.add_float("", each, model.get_parameter(each), half)
+            left -= {f"{each}.{leaf}" for each in ours}
+    state = model.state_dict()
+    for key in sorted(left):  # of blocks, not of layers
+        writer.add_other(key, state[key], half)
     products = [key for key, module in model.named_modules() if isinstance(module, AttentionProducts)]
     floating += [(key, "attention products") for key in products]
     writer.write(path, model)
-    return WrittenCheckpoint(tuple(quantized), tuple(floating), tuple(_lost(pipe, model, kind)))
+    return WrittenCheckpoint(tuple(quantized), tuple(floating), tuple(_lost(pipe, model, kind, quantized)))
 
 
 def check_file_format(kind: str, path: Path) -> None:
     """Refuse a format that is not known or whose library is not installed, or a name that says something else.
 
     Raises:
-        InputError: so it is.
+        InputError: so it is, or a file of that name is none that ptqd wrote.
     """
     if kind not in FILE_FORMATS:
         raise InputError(f"unknown format {kind!r}; known are {', '.join(FILE_FORMATS)}")
@@ -131,6 +142,17 @@ def check_file_format(kind: str, path: Path) -> None:
     ending = ".safetensors" if kind == "comfy" else ".gguf"
     if path.suffix != ending:
         raise InputError(f"{path}: a file of this format ends in {ending}; name it so")
+    check_file(path, _is_ours, f"{ending} file")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether ptqd wrote a file."""
+    if path.suffix == ".gguf":
+        with path.open("rb") as file:
+            start = file.read(1024)
+        return start.startswith(b"GGUF") and _BY.encode() in start and b"ptqd" in start
+    with opened_tensors(path) as tensors:
+        return bool((tensors.metadata() or {}).get(_BY) == "ptqd")
 
 
 def _float_weight(module: Any) -> torch.Tensor:
@@ -151,28 +173,49 @@ def _others(parts: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, torch.cat(values) if len(values) > 1 else values[0]
 
 
-def _loose(model: nn.Module) -> list[str]:
-    """Parameters that are a block's own, not a layer's."""
-    layers = (nn.Linear, nn.modules.conv._ConvNd, QuantLayer)
-    return [
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if not isinstance(module, layers) and name not in ("weight", "bias")
+def _check_own(model: nn.Module, expected: set[str]) -> None:
+    """Refuse a denoiser that has, or lacks, what its configuration does not say.
+
+    Raises:
+        InputError: so it is.
+    """
+    inside = [
+        f"{path}." for path, m in model.named_modules() if isinstance(m, QuantLayer | SplitConv | AttentionProducts)
     ]
+    names = set(model.state_dict())
+    own = {name for name in names if not name.startswith(tuple(inside))}
+    layers = {name for name in expected if name.startswith(tuple(inside))}
+    different = sorted((own ^ expected) - layers)
+    if different:
+        raise InputError(
+            f"{type(model).__name__} was changed since it was made: its {different[0]!r} is not what its configuration "
+            "makes; undo the change (unload an IP-Adapter) to export it"
+        )
 
 
-def _lost(pipe: DiffusionPipeline, model: nn.Module, kind: FileFormat) -> Iterator[str]:
+def _lost(
+    pipe: DiffusionPipeline, model: nn.Module, kind: FileFormat, quantized: Sequence[tuple[str, str]]
+) -> Iterator[str]:
     """What a file has no place for, beside layers."""
-    static = sum(layer.input.is_static for _, layer in quantized_layers(model))
     if kind == "gguf":
         yield "the bits of activations: they are in floating point"
-    elif static:
-        yield f"the ranges of {static} layers' activations: they are found for each token as it comes"
+    else:
+        layers = dict(quantized_layers(model))
+        found = {title: [layers[name] for name, own in quantized if own == title] for title in (_INT8, _INT4)}
+        other = sum(not _as_comfy(layer, title) for title, own in found.items() for layer in own)
+        if other:
+            yield f"how {other} layers round activations: ComfyUI has symmetric ranges of each token, in 8 bits or 4"
     if (steps := plan_steps_of(model)) is not None:
         yield f"the plan's bits by step ({steps.plan.steps} steps)"
     if "correction" in getattr(pipe.scheduler, "config", {}):
         yield "the correction, which is the scheduler's"
+
+
+def _as_comfy(layer: QuantLayer, title: str) -> bool:
+    """Whether ComfyUI rounds a layer's input as the simulation does."""
+    spec, bits = layer.input.spec, layer.input.bits
+    narrow = title == _INT4 and bits <= FOUR
+    return spec.format == "int" and spec.dynamic and spec.symmetric and bits == (FOUR if narrow else MAX_BITS)
 
 
 @dataclass(frozen=True)
@@ -234,14 +277,14 @@ class _Comfy:
     def form(self, layer: QuantLayer, name: str) -> _Form:
         narrow = layer.weights.bits <= FOUR and layer.rotated > 1 and layer.columns % _INT4_COLUMNS == 0
         if narrow and not name.endswith(_UNPACKED):
-            marker: dict[str, object] = {"format": "convrot_w4a4", "convrot_groupsize": layer.rotated}
+            marker: dict[str, object] = {"format": _INT4, "convrot_groupsize": layer.rotated}
             if layer.input.bits > FOUR:
                 marker["linear_dtype"] = "int8"
-            return _Form("convrot_w4a4", FOUR, tuple(marker.items()))
-        marker = {"format": "int8_tensorwise"}
+            return _Form(_INT4, FOUR, tuple(marker.items()))
+        marker = {"format": _INT8}
         if layer.rotated > 1:
             marker |= {"convrot": True, "convrot_groupsize": layer.rotated}
-        return _Form("int8_tensorwise", MAX_BITS, tuple(marker.items()))
+        return _Form(_INT8, MAX_BITS, tuple(marker.items()))
 
     def add_codes(self, name: str, layers: list[QuantLayer], form: _Form) -> None:
         codes = torch.cat([layer.integer_weight() for layer in layers]).to(torch.int8)
@@ -258,11 +301,13 @@ class _Comfy:
     def add_float(self, name: str, leaf: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         if name == SWAPPED:
             values = torch.cat(list(reversed(values.chunk(2))))
-        prefix = UNET_PREFIX if not name and any(key.startswith(UNET_PREFIX) for key in self.tensors) else ""
-        self.tensors[f"{name}.{leaf}" if name else prefix + leaf] = values.detach().cpu().to(dtype)
+        self.tensors[f"{name}.{leaf}"] = values.detach().cpu().to(dtype)
+
+    def add_other(self, key: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+        raise InputError(f"ptqd does not know what {key!r} is called in its authors' checkpoints; export to gguf")
 
     def write(self, path: Path, model: nn.Module) -> None:
-        write_tensors(path, self.tensors, {"format": "pt"})
+        write_tensors(path, self.tensors, {"format": "pt", _BY: "ptqd"})
 
 
 class _Gguf:
@@ -320,16 +365,25 @@ class _Gguf:
 
         if name == SWAPPED and self._swaps:
             values = torch.cat(list(reversed(values.chunk(2))))
+        if values.ndim > _GGUF_DIMENSIONS:
+            raise InputError(
+                f"{name or leaf} has {values.ndim} dimensions, and GGUF's tensors at most {_GGUF_DIMENSIONS}"
+            )
         narrow = dtype != torch.float32 and values.ndim > 1 and float(values.abs().max()) < torch.finfo(torch.half).max
         array = values.detach().cpu().to(torch.float16 if narrow else torch.float32).numpy()
         self.tensors[f"{name}.{leaf}".lstrip(".")] = (array, Kind.F16 if narrow else Kind.F32)
+
+    def add_other(self, key: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+        self.add_float("", key, values, dtype)
 
     def write(self, path: Path, model: nn.Module) -> None:
         import gguf
 
         kind = type(model).__name__
         with replacing(path) as temporary:
-            writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(kind, kind))
+            sdxl = getattr(model, "config", {}).get("addition_embed_type") == "text_time"
+            writer = gguf.GGUFWriter(temporary, "sdxl" if sdxl else _ARCHITECTURES.get(kind, kind))
+            writer.add_string(_BY, "ptqd")
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             for name, (array, form) in self.tensors.items():
                 writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=form)

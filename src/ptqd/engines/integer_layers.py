@@ -17,9 +17,10 @@ from ptqd.diffusion.plain_copy import plain_copy
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
 from ptqd.errors import InputError
+from ptqd.quantization.modules.activation import KeptInFloat32
 from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
-from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer
+from ptqd.quantization.modules.linear_conv import QuantConv, QuantLayer, smoothed
 from ptqd.quantization.numerics.affine import MAX_BITS
 from ptqd.quantization.sites import quantized_layers
 from ptqd.quantization.swap import put_layer
@@ -94,7 +95,7 @@ def _why_not(layer: QuantLayer) -> str | None:
     return next((what for what, there in found.items() if there), None)
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(KeptInFloat32):
     """A quantized layer that multiplies codes.
 
     Args:
@@ -102,10 +103,11 @@ class IntegerLayer(nn.Module):
         kernel: see :func:`with_integer_layers`.
     """
 
+    kept = ("scale",)
+
     codes: torch.Tensor
     sums: torch.Tensor
     scale: torch.Tensor
-    bias: torch.Tensor
 
     def __init__(self, layer: QuantLayer, kernel: Kernel) -> None:
         super().__init__()
@@ -115,6 +117,9 @@ class IntegerLayer(nn.Module):
         self.kernel_size: tuple[int, ...] = (1, 1) if conv is None else tuple(conv.kernel_size)
         self.kernel: Kernel = kernel
         self.outputs, self.columns = layer.shape[0], layer.columns
+        for name in ("in_features", "out_features", "in_channels", "out_channels"):  # which networks look at
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
         codes = layer.integer_weight()
         if layer.zero_point is not None:  # of 7 bits and less: a byte holds what is left
             codes = codes - layer.zero_point.to(codes).view(-1, *[1] * (codes.ndim - 1))
@@ -123,9 +128,9 @@ class IntegerLayer(nn.Module):
         if conv is not None:
             codes = codes.movedim(1, -1)  # O,KH,KW,C
         self.register_buffer("sums", codes.flatten(1).sum(1).to(torch.int32))
-        bias = torch.zeros(self.outputs, device=codes.device) if layer.bias is None else layer.bias.detach().float()
+        bias = torch.zeros(self.outputs, device=codes.device) if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("scale", layer.scale.detach().float().clone())
-        self.register_buffer("bias", bias.clone())
+        self.bias = nn.Parameter(bias, requires_grad=False)
         self.register_buffer("codes", self._stored(codes.to(torch.int8)).contiguous())
 
     def _stored(self, codes: torch.Tensor) -> torch.Tensor:
@@ -136,6 +141,10 @@ class IntegerLayer(nn.Module):
             return codes if self.geometry is not None else codes.view(len(codes), 1, 1, -1)
         flat = codes.flatten(1)
         return F.pad(flat, (0, -flat.shape[1] % MULTIPLE, 0, -len(flat) % MULTIPLE)).T
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`forward`; the input may be given by torch's keyword."""
+        return super().__call__(kwargs.pop("input"), **kwargs) if not args else super().__call__(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """What the simulated layer gives, of an input in floating point."""
@@ -149,14 +158,14 @@ class IntegerLayer(nn.Module):
             if self.geometry is not None:
                 scale, zero = scale.movedim(1, -1), zero.movedim(1, -1)
             products = self.products(x.contiguous(), 0)
-            scaled = (products - zero * self.sums) * (scale * self.scale) + self.bias
+            scaled = (products - zero * self.sums) * (scale.float() * self.scale) + self.bias.float()
             y = scaled.to(given)
         return y if self.geometry is None else y.movedim(-1, 1)
 
     def _static(self, x: torch.Tensor, scale: float, zero: int, dtype: torch.dtype) -> torch.Tensor:
         if self.kernel == "triton":
-            return self._by_triton(x, zero, (scale, self.scale, self.bias), dtype)
-        return (self.products(x, zero) * (scale * self.scale) + self.bias).to(dtype)
+            return self._by_triton(x, zero, (scale, self.scale, self.bias.float()), dtype)
+        return (self.products(x, zero) * (scale * self.scale) + self.bias.float()).to(dtype)
 
     def products(self, x: torch.Tensor, zero: int) -> torch.Tensor:
         """Sums of products of codes, int32: of codes less the code that stands for 0, channels last in both."""
@@ -192,21 +201,24 @@ class IntegerLayer(nn.Module):
         return conv2d(x, self.codes, self.sums, zero, (stride, padding, dilation), floats, dtype)
 
 
-class _Inputs(nn.Module):
+class _Inputs(KeptInFloat32):
     """What a quantized layer does to its input before it multiplies: smoothing, rotation, rounding."""
 
+    kept = ("smooth_scale", "rotation_matrix")
+
     smooth_scale: torch.Tensor | None
+    rotation_matrix: torch.Tensor | None
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
-        self.smoothed = layer.smoothed if layer.smooth_scale is not None else None
-        self.keep = (layer.smooth_scale, layer.rotation_matrix)
+        self.axis = layer.axis
+        for name in self.kept:
+            self.register_buffer(name, getattr(layer, name), persistent=False)
         self.quantizer = layer.input
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
         """Codes (int8), and their scale and the code that stands for 0: numbers, or one of each token."""
-        if self.smoothed is not None:
-            x = self.smoothed(x)
+        x = smoothed(x, self.smooth_scale, self.rotation_matrix, self.axis)
         grid = self.quantizer.grids[0]
         half = 0 if grid.symmetric else _HALF
         scale, zero = self.quantizer.parameters_for(x)

@@ -55,7 +55,7 @@ def required(package: str) -> Any:
         InputError: it is not installed, or older than what is needed.
     """
     extra = {"torchao": "backends", "gguf": "backends", "triton": "gpu"}.get(package, "engines")
-    remedy = f"pip install 'ptqd[{extra}]', or sample in simulation"
+    remedy = f"pip install 'ptqd[{extra}]'" + ("" if package == "gguf" else ", or sample in simulation")
     try:
         with _without_telemetry():
             module, result = importlib.import_module(package), version(package)

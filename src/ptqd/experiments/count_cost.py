@@ -76,7 +76,9 @@ def count_cost(
             if chosen is not None:
                 set_plan(denoiser, chosen)
         memory.append(memory_of(full, denoiser, required, 0 if call is None else _calling(denoiser, call, dtype)))
-    whole = Memory(*(sum(getattr(each, field.name) for each in memory) for field in dataclasses.fields(Memory)))
+    together = {field.name: sum(getattr(each, field.name) for each in memory) for field in dataclasses.fields(Memory)}
+    known = all(each.calling for each in memory)  # one of two denoisers is called at a time
+    whole = Memory(**{**together, "calling": max(each.calling for each in memory) if known else 0})
     return dataclasses.replace(cost_of(denoisers, macs), memory=whole)
 
 

@@ -11,8 +11,10 @@ from ptqd.errors import InputError, lack_of
 from ptqd.experiments.experiment import pipeline_of
 from ptqd.experiments.report.model_card import model_card
 from ptqd.experiments.results import REPORT, Report, select_rows
+from ptqd.files import explained
 from ptqd.loading import load
 
+_NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # the hub's library
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -44,6 +46,9 @@ def push_to_hub(
     """
     if _REPOSITORY.fullmatch(repo_id) is None:
         raise InputError(f"a repository is named like 'user/name'; got {repo_id!r}")
+    is_run = not isinstance(source, DiffusionPipeline) and (Path(source) / REPORT).is_file()
+    if row is not None and not is_run:
+        raise InputError("a row is of a run folder, with a report.json; leave row out for a pipeline")
     report, chosen = None, None
     if isinstance(source, DiffusionPipeline):
         pipe = source
@@ -55,20 +60,20 @@ def push_to_hub(
             base_model = chosen.model
     else:
         pipe = load(source)
-    if row is not None and chosen is None:
-        raise InputError(f"{source} is no run folder (it has no report.json), so it has no rows; leave row out")
     card = model_card(pipe, repo_id, base_model=base_model, report=report, row=chosen)
     with tempfile.TemporaryDirectory() as temporary:
-        pipe.save_pretrained(temporary)
-        (Path(temporary) / "README.md").write_text(card, "utf-8")
+        with explained(Path(temporary) / "model_index.json"):
+            pipe.save_pretrained(temporary)
+            (Path(temporary) / "README.md").write_text(card, "utf-8")
         hub = HfApi(token=token)
         try:
             hub.create_repo(repo_id, private=private, exist_ok=True)
             commit = hub.upload_folder(
                 repo_id=repo_id, folder_path=temporary, commit_message=f"Upload {type(pipe).__name__} quantized by ptqd"
             )
-        except Exception as error:  # the hub's library may be built on any of several for HTTP
-            if lack_of(error) is not None:
+        except Exception as error:
+            of_network = type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, OSError | ValueError)
+            if not of_network or lack_of(error) is not None:
                 raise
             reason = " ".join(str(error).split())[:300]
             raise InputError(

@@ -275,7 +275,7 @@ def check_order(methods: tuple[Method, ...]) -> None:
         if after.changes_layers and not before.changes_layers:
             raise InputError(f"{after.name!r} changes what {before.name!r} quantizes; name it before")
     if "convrot" in names and "smooth" in names:
-        raise InputError("'convrot' rotates without smoothing; leave 'smooth' out, or take 'rotate' instead of both")
+        raise InputError("'convrot' rotates without smoothing; leave out what smooths too: smooth, rotate, best")
     if "svd" in names and "convrot" in names and names.index("svd") < names.index("convrot"):
         raise InputError("'convrot' changes what 'svd' splits; name it before")
     if "svd" in names and "smooth" in names and names.index("svd") < names.index("smooth"):

@@ -15,6 +15,7 @@ from ptqd.files import read_toml
 from ptqd.quantization.methods import (
     METHODS,
     Brecq,
+    ConvRot,
     Distill,
     Gptq,
     Learned,
@@ -357,7 +358,7 @@ WORDS: dict[str, dict[str, Any]] = {
 """What a word of a shorthand sets. Besides: ``affine`` for weights with a zero point; ``dynamic``; a method's name,
 ``svd`` bringing ``smooth`` along; ``svd32`` for its rank, ``svd32x8`` in 8 bits, ``ranks`` for one of each layer;
 ``gptaq``, asymmetric GPTQ; ``g64`` for groups of 64 weights; ``steps8`` for ranges by 8 groups of steps. Published
-recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``."""
+recipes: ``ptq4dm``, ``qdiffusion``, ``tfmq`` and, a method's name as well, ``brecq``; ``comfy`` for ComfyUI's."""
 GPTAQ = "gptaq"  # a word: asymmetric GPTQ
 COMFY = "comfy"  # a word: what ComfyUI computes of quantized linear layers, its activations by token as they come
 RANKS = "ranks"  # a word: each layer's branch has a rank of its own
@@ -395,6 +396,20 @@ def _by_layer(methods: Sequence[Method]) -> tuple[Method, ...]:
         replace(method, by_layer=True) if isinstance(method, LowRank) else method
         for method in (*methods, *(() if named else (LowRank(),)))
     )
+
+
+def _check_comfy(text: str, weights: QuantSpec, activations: QuantSpec, methods: Sequence[str]) -> None:
+    """Refuse what ComfyUI does not compute.
+
+    Raises:
+        InputError: so it is.
+    """
+    other = {weights.format, activations.format} != {"int"} or activations.bits > MAX_BITS
+    if other or {Smooth.name, LowRank.name} & set(methods):
+        raise InputError(
+            f"recipe {text!r}: ComfyUI has integers of 8 bits and fewer, and neither smoothing nor branches; leave "
+            "'comfy' out, or those: w8a8-comfy-gptq, w4a4-comfy-convrot-gptq"
+        )
 
 
 def _first_and_last(weights: QuantSpec, activations: QuantSpec) -> tuple[Rule, ...]:
@@ -440,14 +455,23 @@ def _from_shorthand(text: str) -> Recipe:
     if RANKS in said:
         values["methods"] = _by_layer(values["methods"])
     names = [method.name for method in values["methods"]]
-    if LowRank.name in names and Smooth.name not in names:
+    if LowRank.name in names and not {Smooth.name, ConvRot.name} & set(names):
         values["methods"] = (Smooth(), *values["methods"])
-    first = [Widen.name, Smooth.name, LowRank.name]  # what decides on the others' work, and what they quantize
+    first = [
+        Widen.name,
+        Smooth.name,
+        ConvRot.name,
+        LowRank.name,
+    ]  # what decides on the others' work, and what they quantize
     values["methods"] = tuple(
-        sorted(values["methods"], key=lambda m: first.index(m.name) if m.name in first else 4 - m.changes_layers)
+        sorted(
+            values["methods"],
+            key=lambda m: first.index(m.name) if m.name in first else len(first) + 1 - m.changes_layers,
+        )
     )
     chosen = values.pop("rules", _first_and_last(weights, activations))
     if COMFY in said:
+        _check_comfy(text, weights, activations, names)
         values["attention"], chosen = False, (*chosen, Rule("*", type="conv", skip=True, optional=True))
     chosen = tuple(replace(rule, group=0) if rule.weight_bits and weights.group else rule for rule in chosen)
     return Recipe(weights, activations, tuple(step_bits), rules=chosen, **values)

@@ -76,11 +76,13 @@ class Export:
         """Write the denoiser as a file, and say what it does not hold."""
         from ptqd.engines.checkpoints import check_file_format, export_checkpoint
         from ptqd.errors import InputError
+        from ptqd.outputs import check_output
 
         assert self.to is not None
         given = [self.engine != "onnxruntime", self.provider != "cpu", self.layout != "int8", self.others != "fp32"]
         if any(given) or self.hold_deep:
             raise InputError(f"--to {self.to} writes a file for no engine; leave the options of engines out")
+        check_output(self.out, [self.folder])
         check_file_format(self.to, self.out)
         *_, pipe = self._rows().pipes.values()
         written = export_checkpoint(pipe, self.to, self.out)

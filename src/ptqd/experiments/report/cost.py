@@ -56,9 +56,10 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
     yield f"  {_si(bops / steps)}BOPs a step, {_si(bops)}BOPs an image"
     yield f"  {cost.ratio:.2f}x fewer than FP32: {_si(full / steps)}BOPs a step, {_si(full)}BOPs an image"
     memory = cost.memory
-    yield f"  {memory.disk / 1e6:,.1f} MB on disk, {memory.resident / 1e6:,.1f} MB in memory" + (
-        f", and {memory.calling / 1e6:,.1f} MB while it is called with one sample" if memory.calling else ""
-    )
+    calling = "what a call takes is not counted, it looks at numbers"
+    if memory.calling:
+        calling = f"{memory.calling / 1e6:,.1f} MB more while it is called with one sample"
+    yield f"  {memory.disk / 1e6:,.1f} MB on disk, {memory.resident / 1e6:,.1f} MB in memory; {calling}"
     if memory.quantizing:
         yield f"  {memory.quantizing / 1e6:,.1f} MB at most while it is quantized, full precision's weights included"
     table = Table()

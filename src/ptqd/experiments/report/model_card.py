@@ -16,7 +16,7 @@ from ptqd.quantization.bops import disk_bytes
 from ptqd.quantization.hf_quantizer import coverage_of, ptqd_quantizer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
-from ptqd.quantization.sites import quantized_sites
+from ptqd.quantization.sites import quantized_layers, quantized_sites
 
 LEFT = 20  # layers in full precision that are named
 
@@ -119,7 +119,9 @@ def _quantized(pipe: DiffusionPipeline) -> Iterator[str]:
             yield f"| {weights} | {activations} | {count} {what} |"
         yield ""
         methods = ", ".join(method.name for method in recipe.methods) or "rounding to nearest"
-        yield f"Method: {methods}; calibrated on {recipe.calibration_samples} samples' trajectories."
+        calibrated = recipe.methods or any(layer.input.is_static for _, layer in quantized_layers(model))
+        on = f"; calibrated on {recipe.calibration_samples} samples' trajectories" if calibrated else ""
+        yield f"Method: {methods}{on}."
         if config.plan is not None:
             plan = PrecisionPlan.from_dict(config.plan, "the saved plan")
             yield f"The activations' bits follow the step: a plan for {plan.steps} steps, and no other number of them."

@@ -212,10 +212,7 @@ class QuantLayer(KeptInFloat32, ABC):
 
     def smoothed(self, x: torch.Tensor) -> torch.Tensor:
         """An input divided by what smooths it, and rotated."""
-        if self.smooth_scale is None:
-            return x
-        x = x / self.smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if self.axis == 1 else ())
-        return x if self.rotation_matrix is None else rotate(x, self.rotation_matrix, self.axis)
+        return smoothed(x, self.smooth_scale, self.rotation_matrix, self.axis)
 
     @property
     def rotated(self) -> int:
@@ -388,6 +385,16 @@ class QuantLayer(KeptInFloat32, ABC):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+
+def smoothed(
+    x: torch.Tensor, smooth_scale: torch.Tensor | None, rotation_matrix: torch.Tensor | None, axis: int
+) -> torch.Tensor:
+    """An input whose channels along an axis are divided by ``smooth_scale`` (I,), and rotated; itself without these."""
+    if smooth_scale is None:
+        return x
+    x = x / smooth_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2) if axis == 1 else ())
+    return x if rotation_matrix is None else rotate(x, rotation_matrix, axis)
 
 
 _AT_ONCE = 1 << 18  # codes that are unpacked together, where memory is short
