@@ -10,11 +10,13 @@ ptqd. The error is the output's, of 64 + 32 tokens, relative to the simulation's
 against full precision. Memory is the resident set's growth over loading and one call. Linux only.
 """
 
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +154,17 @@ def _kitchen(layer: Any, own: Any) -> Any:
     return lambda x: torch.nn.functional.linear(x, weight, layer.bias)
 
 
-def main() -> None:
-    import copy
-    from importlib.util import find_spec
+def compare(full: Any, path: Path, given: dict[str, torch.Tensor], want: torch.Tensor, exact: torch.Tensor) -> None:
+    """A ComfyUI file as its readers compute it."""
+    for kitchen, reader in ((False, "numpy reader"), (True, "comfy-kitchen")):
+        if not kitchen or find_spec("comfy_kitchen") is not None:
+            with torch.no_grad():
+                output = with_read_layers(copy.deepcopy(full), path, kitchen=kitchen)(**given)[0]
+            off = f"{error(output, want):.2%} off the simulation, {error(output, exact):.1%} off full precision"
+            print(f"{'':8s} {reader}: {off}", flush=True)
 
+
+def main() -> None:
     import ptqd
     from ptqd import Recipe, Sampling
     from ptqd.quantization.sites import activation_quantizers
@@ -204,16 +213,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"{kind:8s} {text:20s} {size(path):6,.0f} MB written in {seconds:.1f} s ({what}); {own}", flush=True)
             if kind == "comfy":
-                found = copy.deepcopy(full)
-                with torch.no_grad():
-                    output = with_read_layers(found, path, kitchen=False)(**given)[0]
-                off = f"{error(output, want):.2%} off the simulation, {error(output, exact):.1%} off full precision"
-                print(f"{'':8s} numpy reader: {off}", flush=True)
-                if find_spec("comfy_kitchen") is not None:
-                    found = copy.deepcopy(full)
-                    with torch.no_grad():
-                        output = with_read_layers(found, path, kitchen=True)(**given)[0]
-                    print(f"{'':8s} comfy-kitchen: {error(output, want):.2%} off the simulation", flush=True)
+                compare(full, path, given, want, exact)
                 continue
             if kind == "gguf":
                 transformer.save_config(folder)

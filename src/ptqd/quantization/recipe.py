@@ -457,18 +457,12 @@ def _from_shorthand(text: str) -> Recipe:
     names = [method.name for method in values["methods"]]
     if LowRank.name in names and not {Smooth.name, ConvRot.name} & set(names):
         values["methods"] = (Smooth(), *values["methods"])
-    first = [
-        Widen.name,
-        Smooth.name,
-        ConvRot.name,
-        LowRank.name,
-    ]  # what decides on the others' work, and what they quantize
-    values["methods"] = tuple(
-        sorted(
-            values["methods"],
-            key=lambda m: first.index(m.name) if m.name in first else len(first) + 1 - m.changes_layers,
-        )
-    )
+    first = [Widen.name, Smooth.name, ConvRot.name, LowRank.name]  # what others quantize is decided by these
+
+    def place(method: Method) -> int:
+        return first.index(method.name) if method.name in first else len(first) + 1 - method.changes_layers
+
+    values["methods"] = tuple(sorted(values["methods"], key=place))
     chosen = values.pop("rules", _first_and_last(weights, activations))
     if COMFY in said:
         _check_comfy(text, weights, activations, names)
