@@ -255,6 +255,11 @@ def run_batch(
     if sampling.eta > 0 and "eta" not in accepted:
         raise InputError(f"{type(pipe).__name__} takes no eta; leave it at 0")
     given = {k: v for k, v in arguments.items() if k in accepted} | call
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [k for k, p in accepted.items() if k != "self" and p.kind in named and p.default is p.empty]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise InputError(f"{type(pipe).__name__} needs the argument {missing[0]!r}; give it in the run's call")
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     seed = sample_generator(sampling.seed, indices[0]).initial_seed()
