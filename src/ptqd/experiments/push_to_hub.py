@@ -46,16 +46,18 @@ def push_to_hub(
     """
     if _REPOSITORY.fullmatch(repo_id) is None:
         raise InputError(f"a repository is named like 'user/name'; got {repo_id!r}")
-    is_run = not isinstance(source, DiffusionPipeline) and (Path(source) / REPORT).is_file()
-    if row is not None and not is_run:
+    run = None if isinstance(source, DiffusionPipeline) else Path(source)
+    if run is not None and not (run / REPORT).is_file():
+        run = None
+    if row is not None and run is None:
         raise InputError("a row is of a run folder, with a report.json; leave row out for a pipeline")
     report, chosen = None, None
     if isinstance(source, DiffusionPipeline):
         pipe = source
-    elif (Path(source) / REPORT).is_file():
-        report = Report.load(Path(source))
-        *_, chosen = select_rows(report, Path(source), None if row is None else [row])
-        pipe = pipeline_of(Path(source), chosen)
+    elif run is not None:
+        report = Report.load(run)
+        *_, chosen = select_rows(report, run, None if row is None else [row])
+        pipe = pipeline_of(run, chosen)
         if base_model is None and _REPOSITORY.fullmatch(chosen.model) and not Path(chosen.model).exists():
             base_model = chosen.model
     else:
