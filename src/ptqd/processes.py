@@ -2,12 +2,18 @@
 
 Many are started by ``accelerate launch``, or by ``torchrun``, also where there is no accelerator. Without a launcher
 there is one process, and nothing waits.
+
+What writes files asks for its share outright. The library's own functions share their work only inside
+:func:`together`: a script of several processes of which one quantizes waits for nobody.
 """
 
 import os
+import pickle
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -24,6 +30,7 @@ MPI = tuple(  # whose processes are not ptqd's, and of which a shell may have so
     for kind in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
     for what in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
 )
+_TOGETHER: ContextVar[bool] = ContextVar("ptqd.together", default=False)
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 
@@ -115,3 +122,135 @@ def agreed(value: T) -> T:
 def wait() -> None:
     """Until all processes are here."""
     _state().wait_for_everyone()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside the block calibrating, measuring, planning, learning and choosing corrections are shared.
+
+    Every process has to enter it, and do the same there; each gets what one process alone would get. Without a launcher
+    it does nothing.
+    """
+    token = _TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
+def is_shared() -> bool:
+    """Whether there are several processes, inside :func:`together`."""
+    return _TOGETHER.get() and count() > 1
+
+
+def number() -> int:
+    """Which of the processes this is, counted from 0."""
+    return int(_state().process_index)
+
+
+def mine(items: Sequence[T]) -> list[T]:
+    """This process's share inside :func:`together`, else all."""
+    return share(items) if is_shared() else list(items)
+
+
+def rounds(items: Sequence[T]) -> list[Sequence[T]]:
+    """Items by turns of which each process has one: for work that is put together as it comes. Alone, one by one."""
+    size = count() if is_shared() else 1
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def everyone(value: T) -> list[T]:
+    """What each process says, in their order; tensors come over the CPU. Alone, the value itself."""
+    if not is_shared():
+        return [value]
+    import torch
+    from accelerate.utils import gather_object
+    from torch.utils._pytree import tree_map_only
+
+    said: list[T] = gather_object([tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), value)])
+    return said
+
+
+def as_main(value: T) -> T:
+    """What the main process says, inside :func:`together`: what was computed from the same may differ in a last bit."""
+    return agreed(value) if is_shared() else value
+
+
+def joined(parts: Sequence[T]) -> list[T]:
+    """What all processes made of their shares (:func:`mine`), in the order of the whole."""
+    shares = everyone(list(parts))
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+
+
+def tensors_in_order(parts: Sequence[Any], total: int, like: Any) -> Iterator[Any]:
+    """The same for tensors of one shape, one at a time.
+
+    Args:
+        parts: this process's.
+        total: how many all processes have.
+        like: a tensor of that shape.
+    """
+    if not is_shared():
+        yield from parts
+        return
+    import torch
+
+    for i in range(total):
+        owner = i % count()
+        part = parts[i // count()].contiguous() if owner == number() else torch.empty_like(like)
+        torch.distributed.broadcast(part, owner)
+        yield part
+
+
+@contextmanager
+def failing_alike() -> Iterator[None]:
+    """What one process raises inside the block is raised by all of them at its end, so that none waits for it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        if not is_shared():
+            raise
+        error = caught
+    if is_shared():
+        raised = next((each for each in everyone(_as_sent(error)) if each is not None), None)
+        if raised is not None:
+            raise error or raised
+
+
+def _as_sent(error: Exception | None) -> Exception | None:
+    """An error that can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))  # this process's own
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def by_main(call: Callable[[], T]) -> T:
+    """What the main process gets from a call, alone; the others wait for it."""
+    if not is_shared():
+        return call()
+    found: list[T | None] = [None]
+    with failing_alike():
+        if is_main():
+            token = _TOGETHER.set(False)
+            try:
+                found = [call()]
+            finally:
+                _TOGETHER.reset(token)
+    return as_main(found)[0]  # type: ignore[return-value]
+
+
+def check_alike(facts: Mapping[str, object]) -> None:
+    """Refuse to share work that is not the same in every process.
+
+    Raises:
+        InputError: some fact is another here than in the main process.
+    """
+    if not is_shared():
+        return
+    with failing_alike():
+        for name, value in agreed(dict(facts)).items():
+            if facts[name] != value:
+                raise InputError(f"this process has another {name} than the main one; start all alike")

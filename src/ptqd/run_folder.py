@@ -121,8 +121,8 @@ class RunFolder:
             name: path of the result inside the folder.
             inputs: everything the result depends on, as plain JSON values.
             build: called with the path to write to and a scratch folder that survives a kill.
-            shared: every process calls ``build``, to do its share in the scratch folder; all but the main one return
-                without a result.
+            shared: every process calls ``build``, to do its share; inside :func:`ptqd.processes.together` what the
+                library shares is shared. The main one alone writes the result, the others help in the scratch folder.
 
         Returns:
             The path of the result.
@@ -142,10 +142,12 @@ class RunFolder:
                 return target  # another run made it meanwhile
             if processes.is_main():
                 self._say_what_changed(name, plain, key)
-                self._make(name, StageRecord(key, plain, 0.0), build, scratch)
+                with processes.together() if shared else contextlib.nullcontext():
+                    self._make(name, StageRecord(key, plain, 0.0), build, scratch)
             elif shared:
                 make_folder(scratch)
-                build(target, scratch)
+                with processes.together():
+                    build(target, scratch)
             processes.wait()
         return target
 

@@ -38,7 +38,7 @@ VERBS = (
 _COUNTED = "steps eta guidance samples batch seed measured groups repeats threads classes"
 COUNTS = tuple(f"--{name}" for name in _COUNTED.split())  # options that take a number
 BROKEN_PIPE = 141  # as of what SIGPIPE ends
-SHARED = ("run", "demo", "reproduce", "measure", "plan", "sample", "evaluate")  # by several processes
+SHARED = ("run", "demo", "reproduce", "quantize", "measure", "plan", "correct", "sample", "evaluate")  # by processes
 
 
 @Parameter(name="*")

@@ -167,7 +167,7 @@ def test_sensitivities_are_what_rounding_one_layer_does() -> None:
         module.freeze()
     probe = _Probe(full, quantized, recipe, (3, 4, 8))
     probe.add(0, (x, 0.0), {}, 2, 1, 0)
-    found = probe.result(3)
+    found = probe.result(probe.taken(), 3)
     assert found.layers == found.weighted == ("first", "second")
     assert found.activations.shape == (3, 2, 2)
     want = full(x, 0)[0]

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import COHERENCES, ENERGY, TRAJECTORY, compose, mean_estimator, split_methods
 from ptqd.correction.gate import StepGate, every_step, gated, gated_cnc_bc
@@ -374,6 +375,7 @@ class _Search:
         part = slice(done, done + len(ends))
         errors = (ends - self.reference[part]).square().flatten(1).mean(1) + 1e-9 * self.reference.var()
         shifts = features(ends, self.axis, self.reference) - self.wanted[part]
+        errors, shifts = processes.as_main((errors, shifts))
         if done:
             errors, shifts = torch.cat([self.errors[candidate], errors]), torch.cat([self.shifts[candidate], shifts])
         self.errors[candidate], self.shifts[candidate] = errors, shifts
@@ -387,7 +389,7 @@ class _Search:
 
         def decide(step: int, arrivals: Sequence[Arrival]) -> list[torch.Tensor]:
             outputs = []
-            for arrival, batch in zip(arrivals, batches, strict=True):
+            for arrival, batch in zip(arrivals, processes.mine(batches), strict=True):
                 rows = StepBatch(arrival, self.stats, len(batch))
                 places: dict[tuple[Candidate, int], list[int]] = {}
                 for place, (candidate, i) in enumerate(batch):
@@ -417,10 +419,13 @@ class _Search:
         for half in (0, 1):
             pipe = apply_correction(self.qpipe, self._correction(candidate, 1 - half))
             with busy(f"trying {candidate.name}" if self.progress else None):
-                for batch in part[parity == half].split(self.batch):
-                    if len(batch):
-                        samples = final_samples(pipe, self.run, self.indices[batch].tolist())
-                        ends |= dict(zip(batch.tolist(), samples, strict=True))
+                batches = [batch for batch in part[parity == half].split(self.batch) if len(batch)]
+                with processes.failing_alike():
+                    found = [
+                        final_samples(pipe, self.run, self.indices[batch].tolist()) for batch in processes.mine(batches)
+                    ]
+                for batch, samples in zip(batches, processes.joined(found), strict=True):
+                    ends |= dict(zip(batch.tolist(), samples, strict=True))
         return torch.stack([ends[i] for i in part.tolist()]).double()
 
     def _correction(self, candidate: Candidate, half: int | None = None) -> Correction:

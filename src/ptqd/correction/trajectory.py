@@ -35,6 +35,7 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy import stats as scipy_stats
 
+from ptqd import processes
 from ptqd.correction.correction import Correction
 from ptqd.correction.fit import ENERGY, TRAJECTORY, compose
 from ptqd.correction.gate import NOTHING, StepGate
@@ -255,13 +256,13 @@ class _Walk:
         self.penalties = torch.tensor(PENALTIES, dtype=torch.float64)
 
     def decide(self, step: int, arrivals: Sequence[Arrival]) -> list[torch.Tensor]:
-        """The output that each batch goes on with."""
+        """The output that each of this process's batches goes on with."""
         gain = float(self.gain[step])
         moves = abs(gain) > 1e-9 * max(1e-12, float(self.gain.abs().max())) and not self.clips[step]
         wanted = self.stats.paths[: len(self.group), step].split(self.sizes)
         batches = [
             _Walked(arrival, self.stats, rows, gain if moves else 1.0)
-            for arrival, rows in zip(arrivals, wanted, strict=True)
+            for arrival, rows in zip(arrivals, processes.mine(wanted), strict=True)
         ]
         bases = OutputEstimate(
             self.of_group.output[:, :, step], self.of_group.sample[:, :, step], self.of_group.bias[:, :, step]
@@ -270,6 +271,7 @@ class _Walk:
             overall, each, gate = self._regressed(batches, bases, step)
         else:
             overall, each, gate = self._as_given(batches, bases, step)
+        overall, each, gate = processes.as_main((overall, each, gate))
         self._correct(batches, each)
         if moves:
             overall = self._lengthen(batches, overall, step, gain)
@@ -283,7 +285,7 @@ class _Walk:
 
     def _correct(self, batches: Sequence["_Walked"], each: OutputEstimate) -> None:
         """Correct every sample by its group's estimate (J, ...)."""
-        for batch, group in zip(batches, self.group.split(self.sizes), strict=True):
+        for batch, group in zip(batches, processes.mine(self.group.split(self.sizes)), strict=True):
             samples = [(group == j).nonzero().flatten() for j in range(len(self.members))]
             batch.correct(((own, each.at(j)) for j, own in enumerate(samples)), self.layout)
 
@@ -294,7 +296,7 @@ class _Walk:
         errors = []
         for base in range(len(self.bases)):
             self._correct(batches, bases.at(base))
-            errors.append(torch.cat([batch.error() for batch in batches]))
+            errors.append(torch.cat(processes.joined([batch.error() for batch in batches])))
         best = int(torch.stack(errors).log().mean(-1).argmin())
         name = list(self.bases)[best]
         return self.bases[name].at(step), bases.at(best), self._gate(name, errors[0], errors[best])
@@ -303,7 +305,7 @@ class _Walk:
         self, batches: Sequence["_Walked"], bases: OutputEstimate, step: int
     ) -> tuple[OutputEstimate, OutputEstimate, StepGate]:
         """The estimate fitted on all samples, those of the groups (J, ...), and how they were chosen."""
-        tables = torch.cat([batch.tables() for batch in batches])  # N,G,K,K
+        tables = torch.cat(processes.joined([batch.tables() for batch in batches]))  # N,G,K,K
         total = tables.sum(0)
         others = torch.stack([(total - tables[m].sum(0)) / max(1, len(tables) - len(m)) for m in self.members])
         shrunk = ridge(others, self.layout, bases, self.penalties.view(-1, 1, 1, 1))
@@ -347,7 +349,7 @@ class _Walk:
         on the whole of it, and where neighbours are known on its edges, what it is more than their mean.
         """
         layout, state = self.layout, float(self.stats.response.own_state[step])
-        parts = [batch.energies(state, edges=layout.taps > 1) for batch in batches]
+        parts = processes.joined([batch.energies(state, edges=layout.taps > 1) for batch in batches])
         ratios = torch.cat([part[0] for part in parts])  # N,F,C
         sizes, moved, mean = (torch.cat([part[i] for part in parts]).mean(0) for i in (1, 2, 3))
         shift = torch.from_numpy(scipy_stats.trim_mean(ratios.numpy(), TRIMMED, axis=0))

@@ -2,7 +2,8 @@
 
 Something that is fitted step by step, on samples that went through the steps before as they were fitted, sees all the
 samples of a step at once. They need not fit into one batch: each batch's call is in a thread of its own, one of which
-runs at a time, and waits in ``scheduler.step`` until all have come there.
+runs at a time, and waits in ``scheduler.step`` until all have come there. Nor need they be in one process: each has its
+share of the batches, and what is fitted is told of all by those who decide (:func:`ptqd.processes.joined`).
 """
 
 import copy
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.diffusion.intercept import stepping
 from ptqd.diffusion.pipeline_parts import with_components
 from ptqd.diffusion.sampling import Sampling, run_batch
@@ -66,8 +68,8 @@ def run_in_step(
         pipe: its scheduler is copied for each batch; everything else is shared.
         sampling: how.
         batches: sample indices of each.
-        decide: is given the number of a step and the batches that wait before it, in their order, and answers with the
-            output that each goes on with.
+        decide: is given the number of a step and this process's batches that wait before it, in their order, and
+            answers with the output that each goes on with.
 
     Returns:
         Each batch's samples after the last step, as the scheduler leaves them.
@@ -76,23 +78,26 @@ def run_in_step(
         MismatchError: the batches take different numbers of steps, or none.
         Exception: what the pipeline or ``decide`` raised.
     """
-    runs = [_Run(pipe, sampling, batch) for batch in batches]
+    runs = [_Run(pipe, sampling, batch) for batch in processes.mine(batches)]
     step = 0
     try:
-        for run in runs:
-            run.advance()
-        while any(run.waiting for run in runs):
-            if not all(run.waiting for run in runs):
+        with processes.failing_alike():
+            for run in runs:
+                run.advance()
+        while any(waiting := [each for share in processes.everyone([run.waiting for run in runs]) for each in share]):
+            if not all(waiting):
                 raise MismatchError("the pipeline takes other numbers of steps in different batches; use one batch")
-            for run, output in zip(runs, decide(step, [run.brought for run in runs]), strict=True):
-                run.advance(output)
+            outputs = decide(step, [run.brought for run in runs])
+            with processes.failing_alike():
+                for run, output in zip(runs, outputs, strict=True):
+                    run.advance(output)
             step += 1
     finally:
         for run in runs:
             run.abandon()
     if not step:
         raise MismatchError(f"{type(pipe).__name__} took no step with its scheduler")
-    return [run.final for run in runs]
+    return processes.joined([run.final for run in runs])
 
 
 class _Run(PausedThread):

@@ -110,7 +110,8 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
             quantized += [(each, form.title) for each in ours]
         else:
             weights = [_float_weight(part) for part in parts]
-            writer.add_float(theirs, "weight", torch.cat(weights) if len(weights) > 1 else weights[0], half)
+            joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+            writer.add_float(theirs, native_leaf(theirs, "weight"), joined, half)
             why = next((reason for reason in reasons if reason), "layers beside it are of other bits")
             floating += [
                 (each, reason or why)

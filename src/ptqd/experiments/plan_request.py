@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.diffusion.macs import Macs
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.trajectory import record
@@ -231,7 +232,9 @@ def make_plan(
     chosen_from = problem
     if request.in_seconds:
         timesteps = next(iter(stats.values())).measured_on.model_timesteps
-        seconds = measure_seconds(quantized, sampling, timesteps, sorted(stats), deep=request.hold_deep)
+        seconds = processes.by_main(
+            lambda: measure_seconds(quantized, sampling, timesteps, sorted(stats), deep=request.hold_deep)
+        )
         chosen_from = problem.in_seconds(seconds)
     return solve(chosen_from, budget=request.budget, floor=request.floor).plan, problem
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.correction.scheduler import apply_correction
 from ptqd.correction.search import CorrectionSearch, fit_along_runs, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
@@ -109,10 +110,11 @@ class Stages:
 
         def build(path: Path, scratch: Path) -> DiffusionPipeline:
             pipe = quantize(self.pipe, recipe, self.sampling, scratch=scratch, progress=self.progress)
-            pipe.save_pretrained(path)
+            if processes.is_main():
+                pipe.save_pretrained(path)
             return pipe
 
-        return self._value(self.layout.quantized(key), inputs, build, self._load_pipeline)
+        return self._value(self.layout.quantized(key), inputs, build, self._load_pipeline, shared=True)
 
     def planned(
         self, key: RowKey, quantized: DiffusionPipeline, request: PlanRequest, samples: int
@@ -132,8 +134,6 @@ class Stages:
         def build(path: Path, scratch: Path) -> tuple[DiffusionPipeline, PlanFigures]:
             plan, problem = make_plan(self.pipe, quantized, run, request, stats, progress=self.progress)
             planned = apply_plan(quantized, plan, self.pipe)
-            planned.save_pretrained(path)
-            plan.save(path / "plan.toml")
             problem = problem or planning_problem(
                 self.pipe,
                 quantized,
@@ -144,7 +144,10 @@ class Stages:
                 progress=self.progress,
             )
             figures = plan_figures(planned, problem, stats, self.macs)
-            write_json(path / "plan.json", figures.to_dict())
+            if processes.is_main():
+                planned.save_pretrained(path)
+                plan.save(path / "plan.toml")
+                write_json(path / "plan.json", figures.to_dict())
             return planned, figures
 
         def read(path: Path) -> tuple[DiffusionPipeline, PlanFigures]:
@@ -154,7 +157,8 @@ class Stages:
             images = trajectory_images(self.pipe, run)
             write_tensors(path, {} if images is None else {"images": images}, {"ptqd.samples": "steps"})
 
-        pipe, figures = self._value(self.layout.planned(key), {**inputs, "plan": request.to_dict()}, build, read)
+        facts = {**inputs, "plan": request.to_dict()}
+        pipe, figures = self._value(self.layout.planned(key), facts, build, read, shared=True)
         pictures = self.layout.trajectory()
         self._value(pictures, {**self.made_from, "setting": run.to_dict()}, picture, whole_file)
         return pipe, figures, pictures
@@ -211,10 +215,11 @@ class Stages:
                     choice = search_correction(quantized, stats, self.sampling)
                 else:
                     choice = fit_along_runs(quantized, stats, self.sampling, methods)
-            write_json(path, choice.to_dict())
+            if processes.is_main():
+                write_json(path, choice.to_dict())
             return choice
 
-        return self._value(name, inputs, build, CorrectionSearch.load), self.folder.key(name)
+        return self._value(name, inputs, build, CorrectionSearch.load, shared=True), self.folder.key(name)
 
     def samples(self, key: RowKey, pipe: DiffusionPipeline, inputs: Mapping[str, object]) -> str:
         """Images of a pipeline; where none are kept, what the judge saw of them. Returns their path in the folder."""

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ptqd import processes
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_names, denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
@@ -95,17 +96,40 @@ def measure_sensitivity(
     apart = sampling.with_seed_for("sensitivity").replace(
         samples=samples, batch=PROBED_BATCH
     )  # whatever the run's: the same result
-    for indices in track(list(apart.batches()), "finding each layer's share" if progress else None):
+
+    def probe(indices: range) -> tuple[int, dict[str, Energies]]:
+        """How many steps a batch took, and what each denoiser's layers cause there."""
         with record(pipe) as trajectory, _calls(pipe, steps, trajectory) as calls:
             run_batch(pipe, apart, indices, "latent")
         axis = trajectory.channel_axis
         for n, (name, step, args, kwargs) in enumerate(calls):
             seed = sample_generator(n, indices[0]).initial_seed()
             probes[name].add(step, args, kwargs, trajectory.samples[0].shape[axis], axis, seed)
-    first, *others = probes.values()
+        return len(trajectory.timesteps), {name: probe.taken() for name, probe in probes.items()}
+
+    total, energies = 0, dict[str, Energies]()
+    for batches in track(processes.rounds(list(apart.batches())), "finding each layer's share" if progress else None):
+        with processes.failing_alike():
+            found = [probe(indices) for indices in processes.mine(batches)]
+        for taken, parts in processes.joined(found):
+            total = taken
+            energies = {name: _summed(energies.get(name, {}), part) for name, part in parts.items()}
+    first, *others = probes
     for other in others:  # at steps of its own
-        first.steps |= other.steps
-    return first.result(len(trajectory.timesteps))
+        energies[first] |= energies[other]
+    return probes[first].result(energies[first], total)
+
+
+Energies = dict[int, tuple[torch.Tensor, torch.Tensor, int]]
+"""By step: sums of the energies of activations (Q, W) and weights (L,), and of how many elements they are."""
+
+
+def _summed(first: Energies, second: Energies) -> Energies:
+    sums = first | second
+    for step in first.keys() & second.keys():
+        (a, b, n), (c, d, m) = first[step], second[step]
+        sums[step] = (a + c, b + d, n + m)
+    return sums
 
 
 Call = tuple[str, int, tuple[Any, ...], dict[str, Any]]
@@ -164,7 +188,7 @@ class _Probe:
             errors = torch.stack([(w - module.weight).cpu().double().square().sum() for w in rounded])
             self.relative[name] = errors / errors[0].clamp(min=1e-300)
             module.register_forward_hook(partial(self._weighted, name, rounded[0] - module.weight))
-        self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+        self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}  # of the batch that is looked at
         self.rows = 1
 
     def add(
@@ -193,6 +217,12 @@ class _Probe:
             raise InputError(f"{kind} cannot be differentiated to share its noise among layers: {reason}") from error
         self.now[2][0] += remaining.numel()
 
+    def taken(self) -> Energies:
+        """What was added since this was last called."""
+        energies = {step: (first, second, count[0]) for step, (first, second, count) in self.steps.items()}
+        self.steps = {}
+        return energies
+
     def _activation(self, layer: str, quantizer: ActivationQuantizer, gradient: torch.Tensor, x: torch.Tensor) -> None:
         row = self.now[0][self.layers.index(layer)]
         for i in range(len(quantizer.widths)):
@@ -214,18 +244,18 @@ class _Probe:
         rows = products.view(self.rows if products.numel() % self.rows == 0 else 1, -1)
         return float(rows.sum(1).square().sum())
 
-    def result(self, total: int) -> Sensitivity:
+    def result(self, energies: Energies, total: int) -> Sensitivity:
         """Energies at every step of a run, between the measured ones on a line over their logarithm."""
-        steps = sorted(self.steps)
+        steps = sorted(energies)
 
         def everywhere(tables: list[torch.Tensor]) -> torch.Tensor:
             logs = torch.stack(tables).clamp(min=1e-30).log().flatten(1).numpy()  # K,...
             lines = [np.interp(np.arange(total), steps, logs[:, i]) for i in range(logs.shape[1])]
             return torch.from_numpy(np.array(lines).reshape(-1, total).T.copy()).exp().view(total, *tables[0].shape)
 
-        activations = everywhere([self.steps[s][0] / self.steps[s][2][0] for s in steps])
+        activations = everywhere([energies[s][0] / energies[s][2] for s in steps])
         weights = torch.zeros(total, 0, len(self.weight_bits), dtype=torch.float64)
         if self.weighted:
-            lowest = everywhere([self.steps[s][1] / self.steps[s][2][0] for s in steps])
+            lowest = everywhere([energies[s][1] / energies[s][2] for s in steps])
             weights = lowest[:, :, None] * torch.stack([self.relative[name] for name in self.weighted])
         return Sensitivity(self.layers, self.widths, activations, self.weighted, self.weight_bits, weights)

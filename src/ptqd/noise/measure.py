@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import DiffusionPipeline
 
+from ptqd import processes
 from ptqd.diffusion.fingerprints import activation_bits_of, denoisers_fingerprint, schedule_of
 from ptqd.diffusion.noise_schedule import noise_levels
 from ptqd.diffusion.pipeline_parts import scheduler_of
@@ -107,15 +108,19 @@ class PairedMeasurement:
         )
 
     def all(self, start: int = 0, progress: str | bool = False) -> dict[int, NoiseStats]:
-        """Statistics of the samples of the run from ``start`` on, by key.
+        """Statistics of the samples of the run from ``start`` on, by key; shared inside `ptqd.processes.together`.
 
         Raises:
             InputError: there are none.
         """
         totals: dict[int, NoiseStats] = {}
-        for indices in track(list(self.run.batches(start)), "measuring" if progress is True else progress or None):
-            for key, part in self.batch(indices).items():
-                totals[key] = NoiseStats.merge([totals[key], part]) if key in totals else part
+        rounds = processes.rounds(list(self.run.batches(start)))
+        for batches in track(rounds, "measuring" if progress is True else progress or None):
+            with processes.failing_alike():
+                found = [self.batch(indices) for indices in processes.mine(batches)]
+            for parts in processes.joined(found):
+                for key, part in parts.items():
+                    totals[key] = NoiseStats.merge([totals[key], part]) if key in totals else part
         if not totals:
             raise InputError(f"no samples to measure from {start} to {self.run.samples}; ask for more")
         return totals

@@ -57,6 +57,15 @@ class ActivationProfiler:
         """Take over what another has seen."""
         self._inputs, self._call = state["inputs"], state["call"]
 
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what several have seen, of other samples each; the first's where all saw the same."""
+        known = [state for state in states if state["call"] is not None]
+        self._call, self._inputs = known[0]["call"], {}
+        for name, inputs in known[0]["inputs"].items():
+            others = [state["inputs"].get(name) for state in known[1:]]
+            if all(other is not None and _all_seen(other, inputs) for other in others):
+                self._inputs[name] = inputs
+
     @contextmanager
     def watching(self, step: Callable[[], int]) -> Iterator[None]:
         """Note what each layer gets at each step, whose number ``step`` says, and a row of the first call."""
@@ -146,6 +155,11 @@ def _on_inputs(layers: dict[str, Any], look: Any) -> list[Any]:
         layer.input.register_forward_pre_hook(lambda module, args, name=name: look(name, args[0]))
         for name, layer in layers.items()
     ]
+
+
+def _all_seen(inputs: Mapping[int, torch.Tensor], known: Mapping[int, torch.Tensor]) -> bool:
+    """Whether a layer's inputs at each step are those that are known."""
+    return inputs.keys() == known.keys() and all(_all_alike(inputs[step], known[step]) for step in inputs)
 
 
 def _all_alike(x: torch.Tensor, known: torch.Tensor) -> bool:

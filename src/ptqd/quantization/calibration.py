@@ -15,24 +15,29 @@ from diffusers import DiffusionPipeline
 from diffusers.models import attention_processor
 from torch import nn
 
+from ptqd import processes
 from ptqd.diffusion.call_rows import CallLayout, Row, join_rows, padded
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.plain_copy import is_plain, plain_copy
+from ptqd.diffusion.plain_values import NotPlainError, as_plain, from_plain
 from ptqd.diffusion.sampling import Sampling, run_batch
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.diffusion.trajectory import Trajectory, record, replay
 from ptqd.errors import InputError
 from ptqd.progress import track
 from ptqd.quantization.activation_profile import ActivationProfile, ActivationProfiler
+from ptqd.quantization.budget import device_of
 from ptqd.quantization.checkpoints import PassCheckpoint
 from ptqd.quantization.modules.adapters import tuned_layers, without_merged
 from ptqd.quantization.modules.attention import attention_modules
+from ptqd.quantization.numerics.observer import Observer
 from ptqd.quantization.recipe import CalibrationSteps
 
 PTQ4DM_MEAN, PTQ4DM_DEVIATION = 0.4, 0.4  # of the way from the data (0) to noise (1)
 ERROR_SAMPLES = 8
 BATCH = 64  # rows that a denoiser is called with at once, at most
+OBSERVERS_AT_ONCE = 256  # whose histograms processes tell each other
 
 
 class CalibrationInputs:
@@ -101,14 +106,15 @@ def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None
 
 def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> torch.Tensor:
     """What quantization changes at each step: the sum over samples of the squared change of the next sample (T,)."""
-    totals: list[float] = []
-    for indices in sampling.batches():
-        with record(pipe) as trajectory:
-            run_batch(pipe, sampling, indices, "latent")
-        with replay(qpipe, trajectory) as answer:
-            run_batch(qpipe, sampling, indices, "latent")
-        moved = [value * len(indices) for value in answer.step_changes]
-        totals = moved if not totals else [a + b for a, b in zip(totals, moved, strict=True)]
+    moved: list[list[float]] = []
+    with processes.failing_alike():
+        for indices in processes.mine(list(sampling.batches())):
+            with record(pipe) as trajectory:
+                run_batch(pipe, sampling, indices, "latent")
+            with replay(qpipe, trajectory) as answer:
+                run_batch(qpipe, sampling, indices, "latent")
+            moved.append([value * len(indices) for value in answer.step_changes])
+    totals = [sum(step) for step in zip(*processes.joined(moved), strict=True)]
     return torch.tensor(totals, dtype=torch.float64)
 
 
@@ -205,6 +211,8 @@ def calibrate(
 ) -> Calibration:
     """Run the calibration trajectories once; observers in the denoiser see every call meanwhile.
 
+    Inside :func:`ptqd.processes.together` each process runs its share, and has what all of them saw.
+
     Args:
         pipe: in full precision, or one whose quantizers do not round yet.
         sampling: the trajectories.
@@ -232,27 +240,58 @@ def calibrate(
     if profiler is not None and checkpoint.done:
         profiler.load(checkpoint.state["profile"])
     tells_steps = bool(rows or profile or index is not None)
-    for indices in track(list(sampling.batches(checkpoint.done)), progress):
-        before = len(taken)
-        with contextlib.ExitStack() as stack:
-            trajectory = stack.enter_context(record(pipe)) if tells_steps else Trajectory()
-            step = _OwnStep(trajectory, steps)
-            if weights is not None and layout is not None:
-                required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
-                stack.enter_context(_listening(model, step, layout, indices, required, taken))
-            if index is not None:
-                stack.enter_context(_numbering(model, step, index))
-            if profiler is not None:
-                stack.enter_context(profiler.watching(step))
-            run_batch(pipe, sampling, indices, "latent")
-        told = trajectory.model_timesteps
-        fresh = [(part.sample, part.step, part.row) for part in taken[before:]]
-        state = {"timesteps": list(told), "profile": None if profiler is None else profiler.state()}
-        checkpoint.keep(indices.stop, fresh, state, last=indices.stop == sampling.samples)
+    shared = processes.is_shared()
+    batches = processes.mine(list(sampling.batches(0 if shared else checkpoint.done)))
+    with processes.failing_alike():
+        for indices in track([batch for batch in batches if batch.stop > checkpoint.done], progress):
+            before = len(taken)
+            with contextlib.ExitStack() as stack:
+                trajectory = stack.enter_context(record(pipe)) if tells_steps else Trajectory()
+                step = _OwnStep(trajectory, steps)
+                if weights is not None and layout is not None:
+                    required = [_steps_of(sampling.seed, i, count, weights) for i in indices]
+                    stack.enter_context(_listening(model, step, layout, indices, required, taken))
+                if index is not None:
+                    stack.enter_context(_numbering(model, step, index))
+                if profiler is not None:
+                    stack.enter_context(profiler.watching(step))
+                run_batch(pipe, sampling, indices, "latent")
+            told = trajectory.model_timesteps
+            fresh = [(part.sample, part.step, part.row) for part in taken[before:]]
+            state = {"timesteps": list(told), "profile": None if profiler is None else profiler.state()}
+            checkpoint.keep(indices.stop, fresh, state, last=indices == batches[-1])
+    if shared:
+        told = next(filter(None, processes.everyone(list(told))), [])
+        _share_what_was_seen(taken, profiler, checkpoint.observers, device_of(model))
     taken.sort(key=lambda part: (part.sample, part.step))
     inputs = _shuffled(taken, rows, sampling.seed) if weights is not None else None
     own = told if steps is None or not told else [told[step] for step in steps]
     return Calibration(inputs, None if profiler is None else profiler.result(own))
+
+
+def _share_what_was_seen(
+    taken: "list[_Taken]", profiler: ActivationProfiler | None, observers: Sequence[Observer], device: torch.device
+) -> None:
+    """Let every process have the rows that all have drawn, and what all have seen, as one that is alone would."""
+    with processes.failing_alike():
+        moved: dict[int, Any] = {}
+        try:
+            own = [as_plain((part.sample, part.step, part.row), moved) for part in taken]
+            profile = as_plain(None if profiler is None else profiler.state(), moved)
+        except NotPlainError as error:
+            raise InputError(
+                f"the denoiser is given a {error}, which processes cannot tell each other; calibrate with one process"
+            ) from None
+    moved = {}
+    taken[:] = [_Taken(*from_plain(item, device, moved)) for share in processes.everyone(own) for item in share]
+    if profiler is not None:
+        profiler.merge([from_plain(state, device, moved) for state in processes.everyone(profile)])
+    for start in range(0, len(observers), OBSERVERS_AT_ONCE):
+        some = observers[start : start + OBSERVERS_AT_ONCE]
+        for states in zip(*processes.everyone([observer.state() for observer in some]), strict=True):
+            parts = [Observer.of(state) for state in states]
+            some[0].load(Observer.merged(parts).state())
+            some = some[1:]
 
 
 class _OwnStep:

@@ -110,13 +110,14 @@ class PassCheckpoint:
         device: that tensors were on which were not on the CPU.
 
     Attributes:
+        observers: that see it.
         done: how many samples, or batches, are done.
         state: what else was kept, as it was given.
         taken: what was kept of each batch, in order.
     """
 
     def __init__(self, folder: Path | None, observers: Sequence[Observer], device: torch.device | str = "cpu") -> None:
-        self._folder, self._observers, self._clock = folder, observers, _Clock()
+        self._folder, self.observers, self._clock = folder, observers, _Clock()
         self.done, self.state = 0, dict[str, Any]()
         self.taken: list[Any] = []
         self._new: list[Any] = []
@@ -157,7 +158,7 @@ class PassCheckpoint:
         with replacing(self._folder / _rows(done)) as temporary:
             torch.save(plain, temporary)
         self._files, self._new = [*self._files, done], []
-        seen = [observer.state() for observer in self._observers]
+        seen = [observer.state() for observer in self.observers]
         with replacing(self._folder / _STATE) as temporary:
             torch.save({"done": done, "state": rest, "files": self._files, "observers": seen}, temporary)
         self._clock.start()

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd import processes
 from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.macs import Macs, call_macs, steps_called
 from ptqd.diffusion.pipeline_parts import (
@@ -93,7 +94,8 @@ def quantize(
 
     Returns:
         A pipeline of the same class that shares every other component with ``pipe``. ``save_pretrained`` writes
-        packed integer codes; :func:`ptqd.load` loads it again.
+        packed integer codes; :func:`ptqd.load` loads it again. Inside :func:`ptqd.processes.together` every process
+        has it: they share trajectories and the rows that are learned from, and do the rest each for itself.
 
     Raises:
         InputError: a model that is already quantized, NaN weights or activations, a rule that matches nothing, groups
@@ -101,6 +103,7 @@ def quantize(
     """
     recipe = Recipe.parse(recipe)
     recipe.check_steps(sampling.steps)
+    processes.check_alike({"recipe": recipe, "run": sampling})
     names = denoiser_names(pipe)
     for name, model in denoisers_of(pipe).items():
         check_weights_are_here(model)
@@ -111,6 +114,8 @@ def quantize(
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             folder = (scratch or Path(temporary)) / ("" if len(names) == 1 else name)
+            if processes.is_shared() and processes.number():
+                folder = folder / f"process-{processes.number()}"
             parts[name] = _Quantizing(
                 pipe, name, recipe, sampling, folder, budget or Budget(), keeps=scratch is not None, progress=progress
             ).go()
@@ -195,17 +200,22 @@ class _Quantizing:
 
     def _prepare(self) -> None:
         """Find out how many samples give the rows that are needed, what it all takes, and what fits into the budget."""
+        self.recipe, batch = processes.by_main(self._decided)
+        self.run = self.run.replace(samples=self.recipe.calibration_samples, batch=batch)
+        text = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        self.kept = self.scratch / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _decided(self) -> tuple[Recipe, int]:
+        """The recipe that fits into the budget, and how many samples are run at once."""
         decided = self.scratch / "decided.json"
         if decided.is_file():  # before a kill
             known = read_json(decided)
-            self.recipe, self.run = Recipe.from_dict(known["recipe"]), self.run.replace(batch=known["batch"])
-        elif self.recipe.calibration_rows or self.budget.minutes is not None or (self.progress and self.recipe.methods):
+            return Recipe.from_dict(known["recipe"]), known["batch"]
+        if self.recipe.calibration_rows or self.budget.minutes is not None or (self.progress and self.recipe.methods):
             self._decide()
             if self.budget.minutes is not None and self.keeps:
                 write_text(decided, json.dumps({"recipe": self.recipe.to_dict(), "batch": self.run.batch}))
-        self.run = self.run.replace(samples=self.recipe.calibration_samples)
-        text = json.dumps(self.recipe.to_dict(), sort_keys=True)
-        self.kept = self.scratch / hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.recipe, self.run.batch
 
     def _decide(self) -> None:
         steps = len(steps_called(self.pipe, self.run)[self.name])
@@ -236,6 +246,11 @@ class _Quantizing:
     def _checkpoint(self, name: str, observers: list[Observer]) -> PassCheckpoint:
         """Of a pass, before a kill."""
         return PassCheckpoint(self.kept / name if self.keeps else None, observers, device_of(self.full))
+
+    def _share(self) -> str:
+        """Which samples are this process's, for a name."""
+        shared = processes.is_shared()
+        return f"-{processes.number()}-of-{processes.count()}-by-{self.run.batch}" if shared else ""
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None
@@ -293,7 +308,7 @@ class _Quantizing:
             progress=self._title("calibrating"),
             name=self.name,
             steps=self.steps,
-            checkpoint=self._checkpoint("calibration", observers),
+            checkpoint=self._checkpoint(f"calibration{self._share()}", observers),
         )
         return calibration, [_Seen(name, quantizer.observers, quantizer.is_static) for name, quantizer in quantizers]
 
@@ -393,8 +408,9 @@ class _Quantizing:
         if method is None:
             return False
         before, decided = self.recipe, self.kept / "widened.json"
-        if decided.is_file():  # before a kill
-            self.recipe = Recipe.from_dict(read_json(decided))
+        known = processes.by_main(lambda: read_json(decided) if decided.is_file() else None)
+        if known is not None:  # before a kill
+            self.recipe = Recipe.from_dict(known)
             return self.recipe.rules != before.rules
         inputs = self._unseen(method.inputs)
         counts = self._macs(model, inputs)
@@ -415,8 +431,10 @@ class _Quantizing:
     def _choose_ranks(self, method: LowRank, model: nn.Module) -> None:
         """Make room for each layer's branch, and let the recipe say its rank."""
         decided = self.kept / "ranks.json"
-        if decided.is_file():  # before a kill
-            ranks = read_as(decided, dict[str, int], "delete the folder, and quantize again")
+        remedy = "delete the folder, and quantize again"
+        known = processes.by_main(lambda: read_as(decided, dict[str, int], remedy) if decided.is_file() else None)
+        if known is not None:  # before a kill
+            ranks = known
         else:
             inputs = self._unseen(method.inputs)
             exempt = frozenset(

@@ -55,6 +55,7 @@ class Correct:
     def _correct(
         self, out: "OutputFolder", methods: tuple[str, ...], stats: "NoiseStats", given: dict[str, Any]
     ) -> None:
+        from ptqd import processes
         from ptqd.correction.scheduler import apply_correction
         from ptqd.correction.search import describe, fit_along_runs, search_correction
         from ptqd.diffusion.sampling import Sampling, default_call
@@ -74,16 +75,20 @@ class Correct:
             call |= given
             shared = call_arguments(self.shared, "--shared")
             run = Sampling(measured.steps, measured.eta, stats.samples, self.batch, self.seed, call, shared)
-            if methods == AUTO:
-                choice = search_correction(quantized, stats, run, progress=True)
+            with processes.together():
+                if methods == AUTO:
+                    choice = search_correction(quantized, stats, run, progress=True)
+                else:
+                    choice = fit_along_runs(quantized, stats, run, methods)
+            if methods == AUTO and processes.is_main():
                 tell("\n".join(describe(choice.trials)))
-            else:
-                choice = fit_along_runs(quantized, stats, run, methods)
-            if measured.steps == 1:
+            if measured.steps == 1 and processes.is_main():
                 tell("with one step, a correction is a filter of the finished sample, and mends what all samples share")
             corrected = apply_correction(quantized, choice.correction)
         else:
             corrected = apply_correction(quantized, stats, methods, steps=self.steps)
+        if not processes.is_main():
+            return
         with out.replacing() as temporary:
             corrected.save_pretrained(temporary)
         tell(f"{self.out}: corrects {','.join(corrected.scheduler.correction.methods) or 'nothing'}")

@@ -53,10 +53,13 @@ class Plan:
             scratch = out.scratch(work_key(pipe, quantized, run))
             if request.given is None:
                 measure_width_shards(pipe, quantized, run, scratch / "widths", scratch, title="measuring widths")
+            processes.wait()
+            stats = load_widths(scratch / "widths") if request.given is None else {}
+            with processes.together():
+                plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
+            processes.wait()
             if not processes.is_main():
                 return
-            stats = load_widths(scratch / "widths") if request.given is None else {}
-            plan, _ = make_plan(pipe, quantized, run, request, stats, progress=True)
             planned = apply_plan(quantized, plan, pipe)
             with out.replacing() as temporary:
                 planned.save_pretrained(temporary)

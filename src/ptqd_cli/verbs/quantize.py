@@ -32,6 +32,7 @@ class Quantize:
 
     def run(self) -> None:
         """Quantize, save and explain."""
+        from ptqd import processes
         from ptqd.errors import InputError
         from ptqd.experiments.report.layers import layer_table
         from ptqd.outputs import OutputFolder, output_folder, remove_scratch
@@ -53,7 +54,11 @@ class Quantize:
             pipe = self.sampling.load(self.model, self.dtype)
             run = self.sampling.of(pipe, samples=1)
             scratch = None if out is None else out.scratch(work_key(pipe, self._kept(recipe), run))
-            quantized = quantize(pipe, recipe, run, scratch=scratch, budget=budget, progress=True)
+            with processes.together():
+                quantized = quantize(pipe, recipe, run, scratch=scratch, budget=budget, progress=True)
+            processes.wait()
+            if not processes.is_main():
+                return
             coverage = coverage_of(quantized)
             if out is not None and scratch is not None:
                 with out.replacing() as temporary:

@@ -53,6 +53,13 @@ class Observer:
         counts = self.counts[bins.long()]
         return {"low": self.low, "high": self.high, "exponent": self.exponent, "bins": bins, "counts": counts}
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Observer":
+        """From a :meth:`state`."""
+        observer = cls()
+        observer.load(state)
+        return observer
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what another has seen."""
         self.low, self.high, self.exponent = state["low"], state["high"], state["exponent"]

@@ -7,6 +7,7 @@ mapped from disk. Every batch follows from the method's seed, the unit and the i
 goes on with the same result.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqd import processes
 from ptqd.errors import InputError
 from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
 from ptqd.progress import track
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = 50  # iterations between two checkpoints
 LEVELS = 16  # of the grid that a method's scale_rate is for
+PART = 16  # rows, at most, of a whole denoiser's batch whose gradients are found at once: processes share the parts
 PENALTY = 0.1  # of unrounded weights, against an error that starts at 1
 _SCALE = "log_scale"
 
@@ -85,7 +88,11 @@ def learn(
         layers = dict(quantized_layers(quantized.get_submodule(unit)))
         if not any(_full_name(unit, name) not in fixed for name in layers):
             continue
-        if not is_whole(done):
+        known = read_tensors(done)[0] if is_whole(done) else None
+        if method.unit == "model" and processes.is_shared():
+            known = processes.as_main(known)
+            quantized.load_state_dict(processes.as_main(quantized.state_dict()))
+        if known is None:
             folder = scratch / "inputs"
             try:
                 one = _Unit(quantized, full, unit, pool, method, fixed, folder, at_once)
@@ -103,7 +110,7 @@ def learn(
                 continue
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-        quantized.get_submodule(unit).load_state_dict(read_tensors(done)[0])
+        quantized.get_submodule(unit).load_state_dict(known or read_tensors(done)[0])
 
 
 def units_of(model: nn.Module, method: Learned, pool: CalibrationInputs) -> list[str]:
@@ -159,35 +166,42 @@ class _Unit:
     def learn(self, done: Path, seed: int, spare: int) -> None:
         """Learn, and write the unit's tensors; ``spare`` bytes may be taken."""
         method, named = self.method, self._named()
+        whole = method.unit == "model"
+        shared = whole and processes.is_shared()
         optimizer = torch.optim.Adam(self._rates(named))
         rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint = done.with_suffix(".ckpt")
         with ExitStack() as stack:
             stack.enter_context(self._learning())
             plan = self._plan_memory(spare)
+            if whole:
+                plan = dataclasses.replace(plan, rows=min(plan.rows, PART))
+            if shared:
+                plan = processes.as_main(plan)
             with torch.no_grad():
                 base = self._base(plan.rows)
-            start, plan = _resume(checkpoint, named, optimizer, plan)
+            start, plan = _resume(checkpoint, named, optimizer, plan, shared=shared)
             if plan.again:
                 stack.enter_context(computed_again(self.module, self._units))
             for iteration in range(start, method.iterations):
                 progress = iteration / method.iterations
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress)) if method.unit == "model" else rate
-                random = torch.Generator().manual_seed(
-                    int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
-                )
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress)) if whole else rate
+                random = _generator(seed, iteration)
                 rows = self._drawn(random)
                 optimizer.zero_grad()
-                for first in range(0, len(rows), plan.rows):
-                    part = rows[first : first + plan.rows]
-                    loss = self._error(part, random) * (len(part) / len(rows)) / base
-                    if method.unit != "model":
+                parts = [rows[first : first + plan.rows] for first in range(0, len(rows), plan.rows)]
+                if shared:
+                    self._share_gradients(parts, base, seed, iteration)
+                for number, part in enumerate([] if shared else parts):
+                    chance = _generator(seed, iteration, number + 1) if whole else random
+                    loss = self._error(part, chance) * (len(part) / len(rows)) / base
+                    if not whole:
                         penalties = [weight.penalty(annealed(progress)) for weight in self.weights.values()]
                         loss = loss + PENALTY * torch.stack(penalties).mean() * (len(part) / len(rows))
                     loss.backward()
                 optimizer.step()
-                if (iteration + 1) % CHECKPOINT == 0:
+                if (iteration + 1) % CHECKPOINT == 0 and not (shared and processes.number()):
                     _keep(checkpoint, iteration + 1, named, optimizer, plan)
         for weight in self.weights.values():
             weight.harden()
@@ -195,6 +209,23 @@ class _Unit:
             scale.harden()
         write_tensors(done, self.module.state_dict(), {"ptqd.unit": "learned"})
         checkpoint.unlink(missing_ok=True)
+
+    def _share_gradients(self, parts: list[list[int]], base: torch.Tensor, seed: int, iteration: int) -> None:
+        """Sum the gradients of a batch's parts, each of which one process finds, in the order of the parts."""
+        parameters = list(self._named().values())
+        sizes, rows = [p.numel() for p in parameters], sum(map(len, parts))
+        for each in processes.rounds(range(len(parts))):
+            found = []
+            for number in processes.mine(each):
+                chance = _generator(seed, iteration, number + 1)
+                loss = self._error(parts[number], chance) * (len(parts[number]) / rows) / base
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                found.append(torch.cat([gradient.flatten().float() for gradient in gradients]))
+            like = torch.empty(sum(sizes), device=parameters[0].device)
+            for flat in processes.tensors_in_order(found, len(each), like):
+                for parameter, gradient in zip(parameters, flat.split(sizes), strict=True):
+                    own = gradient.view_as(parameter).to(parameter.dtype)
+                    parameter.grad = own.clone() if parameter.grad is None else parameter.grad.add_(own)
 
     def _plan_memory(self, spare: int) -> RowsAtOnce:
         """How many rows are learned from at once, with what is free beside the optimiser's own."""
@@ -280,6 +311,10 @@ class _Unit:
         return error
 
 
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+
+
 def _keep(
     path: Path, iteration: int, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: RowsAtOnce
 ) -> None:
@@ -290,14 +325,19 @@ def _keep(
 
 
 def _resume(
-    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: RowsAtOnce
+    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: RowsAtOnce, *, shared: bool
 ) -> tuple[int, RowsAtOnce]:
-    """Go on from a checkpoint: the iteration it was written after, 0 where there is none, and its rows at once."""
-    if not path.is_file():
-        return 0, plan
-    try:
-        state = read_pickle(path)
-    except InputError:  # after a loss of power
+    """Go on from a checkpoint: the iteration it was written after, 0 where there is none, and its rows at once.
+
+    Of processes that share the work it is the main one's.
+    """
+    state = None
+    if path.is_file():
+        with contextlib.suppress(InputError):  # after a loss of power
+            state = read_pickle(path)
+    if shared:
+        state = processes.as_main(state)
+    if state is None:
         return 0, plan
     with torch.no_grad():
         for name, parameter in named.items():
