@@ -24,6 +24,9 @@ def launched(*words: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "ptqd"]
 
 
+SHARED_WORK = str(Path(__file__).parent.parent / "shared_work.py")
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
 
@@ -34,6 +37,27 @@ def test_one_process_waits_for_nobody() -> None:
     assert processes.device() is None
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     processes.wait()
+
+
+def test_what_sharing_is_made_of(tmp_path: Path) -> None:
+    command = [*launched("--nproc_per_node", "2")[:-2], SHARED_WORK, str(tmp_path / "done"), "primitives"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done.0", "done.1"]
+
+
+@pytest.mark.slow
+def test_work_that_is_shared_gives_what_one_process_gives(tmp_path: Path) -> None:
+    one = [sys.executable, SHARED_WORK, str(tmp_path / "one")]
+    for command in (one, [*launched("--nproc_per_node", "3")[:-2], SHARED_WORK, str(tmp_path / "many")]):
+        made = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+        assert made.returncode == 0, made.stderr[-2000:]
+    want, *found = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("one.0.json", "many.0.json", "many.1.json", "many.2.json")
+    )
+    assert len(want) == 7
+    assert found == [want] * 3
 
 
 @pytest.mark.slow
