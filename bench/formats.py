@@ -214,6 +214,8 @@ def main() -> None:
             print(f"{kind:8s} {text:20s} {size(path):6,.0f} MB written in {seconds:.1f} s ({what}); {own}", flush=True)
             if kind == "comfy":
                 compare(full, path, given, want, exact)
+                if len(dict.fromkeys(forms)) > 1:
+                    print(f"{'':8s} (layers stored in 8 bits have activations of 8 bits there, of 4 in the simulation)")
                 continue
             if kind == "gguf":
                 full.save_config(folder)  # without what only ptqd knows

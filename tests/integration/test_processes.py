@@ -61,6 +61,36 @@ def test_work_that_is_shared_gives_what_one_process_gives(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_commands_that_quantize_plan_and_correct_write_what_one_process_writes(tmp_path: Path) -> None:
+    model, recipe = tmp_path / "model", tmp_path / "small.toml"
+    tiny_pipeline().save_pretrained(model)
+    text = 'calibration_samples = 6\nstep_bits = [4]\n[weights]\nbits = 4\nrange = "minmax"\n[activations]\nbits = 8\n'
+    recipe.write_text(text + '[[methods]]\nname = "distill"\niterations = 2\nbatch = 20\ninputs = 20\n')
+    run = ["--steps", "2", "--eta", "1", "--batch", "2", "--guidance", "2"]
+    written = []
+    for name, launch in (("one", [sys.executable, "-m", "ptqd"]), ("two", launched("--nproc_per_node", "2"))):
+        q, p, c, noise = (str(tmp_path / name / part) for part in ("q", "p", "c", "noise.safetensors"))
+        commands = (
+            ["quantize", str(model), "--recipe", str(recipe), *run, "--out", q],
+            ["measure", str(model), q, *run, "--samples", "16", "--out", noise],
+            ["correct", q, noise, "--batch", "2", "--call", "class_labels=[0,1,2,3,4,5,6,7,8,9]", "--out", c],
+            ["plan", str(model), q, *run, "--samples", "6", "--budget", "40x", "--out", p],
+        )
+        for command in commands:
+            made = subprocess.run([*launch, *command], capture_output=True, text=True, check=False, env=environment())
+            assert made.returncode == 0, made.stderr[-2000:]
+            assert made.stdout.count(command[-1]) <= 1  # the main process alone
+        folder = tmp_path / name
+        assert not list(folder.glob(".*"))
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        own = str(folder).encode()  # where a pipeline was loaded from is written down
+        read = {path.relative_to(folder).as_posix(): path.read_bytes().replace(own, b"") for path in files}
+        written.append(read)
+    assert len(written[0]) > 20
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Path) -> None:
     model, recipe = tmp_path / "model", tmp_path / "small.toml"
     tiny_pipeline().save_pretrained(model)

@@ -8,7 +8,7 @@ codes). :meth:`freeze` goes from the first to the second; a layer loaded from a 
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -417,6 +417,28 @@ def _room(count: int) -> torch.Tensor:
     return _rooms.numbers[:count]
 
 
+def _multiplied(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    """A product, in float32 and rounded once where the processor has no instructions for the type.
+
+    Without them a product in bfloat16 takes 6 times as long as in float32, and a convolution 100 times.
+    """
+    if x.device.type != "cpu" or x.dtype not in _SLOW:
+        return function(x, weight, bias, *rest)
+    return function(x.float(), weight.float(), None if bias is None else bias.float(), *rest).to(x.dtype)
+
+
+def _without_instructions() -> frozenset[torch.dtype]:
+    """Types that this machine's processor cannot multiply itself, as far as torch says."""
+    kinds = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in kinds.items()}
+    return frozenset(dtype for dtype, is_supported in known.items() if is_supported is not None and not is_supported())
+
+
+_SLOW = _without_instructions()
+
+
 class QuantLinear(QuantLayer):
     """A linear layer with quantized weight and input."""
 
@@ -429,7 +451,7 @@ class QuantLinear(QuantLayer):
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Linear map of ``x`` (..., in_features)."""
-        return F.linear(x, weight, bias)
+        return _multiplied(F.linear, x, weight, bias)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Linear map of ``x`` (..., r)."""
@@ -465,8 +487,7 @@ class QuantConv(QuantLayer):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: Any
     ) -> torch.Tensor:
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-        result: torch.Tensor = convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return result
+        return _multiplied(convolve, x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     @property
     def keeps_places(self) -> bool:
