@@ -148,6 +148,11 @@ def number() -> int:
     return int(_state().process_index)
 
 
+def beside() -> int:
+    """How many processes of this machine share work, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if is_shared() else 1
+
+
 def mine(items: Sequence[T]) -> list[T]:
     """This process's share inside :func:`together`, else all."""
     return share(items) if is_shared() else list(items)

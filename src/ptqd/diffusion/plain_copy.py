@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.diffusion.several_devices import align_devices
 from ptqd.errors import InputError
 
 
@@ -28,7 +29,8 @@ def plain_copy(model: nn.Module, *, shares_weights: bool = False) -> Any:
     """A copy of a network, as it is before it is offloaded, cast or compiled.
 
     Hooks of accelerate and diffusers, which move or cast weights for the time of a call, are left out; what they hold
-    elsewhere is fetched. Weights that are stored narrower than they are computed with come as computed.
+    elsewhere is fetched, and parts on several devices stay there. Weights that are stored narrower than they are
+    computed with come as computed.
 
     Args:
         model: the network.
@@ -62,6 +64,7 @@ def plain_copy(model: nn.Module, *, shares_weights: bool = False) -> Any:
             vars(twin).pop(name, None)
         if path in wide:
             nn.Module.to(twin, wide[path])
+    align_devices(copied)
     return copied
 
 

@@ -26,6 +26,7 @@ from ptqd import processes
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_names, denoiser_of, denoisers_of
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
+from ptqd.diffusion.several_devices import align_devices
 from ptqd.diffusion.trajectory import Trajectory, record
 from ptqd.errors import InputError
 from ptqd.progress import track
@@ -188,6 +189,7 @@ class _Probe:
             errors = torch.stack([(w - module.weight).cpu().double().square().sum() for w in rounded])
             self.relative[name] = errors / errors[0].clamp(min=1e-300)
             module.register_forward_hook(partial(self._weighted, name, rounded[0] - module.weight))
+        align_devices(self.model)
         self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}  # of the batch that is looked at
         self.rows = 1
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ptqd import processes
 from ptqd.diffusion.intercept import hooked
 from ptqd.errors import InputError
 
@@ -67,7 +68,7 @@ def _free(device: torch.device) -> int:
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // processes.beside()
 
 
 def release_memory() -> None:

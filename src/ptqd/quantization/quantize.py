@@ -27,6 +27,7 @@ from ptqd.diffusion.pipeline_parts import (
 )
 from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.several_devices import align_devices
 from ptqd.diffusion.step_state import StepIndex
 from ptqd.errors import InputError
 from ptqd.files import make_folder, read_json, release_pages, write_text
@@ -268,6 +269,7 @@ class _Quantizing:
         for parameter in model.parameters():  # of layers that stay as they are
             parameter.data = parameter.data.clone()
         choose_weights(model, "auto")
+        align_devices(model)
         if ranges is not None:
             set_ranges(model, ranges)
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}
