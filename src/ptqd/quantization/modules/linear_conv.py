@@ -398,10 +398,11 @@ def smoothed(
 
 
 _AT_ONCE = 1 << 18  # codes that are unpacked together, where memory is short
+_KEPT = 1 << 22  # numbers whose memory is kept for the next weight; larger ones' is given back
 
 
 class _Room(threading.local):
-    """Memory of a thread's own: new memory for every weight would take longer than to unpack it."""
+    """Memory of a thread's own: new memory for every small weight would take longer than to unpack it."""
 
     def __init__(self) -> None:
         self.numbers = torch.empty(0)
@@ -411,6 +412,8 @@ _rooms = _Room()
 
 
 def _room(count: int) -> torch.Tensor:
+    if count > _KEPT:
+        return torch.empty(count, dtype=torch.float32, device="cpu")
     if _rooms.numbers.numel() < count:
         with torch.inference_mode(False):
             _rooms.numbers = torch.empty(count, dtype=torch.float32, device="cpu")
