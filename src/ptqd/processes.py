@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 
 from ptqd.errors import InputError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=30)  # others wait while the main process quantizes
+PATIENCE = timedelta(days=30)  # others wait for what one does alone
+SHARED_BATCH = 16  # samples at once, at most, of a pass that is shared: with one process too, for the same numbers
 TOLD_AFTER = 10.0  # seconds that a launcher's processes are waited for in silence
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI = tuple(  # whose processes are not ptqd's, and of which a shell may have some left over
@@ -30,7 +32,8 @@ MPI = tuple(  # whose processes are not ptqd's, and of which a shell may have so
     for kind in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
     for what in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
 )
-_TOGETHER: ContextVar[bool] = ContextVar("ptqd.together", default=False)
+_APART, _SHARED, _BY_MAIN = range(3)
+_TOGETHER: ContextVar[int] = ContextVar("ptqd.together", default=_APART)
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 
@@ -110,12 +113,12 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def agreed(value: T) -> T:
-    """What the main process says."""
+    """What the main process says; tensors come over the CPU."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
-    main: T = broadcast_object_list([value])[0]
+    main: T = broadcast_object_list([_on_cpu(value) if is_main() else None])[0]
     return main
 
 
@@ -131,7 +134,7 @@ def together() -> Iterator[None]:
     Every process has to enter it, and do the same there; each gets what one process alone would get. Without a launcher
     it does nothing.
     """
-    token = _TOGETHER.set(True)
+    token = _TOGETHER.set(_SHARED)
     try:
         yield
     finally:
@@ -140,7 +143,7 @@ def together() -> Iterator[None]:
 
 def is_shared() -> bool:
     """Whether there are several processes, inside :func:`together`."""
-    return _TOGETHER.get() and count() > 1
+    return _TOGETHER.get() == _SHARED and count() > 1
 
 
 def number() -> int:
@@ -149,8 +152,8 @@ def number() -> int:
 
 
 def beside() -> int:
-    """How many processes of this machine share work, this one among them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if is_shared() else 1
+    """How many processes of this machine share work and memory, this one among them."""
+    return 1 if _TOGETHER.get() == _APART else int(os.environ.get("LOCAL_WORLD_SIZE") or count())
 
 
 def mine(items: Sequence[T]) -> list[T]:
@@ -168,12 +171,22 @@ def everyone(value: T) -> list[T]:
     """What each process says, in their order; tensors come over the CPU. Alone, the value itself."""
     if not is_shared():
         return [value]
-    import torch
     from accelerate.utils import gather_object
+
+    said: list[T] = gather_object([_on_cpu(value)])
+    return said
+
+
+def _on_cpu(value: T) -> T:
+    """A tree with its tensors on the CPU; those that are there stay the same, also where they come twice."""
+    import torch
     from torch.utils._pytree import tree_map_only
 
-    said: list[T] = gather_object([tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), value)])
-    return said
+    def moved(tensor: Any) -> Any:
+        return tensor if tensor.device.type == "cpu" and not tensor.requires_grad else tensor.detach().cpu()
+
+    result: T = tree_map_only(torch.Tensor, moved, value)
+    return result
 
 
 def as_main(value: T) -> T:
@@ -185,6 +198,17 @@ def joined(parts: Sequence[T]) -> list[T]:
     """What all processes made of their shares (:func:`mine`), in the order of the whole."""
     shares = everyone(list(parts))
     return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+
+
+def spread(call: Callable[[S], T], own: Sequence[S]) -> list[T]:
+    """What all processes' calls give, each with its share of some items, in the order of the whole.
+
+    Raises:
+        Exception: what any of the calls raised, in all processes.
+    """
+    with failing_alike():
+        parts = [call(item) for item in own]
+    return joined(parts)
 
 
 def tensors_in_order(parts: Sequence[Any], total: int, like: Any) -> Iterator[Any]:
@@ -239,7 +263,7 @@ def by_main(call: Callable[[], T]) -> T:
     found: list[T | None] = [None]
     with failing_alike():
         if is_main():
-            token = _TOGETHER.set(False)
+            token = _TOGETHER.set(_BY_MAIN)
             try:
                 found = [call()]
             finally:
@@ -247,8 +271,11 @@ def by_main(call: Callable[[], T]) -> T:
     return as_main(found)[0]  # type: ignore[return-value]
 
 
-def check_alike(facts: Mapping[str, object]) -> None:
+def check_alike(facts: Mapping[str, str | int]) -> None:
     """Refuse to share work that is not the same in every process.
+
+    Args:
+        facts: what says which work it is.
 
     Raises:
         InputError: some fact is another here than in the main process.

@@ -134,6 +134,12 @@ class RunFolder:
                 f"{name}: this process was started with other arguments than the main one; start all alike"
             )
         target = inside(self.folder, name, "a stage")
+
+        def build_together(path: Path, scratch: Path) -> None:
+            with processes.together():
+                build(path, scratch)
+            processes.wait()  # until then the scratch folder is somebody's
+
         if processes.agreed(processes.is_main() and self._is_made(name, key)):
             return target
         scratch = self.folder / ".partial" / f"{_flat(name)}-{key[:16]}"
@@ -142,12 +148,10 @@ class RunFolder:
                 return target  # another run made it meanwhile
             if processes.is_main():
                 self._say_what_changed(name, plain, key)
-                with processes.together() if shared else contextlib.nullcontext():
-                    self._make(name, StageRecord(key, plain, 0.0), build, scratch)
+                self._make(name, StageRecord(key, plain, 0.0), build_together if shared else build, scratch)
             elif shared:
                 make_folder(scratch)
-                with processes.together():
-                    build(target, scratch)
+                build_together(target, scratch)
             processes.wait()
         return target
 

@@ -66,8 +66,9 @@ def test_comfy_computes_what_the_simulation_does(made: tuple[str, Any], text: st
     own = dict(quantized_layers(model))
     forms = dict(written.quantized)
     assert set(forms) | {each for each, _ in written.floating} == set(own)
-    names = {key for key in load_file(tmp_path / "model.safetensors") if not key.endswith(("scale", "comfy_quant"))}
-    assert names >= {key for key in plain_checkpoint(denoiser_of(pipe)) if not key.endswith("norm.scale")}
+    names = set(load_file(tmp_path / "model.safetensors"))
+    extra = {key for key in names if key.endswith((".weight_scale", ".comfy_quant"))}
+    assert names - extra == set(plain_checkpoint(denoiser_of(pipe)))
     assert not written.lost or text == "w4a4-comfy-convrot-gptq"  # some layers have 8 bits there
     assert ("convrot_w4a4" in forms.values()) == text.startswith("w4")
     seen = 0

@@ -91,6 +91,47 @@ def test_commands_that_quantize_plan_and_correct_write_what_one_process_writes(t
 
 
 @pytest.mark.slow
+def test_quantizing_goes_on_with_as_many_processes_as_there_are(tmp_path: Path) -> None:
+    model, recipe = tmp_path / "model", tmp_path / "long.toml"
+    tiny_pipeline().save_pretrained(model)
+    text = 'calibration_samples = 6\n[weights]\nbits = 4\nrange = "minmax"\n'
+    recipe.write_text(text + '[[methods]]\nname = "distill"\niterations = 120\nbatch = 20\ninputs = 20\n')
+    command = [
+        "quantize",
+        str(model),
+        "--recipe",
+        str(recipe),
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--guidance",
+        "2",
+        "--out",
+    ]
+    subprocess.run([sys.executable, "-m", "ptqd", *command, str(tmp_path / "one")], check=True, env=environment())
+    want = load_file(tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, launch in (("two", launched("--nproc_per_node", "2")), ("alone", [sys.executable, "-m", "ptqd"])):
+        shared = [*launched("--nproc_per_node", "2"), *command, str(tmp_path / name)]
+        running = subprocess.Popen(shared, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+        while running.poll() is None and not list(tmp_path.glob(f".{name}.ptqd-*/*/distill/*.ckpt")):
+            time.sleep(0.05)
+        assert running.poll() is None
+        workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=True)
+        for worker in workers.stdout.split():
+            os.kill(int(worker), signal.SIGKILL)
+        assert running.wait() != 0
+        assert not (tmp_path / name).exists()
+        again = [*launch, *command, str(tmp_path / name)]
+        made = subprocess.run(again, capture_output=True, text=True, check=False, env=environment())
+        assert made.returncode == 0, made.stderr[-2000:]
+        found = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[key], want[key]) for key in want)
+        assert not list(tmp_path.glob(f".{name}*"))
+
+
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Path) -> None:
     model, recipe = tmp_path / "model", tmp_path / "small.toml"
     tiny_pipeline().save_pretrained(model)

@@ -173,7 +173,7 @@ def search_correction(
         qpipe: the pipeline the statistics were measured on.
         stats: of at least 16 samples or so; fewer give the trajectories nothing to be checked against.
         sampling: how it samples, as it was measured.
-        batch: samples at once, if not the run's.
+        batch: samples at once; at most 16 of the run's where it is not given.
         progress: show a bar.
 
     Raises:
@@ -244,7 +244,8 @@ class _Search:
         self, qpipe: DiffusionPipeline, stats: NoiseStats, sampling: Sampling, batch: int | None, progress: bool
     ) -> None:
         self.qpipe, self.stats, self.sampling, self.progress = qpipe, stats, sampling, progress
-        self.run, self.batch = sampling.with_seed_for("measuring"), batch or sampling.batch
+        self.run = sampling.with_seed_for("measuring")
+        self.batch = batch or min(sampling.batch, processes.SHARED_BATCH)
         self.indices = stats.final_indices
         self.reference = stats.finals.double()
         axis = stats.measured_on.channel_axis
@@ -389,14 +390,15 @@ class _Search:
 
         def decide(step: int, arrivals: Sequence[Arrival]) -> list[torch.Tensor]:
             outputs = []
-            for arrival, batch in zip(arrivals, processes.mine(batches), strict=True):
-                rows = StepBatch(arrival, self.stats, len(batch))
-                places: dict[tuple[Candidate, int], list[int]] = {}
-                for place, (candidate, i) in enumerate(batch):
-                    places.setdefault((candidate, half[i]), []).append(place)
-                own = ((torch.tensor(at), estimates[key].at(step)) for key, at in places.items() if key[0].methods)
-                rows.correct(own, self.stats.layout)
-                outputs.append(rows.full_output())
+            with processes.failing_alike():
+                for arrival, batch in zip(arrivals, processes.mine(batches), strict=True):
+                    rows = StepBatch(arrival, self.stats, len(batch))
+                    places: dict[tuple[Candidate, int], list[int]] = {}
+                    for place, (candidate, i) in enumerate(batch):
+                        places.setdefault((candidate, half[i]), []).append(place)
+                    own = ((torch.tensor(at), estimates[key].at(step)) for key, at in places.items() if key[0].methods)
+                    rows.correct(own, self.stats.layout)
+                    outputs.append(rows.full_output())
             return outputs
 
         plain = with_components(self.qpipe, scheduler=plain_scheduler(self.qpipe.scheduler))
@@ -420,11 +422,12 @@ class _Search:
             pipe = apply_correction(self.qpipe, self._correction(candidate, 1 - half))
             with busy(f"trying {candidate.name}" if self.progress else None):
                 batches = [batch for batch in part[parity == half].split(self.batch) if len(batch)]
-                with processes.failing_alike():
-                    found = [
-                        final_samples(pipe, self.run, self.indices[batch].tolist()) for batch in processes.mine(batches)
-                    ]
-                for batch, samples in zip(batches, processes.joined(found), strict=True):
+
+                def run(batch: torch.Tensor, pipe: DiffusionPipeline = pipe) -> torch.Tensor:
+                    return final_samples(pipe, self.run, self.indices[batch].tolist())
+
+                found = processes.spread(run, processes.mine(batches))
+                for batch, samples in zip(batches, found, strict=True):
                     ends |= dict(zip(batch.tolist(), samples, strict=True))
         return torch.stack([ends[i] for i in part.tolist()]).double()
 

@@ -101,7 +101,7 @@ def fit_trajectory(
         qpipe: the pipeline that the statistics were measured on; a correction it already has does not count.
         stats: of at least 8 samples, measured in open loop; they hold the full-precision trajectories of up to 64.
         sampling: the run that was measured.
-        batch: samples at once, if not the run's.
+        batch: samples at once; at most 16 of the run's where it is not given.
 
     Raises:
         MismatchError: the statistics are of another model, scheduler or run.
@@ -143,7 +143,7 @@ def fit_energy(
         methods: that the estimate is of, for the record.
         estimate: of one half of the statistics, or of all of them.
         samples: that walk, if not all.
-        batch: samples at once, if not the run's.
+        batch: samples at once; at most 16 of the run's where it is not given.
 
     Raises:
         MismatchError: as :func:`fit_trajectory`.
@@ -177,7 +177,7 @@ def _walked(
     run = sampling.with_seed_for("measuring")
     indices = stats.final_indices[:count]
     plain = with_components(qpipe, scheduler=plain_scheduler(qpipe.scheduler))
-    size = batch or sampling.batch
+    size = batch or min(sampling.batch, processes.SHARED_BATCH)
     batches = indices.split(size)
     walk = _Walk(stats, indices, [len(part) for part in batches], bases, regress=tuple(methods) == (TRAJECTORY,))
     ends = run_in_step(plain, run, [part.tolist() for part in batches], walk.decide)
@@ -260,10 +260,11 @@ class _Walk:
         gain = float(self.gain[step])
         moves = abs(gain) > 1e-9 * max(1e-12, float(self.gain.abs().max())) and not self.clips[step]
         wanted = self.stats.paths[: len(self.group), step].split(self.sizes)
-        batches = [
-            _Walked(arrival, self.stats, rows, gain if moves else 1.0)
-            for arrival, rows in zip(arrivals, processes.mine(wanted), strict=True)
-        ]
+        with processes.failing_alike():
+            batches = [
+                _Walked(arrival, self.stats, rows, gain if moves else 1.0)
+                for arrival, rows in zip(arrivals, processes.mine(wanted), strict=True)
+            ]
         bases = OutputEstimate(
             self.of_group.output[:, :, step], self.of_group.sample[:, :, step], self.of_group.bias[:, :, step]
         )
@@ -285,9 +286,10 @@ class _Walk:
 
     def _correct(self, batches: Sequence["_Walked"], each: OutputEstimate) -> None:
         """Correct every sample by its group's estimate (J, ...)."""
-        for batch, group in zip(batches, processes.mine(self.group.split(self.sizes)), strict=True):
-            samples = [(group == j).nonzero().flatten() for j in range(len(self.members))]
-            batch.correct(((own, each.at(j)) for j, own in enumerate(samples)), self.layout)
+        with processes.failing_alike():
+            for batch, group in zip(batches, processes.mine(self.group.split(self.sizes)), strict=True):
+                samples = [(group == j).nonzero().flatten() for j in range(len(self.members))]
+                batch.correct(((own, each.at(j)) for j, own in enumerate(samples)), self.layout)
 
     def _as_given(
         self, batches: Sequence["_Walked"], bases: OutputEstimate, step: int
@@ -296,7 +298,7 @@ class _Walk:
         errors = []
         for base in range(len(self.bases)):
             self._correct(batches, bases.at(base))
-            errors.append(torch.cat(processes.joined([batch.error() for batch in batches])))
+            errors.append(torch.cat(processes.spread(_Walked.error, batches)))
         best = int(torch.stack(errors).log().mean(-1).argmin())
         name = list(self.bases)[best]
         return self.bases[name].at(step), bases.at(best), self._gate(name, errors[0], errors[best])
@@ -305,7 +307,7 @@ class _Walk:
         self, batches: Sequence["_Walked"], bases: OutputEstimate, step: int
     ) -> tuple[OutputEstimate, OutputEstimate, StepGate]:
         """The estimate fitted on all samples, those of the groups (J, ...), and how they were chosen."""
-        tables = torch.cat(processes.joined([batch.tables() for batch in batches]))  # N,G,K,K
+        tables = torch.cat(processes.spread(_Walked.tables, batches))  # N,G,K,K
         total = tables.sum(0)
         others = torch.stack([(total - tables[m].sum(0)) / max(1, len(tables) - len(m)) for m in self.members])
         shrunk = ridge(others, self.layout, bases, self.penalties.view(-1, 1, 1, 1))
@@ -349,7 +351,7 @@ class _Walk:
         on the whole of it, and where neighbours are known on its edges, what it is more than their mean.
         """
         layout, state = self.layout, float(self.stats.response.own_state[step])
-        parts = processes.joined([batch.energies(state, edges=layout.taps > 1) for batch in batches])
+        parts = processes.spread(lambda batch: batch.energies(state, edges=layout.taps > 1), batches)
         ratios = torch.cat([part[0] for part in parts])  # N,F,C
         sizes, moved, mean = (torch.cat([part[i] for part in parts]).mean(0) for i in (1, 2, 3))
         shift = torch.from_numpy(scipy_stats.trim_mean(ratios.numpy(), TRIMMED, axis=0))

@@ -27,7 +27,10 @@ def _devices(module: nn.Module) -> set[torch.device]:
 
 
 def _to_its_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    (device, *_) = _devices(module)
+    here = _devices(module)
+    if len(here) != 1:  # offloaded since, or taken apart
+        return args, kwargs
+    (device,) = here
     return tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
 
 

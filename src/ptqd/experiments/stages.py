@@ -108,10 +108,11 @@ class Stages:
         """The pipeline of a recipe."""
         inputs = {**self.made_from, "recipe": recipe.to_dict(), "setting": self._sampling_facts(samples=0)}
 
-        def build(path: Path, scratch: Path) -> DiffusionPipeline:
+        def build(path: Path, scratch: Path) -> DiffusionPipeline | None:
             pipe = quantize(self.pipe, recipe, self.sampling, scratch=scratch, progress=self.progress)
-            if processes.is_main():
-                pipe.save_pretrained(path)
+            if not processes.is_main():
+                return None
+            pipe.save_pretrained(path)
             return pipe
 
         return self._value(self.layout.quantized(key), inputs, build, self._load_pipeline, shared=True)
@@ -131,7 +132,7 @@ class Stages:
 
         stats = self._value(self.layout.widths(key), inputs, measure_all, load_widths, shared=True)
 
-        def build(path: Path, scratch: Path) -> tuple[DiffusionPipeline, PlanFigures]:
+        def build(path: Path, scratch: Path) -> tuple[DiffusionPipeline, PlanFigures] | None:
             plan, problem = make_plan(self.pipe, quantized, run, request, stats, progress=self.progress)
             planned = apply_plan(quantized, plan, self.pipe)
             problem = problem or planning_problem(
@@ -143,11 +144,12 @@ class Stages:
                 hold_deep=request.holds_deep,
                 progress=self.progress,
             )
+            if not processes.is_main():
+                return None
             figures = plan_figures(planned, problem, stats, self.macs)
-            if processes.is_main():
-                planned.save_pretrained(path)
-                plan.save(path / "plan.toml")
-                write_json(path / "plan.json", figures.to_dict())
+            planned.save_pretrained(path)
+            plan.save(path / "plan.toml")
+            write_json(path / "plan.json", figures.to_dict())
             return planned, figures
 
         def read(path: Path) -> tuple[DiffusionPipeline, PlanFigures]:
@@ -209,14 +211,15 @@ class Stages:
         name = self.layout.search(key, methods)
         inputs = {"noise": self.folder.key(self.layout.noise(key)), "checked": stats.final_indices.tolist()}
 
-        def build(path: Path, scratch: Path) -> CorrectionSearch:
+        def build(path: Path, scratch: Path) -> CorrectionSearch | None:
             with busy(self._title(f"choosing a correction for {self.layout.root}/{key.quantized}")):
                 if tuple(methods) == ("auto",):
                     choice = search_correction(quantized, stats, self.sampling)
                 else:
                     choice = fit_along_runs(quantized, stats, self.sampling, methods)
-            if processes.is_main():
-                write_json(path, choice.to_dict())
+            if not processes.is_main():
+                return None
+            write_json(path, choice.to_dict())
             return choice
 
         return self._value(name, inputs, build, CorrectionSearch.load, shared=True), self.folder.key(name)

@@ -110,9 +110,7 @@ def measure_sensitivity(
 
     total, energies = 0, dict[str, Energies]()
     for batches in track(processes.rounds(list(apart.batches())), "finding each layer's share" if progress else None):
-        with processes.failing_alike():
-            found = [probe(indices) for indices in processes.mine(batches)]
-        for taken, parts in processes.joined(found):
+        for taken, parts in processes.spread(probe, processes.mine(batches)):
             total = taken
             energies = {name: _summed(energies.get(name, {}), part) for name, part in parts.items()}
     first, *others = probes

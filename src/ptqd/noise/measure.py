@@ -116,9 +116,7 @@ class PairedMeasurement:
         totals: dict[int, NoiseStats] = {}
         rounds = processes.rounds(list(self.run.batches(start)))
         for batches in track(rounds, "measuring" if progress is True else progress or None):
-            with processes.failing_alike():
-                found = [self.batch(indices) for indices in processes.mine(batches)]
-            for parts in processes.joined(found):
+            for parts in processes.spread(self.batch, processes.mine(batches)):
                 for key, part in parts.items():
                     totals[key] = NoiseStats.merge([totals[key], part]) if key in totals else part
         if not totals:

@@ -80,7 +80,7 @@ class ActivationProfiler:
             here, first = step(), x[:1].detach().flatten().float().cpu()
             known = self._inputs[name].get(here, first)
             if x.ndim == 2 and _all_alike(x, known):
-                self._inputs[name][here] = first
+                self._inputs[name].setdefault(here, first)
             else:
                 del self._inputs[name]  # it sees more than the step
 

@@ -286,12 +286,12 @@ def _share_what_was_seen(
     taken[:] = [_Taken(*from_plain(item, device, moved)) for share in processes.everyone(own) for item in share]
     if profiler is not None:
         profiler.merge([from_plain(state, device, moved) for state in processes.everyone(profile)])
+    observers = list({id(observer): observer for observer in observers}.values())  # neighbouring steps may share one
     for start in range(0, len(observers), OBSERVERS_AT_ONCE):
         some = observers[start : start + OBSERVERS_AT_ONCE]
-        for states in zip(*processes.everyone([observer.state() for observer in some]), strict=True):
-            parts = [Observer.of(state) for state in states]
-            some[0].load(Observer.merged(parts).state())
-            some = some[1:]
+        seen = zip(*processes.everyone([observer.state() for observer in some]), strict=True)
+        for observer, states in zip(some, seen, strict=True):
+            observer.load(Observer.merged([Observer.of(state) for state in states]).state())
 
 
 class _OwnStep:

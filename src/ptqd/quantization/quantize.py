@@ -104,7 +104,7 @@ def quantize(
     """
     recipe = Recipe.parse(recipe)
     recipe.check_steps(sampling.steps)
-    processes.check_alike({"recipe": recipe, "run": sampling})
+    processes.check_alike({"recipe": json.dumps(recipe.to_dict()), "run": _facts(sampling)})
     names = denoiser_names(pipe)
     for name, model in denoisers_of(pipe).items():
         check_weights_are_here(model)
@@ -121,6 +121,11 @@ def quantize(
                 pipe, name, recipe, sampling, folder, budget or Budget(), keeps=scratch is not None, progress=progress
             ).go()
     return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
+
+
+def _facts(sampling: Sampling) -> str:
+    """What a run depends on, but for arguments of its call that are no plain values."""
+    return json.dumps(sampling.to_dict(), sort_keys=True, default=lambda value: type(value).__name__)
 
 
 UNSEEN = 4  # samples, at least, whose calls show what ranges do to new samples
@@ -166,7 +171,8 @@ class _Quantizing:
         self.budget, self.keeps = budget, keeps
         self.full: nn.Module = as_calibrated(denoiser_of(pipe, name))
         self.pipe = with_components(pipe, **{name: self.full})
-        self.run = sampling.with_seed_for("calibration").replace(samples=recipe.calibration_samples)
+        run = sampling.with_seed_for("calibration")
+        self.run = run.replace(samples=recipe.calibration_samples, batch=min(run.batch, processes.SHARED_BATCH))
         self.drawn = recipe.calibration_steps != "uniform"  # ranges are found on drawn rows
         self.unreached: set[str] = set()  # layers that no call reaches
         self.steps: list[int] | None = None  # of the run at which the denoiser is called, where that is known
@@ -418,7 +424,8 @@ class _Quantizing:
         counts = self._macs(model, inputs)
         exempt = self._exempt(model, method.name) | frozenset(() if ranges is None else ranges.temporal)
         title = self._title(method.name)
-        self.recipe = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
+        wide = widened(before, method, model, inputs, counts, exempt, seed=self.run.seed, title=title)
+        self.recipe = processes.as_main(wide)
         if self.keeps:
             make_folder(self.kept)
             write_text(decided, json.dumps(self.recipe.to_dict()))
@@ -446,7 +453,7 @@ class _Quantizing:
             )
             title = self._title("ranks")
             counts = self._macs(model, inputs)
-            ranks = branch_ranks(model, inputs, counts, exempt, seed=self.run.seed, title=title)
+            ranks = processes.as_main(branch_ranks(model, inputs, counts, exempt, seed=self.run.seed, title=title))
             if self.keeps:
                 make_folder(self.kept)
                 write_text(decided, json.dumps(ranks))

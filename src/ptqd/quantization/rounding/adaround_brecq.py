@@ -91,7 +91,8 @@ def learn(
         known = read_tensors(done)[0] if is_whole(done) else None
         if method.unit == "model" and processes.is_shared():
             known = processes.as_main(known)
-            quantized.load_state_dict(processes.as_main(quantized.state_dict()))
+            if known is None:
+                quantized.load_state_dict(processes.as_main(quantized.state_dict()))
         if known is None:
             folder = scratch / "inputs"
             try:
@@ -145,7 +146,7 @@ class _Unit:
         self.module, self.method, self.pool = quantized.get_submodule(unit), method, pool
         self._kinds = pool.kinds()
         self.step_ranges = range_steps_of(quantized)
-        self.device = next(quantized.buffers()).device
+        self.device = next(self.module.buffers()).device
         whole = method.unit == "model"
         self._units = find_units(self.module) if whole else []
         self.exact, targets = capture(full, unit, pool, folder / "full", outputs=True, batch=at_once)
@@ -219,13 +220,20 @@ class _Unit:
             for number in processes.mine(each):
                 chance = _generator(seed, iteration, number + 1)
                 loss = self._error(parts[number], chance) * (len(parts[number]) / rows) / base
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                found.append(torch.cat([gradient.flatten().float() for gradient in gradients]))
-            like = torch.empty(sum(sizes), device=parameters[0].device)
-            for flat in processes.tensors_in_order(found, len(each), like):
-                for parameter, gradient in zip(parameters, flat.split(sizes), strict=True):
-                    own = gradient.view_as(parameter).to(parameter.dtype)
-                    parameter.grad = own.clone() if parameter.grad is None else parameter.grad.add_(own)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                reached = torch.tensor([float(gradient is not None) for gradient in gradients], device=self.device)
+                flat = [
+                    p.new_zeros(p.numel()) if gradient is None else gradient.flatten()
+                    for p, gradient in zip(parameters, gradients, strict=True)
+                ]
+                found.append(torch.cat([*(x.to(self.device, torch.float32) for x in flat), reached]))
+            like = torch.empty(sum(sizes) + len(sizes), device=self.device)
+            for flat_sum in processes.tensors_in_order(found, len(each), like):
+                *own, reached = flat_sum.split([*sizes, len(sizes)])
+                for parameter, gradient, there in zip(parameters, own, reached.tolist(), strict=True):
+                    if there:  # what a part does not reach, such as an expert, does not move
+                        part = gradient.view_as(parameter).to(parameter)
+                        parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
 
     def _plan_memory(self, spare: int) -> RowsAtOnce:
         """How many rows are learned from at once, with what is free beside the optimiser's own."""
@@ -307,7 +315,8 @@ class _Unit:
         error = torch.zeros((), device=self.device)
         for out, target, factor in zip(output, self.targets.rows(rows), self.targets.by_row(rows[0]), strict=True):
             if factor:
-                error = error + (out.float() - target.to(out.device).float()).square().sum() / len(rows)
+                squares = (out.float() - target.to(out.device).float()).square().sum()
+                error = error + squares.to(self.device) / len(rows)
         return error
 
 
