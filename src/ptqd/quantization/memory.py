@@ -33,7 +33,7 @@ class Memory:
     Attributes:
         disk: of its saved tensors: packed codes, scales and what stays in full precision.
         resident: of what is held between two calls: these and float weights, or, of one that holds codes alone
-            (:func:`ptqd.keep_weights`), the memory that its layers' weights are made in.
+            (:func:`ptqd.keep_weights`), room for the largest layer's weight, which is made as the layer is called.
         calling: that a call of one sample takes beside that, at most; 0 where it was not counted.
         quantizing: that quantizing takes at most, the full-precision weights included; 0 in full precision. Weights of
             256 MiB and more are taken to be mapped from files, in the type that these have (Linux): others stay until
@@ -102,9 +102,12 @@ def memory_of(full: nn.Module, quantized: nn.Module, recipe: Recipe | None, call
     most = max([0, *(_method_bytes(method, quantized, full) for method in recipe.methods)])
     largest = max((math.prod(layer.shape) for _, layer in quantized_layers(quantized)), default=0)
     later = resident + max(calling + most, largest * ENCODING)
+    first = full_bytes + resident + calling
     if float_bytes(quantized) < LARGE:  # else the pages of rounded layers' weights are given back
         later += full_bytes
-    return Memory(disk, resident, calling, max(full_bytes + resident + calling, later))
+    elif any(isinstance(method, Smooth | LowRank) for method in recipe.methods):  # which round before that, to compare
+        first += largest * ENCODING
+    return Memory(disk, resident, calling, max(first, later))
 
 
 def memory_bytes(model: nn.Module) -> int:
