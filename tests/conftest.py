@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-from ptqd import LatentClassPipeline, NoiseStats, Sampling
+from ptqd import InputError, LatentClassPipeline, NoiseStats, Sampling
 from ptqd.diffusion import Response
+from ptqd.engines.cpu import this_processor
 from ptqd.noise import MeasuredOn, cross_moments, fold_sums, joint_moments, paired_moments
 from ptqd.pipelines.latent_class import ClassEmbedder
 
@@ -52,6 +53,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests that are asked for on a GPU do not pass on a CPU instead."""
     if "PTQD_TEST_GPU" in os.environ and not torch.cuda.is_available():
         raise pytest.UsageError("this machine has no GPU that torch knows; 'make test' runs the same tests on the CPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Any:
+    """Models that openvino is rightly refused on this processor are not tested with it."""
+    try:
+        return (yield)
+    except InputError as error:
+        if this_processor().vnni or "on this processor (without VNNI)" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True, scope="session")
