@@ -498,8 +498,9 @@ class _Lowering:
         """The names of a weight's codes (K, O) and of their zero points, unsigned where signed ones saturate."""
         zero = weight.zero
         if rows.dtype == np.int8 and not self.processor.vnni and overflows(rows):
+            points = np.zeros(rows.shape[1], np.int16) if not zero else self.constants[zero].astype(np.int16)
             rows = (rows.astype(np.int16) + 128).astype(np.uint8)
-            zero = self.constant(np.full(rows.shape[1], 128), np.uint8)
+            zero = self.constant(np.broadcast_to(points + 128, rows.shape[1:]), np.uint8)
         name = f"{weight.codes}/rows"
         self.constants[name] = rows
         self.as_was.add(name)
