@@ -67,7 +67,7 @@ def test_a_network_answers_as_the_original(name: str) -> None:
     pipe, io = converted(name)
     assert type(pipe) is (ConsistencyModelPipeline if name in CM else PixelPipeline)
     assert type(pipe.unet) is (GuidedUNet2DModel if name in OURS else UNet2DModel)
-    assert apart(answer(pipe, io), io["unet.out"]) < 2e-5
+    assert apart(answer(pipe, io), io["unet.out"]) < 5e-5
     if "unet.emb" in io:
         with torch.no_grad():
             embedding = pipe.unet.time_embedding(pipe.unet.time_proj(io["unet.t"]))
@@ -191,7 +191,7 @@ def test_a_run_is_the_originals(name: str, grid: str, clip: bool, monkeypatch: p
             monkeypatch.setattr(RespacedDDIMScheduler, "direction", nothing_of_the_first)
         with published.noise(io["sample.step_noise"]):
             run = pipe(**given, num_inference_steps=10, eta=eta, latents=io["sample.noise"], output_type="latent")
-        assert apart(run.images, wanted) < (3e-5 if clip else 1e-3)
+        assert apart(run.images, wanted) < (1e-4 if clip else 1e-3)
         assert pipe.scheduler.timesteps.flip(0).tolist() == io[f"S{grid}.timesteps"].tolist()
         assert pipe.scheduler.alphas_cumprod[io[f"S{grid}.timesteps"]].double() == pytest.approx(
             io[f"S{grid}.alphas_cumprod"], rel=1e-4

