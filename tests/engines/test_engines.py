@@ -66,6 +66,7 @@ from tiny import CASES
 
 MODERN = Processor(vnni=True, avx2=True)
 OLDER = Processor(vnni=False, avx2=True)
+needs_vnni = pytest.mark.skipif(not this_processor().vnni, reason="a graph of signed codes, for processors with VNNI")
 RUN = Sampling(steps=3, eta=1.0, samples=4, batch=2)
 
 
@@ -485,6 +486,7 @@ def test_damage_is_found(exports: Exports, tmp_path: Path) -> None:
         EngineModule(folder)
 
 
+@needs_vnni
 def test_an_operator_that_an_engine_lacks(exports: Exports, tmp_path: Path) -> None:
     import onnx
 
@@ -496,6 +498,7 @@ def test_an_operator_that_an_engine_lacks(exports: Exports, tmp_path: Path) -> N
             engine(tmp_path / "model.onnx")
 
 
+@needs_vnni
 def test_tensorrt_wants_signed_codes(full: DDIMPipeline, exports: Exports, tmp_path: Path) -> None:
     from onnx import TensorProto, checker
 
