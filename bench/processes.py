@@ -99,7 +99,7 @@ def work(folder: Path) -> None:
     for name, launch, threads in (("one", ALONE, 2), ("two", SHARED, 1)):
         q, noise, c, p = (str(folder / name / part) for part in ("q", "noise.safetensors", "c", "p"))
         commands = {
-            "quantize": ["quantize", "fashion-ldm", "--recipe", "w4a4+8-distill", *run, "--out", q],
+            "quantize": ["quantize", "fashion-ldm", "--recipe", "w4a4+8", *run, "--out", q],
             "measure": ["measure", "fashion-ldm", q, *run, "--samples", "64", "--out", noise],
             "correct": ["correct", q, noise, "--batch", "16", *call, "--out", c],
             "plan": ["plan", "fashion-ldm", q, *run, "--samples", "32", "--budget", "40x", "--out", p],
