@@ -1,6 +1,6 @@
 """Files for other programs: bytes, memory and seconds of loading, and the error against the simulation.
 
-    python bench/formats.py            # ten minutes of a core, 8 GB
+    python bench/formats.py            # a quarter of an hour of a core, 8 GB
 
 The denoiser is Flux's architecture at its own widths, one block of each kind (0.5 B random weights with outliers), so
 that diffusers' own conversion of names applies. Each recipe is the one that its format loses the least of. A file is

@@ -2,7 +2,6 @@
 
 python bench/processes.py kills         # 20 runs killed (SIGKILL) at random moments; ten minutes
 python bench/processes.py throughput    # two processes of one thread against one of two; two cores
-python bench/processes.py work          # the same for quantizing, auto and planning; a quarter of an hour
 python bench/processes.py hosts         # two hosts in network namespaces; needs root and iproute2
 """
 
@@ -92,24 +91,6 @@ def throughput(folder: Path) -> None:
     print(f"two processes have {one / two:.2f} x the throughput of one; images {'identical' if same else 'DIFFER'}")
 
 
-def work(folder: Path) -> None:
-    """Whole commands, starting and what is not shared included."""
-    run, spent = ["--steps", "10", "--guidance", "1.5", "--batch", "16"], {}
-    call = ["--call", f"class_labels={list(range(10))}", "--call", "guidance_scale=1.5"]
-    for name, launch, threads in (("one", ALONE, 2), ("two", SHARED, 1)):
-        q, noise, c, p = (str(folder / name / part) for part in ("q", "noise.safetensors", "c", "p"))
-        commands = {
-            "quantize": ["quantize", "fashion-ldm", "--recipe", "w4a4+8", *run, "--out", q],
-            "measure": ["measure", "fashion-ldm", q, *run, "--samples", "64", "--out", noise],
-            "correct": ["correct", q, noise, "--batch", "16", *call, "--out", c],
-            "plan": ["plan", "fashion-ldm", q, *run, "--samples", "32", "--budget", "40x", "--out", p],
-        }
-        spent[name] = {verb: finish([*launch, *words], threads) for verb, words in commands.items()}
-    for verb in spent["one"]:
-        one, two = (seconds[verb] for seconds in spent.values())
-        print(f"  {verb:9s} one process of two threads {one:5.0f} s, two of one thread {two:5.0f} s: {one / two:.2f} x")
-
-
 def hosts(folder: Path) -> None:
     names, addresses = ("ptqd-a", "ptqd-b"), ("10.77.0.1", "10.77.0.2")
 
@@ -150,10 +131,10 @@ def hosts(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "throughput", "work", "hosts"))
+    parser.add_argument("what", choices=("kills", "throughput", "hosts"))
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        {"kills": kills, "throughput": throughput, "work": work, "hosts": hosts}[args.what](Path(folder))
+        {"kills": kills, "throughput": throughput, "hosts": hosts}[args.what](Path(folder))
 
 
 if __name__ == "__main__":

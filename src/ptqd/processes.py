@@ -8,7 +8,6 @@ What writes files asks for its share outright. The library's own functions share
 """
 
 import os
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from ptqd.errors import InputError
+from ptqd.errors import InputError, PtqdError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -242,18 +241,21 @@ def failing_alike() -> Iterator[None]:
             raise
         error = caught
     if is_shared():
-        raised = next((each for each in everyone(_as_sent(error)) if each is not None), None)
-        if raised is not None:
-            raise error or raised
+        said = next((each for each in everyone(_as_sent(error)) if each is not None), None)
+        if said is not None:
+            kind, text = said
+            raise error or kind(text)
 
 
-def _as_sent(error: Exception | None) -> Exception | None:
-    """An error that can be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))  # this process's own
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+def _as_sent(error: Exception | None) -> tuple[type[Exception], str] | None:
+    """What other processes raise for an error: its kind is theirs too where a user can mend it."""
+    if error is None:
+        return None
+    return (
+        (type(error), str(error))
+        if isinstance(error, PtqdError)
+        else (RuntimeError, f"{type(error).__name__}: {error}")
+    )
 
 
 def by_main(call: Callable[[], T]) -> T:

@@ -96,19 +96,7 @@ def test_quantizing_goes_on_with_as_many_processes_as_there_are(tmp_path: Path) 
     tiny_pipeline().save_pretrained(model)
     text = 'calibration_samples = 6\n[weights]\nbits = 4\nrange = "minmax"\n'
     recipe.write_text(text + '[[methods]]\nname = "distill"\niterations = 120\nbatch = 20\ninputs = 20\n')
-    command = [
-        "quantize",
-        str(model),
-        "--recipe",
-        str(recipe),
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--guidance",
-        "2",
-        "--out",
-    ]
+    command = ["quantize", str(model), "--recipe", str(recipe), *SAMPLE[4:], "--steps", "2", "--out"]
     subprocess.run([sys.executable, "-m", "ptqd", *command, str(tmp_path / "one")], check=True, env=environment())
     want = load_file(tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, launch in (("two", launched("--nproc_per_node", "2")), ("alone", [sys.executable, "-m", "ptqd"])):

@@ -106,15 +106,16 @@ def step_weights(kind: CalibrationSteps, steps: int, errors: torch.Tensor | None
 
 def measured_errors(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Sampling) -> torch.Tensor:
     """What quantization changes at each step: the sum over samples of the squared change of the next sample (T,)."""
-    moved: list[list[float]] = []
-    with processes.failing_alike():
-        for indices in processes.mine(list(sampling.batches())):
-            with record(pipe) as trajectory:
-                run_batch(pipe, sampling, indices, "latent")
-            with replay(qpipe, trajectory) as answer:
-                run_batch(qpipe, sampling, indices, "latent")
-            moved.append([value * len(indices) for value in answer.step_changes])
-    totals = [sum(step) for step in zip(*processes.joined(moved), strict=True)]
+
+    def moved(indices: range) -> list[float]:
+        with record(pipe) as trajectory:
+            run_batch(pipe, sampling, indices, "latent")
+        with replay(qpipe, trajectory) as answer:
+            run_batch(qpipe, sampling, indices, "latent")
+        return [value * len(indices) for value in answer.step_changes]
+
+    parts = processes.spread(moved, processes.mine(list(sampling.batches())))
+    totals = [sum(step) for step in zip(*parts, strict=True)]
     return torch.tensor(totals, dtype=torch.float64)
 
 
