@@ -276,6 +276,40 @@ def check_device(device: str | None) -> None:
         raise InputError(f"the device {device!r} cannot be used: {reason}; take cuda, mps or cpu") from error
 
 
+def check_offload(device: str) -> None:
+    """Refuse to offload from where there is nothing to offload to.
+
+    Raises:
+        InputError: the device is the CPU.
+    """
+    if torch.device(device).type == "cpu":
+        raise InputError(
+            "offloading is for a GPU that is too small, and this would run on the CPU; leave --offload out: weights "
+            "are mapped from their files where --dtype is the type that they are stored in"
+        )
+
+
+def place(pipe: DiffusionPipeline, device: str | torch.device, *, offload: bool = False) -> DiffusionPipeline:
+    """A pipeline on a device, or offloaded from it: its models are brought there one at a time, when they compute.
+
+    Args:
+        pipe: changed itself.
+        device: where it computes.
+        offload: keep its models in memory between their calls (diffusers' ``enable_model_cpu_offload``).
+
+    Raises:
+        InputError: a pipeline that cannot be offloaded, or not from there.
+    """
+    if not offload:
+        return pipe.to(device)
+    check_offload(str(device))
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except ValueError as error:
+        raise InputError(f"{type(pipe).__name__} cannot be offloaded: {error}") from error
+    return pipe
+
+
 def best_device() -> str:
     """``"cuda"``, ``"mps"`` or ``"cpu"``, the first that is there."""
     if torch.cuda.is_available():

@@ -27,6 +27,10 @@ JUDGING = Group("Judging", sort_key=3)
 PLANNING = Group("Bits by step", sort_key=1)
 
 Device = Annotated[str | None, Parameter(help=DEVICE_HELP)]
+Offload = Annotated[
+    bool,
+    Parameter(help="for a small device: a model is there only while it computes, and is quantized layer by layer"),
+]
 Precision = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
     Precision, Parameter(help="of the floating-point weights; the one of a large model's files, which are then mapped")
@@ -107,6 +111,7 @@ class SamplingOptions(ScheduleOptions):
     batch: Annotated[int, Parameter(help="at once; never changes results")] = 64
     seed: Annotated[int, Parameter(help="sample i's seed comes from this and i")] = 0
     device: Device = None
+    offload: Offload = False
 
     def check_all(self, samples: int = 1) -> None:
         """Refuse, before anything is loaded, what cannot be; see :meth:`check`.
@@ -114,11 +119,13 @@ class SamplingOptions(ScheduleOptions):
         Raises:
             InputError: so it is.
         """
-        from ptqd.loading import check_device
+        from ptqd.loading import best_device, check_device, check_offload
 
         self.check()
         self.sampling(None, samples=samples, batch=self.batch, seed=self.seed)
         check_device(self.device)
+        if self.offload:
+            check_offload(self.device or best_device())
 
     def of(self, pipe: "DiffusionPipeline", samples: int) -> "Sampling":
         """How a pipeline is run for so many samples."""
@@ -126,7 +133,7 @@ class SamplingOptions(ScheduleOptions):
 
     def load(self, model: str | Path, dtype: "Precision" = "float32") -> "DiffusionPipeline":
         """A pipeline, with the wanted scheduler, on the wanted device."""
-        return load_pipeline(model, self.scheduler, self.device, dtype)
+        return load_pipeline(model, self.scheduler, self.device, dtype, offload=self.offload)
 
 
 @Parameter(name="*", group=JUDGING)
@@ -227,18 +234,24 @@ def call_arguments(texts: tuple[str, ...], option: str = "--call") -> dict[str, 
 
 
 def load_pipeline(
-    model: str | Path, scheduler: str | None, device: str | None, dtype: "Precision" = "float32"
+    model: str | Path,
+    scheduler: str | None,
+    device: str | None,
+    dtype: "Precision" = "float32",
+    *,
+    offload: bool = False,
 ) -> "DiffusionPipeline":
     """A pipeline, with the wanted scheduler and type, on the wanted device or the process' own."""
     import torch
 
     from ptqd import processes
-    from ptqd.loading import best_device, check_device, load, scheduler_class, with_scheduler
+    from ptqd.loading import best_device, check_device, load, place, scheduler_class, with_scheduler
 
     check_device(device)
     scheduler_class(scheduler)
     loaded = load(model, dtype=getattr(torch, dtype))
-    return with_scheduler(loaded, scheduler).to(processes.device() or device or best_device())
+    where = processes.device() or device or best_device()
+    return place(with_scheduler(loaded, scheduler), where, offload=offload)
 
 
 def correction_methods(text: str) -> tuple[str, ...]:

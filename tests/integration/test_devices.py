@@ -1,6 +1,9 @@
 """What touches a device, on the GPU where there is one (``make test-gpu``), beside the same on the CPU."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,12 @@ def test_in_half_precision_there(there: Any) -> None:
     want = latents(quantized)
     half = copy.deepcopy(quantized).to(dtype=torch.bfloat16)
     assert near(latents(half).float(), want, 0.2)
+
+
+@pytest.mark.parametrize("part", ["offloaded", pytest.param("there", marks=pytest.mark.slow)])
+def test_on_a_device_that_stands_in_for_a_gpu(part: str) -> None:
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, environment = [sys.executable, str(folder / "on_a_card.py"), part], {**os.environ, "PYTHONPATH": paths}
+    made = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert made.returncode == 0, made.stderr[-3000:]

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptqd.diffusion.intercept import hooked, stepping
@@ -146,7 +146,7 @@ def _run_macs(pipe: DiffusionPipeline, sampling: Sampling, *, meta: bool) -> Mac
         return result
 
     counting = {
-        name: meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype, count)
+        name: meta_proxy(on_meta(denoiser), pipe._execution_device, denoiser.dtype, count)
         if meta
         else _counting(copy_module(denoiser, lambda tensor: tensor), count)
         for name, denoiser in denoisers_of(pipe).items()
@@ -169,7 +169,7 @@ def steps_called(pipe: DiffusionPipeline, sampling: Sampling) -> dict[str, list[
 
 def _empty(pipe: DiffusionPipeline, denoiser: Any) -> Any:
     """A stand-in for a denoiser that has no numbers."""
-    return meta_proxy(on_meta(denoiser), pipe.device, denoiser.dtype)
+    return meta_proxy(on_meta(denoiser), pipe._execution_device, denoiser.dtype)
 
 
 def _steps_called(pipe: DiffusionPipeline, sampling: Sampling) -> dict[str, list[int]]:
@@ -222,7 +222,7 @@ def meta_proxy(
 
     Args:
         model: on the meta device; changed in place.
-        device: where its answers are, and where it says it is.
+        device: where it says it is; its answers are where its first argument is.
         dtype: of its answers, and the one it says it has.
         count: called after each call, with its multiply-accumulates by layer.
     """
@@ -238,7 +238,8 @@ def meta_proxy(
         answer, macs = known[shapes]
         if count is not None:
             count(macs)
-        return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), answer)
+        here = next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), device)
+        return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=here), answer)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # pipelines look at it
     body: dict[str, Any] = {"forward": forward, "proxy_for": kind, "__module__": kind.__module__}

@@ -139,8 +139,10 @@ def find_channel_axis(model: nn.Module, output: torch.Tensor, sample: torch.Tens
 
 def with_components(pipe: DiffusionPipeline, **components: object) -> DiffusionPipeline:
     """A pipeline like ``pipe`` that shares all its components but the named ones."""
-    clone = copy.copy(pipe)
+    clone: Any = copy.copy(pipe)
     clone.register_modules(**components)
+    if any(isinstance(part, nn.Module) for part in components.values()):
+        clone._all_hooks = []  # at the end of a call diffusers would offload the new part as well, in its own way
     return clone
 
 

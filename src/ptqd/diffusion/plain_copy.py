@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.diffusion.offload import bring_like, is_brought, stay
 from ptqd.diffusion.several_devices import align_devices
 from ptqd.errors import InputError
 
@@ -64,6 +65,7 @@ def plain_copy(model: nn.Module, *, shares_weights: bool = False) -> Any:
             vars(twin).pop(name, None)
         if path in wide:
             nn.Module.to(twin, wide[path])
+    stay(copied)
     align_devices(copied)
     return copied
 
@@ -73,9 +75,20 @@ def as_plain(model: nn.Module) -> Any:
     return model if is_plain(model) else plain_copy(model)
 
 
+def as_it_computes(model: nn.Module) -> Any:
+    """A network as :func:`as_plain` gives it, which comes to its device when it is called if the network does."""
+    if is_plain(model):
+        return model
+    own = plain_copy(model)
+    bring_like(own, model)
+    return own
+
+
 def is_plain(model: nn.Module) -> bool:
     """Whether a network is neither offloaded, cast, compiled nor made for inference alone; see :func:`plain_copy`."""
     tensors = (*model.parameters(), *model.buffers())
+    if is_brought(model):
+        return False
     return not any(x.is_inference() or x.is_meta for x in tensors) and not any(
         _hooks_on(module) or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
     )

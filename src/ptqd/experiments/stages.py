@@ -16,6 +16,7 @@ from ptqd.correction.scheduler import apply_correction
 from ptqd.correction.search import CorrectionSearch, fit_along_runs, search_correction
 from ptqd.diffusion.fingerprints import pipeline_fingerprint
 from ptqd.diffusion.macs import FULL_BITS, Macs, run_macs
+from ptqd.diffusion.offload import execution_device
 from ptqd.diffusion.pipeline_parts import denoiser_of, scheduler_of
 from ptqd.diffusion.sampling import Sampling, guidance_of
 from ptqd.diffusion.trajectory import final_samples
@@ -47,7 +48,7 @@ from ptqd.experiments.sharding import (
     sample_images,
 )
 from ptqd.files import write_json, write_tensors
-from ptqd.loading import load
+from ptqd.loading import load, place
 from ptqd.metrics.evaluator import Evaluator, with_intervals
 from ptqd.metrics.images import open_images
 from ptqd.mixed_precision.problem import check_can_hold, planning_problem
@@ -347,8 +348,9 @@ class Stages:
         return value
 
     def _load_pipeline(self, path: Path) -> DiffusionPipeline:
-        dtype = denoiser_of(self.pipe).dtype
-        return load(path, dtype=dtype).to(self.pipe.device)
+        denoiser = denoiser_of(self.pipe)
+        device = execution_device(denoiser)
+        return place(load(path, dtype=denoiser.dtype), device or self.pipe.device, offload=device is not None)
 
     def _title(self, text: str) -> str | None:
         return text if self.progress else None

@@ -24,7 +24,9 @@ from torch.utils._pytree import tree_map_only
 
 from ptqd import processes
 from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.offload import bring_like, brought, weights_left_behind
 from ptqd.diffusion.pipeline_parts import copy_module, denoiser_names, denoiser_of, denoisers_of
+from ptqd.diffusion.plain_copy import as_it_computes
 from ptqd.diffusion.sampling import Sampling, run_batch, sample_generator
 from ptqd.diffusion.several_devices import align_devices
 from ptqd.diffusion.trajectory import Trajectory, record
@@ -91,7 +93,7 @@ def measure_sensitivity(
     """
     recipe = Recipe.from_dict(ptqd_quantizer(qpipe).quantization_config.recipe)
     probes = {
-        name: _Probe(as_calibrated(full), denoiser_of(qpipe, name), recipe, sorted(weight_bits))
+        name: _Probe(as_calibrated(full), as_it_computes(denoiser_of(qpipe, name)), recipe, sorted(weight_bits))
         for name, full in denoisers_of(pipe).items()
     }
     apart = sampling.with_seed_for("sensitivity").replace(
@@ -188,6 +190,7 @@ class _Probe:
             self.relative[name] = errors / errors[0].clamp(min=1e-300)
             module.register_forward_hook(partial(self._weighted, name, rounded[0] - module.weight))
         align_devices(self.model)
+        bring_like(self.model, full)
         self.steps: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}  # of the batch that is looked at
         self.rows = 1
 
@@ -203,7 +206,7 @@ class _Probe:
         weights = torch.zeros(len(self.weighted), dtype=torch.float64)
         self.now = self.steps.setdefault(step, (activations, weights, [0]))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), weights_left_behind(self.model):
                 output = self.model(*args, **kwargs)[0]
                 remaining = output.narrow(axis, 0, min(channels, output.shape[axis]))
                 self.rows = len(output)
@@ -225,15 +228,16 @@ class _Probe:
 
     def _activation(self, layer: str, quantizer: ActivationQuantizer, gradient: torch.Tensor, x: torch.Tensor) -> None:
         row = self.now[0][self.layers.index(layer)]
-        for i in range(len(quantizer.widths)):
-            row[i] += self._energy(gradient, quantizer.rounded(x, i) - x)
+        with brought(quantizer):
+            for i in range(len(quantizer.widths)):
+                row[i] += self._energy(gradient, quantizer.rounded(x, i) - x)
 
     def _weighted(self, name: str, change: torch.Tensor, layer: QuantLayer, inputs: Any, output: Any) -> torch.Tensor:
         seen = inputs[0].detach()
         result: torch.Tensor = output if output.requires_grad else output.detach().requires_grad_(True)
 
         def measure(gradient: torch.Tensor) -> None:
-            self.now[1][self.weighted.index(name)] += self._energy(gradient, layer.matmul(seen, change))
+            self.now[1][self.weighted.index(name)] += self._energy(gradient, layer.matmul(seen, change.to(seen.device)))
 
         result.register_hook(measure)
         return result

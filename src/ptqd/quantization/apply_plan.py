@@ -16,7 +16,7 @@ from ptqd.diffusion.pipeline_parts import (
     scheduler_of,
     with_components,
 )
-from ptqd.diffusion.plain_copy import as_plain
+from ptqd.diffusion.plain_copy import as_it_computes, as_plain
 from ptqd.errors import InputError
 from ptqd.quantization.hf_quantizer import PtqdConfig, PtqdQuantizer, ptqd_quantizer, with_weights
 from ptqd.quantization.modules.activation import BitWidth
@@ -56,7 +56,7 @@ def apply_plan(
 
 def _planned(denoiser: nn.Module, source: PtqdQuantizer, plan: PrecisionPlan, full: nn.Module | None) -> nn.Module:
     """One denoiser of :func:`apply_plan`."""
-    model = copy_module(as_plain(denoiser), lambda tensor: tensor)
+    model = copy_module(as_it_computes(denoiser), lambda tensor: tensor)
     recipe = Recipe.from_dict(source.quantization_config.recipe)
     layers = dict(quantized_layers(model))
     planned = with_weights(recipe, plan, {layer: module.kind for layer, module in layers.items()})
@@ -114,7 +114,7 @@ def _at_width(
     qpipe: DiffusionPipeline, denoiser: nn.Module, source: PtqdQuantizer, recipe: Recipe, bits: int
 ) -> nn.Module:
     """One denoiser of :func:`at_width`."""
-    model = copy_module(as_plain(denoiser), lambda tensor: tensor)
+    model = copy_module(as_it_computes(denoiser), lambda tensor: tensor)
     if source.quantization_config.plan is not None:  # its weights stay
         kinds = {layer: module.kind for layer, module in quantized_layers(model)}
         recipe = with_weights(recipe, plan_of(qpipe), kinds)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.offload import brought, weights_left_behind
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.modules.activation import ActivationQuantizer
 from ptqd.quantization.modules.linear_conv import QuantLayer
@@ -91,7 +92,7 @@ def branch_ranks(
     for name, layer in layers.items():
         branches = _branches(layer, seed)
         hooks.append(layer.register_forward_hook(partial(_watch, found, name, branches)))
-    with hooked(*hooks):
+    with hooked(*hooks), weights_left_behind(model):
         found.run(partial(inputs.run, model), len(inputs), title)
     options = {}
     for name, layer in layers.items():
@@ -127,7 +128,8 @@ def _watch(
     found: "OutputEffects[_Effect]", name: str, branches: _Branches, layer: Any, args: Any, y: torch.Tensor
 ) -> torch.Tensor:
     def moves() -> dict[_Effect, torch.Tensor]:
-        x, rows = layer.smoothed(args[0].detach()), layer.float_weight().detach().cpu().float().flatten(1)
+        with brought(layer):
+            x, rows = layer.smoothed(args[0].detach()), layer.float_weight().detach().cpu().float().flatten(1)
         as_it_comes = ActivationQuantizer(
             replace(layer.input.spec, dynamic=True), axis=layer.input.axis, rowwise=layer.input.rowwise
         ).to(x.device)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ptqd import processes
 from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.offload import execution_device
 from ptqd.errors import InputError
 
 SHARE = 0.7  # of what is free, where no limit is given
@@ -46,8 +47,10 @@ class Budget:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first tensor is."""
-    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    """Where a model computes: where it is brought to for its calls, else where its first tensor is."""
+    return execution_device(model) or next(
+        (x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu")
+    )
 
 
 def held(device: torch.device) -> int:

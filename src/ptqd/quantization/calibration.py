@@ -18,6 +18,7 @@ from torch import nn
 from ptqd import processes
 from ptqd.diffusion.call_rows import CallLayout, Row, join_rows, padded
 from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.offload import bring_like
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.plain_copy import is_plain, plain_copy
 from ptqd.diffusion.plain_values import NotPlainError, as_plain, from_plain
@@ -139,6 +140,7 @@ def as_calibrated(model: nn.Module) -> nn.Module:
     if is_plain(model) and not fused and not merged:
         return model
     own: nn.Module = plain_copy(model, shares_weights=True)
+    bring_like(own, model)
     without_merged(own)
     for _, attention in attention_modules(own):
         if getattr(attention, "fused_projections", False):

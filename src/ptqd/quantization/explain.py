@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import PRODUCTS, Macs, run_macs, steps_called
+from ptqd.diffusion.offload import brought, weights_left_behind
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of, with_components
-from ptqd.diffusion.plain_copy import as_plain
+from ptqd.diffusion.plain_copy import as_it_computes
 from ptqd.diffusion.sampling import Sampling
 from ptqd.quantization.bops import by_halves
 from ptqd.quantization.budget import Budget, device_of, rows_that_fit
@@ -81,7 +82,7 @@ def explain(pipe: DiffusionPipeline, qpipe: DiffusionPipeline, sampling: Samplin
     for name in denoiser_names(pipe):
         full = as_calibrated(denoiser_of(pipe, name))
         plain = with_components(pipe, **{name: full})
-        reports += _explain(plain, name, full, as_plain(denoiser_of(qpipe, name)), sampling, macs, calls[name])
+        reports += _explain(plain, name, full, as_it_computes(denoiser_of(qpipe, name)), sampling, macs, calls[name])
     return sorted(reports, key=lambda report: (-report.effect if report.effect == report.effect else 1.0, report.name))
 
 
@@ -170,7 +171,7 @@ def _errors(
     with _shadowing(full, twins, compare), torch.no_grad():
         for rows in inputs.batches(at_once):
             call(rows)
-    with _shadowing(full, twins, watch), hooked(*_stream_hooks(full, twins, found)):
+    with _shadowing(full, twins, watch), hooked(*_stream_hooks(full, twins, found)), weights_left_behind(full):
         found.run(call, min(EFFECT_ROWS, len(inputs)))
     own = {layer: wrong / energy if energy > 0 else wrong for layer, (wrong, energy) in sums.items()}
     return _Errors(own, found.effects, found.streams)
@@ -209,7 +210,9 @@ def _shadowing(
             parts = args[0].split([getattr(twin, half).in_channels for half in HALVES], dim=1)
             for half, x in zip(HALVES, parts, strict=True):
                 layer: QuantLayer = getattr(twin, half)
-                want = layer.matmul(x, full_weight(full, f"{name}.{half}", layer), layer.bias)
+                with brought(layer):
+                    weight = full_weight(full, f"{name}.{half}", layer).to(x.device)
+                    want = layer.matmul(x, weight, layer.bias)
                 answered[f"{name}.{half}"] = (layer(x), want)
             return answered
 

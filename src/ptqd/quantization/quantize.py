@@ -17,6 +17,7 @@ from torch import nn
 from ptqd import processes
 from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.macs import Macs, call_macs, steps_called
+from ptqd.diffusion.offload import bring_like
 from ptqd.diffusion.pipeline_parts import (
     copy_module,
     denoiser_names,
@@ -276,6 +277,7 @@ class _Quantizing:
             parameter.data = parameter.data.clone()
         choose_weights(model, "auto")
         align_devices(model)
+        bring_like(model, self.full)
         if ranges is not None:
             set_ranges(model, ranges)
         parts: dict[str, Any] = {self.name: model, "scheduler": copy.deepcopy(scheduler_of(self.pipe))}

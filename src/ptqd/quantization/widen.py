@@ -17,6 +17,7 @@ from torch import nn
 
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import PRODUCTS
+from ptqd.diffusion.offload import weights_left_behind
 from ptqd.quantization.calibration import CalibrationInputs
 from ptqd.quantization.methods import Widen
 from ptqd.quantization.modules.activation import ActivationQuantizer
@@ -232,7 +233,7 @@ def _effects(
         if site.weight is not None:
             kept = forms[site.name]["weights"]
             hooks.append(site.weight.register_forward_hook(partial(_watch_output, found, site.name, kept)))
-    with hooked(*hooks):
+    with hooked(*hooks), weights_left_behind(model):
         found.run(partial(inputs.run, model), len(inputs), title)
     return found.effects
 
@@ -256,7 +257,7 @@ def _watch_operand(
     x: torch.Tensor,
 ) -> torch.Tensor:
     def moves() -> dict[Effect, torch.Tensor]:
-        return {name: rounding(x.detach()) - x.detach() for name, rounding in roundings.items()}
+        return {name: rounding.to(x.device)(x.detach()) - x.detach() for name, rounding in roundings.items()}
 
     return found.watch(place, x, moves)
 
@@ -270,7 +271,9 @@ def _watch_output(
         for form in forms:
             spec = layer.weights if layer.weights.bits == form.bits else layer.weights.of(form.bits)
             change = WeightGrid.find(rows, replace(spec, range="minmax")).rounded(rows) - rows
-            moved[place, "weights", form] = layer.matmul(args[0].detach(), change.view(layer.shape).to(layer.weight))
+            moved[place, "weights", form] = layer.matmul(
+                args[0].detach(), change.view(layer.shape).to(y.device, layer.weight.dtype)
+            )
         return moved
 
     return found.watch(place, y, moves)

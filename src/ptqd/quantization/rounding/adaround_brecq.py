@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ptqd import processes
+from ptqd.diffusion.offload import brought
 from ptqd.errors import InputError
 from ptqd.files import is_whole, read_pickle, read_tensors, replacing, write_tensors
 from ptqd.progress import track
@@ -96,8 +97,9 @@ def learn(
         if known is None:
             folder = scratch / "inputs"
             try:
-                one = _Unit(quantized, full, unit, pool, method, fixed, folder, at_once)
-                one.learn(done, seed + 1000 * number, spare)
+                with brought(quantized.get_submodule(unit)):
+                    one = _Unit(quantized, full, unit, pool, method, fixed, folder, at_once)
+                    one.learn(done, seed + 1000 * number, spare)
             except UnsplittableError:
                 if not unit:
                     kind = type(full).__name__

@@ -109,7 +109,7 @@ def fit_smoothing(
         if name in smoothed or not args[0].numel():
             return
         smoothed.add(name)
-        weight = full_weight(full, name, layer)
+        weight = full_weight(full, name, layer).to(layer.codes.device)  # which may be on its device just now
         if done.has(name):
             _restore(done, name, layer)
         else:

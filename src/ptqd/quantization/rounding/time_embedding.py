@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqd.diffusion.offload import brought
 from ptqd.quantization.activation_profile import ActivationProfile, temporal_inputs
 from ptqd.quantization.modules.linear_conv import QuantLayer, find_layer, full_weight
 from ptqd.quantization.rounding.gptq import gptq, grid_on_cpu
@@ -44,7 +45,8 @@ def _rounded_by_step(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
     """A layer's smoothed inputs (T, I) as it rounds them, each at its step."""
     before, layer.input.step.index = layer.input.step.index, torch.arange(len(x))
     try:
-        rounded: torch.Tensor = layer.input(x.to(layer.weight))
+        with brought(layer):
+            rounded: torch.Tensor = layer.input(x.to(layer.weight))
         return rounded.float().cpu()
     finally:
         layer.input.step.index = before
