@@ -284,8 +284,8 @@ def check_offload(device: str) -> None:
     """
     if torch.device(device).type == "cpu":
         raise InputError(
-            "offloading is for a GPU that is too small, and this would run on the CPU; leave --offload out: weights "
-            "are mapped from their files where --dtype is the type that they are stored in"
+            "offloading is for a GPU that is too small, and this would run on the CPU; leave offload out: weights are "
+            "mapped from their files there, where they are loaded in the type that they are stored in"
         )
 
 

@@ -100,7 +100,9 @@ def test_in_half_precision_there(there: Any) -> None:
     assert near(latents(half).float(), want, 0.2)
 
 
-@pytest.mark.parametrize("part", ["offloaded", pytest.param("there", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part", ["quick", *(pytest.param(part, marks=pytest.mark.slow) for part in ("offloaded", "there"))]
+)
 def test_on_a_device_that_stands_in_for_a_gpu(part: str) -> None:
     folder = Path(__file__).parent
     paths = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -6,6 +6,7 @@ the GPU is calibrated and rounded there. Weights that are mapped from files stay
 and what was in memory is there again, unless it was changed meanwhile.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 _DEVICE, _PRESENT, _BEFORE, _CALLER = "_ptqd_device", "_ptqd_present", "_ptqd_before", "_ptqd_caller"
 _KINDS = ("_parameters", "_buffers")
+_READING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which do not call all their parts
 
 
 def execution_device(model: nn.Module) -> torch.device | None:
@@ -53,22 +55,28 @@ def bring_like(model: nn.Module, original: nn.Module) -> None:
     What of the pipeline the original would have sent away (of ``enable_model_cpu_offload``) is sent away.
 
     Args:
-        model: the copy, whose tensors are in memory; of one that has such hooks already those that are missing are put.
+        model: the copy, whose tensors are in memory.
         original: the network, or another copy.
     """
     device = execution_device(original)
     if device is None:
         return
-    for module in model.modules():
-        vars(module)[_DEVICE] = device
-        if (module._parameters or module._buffers) and _come not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_come)
-            module.register_forward_hook(_go, always_call=True)
+    vars(model)[_DEVICE] = torch.empty(0, device=device).device  # with its number
+    _hook(model)
     if _arrive not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_arrive, with_kwargs=True, prepend=True)
         model.register_forward_hook(_back)
     earlier = getattr(getattr(original, "_hf_hook", None), "prev_module_hook", None)
     vars(model)[_BEFORE] = vars(original).get(_BEFORE) or (None if earlier is None else _Shared(earlier))
+
+
+def _hook(model: nn.Module) -> None:
+    """Put the hooks on modules that have none: all, or those that came later, such as a LoRA's."""
+    for module in model.modules():
+        if _come_in not in module._forward_pre_hooks.values():
+            vars(module)[_DEVICE] = vars(model)[_DEVICE]
+            module.register_forward_pre_hook(_come_in, prepend=True)
+            module.register_forward_hook(_leave, always_call=True)
 
 
 def is_brought(model: nn.Module) -> bool:
@@ -82,7 +90,7 @@ def stay(model: nn.Module) -> None:
         for name in (_DEVICE, _PRESENT, _BEFORE, _CALLER):
             vars(module).pop(name, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_come, _go, _arrive, _back)]:
+            for key in [key for key, hook in hooks.items() if hook in (_come_in, _leave, _arrive, _back)]:
                 del hooks[key]
                 for options in (
                     module._forward_pre_hooks_with_kwargs,
@@ -96,13 +104,23 @@ def stay(model: nn.Module) -> None:
 def brought(module: nn.Module) -> Iterator[None]:
     """Inside the block a part of a network, whole, is where it is brought to; of one that is not nothing changes."""
     parts = [part for part in module.modules() if _DEVICE in vars(part)]
-    for part in parts:
-        _come(part, ())
+    with torch.no_grad():
+        for part in parts:
+            _come(part)
     try:
         yield
     finally:
         for part in parts:
-            _go(part, (), None)
+            _go(part)
+
+
+def send_home(model: nn.Module) -> None:
+    """Take from the device what calls left there that were broken off by what is no ``Exception``, as Ctrl-C."""
+    for module in model.modules():
+        present = vars(module).get(_PRESENT)
+        if present is not None:
+            present.callers = 1
+            _go(module)
 
 
 @contextmanager
@@ -120,8 +138,10 @@ def weights_left_behind(model: nn.Module) -> Iterator[None]:
     device = vars(model)[_DEVICE]
 
     def pack(tensor: torch.Tensor) -> Any:
-        home = _homes.get(_place(tensor))
-        return tensor if home is None else (home, tensor.size(), tensor.stride(), tensor.storage_offset())
+        there, home = _homes.get(_place(tensor), (None, None))
+        if there is None or there() is None:  # another's place by now
+            return tensor
+        return (home, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
@@ -129,12 +149,19 @@ def weights_left_behind(model: nn.Module) -> Iterator[None]:
         home, *view = packed
         return home.detach().to(device).as_strided(*view)  # type: ignore[no-any-return]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in taking:  # its gradient would be there, and keep it there
+        parameter.requires_grad_(False)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
 
 
-_homes: dict[int, torch.Tensor] = {}
-"""What was in memory of the tensors that are on a device now, by where they are there."""
+_homes: dict[int, tuple["weakref.ref[torch.Tensor]", torch.Tensor]] = {}
+"""Of the tensors that are on a device now, by where they are there: themselves, and what was in memory of them."""
 
 
 def _place(tensor: torch.Tensor) -> int:
@@ -166,7 +193,22 @@ class _Present:
     there: set[tuple[str, str]] = field(default_factory=set)
 
 
-def _come(module: nn.Module, args: object) -> None:
+def _come_in(module: nn.Module, args: object) -> None:
+    for part in _together(module):
+        _come(part)
+
+
+def _leave(module: nn.Module, args: object, output: object) -> None:
+    for part in _together(module):
+        _go(part)
+
+
+def _together(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, and those that it does not call but reads the tensors of."""
+    return iter(module.modules()) if isinstance(module, _READING) else iter((module,))
+
+
+def _come(module: nn.Module) -> None:
     present = vars(module).setdefault(_PRESENT, _Present())
     present.callers += 1
     if present.callers > 1:
@@ -177,17 +219,20 @@ def _come(module: nn.Module, args: object) -> None:
         for name, value in own.items():
             if value is None or value.is_meta:
                 continue
-            if value.device.type == device.type:
+            if value.device == device:
                 present.there.add((kind, name))
                 continue
-            new = value.detach().to(device)
-            own[name] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+            if value.requires_grad and torch.is_grad_enabled():  # its gradient is to come home
+                own[name] = value.to(device)
+            else:
+                new = value.detach().to(device)
+                own[name] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
             present.moved[kind, name] = (value, own[name], _version(own[name]))
-            if new.numel():
-                _homes[_place(new)] = value
+            if value.numel():
+                _homes[_place(own[name])] = (weakref.ref(own[name]), value)
 
 
-def _go(module: nn.Module, args: object, output: object) -> None:
+def _go(module: nn.Module) -> None:
     present = vars(module).get(_PRESENT)
     if present is None:
         return
@@ -209,7 +254,8 @@ def _go(module: nn.Module, args: object, output: object) -> None:
                 own[name] = before
             elif home is not None and value.device != home:  # changed, or made, meanwhile
                 moved = value.detach().to(home)
-                own[name] = nn.Parameter(moved, value.requires_grad) if isinstance(value, nn.Parameter) else moved
+                takes = value.requires_grad or (before is not None and before.requires_grad)
+                own[name] = nn.Parameter(moved, takes) if kind == _KINDS[0] else moved
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -218,6 +264,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _arrive(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    _hook(module)
     device, before = vars(module)[_DEVICE], vars(module).get(_BEFORE)
     if before is not None:
         before.of.offload()

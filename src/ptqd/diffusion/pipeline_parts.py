@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.offload import is_brought, stay
 from ptqd.errors import InputError, UnsupportedError
 
 DENOISERS = ("unet", "transformer", "decoder", "prior")  # the latter of Stable Cascade, Wuerstchen and Kandinsky
@@ -141,9 +142,29 @@ def with_components(pipe: DiffusionPipeline, **components: object) -> DiffusionP
     """A pipeline like ``pipe`` that shares all its components but the named ones."""
     clone: Any = copy.copy(pipe)
     clone.register_modules(**components)
-    if any(isinstance(part, nn.Module) for part in components.values()):
-        clone._all_hooks = []  # at the end of a call diffusers would offload the new part as well, in its own way
+    if any(isinstance(part, nn.Module) and _stays(part) for part in components.values()):
+        clone._all_hooks = []  # by which diffusers offloads all of a pipeline's parts at the end of a call
     return clone
+
+
+def _stays(part: nn.Module) -> bool:
+    """Whether a part of a pipeline is not to be offloaded by diffusers."""
+    return is_brought(part) or any(tensor.is_meta for tensor in part.parameters())
+
+
+def with_denoisers(pipe: DiffusionPipeline, **components: object) -> DiffusionPipeline:
+    """As :func:`with_components`, of denoisers that are ready to be used: offloaded as the pipeline is.
+
+    What ``enable_model_cpu_offload`` was called on is so again; otherwise they come to their device layer by layer.
+    """
+    made: Any = with_components(pipe, **components)
+    device = getattr(pipe, "_offload_device", None)
+    if getattr(pipe, "_all_hooks", None) and device is not None:
+        for part in components.values():
+            if isinstance(part, nn.Module):
+                stay(part)
+        made.enable_model_cpu_offload(device=device)
+    return made
 
 
 def with_twins(pipe: DiffusionPipeline, **denoisers: object) -> DiffusionPipeline:
@@ -152,8 +173,8 @@ def with_twins(pipe: DiffusionPipeline, **denoisers: object) -> DiffusionPipelin
     It gets a scheduler of its own, where the scheduler looks whether the denoiser is the one that was measured.
     """
     if not hasattr(pipe.scheduler, "watch_denoiser"):
-        return with_components(pipe, **denoisers)
-    made = with_components(pipe, **denoisers, scheduler=copy.deepcopy(scheduler_of(pipe)))
+        return with_denoisers(pipe, **denoisers)
+    made = with_denoisers(pipe, **denoisers, scheduler=copy.deepcopy(scheduler_of(pipe)))
     made.scheduler.watch_denoiser(made)
     return made
 

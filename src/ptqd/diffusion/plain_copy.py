@@ -77,7 +77,7 @@ def as_plain(model: nn.Module) -> Any:
 
 def as_it_computes(model: nn.Module) -> Any:
     """A network as :func:`as_plain` gives it, which comes to its device when it is called if the network does."""
-    if is_plain(model):
+    if is_plain(model) or (is_brought(model) and _is_untouched(model)):
         return model
     own = plain_copy(model)
     bring_like(own, model)
@@ -86,9 +86,11 @@ def as_it_computes(model: nn.Module) -> Any:
 
 def is_plain(model: nn.Module) -> bool:
     """Whether a network is neither offloaded, cast, compiled nor made for inference alone; see :func:`plain_copy`."""
+    return not is_brought(model) and _is_untouched(model)
+
+
+def _is_untouched(model: nn.Module) -> bool:
     tensors = (*model.parameters(), *model.buffers())
-    if is_brought(model):
-        return False
     return not any(x.is_inference() or x.is_meta for x in tensors) and not any(
         _hooks_on(module) or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from ptqd.diffusion.deep_part import deep_modules
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_components
-from ptqd.diffusion.plain_copy import as_plain
+from ptqd.diffusion.plain_copy import as_plain, plain_copy
 from ptqd.diffusion.sampling import Sampling, sample
 from ptqd.engines.calls import captured
 from ptqd.engines.module import FACTS, EngineFacts, EngineModule, write_component
@@ -125,7 +125,11 @@ def _export(
             deep_modules(model)
         if model.dtype != torch.float32:
             raise InputError(f"the {name} is in {model.dtype}; load the pipeline in float32 to export it")
-    pipe = with_components(pipe, **{name: as_plain(model) for name, model in denoisers_of(pipe).items()}).to("cpu")
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    hooked = {name: plain_copy(part) for name, part in models.items() if hasattr(part, "_hf_hook")}
+    plain = hooked | {name: as_plain(model) for name, model in denoisers_of(pipe).items()}
+    pipe = with_components(pipe, **plain).to("cpu")
+    pipe._all_hooks = []  # by which diffusers would offload it again
     if engine == TORCHAO:
         if hold_deep:
             raise InputError("torchao's pipelines hold no deep part; leave hold_deep (--hold-deep) out")

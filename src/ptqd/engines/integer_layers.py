@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ptqd.diffusion.offload import bring_like
 from ptqd.diffusion.pipeline_parts import denoiser_names, denoisers_of, with_twins
 from ptqd.diffusion.plain_copy import plain_copy
 from ptqd.engines.onnx_graph import Products
@@ -70,6 +71,7 @@ def with_integer_layers(pipe: DiffusionPipeline, kernel: Kernel = "int_mm") -> t
                 floating.append((prefix + path, why))
         products = [path for path, module in model.named_modules() if isinstance(module, AttentionProducts)]
         floating += [(prefix + path, "attention products") for path in products]
+        bring_like(model, given)
         parts[name] = model
     return with_twins(pipe, **parts), Products(tuple(integer), tuple(floating), ())
 

@@ -14,7 +14,7 @@ from ptqd.diffusion.pipeline_parts import (
     denoisers_of,
     plain_scheduler,
     scheduler_of,
-    with_components,
+    with_denoisers,
 )
 from ptqd.diffusion.plain_copy import as_it_computes, as_plain
 from ptqd.errors import InputError
@@ -51,7 +51,7 @@ def apply_plan(
         name: _planned(model, ptqd_quantizer(qpipe, name), plan, full.get(name))
         for name, model in denoisers_of(qpipe).items()
     }
-    return with_components(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
+    return with_denoisers(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
 def _planned(denoiser: nn.Module, source: PtqdQuantizer, plan: PrecisionPlan, full: nn.Module | None) -> nn.Module:
@@ -107,7 +107,7 @@ def at_width(qpipe: DiffusionPipeline, bits: int) -> DiffusionPipeline:
         name: _at_width(qpipe, model, ptqd_quantizer(qpipe, name), recipe, bits)
         for name, model in denoisers_of(qpipe).items()
     }
-    return with_components(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
+    return with_denoisers(qpipe, **parts, scheduler=plain_scheduler(scheduler_of(qpipe)))
 
 
 def _at_width(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ptqd.diffusion.call_rows import first_rows
 from ptqd.diffusion.intercept import hooked
 from ptqd.diffusion.macs import call_macs
+from ptqd.diffusion.offload import bring_like, brought
 from ptqd.diffusion.pipeline_parts import copy_module
 from ptqd.diffusion.sampling import Sampling
 from ptqd.errors import InputError
@@ -213,7 +214,7 @@ def measure_costs(
     Args:
         full: the denoiser in full precision, as it is calibrated.
         pipe: that it is the denoiser of.
-        recipe: by which it will be quantized; methods and counts may change afterwards.
+        recipe: by which it will be quantized; counts may change afterwards, and methods be left out.
         sampling: how it samples.
         name: of the denoiser, where there are two.
 
@@ -235,27 +236,31 @@ def measure_costs(
     whole = clock.line(lambda n: call(full, n), 1, 1)
     model: Any = copy_module(full, lambda tensor: tensor.detach())
     insert_quantizers(model, recipe)
+    bring_like(model, full)
     for _, quantizer in activation_quantizers(model):
         quantizer.bypass()
     macs = call_macs(full, *inputs.call([0])[0], **inputs.call([0])[1])
     units = {unit: sum(n for layer, n in macs.items() if is_inside(layer, unit)) for unit in find_units(model)}
     unit = max(units, key=lambda each: units[each])
     part = _Part(model, full, unit, inputs, clock, units[unit] / max(1, sum(macs.values())))
+    smooths, rounds = (any(isinstance(each, kind) for each in recipe.methods) for kind in (Smooth, Gptq))
+    learns = any(isinstance(each, Learned | Widen | LowRank) for each in recipe.methods)
+    nothing = _Line(0.0, 0.0)  # what the recipe has no method for is not tried
     return Costs(
         device=device,
         rows_a_sample=len(rows),
         call=whole,
         observing=part.observing(),
-        smoothing=part.smoothing(),
+        smoothing=part.smoothing() if smooths else nothing,
         freezing=part.freezing(),
-        hessians=part.hessians(),
-        rounding=part.rounding(),
-        learning=part.learning(),
+        hessians=part.hessians() if rounds else nothing,
+        rounding=part.rounding() if rounds else 0.0,
+        learning=part.learning() if learns else nothing,
         held=before,
         parameters=sum(p.numel() * p.element_size() for p in full.parameters()),
         live=live_bytes(full, [each for each, _ in full.named_modules()], inputs.call([0])),
         between=live_bytes(model, list(units), inputs.call([0])),
-        kept=part.kept(),
+        kept=part.kept() if learns else 0,
         units=len(units),
         layers=len(list(quantized_layers(model))),
     )
@@ -348,7 +353,8 @@ class _Part:
             with torch.no_grad():
                 for name, x in given[rows].items():
                     if self.layers[name].smooth_scale is not None:
-                        search_smoothing(self.layers[name], self.full[name], x, None)
+                        with brought(self.layers[name]):
+                            search_smoothing(self.layers[name], self.full[name].to(x.device), x, None)
 
         return self.clock.line(search, self.by_rows, self.by_size)
 
@@ -370,11 +376,12 @@ class _Part:
 
     def learning(self) -> _Line:
         integers = {name: layer for name, layer in self.layers.items() if layer.weights.format == "int"}
-        weights = {name: Straight(x, x.target_weight(self.full[name])) for name, x in integers.items()}
-        scales = [LearnedScale(quantizer, 0.0) for quantizer in self.quantizers]
+        with brought(self.module):
+            weights = {name: Straight(x, x.target_weight(self.full[name])) for name, x in integers.items()}
+            scales = [LearnedScale(quantizer, 0.0) for quantizer in self.quantizers]
 
         def step(rows: int) -> None:
-            with torch.enable_grad(), self._learned(weights, scales):
+            with brought(self.module), torch.enable_grad(), self._learned(weights, scales):
                 loss = sum(x.float().square().sum() for x in self._outputs(rows))
                 loss.backward()  # type: ignore[union-attr]
 
@@ -382,8 +389,9 @@ class _Part:
 
     def kept(self) -> int:
         """Bytes that each row keeps for gradients in the whole denoiser."""
-        scales = [LearnedScale(quantizer, 0.0) for quantizer in self.quantizers]
-        with torch.enable_grad(), self._learned({}, scales):
+        with brought(self.module):
+            scales = [LearnedScale(quantizer, 0.0) for quantizer in self.quantizers]
+        with brought(self.module), torch.enable_grad(), self._learned({}, scales):
             one, more = (kept_bytes(partial(self._outputs, n), self.module, []).all for n in (1, self.clock.many))
         return int((more - one) / (self.clock.many - 1) * self.by_rows)
 

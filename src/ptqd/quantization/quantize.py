@@ -25,6 +25,7 @@ from ptqd.diffusion.pipeline_parts import (
     denoisers_of,
     scheduler_of,
     with_components,
+    with_denoisers,
 )
 from ptqd.diffusion.plain_copy import check_weights_are_here
 from ptqd.diffusion.sampling import Sampling
@@ -121,7 +122,7 @@ def quantize(
             parts[name] = _Quantizing(
                 pipe, name, recipe, sampling, folder, budget or Budget(), keeps=scratch is not None, progress=progress
             ).go()
-    return with_components(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
+    return with_denoisers(pipe, **parts, scheduler=copy.deepcopy(scheduler_of(pipe)))
 
 
 def _facts(sampling: Sampling) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ptqd.diffusion.intercept import hooked
+from ptqd.diffusion.offload import send_home
 from ptqd.paused import PausedThread
 from ptqd.quantization.step_ranges import range_steps_of
 
@@ -112,6 +113,8 @@ def in_lockstep(
         finally:
             for call in every:
                 call.thread.abandon()
+            for each in (model, *(() if beside is None else (beside[0],))):
+                send_home(each)
 
 
 def _come_to(unit: str, call: _Call, order: Mapping[str, int]) -> _Call | None:
