@@ -160,7 +160,9 @@ def memory(folder: Path) -> None:
         for what, numbers in [("torch", FULL), *((e, n) for e in ("onnxruntime", "openvino") for n in unet)]:
             path = place / "full" / "unet" if what == "torch" else place / "run" / unet[numbers]
             command = [sys.executable, "-W", "ignore", "-c", ALONE, what, str(path), str(batch)]
-            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1000
+            peak = (
+                int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) * 1024 / 1e6
+            )
             first = first or peak
             print(f"  batch {batch:2d}  {what:12s} {numbers:5s} {peak:6.0f}  {peak / first:6.1%} of torch", flush=True)
 

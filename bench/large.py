@@ -87,7 +87,7 @@ def recipe(name: str) -> Recipe:
 
 
 class Watch(threading.Thread):
-    """The most memory of its own that the process had, kB."""
+    """The most memory of its own that the process had, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -102,7 +102,7 @@ class Watch(threading.Thread):
 
 def status(key: str) -> int:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])
+    return int(line.split()[1]) * 1024
 
 
 def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -177,15 +177,15 @@ def main() -> None:
         found = process("quantize", model, name, out, scratch)
         loading, taken, saving = found["seconds"]
         print(
-            f"{name:12s} peak {found['peak'] / 1e6:5.2f} GB, of its own {found['own'] / 1e6:5.2f} GB; loaded in "
+            f"{name:12s} peak {found['peak'] / 1e9:5.2f} GB, of its own {found['own'] / 1e9:5.2f} GB; loaded in "
             f"{loading:.1f} s, quantized in {taken:.0f} s, saved in {saving:.1f} s: {size(out):.2f} GB",
             flush=True,
         )
         found = process("load", out)
         loading, calling = found["seconds"]
         print(
-            f"{'':12s} loaded in {loading:.1f} s, peak {found['peak'] / 1e6:5.2f} GB; a call of {calling:.1f} s leaves "
-            f"{found['held'] / 1e6:5.2f} GB more than before, and had at most {found['own'] / 1e6:.2f} GB of its own",
+            f"{'':12s} loaded in {loading:.1f} s, peak {found['peak'] / 1e9:5.2f} GB; a call of {calling:.1f} s leaves "
+            f"{found['held'] / 1e9:5.2f} GB more than before, and had at most {found['own'] / 1e9:.2f} GB of its own",
             flush=True,
         )
     if options.only in (None, "GPTQ"):
@@ -205,7 +205,7 @@ def killed(model: Path, folder: Path) -> None:
     same = digest(out) == digest(folder / "GPTQ")
     print(
         f"GPTQ, killed after three minutes of rounding, went on for {found['seconds'][1]:.0f} s; peak "
-        f"{found['peak'] / 1e6:.2f} GB, of its own {found['own'] / 1e6:.2f} GB; "
+        f"{found['peak'] / 1e9:.2f} GB, of its own {found['own'] / 1e9:.2f} GB; "
         f"{'the same files' if same else 'OTHER FILES'}",
         flush=True,
     )

@@ -164,7 +164,7 @@ def ours(folder: Path) -> dict[str, Any]:
             "ratio": cost.ratio,
             "megabytes": cost.disk / 1e6,
             "seconds": seconds,
-            "gigabytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
+            "gigabytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
             "said": next((line for line in done.stderr.splitlines() if "takes about" in line), ""),
         }
         print(recipe, found[recipe], flush=True)

@@ -60,7 +60,7 @@ def loaded(folder: str, kind: Any) -> None:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the call left, which the C library would use again
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(before, resident(), int(line.split()[1]) / 1e3)
+    print(before, resident(), int(line.split()[1]) * 1024 / 1e6)
 
 
 @torch.no_grad()
