@@ -134,6 +134,7 @@ def test_every_parameter_of_a_published_checkpoint_has_its_place(
     assert sum(p.numel() for p in pipe.unet.parameters()) == sum(math.prod(shape) for shape in raw)
 
 
+@pytest.mark.slow
 def test_a_converted_pipeline_is_quantized_measured_and_sampled(tmp_path: Path) -> None:
     state, made = small("ldm8-churches")
     pipe = convert(*write(tmp_path, state, made))

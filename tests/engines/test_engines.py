@@ -132,7 +132,7 @@ def call_of(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("text", ["w4a8", "w4a8-affine", "w8a8-affine"])
+@pytest.mark.parametrize("text", ["w4a8", "w4a8-affine", pytest.param("w8a8-affine", marks=pytest.mark.slow)])
 def test_an_engine_computes_what_the_simulation_does(text: str, engine: str, exports: Exports, tmp_path: Path) -> None:
     qpipe, made = exports(text)
     assert not made.products.floating
@@ -154,7 +154,7 @@ def test_an_engine_computes_what_the_simulation_does(text: str, engine: str, exp
     assert_near(images(pipe), images(qpipe), images(small_pipe()))
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_steps_that_hold_are_not_computed(engine: str, exports: Exports, full: DDIMPipeline, tmp_path: Path) -> None:
     qpipe = exports("w4a8")[0]
     qpipe.scheduler.set_timesteps(RUN.steps)

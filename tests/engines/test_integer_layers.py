@@ -100,7 +100,7 @@ def test_ranges_of_each_token(symmetric: bool, kernel: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("text", ["w8a8", "w4a8-smooth", "w4a8-affine-dynamic"])
+@pytest.mark.parametrize("text", ["w8a8", pytest.param("w4a8-smooth", marks=pytest.mark.slow), "w4a8-affine-dynamic"])
 def test_a_pipeline_gives_the_simulations_samples(pipe: Any, text: str, kernel: Any) -> None:
     values = {**Recipe.parse(text).to_dict(), "calibration_samples": 2}
     values["weights"]["range"] = values["activations"]["range"] = "minmax"

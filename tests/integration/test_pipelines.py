@@ -18,8 +18,18 @@ from tiny import CASES, PROMPTS, Case
 SETTINGS = [
     (name, guided) for name, case in CASES.items() for guided in (False, True)[: 1 + (case.guidance is not None)]
 ]
+QUICK = ("latent-class", "sd1", "dit", "flux", "wan")  # of which the quick tests run guidance too
+HEAVY = ("stable-video", "text-to-video")
 each_setting = pytest.mark.parametrize(
-    ("name", "guided"), SETTINGS, ids=[f"{name}-guided" if guided else name for name, guided in SETTINGS]
+    ("name", "guided"),
+    [
+        pytest.param(
+            *(name, guided),
+            id=f"{name}-guided" if guided else name,
+            marks=[pytest.mark.slow] if name in HEAVY or (guided and name not in QUICK) else [],
+        )
+        for name, guided in SETTINGS
+    ],
 )
 
 

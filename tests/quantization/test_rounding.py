@@ -417,7 +417,7 @@ def test_asymmetric_where_layers_are_called_twice_or_given_other_tokens(
     "methods",
     [
         [{"name": "gptq", "inputs": 64}],
-        [{"name": "adaround", **SHORT, "iterations": 80}],
+        pytest.param([{"name": "adaround", **SHORT, "iterations": 80}], marks=pytest.mark.slow),
         [{"name": "brecq", **SHORT}],
         [{"name": "distill", **SHORT}],
         [{"name": "smooth"}, {"name": "svd", "rank": 4}, {"name": "gptq", "inputs": 64}],

@@ -88,6 +88,7 @@ def test_a_large_denoiser_holds_codes_by_itself(
         keep_weights(pipe, "int4")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(pipe: Any) -> None:
     packed = quantize(pipe, quick("w4a8"), RUN)
     want = latents(packed)
@@ -109,7 +110,11 @@ def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["w4a8-smooth-gptq", "w4a4-rotate-svd2-gptq", "w4a4-convrot-time", "w4a8-ranks", "w3a8-brecq"]
+    "text",
+    [
+        *("w4a8-smooth-gptq", "w4a4-convrot-time"),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("w4a4-rotate-svd2-gptq", "w4a8-ranks", "w3a8-brecq")),
+    ],
 )
 def test_a_large_model_is_quantized_from_the_weights_it_has(
     pipe: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
