@@ -1,6 +1,6 @@
 """Quantizing models of full size in little memory, and loading what was saved.
 
-    python bench/large.py FOLDER [--only NAME]     # half an hour of two cores, 12 GB of disk, 10 GB of memory
+    python bench/large.py FOLDER [--only NAME]     # hours of one core, 12 GB of disk, 10 GB of memory
 
 A UNet of Stable Diffusion XL's configuration, 2.6 B random weights in bfloat16, in shards of safetensors, is quantized
 on one image of 256 x 256 pixels at 2 steps, without guidance: rounded to nearest, with SmoothQuant of the exponent 0.5,

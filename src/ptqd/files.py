@@ -562,7 +562,10 @@ def _write_in_order(
 
 
 def release_pages(tensor: torch.Tensor) -> None:
-    """Let the system take back the memory of a tensor that is mapped from disk, where it can be told so (Linux)."""
+    """Let the system take back the memory of a tensor that is mapped from disk, where it can be told so (Linux).
+
+    Pages that another process has mapped too it keeps.
+    """
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     page, start = mmap.PAGESIZE, tensor.data_ptr()
