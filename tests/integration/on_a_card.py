@@ -75,8 +75,8 @@ def what_is_learned_is_nearly_the_same() -> None:
     assert near(latents(made), latents(want), 1e-3)
     pipe = copy.deepcopy(base)
     layer_by_layer(pipe)
-    made, want = (quantize(each, quick("w4a8-rotate-svd2x8"), RUN) for each in (pipe, base))
-    assert near(latents(made), latents(want), 1e-3)
+    made, want = (quantize(each, quick("w4a8-brecq"), RUN) for each in (pipe, base))
+    assert near(latents(made), latents(want), 0.05)  # Adam's last bits: 2 codes of 31,008 are others
 
 
 def wide_pipeline() -> Any:
@@ -94,7 +94,7 @@ def a_layer_at_a_time_is_there() -> None:
     run = Sampling(2, 0.0, samples=4, batch=1)
     size = sum(x.numel() * x.element_size() for x in wide_pipeline().unet.parameters())
     largest = max(x.numel() * x.element_size() for x in wide_pipeline().unet.parameters())
-    for text in ("w4a8-smooth", "w4a4-wide"):
+    for text in ("w8a8", "w4a8-smooth", "w4a4-wide"):
         pipe = wide_pipeline()
         whole(pipe)
         card.memory.most = card.memory.now

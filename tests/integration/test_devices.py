@@ -29,7 +29,8 @@ from ptqd.quantization.sites import quantized_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 RUN = Sampling(3, 1.0, samples=8, batch=4, call={"class_labels": [0, 1], "guidance_scale": 2.0})
-CHANGES = {"gptq": {"inputs": 8}, "distill": {"iterations": 4, "batch": 4, "inputs": 8}, "wide": {"inputs": 4}}
+LEARNED = {"iterations": 4, "batch": 4, "inputs": 8}
+CHANGES = {"gptq": {"inputs": 8}, "distill": LEARNED, "brecq": LEARNED, "wide": {"inputs": 4}}
 
 
 def quick(text: str) -> Recipe:
