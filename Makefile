@@ -1,9 +1,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(if $(COVERAGE),--cov)
 
-.PHONY: demo test checks tests coverage test-slow test-gpu format hooks
+.PHONY: demo test checks tests test-slow test-gpu format hooks
 
 demo: $(VENV)/.installed
 	$(BIN)/ptqd demo
@@ -18,9 +18,6 @@ checks: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	$(TESTS)
-
-coverage: $(VENV)/.installed-dev
-	$(TESTS) --cov
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
