@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-from ptqd import InputError, LatentClassPipeline, NoiseStats, Sampling
+from ptqd import InputError, LatentClassPipeline, NoiseStats, Recipe, Sampling, quantize
 from ptqd.diffusion import Response
 from ptqd.engines.cpu import this_processor
 from ptqd.noise import MeasuredOn, cross_moments, fold_sums, joint_moments, paired_moments
@@ -27,6 +27,8 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
+collect_ignore = ["card.py", "integration/on_a_card.py"]  # whoever imports them gets a device that is no device
+
 MARKERS = {  # by the path that a test is in
     "tests/cli": "cli",
     "tests/engines": "engines",
@@ -38,6 +40,7 @@ MARKERS = {  # by the path that a test is in
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist then finds the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by where they are; the pipelines of one name share what is built for them, and so a process."""
     for item in items:
@@ -100,7 +103,8 @@ def stats_of(
     )
 
 
-def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:
+def tiny_pipeline(seed: int = 0, *, attention: bool = False) -> LatentClassPipeline:
+    """A pipeline whose denoiser has attention in its middle, or beside that in its inner blocks too."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         in_channels=1,
@@ -116,8 +120,8 @@ def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D" if attention else "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D" if attention else "UpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
@@ -126,6 +130,14 @@ def tiny_pipeline(seed: int = 0) -> LatentClassPipeline:
     )
     parts = (vae.eval(), unet.eval(), ClassEmbedder(10, 8), DDIMScheduler(**SCHEDULE))
     return LatentClassPipeline(*parts)
+
+
+def quick_recipe(shorthand: str, calibration_samples: int = 2, **changes: Any) -> Recipe:
+    """A recipe whose activations' ranges are not what is tested: they are the extremes of few samples."""
+    values = {**Recipe.parse(shorthand).to_dict(), "calibration_samples": calibration_samples, **changes}
+    if "activations" not in changes:
+        values["activations"] = {**values["activations"], "range": "minmax"}
+    return Recipe.from_dict(values)
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +152,7 @@ def run() -> Sampling:
 
 @pytest.fixture(scope="session")
 def qpipe(pipe: LatentClassPipeline, run: Sampling) -> Any:
-    from ptqd import Recipe, quantize
-
-    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a8").to_dict(), "calibration_samples": 4}), run)
+    return quantize(pipe, quick_recipe("w4a8", 4), run)
 
 
 @pytest.fixture(scope="session")

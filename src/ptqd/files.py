@@ -34,16 +34,16 @@ STALE = 86_400.0  # seconds after which what an unseen process wrote is left ove
 SILENT = 5.0  # seconds of waiting before it is said
 LARGEST_TEXT = 1 << 28  # bytes of a JSON or TOML file
 _MADV_PAGEOUT = 21  # of linux/mman.h
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
+DTYPES = {  # by the names that safetensors has for them
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
 }
-_BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -535,7 +535,7 @@ def join_tensors(path: Path, parts: Sequence[Path], metadata: Mapping[str, str])
 
 def write_large_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, one tensor in memory at a time: they may be mapped from disk."""
-    layout = {name: (_DTYPES[value.dtype], list(value.shape)) for name, value in tensors.items()}
+    layout = {name: (_NAMES[value.dtype], list(value.shape)) for name, value in tensors.items()}
     _write_in_order(path, layout, iter(tensors.values()), metadata)
 
 
@@ -549,7 +549,7 @@ def _write_in_order(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in layout.items():
-        size = math.prod(shape) * _BYTES[dtype]
+        size = math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()

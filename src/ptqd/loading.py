@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.pipelines import pipeline_utils
+from diffusers.utils import CONFIG_NAME
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ptqd import zoo
 from ptqd.correction.scheduler import CorrectedStep, connect, corrected_class
 from ptqd.diffusion.fingerprints import activation_bits_of
-from ptqd.diffusion.pipeline_parts import with_components
+from ptqd.diffusion.pipeline_parts import DENOISERS, with_components
 from ptqd.engines.module import EngineModule
 from ptqd.errors import ArtifactError, InputError, PtqdError, lack_of, raised_by
-from ptqd.files import read_json
+from ptqd.files import DTYPES, read_json
 from ptqd.outputs import finish
 from ptqd.pipelines.latent import LatentPipeline
 from ptqd.pipelines.latent_class import LatentClassPipeline
@@ -30,13 +33,14 @@ from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.weights_in_memory import Weights, check_weights_kind, loading_weights_as
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".pkl", ".bin", ".safetensors")
+_FLOATS = (".weight", ".bias")
 _OURS = {kind.__name__: kind for kind in (LatentPipeline, LatentClassPipeline, ModulePipeline, PixelPipeline)}
 
 
 def load(
     model: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     variant: str | None = None,
     network: nn.Module | None = None,
     weights: Weights = "auto",
@@ -46,7 +50,8 @@ def load(
     Args:
         model: the name of an embedded model (``"fashion-ldm"``), a diffusers folder (also one that ptqd saved),
             or a hub id.
-        dtype: of the floating-point weights.
+        dtype: of the floating-point weights; where it is not said, the one that a pipeline which ptqd quantized is
+            stored in, and float32 of any other.
         variant: of the weights' files, such as ``"fp16"``; where a folder has one only, it need not be said.
         network: of a pipeline that :func:`ptqd.from_module` made, whose folder does not have the network's code; a copy
             of it gets the folder's weights.
@@ -78,8 +83,9 @@ def load(
     elif (fetched := _fetched_index(str(model))) is not None:
         index = fetched
         pipeline_class = _class_in(index)
-        if _has_own_parts(index):  # which diffusers would not fetch
+        if _has_own_parts(index) or _is_quantized(str(model), index):  # which diffusers would not fetch, or not whole
             folder, local = _fetched(str(model)), True
+    dtype = dtype or (stored_dtype(folder) if local else None) or torch.float32
     diffusers.utils.logging.disable_progress_bar()
     logging.getLogger(pipeline_utils.__name__).addFilter(_expected)
     try:
@@ -91,8 +97,10 @@ def load(
     except Exception as error:  # a file that is damaged, or edited by hand, fails in any way
         if raised_by(error, "ptqd") or lack_of(error) is not None:
             raise
-        kind = ArtifactError if local else InputError
-        raise kind(f"{model} cannot be loaded as a pipeline: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if not local:
+            raise InputError(f"{model} is no folder, and the hub gives no pipeline of that name: {reason}") from error
+        raise ArtifactError(f"{model} cannot be loaded as a pipeline: {reason}") from error
     finally:
         logging.getLogger(pipeline_utils.__name__).removeFilter(_expected)
         diffusers.utils.logging.enable_progress_bar()
@@ -100,6 +108,38 @@ def load(
     _keep_labels(pipe, index)
     _check_plan_file(pipe, folder / "plan.toml")
     return _keep_correction(pipe, model)
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The type that the weights of a pipeline, or a denoiser, which ptqd quantized are stored in; None of any other.
+
+    It is the commonest among weights and biases that are no codes; ranges are float32 whatever the others are.
+    """
+    kinds = Counter[torch.dtype]()
+    for config in (folder / CONFIG_NAME, *folder.glob(f"*/{CONFIG_NAME}")):
+        if _is_ptqds(config):
+            for path in config.parent.glob("*.safetensors"):
+                kinds.update(_float_types(path))
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
+def _is_ptqds(config: Path) -> bool:
+    """Whether a network's configuration says that ptqd quantized it; a damaged one is for who loads it to name."""
+    try:
+        facts = read_json(config).get("quantization_config")
+    except (InputError, AttributeError):
+        return False
+    return isinstance(facts, dict) and facts.get("quant_method") == "ptqd"
+
+
+def _float_types(path: Path) -> list[torch.dtype]:
+    """The types of a file's weights and biases that are floats; none of a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = [file.get_slice(name).get_dtype() for name in file.offset_keys() if name.endswith(_FLOATS)]
+    except (OSError, SafetensorError):
+        return []
+    return [DTYPES[kind] for kind in kinds if kind in DTYPES and DTYPES[kind].is_floating_point]
 
 
 def conversion(path: Path) -> str | None:
@@ -157,6 +197,20 @@ def _fetched_index(model: str) -> Path | None:
         return Path(hf_hub_download(model, "model_index.json"))
     except (OSError, ValueError, HfHubHTTPError):
         return None
+
+
+def _is_quantized(model: str, index: Path) -> bool:
+    """Whether a denoiser of a hub id was quantized by ptqd."""
+    values = read_json(index)
+    names = [name for first in DENOISERS for name in (first, f"{first}_2")]
+    for name in names if isinstance(values, dict) else ():
+        if values.get(name):
+            try:
+                if _is_ptqds(Path(hf_hub_download(model, f"{name}/{CONFIG_NAME}"))):
+                    return True
+            except (OSError, ValueError, HfHubHTTPError):  # for diffusers to say
+                continue
+    return False
 
 
 def _has_own_parts(index: Path) -> bool:
@@ -257,14 +311,17 @@ def scheduler_class(name: str | None) -> type | None:
     return scheduler
 
 
-def check_device(device: str | None) -> None:
+def check_device(device: str | None, *, offload: bool = False) -> None:
     """Refuse a device that torch does not know, or that this machine lacks.
+
+    Args:
+        device: none for the :func:`best_device`, which is there.
+        offload: models are to be offloaded from it; there is nothing to offload to from the CPU.
 
     Raises:
         InputError: so it is.
     """
-    if device is None:
-        return
+    device = device or best_device()
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no numbers")
@@ -274,15 +331,7 @@ def check_device(device: str | None) -> None:
             raise
         reason = str(error).splitlines()[0]
         raise InputError(f"the device {device!r} cannot be used: {reason}; take cuda, mps or cpu") from error
-
-
-def check_offload(device: str) -> None:
-    """Refuse to offload from where there is nothing to offload to.
-
-    Raises:
-        InputError: the device is the CPU.
-    """
-    if torch.device(device).type == "cpu":
+    if offload and torch.device(device).type == "cpu":
         raise InputError(
             "offloading is for a GPU that is too small, and this would run on the CPU; leave offload out: weights are "
             "mapped from their files there, where they are loaded in the type that they are stored in"
@@ -302,7 +351,7 @@ def place(pipe: DiffusionPipeline, device: str | torch.device, *, offload: bool 
     """
     if not offload:
         return pipe.to(device)
-    check_offload(str(device))
+    check_device(str(device), offload=True)
     try:
         pipe.enable_model_cpu_offload(device=device)
     except ValueError as error:

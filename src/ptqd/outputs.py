@@ -350,13 +350,22 @@ class OutputFolder:
         self.path, self.kind = path, kind
         self._mark = claim(path, kind) if processes.is_main() else Mark(kind)
         self._folder = Path(os.path.realpath(path))
+        self._scratch: Path | None = None
         if self._folder.parent.is_dir() and processes.is_main():
             with explained(path):
                 tidy(self._folder)
 
     def scratch(self, inputs: object) -> Path:
         """A folder beside it for unfinished work of some inputs, plain values, that survives a kill."""
-        return scratch_folder(self._folder, inputs)
+        self._scratch = scratch_folder(self._folder, inputs)
+        return self._scratch
+
+    def forget_empty_scratch(self) -> None:
+        """Remove the folder for unfinished work where nothing is in it."""
+        if self._scratch is None or not processes.is_main():
+            return
+        if not any(path.is_file() and path.name != MARK for path in self._scratch.rglob("*")):
+            remove_scratch(self._scratch)
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
@@ -400,9 +409,17 @@ class OutputFolder:
 def output_folder(
     path: Path, inputs: Iterable["str | Path | None"] = (), kind: Kind = "pipeline"
 ) -> Iterator[OutputFolder]:
-    """An output folder that no other process writes meanwhile; see :class:`OutputFolder`."""
+    """An output folder that no other process writes meanwhile; see :class:`OutputFolder`.
+
+    Work that was refused before anything of it was kept leaves nothing behind.
+    """
     with alone_with(path):
-        yield OutputFolder(path, inputs, kind)
+        folder = OutputFolder(path, inputs, kind)
+        try:
+            yield folder
+        except PtqdError:
+            folder.forget_empty_scratch()
+            raise
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Options that several verbs share. Nothing here imports torch before a verb runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,7 +33,11 @@ Offload = Annotated[
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
-    Precision, Parameter(help="of the floating-point weights; the one of a large model's files, which are then mapped")
+    Precision | None,
+    Parameter(
+        help="of the floating-point weights (default: the one that a quantized pipeline is stored in, float32 of any "
+        "other); the one of a large model's files maps them"
+    ),
 ]
 Others = Annotated[
     Literal["fp32", "int8", "none"],
@@ -112,6 +116,7 @@ class SamplingOptions(ScheduleOptions):
     seed: Annotated[int, Parameter(help="sample i's seed comes from this and i")] = 0
     device: Device = None
     offload: Offload = False
+    dtype: Dtype = None
 
     def check_all(self, samples: int = 1) -> None:
         """Refuse, before anything is loaded, what cannot be; see :meth:`check`.
@@ -119,21 +124,27 @@ class SamplingOptions(ScheduleOptions):
         Raises:
             InputError: so it is.
         """
-        from ptqd.loading import best_device, check_device, check_offload
+        from ptqd.loading import check_device
 
         self.check()
         self.sampling(None, samples=samples, batch=self.batch, seed=self.seed)
-        check_device(self.device)
-        if self.offload:
-            check_offload(self.device or best_device())
+        check_device(self.device, offload=self.offload)
 
     def of(self, pipe: "DiffusionPipeline", samples: int) -> "Sampling":
         """How a pipeline is run for so many samples."""
         return self.sampling(pipe, samples=samples, batch=self.batch, seed=self.seed)
 
-    def load(self, model: str | Path, dtype: "Precision" = "float32") -> "DiffusionPipeline":
+    def load(self, model: str | Path) -> "DiffusionPipeline":
         """A pipeline, with the wanted scheduler, on the wanted device."""
-        return load_pipeline(model, self.scheduler, self.device, dtype, offload=self.offload)
+        return load_pipeline(model, self.scheduler, self.device, self.dtype, offload=self.offload)
+
+    def load_both(self, model: str | Path, quantized: str | Path) -> "tuple[DiffusionPipeline, DiffusionPipeline]":
+        """A pipeline and what it was quantized to, in one type: the one that the quantized one has."""
+        from ptqd.diffusion.pipeline_parts import denoiser_of
+
+        second = self.load(quantized)
+        dtype: Any = str(denoiser_of(second).dtype).removeprefix("torch.")
+        return replace(self, dtype=dtype).load(model), second
 
 
 @Parameter(name="*", group=JUDGING)
@@ -237,7 +248,7 @@ def load_pipeline(
     model: str | Path,
     scheduler: str | None,
     device: str | None,
-    dtype: "Precision" = "float32",
+    dtype: "Precision | None" = None,
     *,
     offload: bool = False,
 ) -> "DiffusionPipeline":
@@ -249,7 +260,7 @@ def load_pipeline(
 
     check_device(device)
     scheduler_class(scheduler)
-    loaded = load(model, dtype=getattr(torch, dtype))
+    loaded = load(model, dtype=None if dtype is None else getattr(torch, dtype))
     where = processes.device() or device or best_device()
     return place(with_scheduler(loaded, scheduler), where, offload=offload)
 

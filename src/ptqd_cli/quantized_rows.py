@@ -28,6 +28,8 @@ def quantized_rows(folder: Path, names: Sequence[str] | None, options: SamplingO
     Raises:
         InputError: there is no such row, or rows were named of a pipeline's folder.
     """
+    import torch
+
     from ptqd.errors import InputError
     from ptqd.experiments.experiment import pipeline_of
     from ptqd.experiments.results import REPORT, Report, select_rows
@@ -39,4 +41,6 @@ def quantized_rows(folder: Path, names: Sequence[str] | None, options: SamplingO
         return QuantizedRows({folder.name: pipe}, options.of(pipe, samples), None)
     rows = select_rows(Report.load(folder), folder, names)
     pipes = {row.key.quantized if names is None else row.key.name: pipeline_of(folder, row) for row in rows}
+    if options.dtype is not None:
+        pipes = {name: pipe.to(getattr(torch, options.dtype)) for name, pipe in pipes.items()}
     return QuantizedRows(pipes, rows[-1].as_sampled(), rows[-1].model)

@@ -9,6 +9,8 @@ import torch
 
 from conftest import tiny_pipeline
 from ptqd_cli.main import main
+from ptqd_cli.options import SamplingOptions
+from ptqd_cli.quantized_rows import quantized_rows
 
 QUANTIZE = ["--steps", "3", "--batch", "2", "--guidance", "2"]
 SMALL = [*QUANTIZE, "--samples", "4"]
@@ -424,6 +426,25 @@ def test_a_plan_from_the_shell(
     other = ["sample", planned, "--out", tmp_path / "s", "--steps", 5, "--samples", 2, "--guidance", 2]
     assert "it was made for 3 steps" in fails(capsys, *other)
     assert main([str(a) for a in ["sample", planned, "--out", tmp_path / "s", *SMALL]]) == 0
+
+
+def test_the_type_of_weights_is_kept_from_folder_to_folder(model: Path, wide: Path, tmp_path: Path) -> None:
+    """What was quantized in bfloat16 is measured, planned, corrected and loaded so; other pipelines in float32."""
+    from ptqd import load
+
+    noise, folders = str(tmp_path / "noise.safetensors"), [str(tmp_path / name) for name in ("q", "p", "c")]
+    quantized, planned, corrected = folders
+    assert main(["quantize", str(model), "--recipe", str(wide), "--out", quantized, *QUANTIZE, "--dtype=bfloat16"]) == 0
+    assert main(["plan", str(model), quantized, *SMALL, "--plan", "paper", "--out", planned]) == 0
+    assert main(["measure", str(model), planned, "--out", noise, *SMALL]) == 0
+    assert main(["correct", planned, noise, "--out", corrected, "--methods", "cnc,bc"]) == 0
+    for folder in folders:
+        assert {load(folder).unet.dtype, load(folder).vae.dtype} == {torch.bfloat16}
+        assert load(folder, dtype=torch.float32).unet.dtype == torch.float32
+    for_engines = quantized_rows(Path(quantized), None, SamplingOptions(dtype="float32"), 4)  # which take no other
+    assert for_engines.pipes["q"].unet.dtype == torch.float32
+    tiny_pipeline().to(torch.bfloat16).save_pretrained(tmp_path / "full")
+    assert load(tmp_path / "full").unet.dtype == torch.float32
 
 
 def test_what_a_model_costs(model: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import nn
 
 import tiny
 from comfy_reader import computed, read_comfy, unpack
+from conftest import quick_recipe
 from ptqd import InputError, PrecisionPlan, Recipe, Rule, Sampling, apply_plan, export_checkpoint, quantize
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.pipeline_parts import denoiser_of
 from ptqd.diffusion.timesteps import Call
 from ptqd.engines.native_names import SWAPPED, native_leaf, native_names
 from ptqd.quantization.sites import activation_quantizers, quantized_layers
+from ptqd_cli.main import main
 
 
 def pipeline(name: str) -> Any:
@@ -42,12 +45,6 @@ def pipeline(name: str) -> Any:
     return pipe
 
 
-def quick(text: str) -> Recipe:
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 1}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    return Recipe.from_dict(values)
-
-
 def run_of(name: str) -> Sampling:
     return Sampling(2, 0.0, 1, 1, call=tiny.CASES[name].call)
 
@@ -60,7 +57,7 @@ def made(request: pytest.FixtureRequest) -> tuple[str, Any]:
 @pytest.mark.parametrize("text", ["w8a8-comfy", "w4a4-comfy-convrot-gptq", "w4a8-comfy-convrot"])
 def test_comfy_computes_what_the_simulation_does(made: tuple[str, Any], text: str, tmp_path: Path) -> None:
     name, pipe = made
-    quantized = quantize(pipe, quick(text), run_of(name))
+    quantized = quantize(pipe, quick_recipe(text, 1), run_of(name))
     written = export_checkpoint(quantized, "comfy", tmp_path / "model.safetensors")
     read, model = read_comfy(tmp_path / "model.safetensors"), denoiser_of(quantized)
     own = dict(quantized_layers(model))
@@ -95,7 +92,7 @@ def test_comfy_computes_what_the_simulation_does(made: tuple[str, Any], text: st
 def test_comfy_kitchen_reads_it(made: tuple[str, Any], tmp_path: Path) -> None:
     kitchen: Any = pytest.importorskip("comfy_kitchen.tensor")
     name, pipe = made
-    quantized = quantize(pipe, quick("w4a4-comfy-convrot"), run_of(name))
+    quantized = quantize(pipe, quick_recipe("w4a4-comfy-convrot", 1), run_of(name))
     export_checkpoint(quantized, "comfy", tmp_path / "model.safetensors")
     layouts = {"int8_tensorwise": "TensorWiseINT8Layout", "convrot_w4a4": "TensorCoreConvRotW4A4Layout"}
     found = set()
@@ -130,7 +127,7 @@ def read_packed(path: Path) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, 
 
 def test_widths_by_layer_and_what_is_lost(made: tuple[str, Any], tmp_path: Path) -> None:
     name, pipe = made
-    quantized = quantize(pipe, quick("w8a8-gptq" if name == "sd1" else "w8a8"), run_of(name))
+    quantized = quantize(pipe, quick_recipe("w8a8-gptq" if name == "sd1" else "w8a8", 1), run_of(name))
     layers = [each for each, layer in quantized_layers(denoiser_of(quantized)) if layer.kind == "linear"]
     pipe.scheduler.set_timesteps(2, **({"mu": 1.0} if name == "flux" else {}))
     timesteps = tuple(float(t) for t in pipe.scheduler.timesteps)
@@ -156,7 +153,7 @@ def test_widths_by_layer_and_what_is_lost(made: tuple[str, Any], tmp_path: Path)
 @pytest.mark.parametrize("text", ["w8a16", "w4a16-gptq"])
 def test_diffusers_loads_gguf(made: tuple[str, Any], text: str, tmp_path: Path) -> None:
     name, pipe = made
-    recipe = quick(text)
+    recipe = quick_recipe(text, 1)
     recipe = dataclasses.replace(recipe, rules=(*recipe.rules, Rule("*ff.net*", group=32)))
     quantized: Any = quantize(pipe, recipe, run_of(name))
     written = export_checkpoint(quantized, "gguf", tmp_path / "model.gguf")
@@ -233,7 +230,7 @@ def test_the_authors_names_of_unets_are_those_diffusers_converts(kind: str) -> N
 
 def test_a_file_of_somebody_else_is_kept(made: tuple[str, Any], tmp_path: Path) -> None:
     name, pipe = made
-    quantized = quantize(pipe, quick("w8a8-comfy"), run_of(name))
+    quantized = quantize(pipe, quick_recipe("w8a8-comfy", 1), run_of(name))
     for kind, ending in (("comfy", "safetensors"), ("gguf", "gguf")):
         path = tmp_path / f"model.{ending}"
         if kind == "comfy":
@@ -252,7 +249,7 @@ def test_a_file_of_somebody_else_is_kept(made: tuple[str, Any], tmp_path: Path) 
 def test_buffers_are_written_and_additions_refused(tmp_path: Path) -> None:
     pipe: Any = tiny.CASES["sd3"].build()
     pipe.set_progress_bar_config(disable=True)
-    quantized: Any = quantize(pipe, quick("w8a16"), run_of("sd3"))
+    quantized: Any = quantize(pipe, quick_recipe("w8a16", 1), run_of("sd3"))
     export_checkpoint(quantized, "gguf", tmp_path / "model.gguf")
     quantized.transformer.save_config(tmp_path)
     loaded = type(quantized.transformer).from_single_file(
@@ -268,15 +265,60 @@ def test_buffers_are_written_and_additions_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "again.gguf").exists()
 
 
+@pytest.mark.parametrize("name", ["wan", "lcm"])
+def test_gguf_holds_five_dimensions_and_names_that_the_authors_have_not(name: str, tmp_path: Path) -> None:
+    if name == "lcm":
+        pipe: Any = tiny.stable_diffusion()
+        pipe.register_modules(unet=tiny.unet(time_cond_proj_dim=8))
+        kind, part, run = diffusers.UNet2DConditionModel, "unet", Sampling(2, 0.0, 1, 1, call={"prompt": ["a"]})
+    else:
+        pipe, part, run = tiny.CASES[name].build(), "transformer", run_of(name)
+        kind = diffusers.WanTransformer3DModel
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    quantized = quantize(pipe, quick_recipe("w8a16", 1), run)
+    export_checkpoint(quantized, "gguf", str(tmp_path / "model.gguf"))
+    loaded = kind.from_single_file(
+        str(tmp_path / "model.gguf"),
+        config=str(tmp_path / "model"),
+        subfolder=part,
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    want = sum(p.numel() for p in getattr(pipe, part).parameters())
+    assert sum(math.prod(getattr(p, "quant_shape", p.shape)) for p in loaded.parameters()) == want
+
+
+def test_no_gguf_is_written_that_nothing_reads(tmp_path: Path) -> None:
+    quantized = quantize(tiny.CASES["ddpm"].build(), quick_recipe("w8a8", 1), Sampling(2, 0.0, 1, 1))
+    with pytest.raises(InputError, match="diffusers reads no UNet2DModel from a file"):
+        export_checkpoint(quantized, "gguf", tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said(made: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    def full(writer: Any) -> None:
+        raise OSError("2304 requested and 768 written")  # as numpy says it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    name, pipe = made
+    quantized = quantize(pipe, quick_recipe("w8a16", 1), run_of(name))
+    with pytest.raises(InputError, match="No space left on device"):
+        export_checkpoint(quantized, "gguf", tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_written(made: tuple[str, Any], tmp_path: Path) -> None:
     _, plain = made
-    with pytest.raises(InputError, match="not quantized by ptqd"):
+    with pytest.raises(InputError, match="is not quantized; quantize it with ptqd first"):
         export_checkpoint(plain, "comfy", tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"ends in \.safetensors; name it so"):
         export_checkpoint(plain, "comfy", tmp_path / "model.gguf")
     with pytest.raises(InputError, match="unknown format 'onnx'; known are comfy, gguf"):
         export_checkpoint(plain, "onnx", tmp_path / "model.onnx")  # type: ignore[arg-type]
-    other = quantize(tiny.CASES["ddpm"].build(), quick("w8a8"), Sampling(2, 0.0, 1, 1))
+    other = quantize(tiny.CASES["ddpm"].build(), quick_recipe("w8a8", 1), Sampling(2, 0.0, 1, 1))
     with pytest.raises(InputError, match="does not know the names of UNet2DModel"):
         export_checkpoint(other, "comfy", tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
@@ -292,18 +334,19 @@ def test_a_rotation_survives_saving(made: tuple[str, Any], tmp_path: Path) -> No
     from ptqd import load
 
     name, pipe = made
-    quantized = quantize(pipe, quick("w4a4-comfy-convrot"), run_of(name))
+    quantized = quantize(pipe, quick_recipe("w4a4-comfy-convrot", 1), run_of(name))
     quantized.save_pretrained(tmp_path)
     want, found = (run_batch(each, run_of(name), range(1), "latent") for each in (quantized, load(tmp_path)))
     assert torch.equal(torch.as_tensor(want), torch.as_tensor(found))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "sd1"
-    quantize(pipeline(name), quick("w4a4-comfy-convrot"), run_of(name)).save_pretrained(tmp_path / "folder")
+    quantize(pipeline(name), quick_recipe("w4a4-comfy-convrot", 1), run_of(name)).save_pretrained(tmp_path / "folder")
     words = ["export", str(tmp_path / "folder"), "--out", str(tmp_path / "model.safetensors"), "--to", "comfy"]
-    call = ["--call", f"prompt={json.dumps(tiny.CASES[name].call['prompt'])}"]
-    done = subprocess.run([sys.executable, "-m", "ptqd", *words, *call], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "ptqd", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "as convrot_w4a4" in done.stdout + done.stderr
+    assert main([*words, "--steps", "3"]) == 2
+    assert "for --to comfy nothing is sampled; leave --steps and the like out" in capsys.readouterr().err
     assert read_comfy(tmp_path / "model.safetensors")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import quick_recipe, tiny_pipeline
 from ptqd import InputError, PtqdConfig, Recipe, Sampling, push_to_hub, quantize
 from ptqd.diffusion import run_batch
 from ptqd.experiments.report.model_card import model_card
@@ -83,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     self.server.files[found[1]][entry["value"]["path"]] = content
+                elif entry["key"] == "deletedFile":
+                    del self.server.files[found[1]][entry["value"]["path"]]
             self.answer(
                 {"commitUrl": f"{self.address}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
             )
@@ -131,12 +134,6 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def quick(text: str) -> Recipe:
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 1}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    return Recipe.from_dict(values)
-
-
 def python(hub: Hub, tmp_path: Path, *words: str, token: str = "right") -> "subprocess.CompletedProcess[str]":
     address = f"http://127.0.0.1:{hub.server_address[1]}"
     cache = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
@@ -145,14 +142,22 @@ def python(hub: Hub, tmp_path: Path, *words: str, token: str = "right") -> "subp
     )
 
 
-def test_there_and_back(hub: Hub, pipe: Any, tmp_path: Path) -> None:
-    quantized = quantize(pipe, quick("w4a8"), RUN)
+def test_there_and_back(hub: Hub, tmp_path: Path) -> None:
+    """In the type that it is stored in; of what was there before, only what is not the pipeline's stays."""
+    quantized = quantize(tiny_pipeline(), quick_recipe("w4a8", 1), RUN).to(torch.bfloat16)
     quantized.save_pretrained(tmp_path / "folder")
+    index, shard = (
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001.safetensors",
+    )
+    hub.files["user/small"] = {index: b"{}", shard: b"", "plan.toml": b"", "images/first.png": b"mine"}
     want = torch.as_tensor(run_batch(quantized, RUN, range(2), "latent"))
     words = ["push", str(tmp_path / "folder"), "user/small", "--base-model", "user/base"]
     done = python(hub, tmp_path, "-m", "ptqd", *words)
     assert done.returncode == 0, done.stderr
     assert COMMIT in done.stdout
+    assert not {index, shard, "plan.toml"} & hub.files["user/small"].keys()
+    assert hub.files["user/small"]["images/first.png"] == b"mine"
     card = hub.files["user/small"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: diffusers\nbase_model: user/base\n")
     assert 'ptqd.load("user/small")' in card
@@ -167,14 +172,19 @@ def test_there_and_back(hub: Hub, pipe: Any, tmp_path: Path) -> None:
 
 
 def test_what_the_hub_refuses_is_said(hub: Hub, pipe: Any, tmp_path: Path) -> None:
-    quantize(pipe, quick("w8a8"), RUN).save_pretrained(tmp_path / "folder")
+    quantize(pipe, quick_recipe("w8a8", 1), RUN).save_pretrained(tmp_path / "folder")
     done = python(hub, tmp_path, "-m", "ptqd", "push", str(tmp_path / "folder"), "user/small", token="wrong")
     assert done.returncode == 2
     assert "user/small cannot be written on the hub" in done.stderr
     assert "hf auth login" in done.stderr
     assert not hub.files
-    with pytest.raises(InputError, match="named like 'user/name'; got 'small'"):
-        push_to_hub(tmp_path / "folder", "small")
+    for name in ("small", "user/na..me"):
+        with pytest.raises(InputError, match=f"a repository is named like 'user/name'; got '{name}'"):
+            push_to_hub(tmp_path / "folder", name)
+    with pytest.raises(InputError, match="a base model is named like 'user/name'"):
+        push_to_hub(tmp_path / "folder", "user/small", base_model="not a model: x")
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        push_to_hub(tmp_path / "nowhere", "user/small")
     with pytest.raises(InputError, match="a row is of a run folder"):
         push_to_hub(tmp_path / "folder", "user/small", row="w8a8 auto")
 
@@ -194,7 +204,7 @@ def test_the_card_of_a_run_has_its_figures(pipe: Any, tmp_path: Path) -> None:
         )
     ]
     report = Report(rows=rows, judge="a classifier")
-    quantized = quantize(pipe, quick("w4a8"), RUN)
+    quantized = quantize(pipe, quick_recipe("w4a8", 1), RUN)
     card = model_card(quantized, "user/small", base_model="user/base", report=report, row=rows[2])
     assert "27.50 ±0.50" in card
     assert "25.00 ±0.50" in card

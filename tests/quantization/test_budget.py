@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_pipeline
+from conftest import quick_recipe, tiny_pipeline
 from ptqd import Budget, InputError, Recipe, Sampling, quantize
 from ptqd.diffusion.fingerprints import fingerprint
 from ptqd.quantization.budget import live_bytes, rows_that_fit
@@ -26,10 +26,7 @@ RUN = Sampling(steps=2, samples=4, batch=4, call={"class_labels": [0, 1, 2], "gu
 
 
 def recipe(words: str, **changes: Any) -> Recipe:
-    values = {**Recipe.parse(words).to_dict(), "calibration_samples": 4}
-    for name in ("weights", "activations"):
-        values[name]["range"] = "minmax"
-    return dataclasses.replace(Recipe.from_dict(values), **changes)
+    return dataclasses.replace(quick_recipe(words, 4), **changes)
 
 
 def learned(monkeypatch: pytest.MonkeyPatch, plan: RowsAtOnce) -> dict[str, torch.Tensor]:
@@ -230,6 +227,11 @@ def test_a_recipe_is_cut_down_to_the_budget() -> None:
 def test_budgets_that_are_none(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="must be positive"):
         Budget(**values)
+
+
+def test_rounding_to_nearest_keeps_to_its_memory() -> None:
+    with pytest.raises(InputError, match=r"takes at least .* GB were given"):
+        quantize(tiny_pipeline(), recipe("w8a8"), RUN, budget=Budget(memory=1000))
 
 
 def test_what_was_decided_holds_after_a_kill(tmp_path: Path) -> None:

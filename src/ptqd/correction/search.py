@@ -145,13 +145,13 @@ class CorrectionSearch:
         return cls(Correction.from_dict(plain.correction), plain.trials, plain.steps, plain.checked)
 
     @classmethod
-    def load(cls, path: Path) -> "CorrectionSearch":
+    def load(cls, path: str | Path) -> "CorrectionSearch":
         """From a JSON file of :meth:`to_dict`.
 
         Raises:
             ArtifactError: it does not fit.
         """
-        return cls.from_dict(read_json(path))
+        return cls.from_dict(read_json(Path(path)))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ OWN = {  # arguments of a pipeline's call that ptqd sets, and what to do instead
     "output_type": "leave it out",
     "return_dict": "leave it out",
 }
+_PROMPTS = {"prompt", "prompt_embeds"}
 PROMPT = re.compile(r"(negative_)?prompt(_[0-9])?")  # of which one text stands for all samples
 SCHEDULES = ("sigmas", "timesteps")  # lists that are a run's steps, not one value a sample
 # whose errors are of what they are given
@@ -273,8 +274,13 @@ def run_batch(
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         if not raised_by(error, *REFUSING):
             raise  # a bug, of a hook's for one
-        alone = " (with --batch 1 it may take them)" if "generator" in str(error) and len(indices) > 1 else ""
-        raise InputError(f"{type(pipe).__name__} refuses its arguments: {error}{alone}") from error
+        reason = str(error).rstrip(".")
+        remedy = " (with --batch 1 it may take them)" if "generator" in str(error) and len(indices) > 1 else ""
+        if "prompt" in str(error) and not {*sampling.call, *sampling.shared} & _PROMPTS:
+            remedy = (
+                """; give it prompts: --call 'prompt=["a cat"]' in the shell, call={"prompt": ["a cat"]} in Python"""
+            )
+        raise InputError(f"{type(pipe).__name__} refuses its arguments: {reason}{remedy}") from error
     finally:
         pipe.set_progress_bar_config(**bar)
     if output == "np":
@@ -353,6 +359,14 @@ def sample(
     """
     for indices in track(list(sampling.batches(start)), progress):
         yield indices, run_batch(pipe, sampling, indices, output)
+
+
+def with_some_prompt(pipe: DiffusionPipeline, sampling: Sampling) -> Sampling:
+    """A run that has a prompt where the pipeline takes one; for what no prompt changes, as what a run costs."""
+    takes = "prompt" in inspect.signature(type(pipe).__call__).parameters
+    if not takes or {*sampling.call, *sampling.shared} & _PROMPTS:
+        return sampling
+    return sampling.replace(call={**sampling.call, "prompt": ""})
 
 
 def default_call(pipe: DiffusionPipeline) -> dict[str, Any]:

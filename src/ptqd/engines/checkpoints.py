@@ -7,8 +7,11 @@ ranges: ``w8a8-comfy-gptq`` or ``w4a4-comfy-convrot-gptq``, and for GGUF ``w4a16
 bits and corrections are a sampler's, which neither format is.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import nn
 
 from ptqd.diffusion.macs import on_meta
@@ -28,6 +32,7 @@ from ptqd.engines.torchao import rounded_weight
 from ptqd.errors import InputError
 from ptqd.files import opened_tensors, replacing, write_tensors
 from ptqd.outputs import check_file
+from ptqd.quantization.hf_quantizer import not_ours
 from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
 from ptqd.quantization.modules.linear_conv import QuantLayer, SplitConv, find_layer
@@ -38,7 +43,6 @@ from ptqd.quantization.sites import quantized_layers
 FileFormat = Literal["comfy", "gguf"]
 FILE_FORMATS: tuple[FileFormat, ...] = ("comfy", "gguf")
 _BY = "quantized_by"  # in a file's metadata
-_GGUF_DIMENSIONS = 4
 FOUR, BLOCK = 4, 32  # bits; weights of a block of GGUF's, which share a scale
 _INT4_COLUMNS = 64  # that the inputs of ComfyUI's 4-bit layers are a multiple of
 _REGULAR_GROUPS = (4, 16, 64, 256)
@@ -64,7 +68,7 @@ class WrittenCheckpoint:
     lost: tuple[str, ...]
 
 
-def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> WrittenCheckpoint:
+def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: str | Path) -> WrittenCheckpoint:
     """Write a quantized pipeline's denoiser as a file that ComfyUI, or what reads GGUF, loads.
 
     Args:
@@ -75,9 +79,11 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
 
     Raises:
         InputError: another kind; a pipeline that ptqd did not quantize, with two denoisers or a LoRA; for ComfyUI, a
-            denoiser whose names in its authors' checkpoints are not known; a denoiser that was changed since it was
-            made; or a file that is not ptqd's to write, or cannot be written.
+            denoiser whose names in its authors' checkpoints are not known, for GGUF one that diffusers does not read
+            from a file; a denoiser that was changed since it was made; or a file that is not ptqd's to write, or cannot
+            be written.
     """
+    path = Path(path)
     check_file_format(kind, path)
     name, *others = denoiser_names(pipe)
     if others:
@@ -87,7 +93,7 @@ def export_checkpoint(pipe: DiffusionPipeline, kind: FileFormat, path: Path) -> 
         raise InputError("the pipeline was exported already; export the quantized pipeline that it was made from")
     model = as_plain(model)
     if not any(True for _ in quantized_layers(model)):
-        raise InputError("this pipeline was not quantized by ptqd; quantize it first")
+        raise InputError(not_ours(model, name))
     if any(True for _ in tuned_layers(model)):
         raise InputError(f"the {name} has a LoRA, which such a file has no place for; unload it, or fuse it")
     writer = _Comfy() if kind == "comfy" else _Gguf()
@@ -208,7 +214,8 @@ def _lost(
             yield f"how {other} layers round activations: ComfyUI has symmetric ranges of each token, in 8 bits or 4"
     if (steps := plan_steps_of(model)) is not None:
         yield f"the plan's bits by step ({steps.plan.steps} steps)"
-    if "correction" in getattr(pipe.scheduler, "config", {}):
+    correction = getattr(pipe.scheduler, "correction", None)
+    if correction is not None and correction.methods:
         yield "the correction, which is the scheduler's"
 
 
@@ -319,11 +326,19 @@ class _Gguf:
         self._swaps = False
 
     def names(self, model: Any) -> dict[str, tuple[str, ...]]:
+        """The authors' names where diffusers reads these, else its own, which it reads with a ``config``."""
         kind = type(model).__name__
+        if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise InputError(
+                f"diffusers reads no {kind} from a file, GGUF or other; export to an engine, or save the pipeline"
+            )
         width = getattr(model, "inner_dim", _FLUX_WIDTH)
-        if kind == "UNet2DConditionModel" or (kind == "FluxTransformer2DModel" and width == _FLUX_WIDTH):
+        if kind == "FluxTransformer2DModel" and width == _FLUX_WIDTH:
             self._swaps = True
             return native_names(model)
+        if kind == "UNet2DConditionModel" and model.config.get("time_cond_proj_dim") is None:  # which it does not name
+            with suppress(InputError):
+                return native_names(model)
         return own_names(model)
 
     def why_not(self, layer: Any, name: str) -> str | None:
@@ -366,10 +381,6 @@ class _Gguf:
 
         if name == SWAPPED and self._swaps:
             values = torch.cat(list(reversed(values.chunk(2))))
-        if values.ndim > _GGUF_DIMENSIONS:
-            raise InputError(
-                f"{name or leaf} has {values.ndim} dimensions, and GGUF's tensors at most {_GGUF_DIMENSIONS}"
-            )
         narrow = dtype != torch.float32 and values.ndim > 1 and float(values.abs().max()) < torch.finfo(torch.half).max
         array = values.detach().cpu().to(torch.float16 if narrow else torch.float32).numpy()
         self.tensors[f"{name}.{leaf}".lstrip(".")] = (array, Kind.F16 if narrow else Kind.F32)
@@ -388,10 +399,16 @@ class _Gguf:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             for name, (array, form) in self.tensors.items():
                 writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=form)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error  # numpy's has no number
+            finally:
+                writer.close()
 
 
 _ARCHITECTURES = {"FluxTransformer2DModel": "flux", "UNet2DConditionModel": "sd1", "SD3Transformer2DModel": "sd3"}

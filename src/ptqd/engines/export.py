@@ -54,7 +54,7 @@ def export(
     pipe: DiffusionPipeline,
     sampling: Sampling,
     engine: str,
-    folder: Path,
+    folder: str | Path,
     *,
     others: Others = "fp32",
     provider: Provider = "cpu",
@@ -82,7 +82,7 @@ def export(
             that the engine or provider lacks, or an engine that is not installed.
     """
     check_engine(engine, provider, others)
-    with output_folder(folder) as out:
+    with output_folder(Path(folder)) as out:
         return _export(
             pipe, sampling, engine, out, others=others, provider=provider, layout=layout, hold_deep=hold_deep
         )

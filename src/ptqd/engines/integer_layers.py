@@ -18,6 +18,7 @@ from ptqd.diffusion.plain_copy import plain_copy
 from ptqd.engines.onnx_graph import Products
 from ptqd.engines.sessions import required
 from ptqd.errors import InputError
+from ptqd.quantization.hf_quantizer import not_ours
 from ptqd.quantization.modules.activation import KeptInFloat32
 from ptqd.quantization.modules.adapters import tuned_layers
 from ptqd.quantization.modules.attention import AttentionProducts
@@ -61,7 +62,7 @@ def with_integer_layers(pipe: DiffusionPipeline, kernel: Kernel = "int_mm") -> t
         model = plain_copy(given)
         layers = list(quantized_layers(model))
         if not layers:
-            raise InputError("this pipeline was not quantized by ptqd; quantize it first")
+            raise InputError(not_ours(model, name))
         for path, layer in layers:
             why = _why_not(layer)
             if why is None:

@@ -59,7 +59,7 @@ class _Entry:
 
 
 def compare_runs(
-    folders: Sequence[Path], judge: Evaluator | None = None, against: str | None = None
+    folders: Sequence[str | Path], judge: Evaluator | None = None, against: str | None = None
 ) -> list[ComparedRow]:
     """The rows of some runs, each with its paired difference to one row of the same settings.
 
@@ -73,7 +73,7 @@ def compare_runs(
         InputError: no report, no such row, samples that are gone, two folders of one name, rows that do not share
             their seeds, or a row that cannot be compared in anything.
     """
-    entries = check_rows(folders, against)
+    entries = check_rows([Path(folder) for folder in folders], against)
     compared: list[ComparedRow] = []
     for settings in dict.fromkeys(entry.row.settings for entry in entries):
         compared += _compared([e for e in entries if e.row.settings == settings], judge or Evaluator(), against)

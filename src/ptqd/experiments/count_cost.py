@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from ptqd.diffusion.call_rows import first_rows, join_rows
 from ptqd.diffusion.macs import Macs, on_meta, run_macs
-from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, denoisers_of
-from ptqd.diffusion.sampling import Sampling
+from ptqd.diffusion.pipeline_parts import denoisers_of
+from ptqd.diffusion.sampling import Sampling, with_some_prompt
 from ptqd.errors import InputError, PtqdError
 from ptqd.experiments.meta_pipeline import (
     bare_denoiser,
@@ -26,7 +26,7 @@ from ptqd.experiments.meta_pipeline import (
     run_of_calls,
     saved_configuration,
 )
-from ptqd.loading import load, with_scheduler
+from ptqd.loading import load, stored_dtype, with_scheduler
 from ptqd.quantization.bops import Cost, cost_of
 from ptqd.quantization.hf_quantizer import with_weights
 from ptqd.quantization.memory import Memory, calling_bytes, memory_of
@@ -36,16 +36,17 @@ from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.swap import insert_quantizers, layer_types
 
 logger = logging.getLogger(__name__)
+_HOW = "quantization_config"
 
 
 def count_cost(
     model: str,
     recipe: str | None = None,
-    plan: Path | None = None,
+    plan: str | Path | None = None,
     sampling: Sampling | Callable[[DiffusionPipeline | None], Sampling] | None = None,
     *,
     scheduler: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Cost:
     """The cost of one sample of a model, quantized by a recipe and with a plan, if there are any.
 
@@ -57,17 +58,22 @@ def count_cost(
         plan: TOML file.
         sampling: how it is run, or what says so of a pipeline, or of None where a denoiser stands on its own.
         scheduler: a diffusers scheduler class to use instead of the pipeline's.
-        dtype: that the weights are loaded in.
+        dtype: that the weights are loaded in; where it is not said, what :func:`ptqd.load` takes.
 
     Raises:
         InputError: it is neither; a plan without a recipe; or a plan for other steps, widths or layers.
     """
-    denoisers, config, macs, calls = _described(model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler))
-    required, chosen = _bits(model, config, recipe, plan)
-    if required is not None and chosen is not None:
-        required = with_weights(required, chosen, layer_types(denoisers[0], required))
+    denoisers, configs, macs, calls = _described(
+        model, _sampler(sampling), lambda pipe: with_scheduler(pipe, scheduler)
+    )
+    dtype = dtype or stored_dtype(Path(model)) or torch.float32
+    if recipe is None and any(config.get(_HOW) != configs[0].get(_HOW) for config in configs):
+        logger.warning("the denoisers are quantized in different ways; bit operations are counted by the first's bits")
     memory = []
-    for denoiser, call in zip(denoisers, calls, strict=True):
+    for denoiser, config, call in zip(denoisers, configs, calls, strict=True):
+        required, chosen = _bits(model, config, recipe, plan)
+        if required is not None and chosen is not None:
+            required = with_weights(required, chosen, layer_types(denoiser, required))
         nn.Module.to(denoiser, dtype)
         full = nn.Module.to(on_meta(denoiser), dtype)
         if required is not None:
@@ -94,28 +100,29 @@ def _calling(denoiser: nn.Module, call: Mapping[str, Any], dtype: torch.dtype) -
 
 def _described(
     model: str, sampling: Any, scheduled: Any
-) -> tuple[list[Any], Mapping[str, Any], Macs, list[Mapping[str, Any] | None]]:
-    """A pipeline's denoisers in full precision on the meta device, their configuration, and what a run takes.
+) -> tuple[list[Any], list[Mapping[str, Any]], Macs, list[Mapping[str, Any] | None]]:
+    """A pipeline's denoisers in full precision on the meta device, their configurations, and what a run takes.
 
     And the arguments of a call of each, with one sample; None where they are not known.
     """
     config = denoiser_config(model)
     if config is None:
         pipe = scheduled(meta_pipeline(model))
+        run = with_some_prompt(pipe, sampling(pipe))
         try:
-            macs = run_macs(pipe, sampling(pipe))
+            macs = run_macs(pipe, run)
         except InputError as error:  # some look at their text encoder's numbers, or encode a picture
             logger.warning("%s; it is loaded", error)
             pipe = scheduled(load(model))
-            macs = run_macs(pipe, sampling(pipe))
-        first, names = denoiser_of(pipe), denoisers_of(pipe)
+            macs = run_macs(pipe, run)
+        names = denoisers_of(pipe)
         every = [on_meta(denoiser) for denoiser in names.values()]
-        calls = [_first_call(pipe, sampling(pipe), name, denoiser) for name, denoiser in names.items()]
-        return every, saved_configuration(model, denoiser_name(pipe), first), macs, calls
+        calls = [_first_call(pipe, run, name, denoiser) for name, denoiser in names.items()]
+        return every, [saved_configuration(model, *part) for part in names.items()], macs, calls
     denoiser, run = bare_denoiser(config), sampling(None)
     guided = run.call.get("guidance_scale", 1.0) != 1.0
     whole = run_of_calls(one_call(config, denoiser), run.steps, 2 if guided else 1)
-    return [denoiser], config, whole, [call_of(config, denoiser)]
+    return [denoiser], [config], whole, [call_of(config, denoiser)]
 
 
 def _first_call(
@@ -131,13 +138,13 @@ def _first_call(
 
 
 def _bits(
-    model: str, config: Mapping[str, Any], recipe: str | None, plan: Path | None
+    model: str, config: Mapping[str, Any], recipe: str | None, plan: str | Path | None
 ) -> tuple[Recipe | None, PrecisionPlan | None]:
     """The recipe and the plan: those that are given, else those that the configuration holds."""
     chosen = None if plan is None else PrecisionPlan.load(plan)
     if recipe is not None:
         return Recipe.parse(recipe), chosen
-    saved = config.get("quantization_config")
+    saved = config.get(_HOW)
     if saved is not None and not isinstance(saved, Mapping):
         raise InputError(f"{model} says {str(saved)[:60]!r} of how it is quantized; quantize it again")
     if saved is None:

@@ -113,7 +113,7 @@ def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
 def run_experiment(
     pipe: DiffusionPipeline,
     experiment: Experiment,
-    folder: Path,
+    folder: str | Path,
     judge: Evaluator | None = None,
     *,
     progress: bool = True,
@@ -137,7 +137,7 @@ def run_experiment(
         InputError: an unknown correction, too few samples for a search, a plan that does not fit, or no images and
             nothing that looks at them.
     """
-    judge = judge or Evaluator()
+    folder, judge = Path(folder), judge or Evaluator()
     if not experiment.images and judge.extractor is None:
         raise InputError("without images something has to look at them as they come; give a judge with an extractor")
     experiment.check()

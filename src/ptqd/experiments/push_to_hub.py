@@ -2,10 +2,14 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ptqd.errors import InputError, lack_of
 from ptqd.experiments.experiment import pipeline_of
@@ -44,13 +48,15 @@ def push_to_hub(
         InputError: a name that is none, no pipeline that ptqd quantized, no such row, or the hub refuses it or cannot
             be reached.
     """
-    if _REPOSITORY.fullmatch(repo_id) is None:
-        raise InputError(f"a repository is named like 'user/name'; got {repo_id!r}")
+    _check_name(repo_id, "a repository")
+    if base_model is not None:
+        _check_name(base_model, "a base model")
     run = None if isinstance(source, DiffusionPipeline) else Path(source)
     if run is not None and not (run / REPORT).is_file():
         run = None
     if row is not None and run is None:
         raise InputError("a row is of a run folder, with a report.json; leave row out for a pipeline")
+    hub = HfApi(token=token)
     report, chosen = None, None
     if isinstance(source, DiffusionPipeline):
         pipe = source
@@ -59,26 +65,64 @@ def push_to_hub(
         *_, chosen = select_rows(report, run, None if row is None else [row])
         pipe = pipeline_of(run, chosen)
         if base_model is None and _REPOSITORY.fullmatch(chosen.model) and not Path(chosen.model).exists():
-            base_model = chosen.model
+            with _on_hub(chosen.model, "looked for"):  # a folder of another working directory may be called so
+                base_model = chosen.model if hub.repo_exists(chosen.model) else None
+    elif not Path(source).is_dir():
+        raise InputError(f"{source} is no folder; give the folder of a pipeline or of a run")
     else:
         pipe = load(source)
     card = model_card(pipe, repo_id, base_model=base_model, report=report, row=chosen)
+    with _on_hub(repo_id, "written"):  # before gigabytes are saved
+        hub.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        with explained(Path(temporary) / "model_index.json"):
-            pipe.save_pretrained(temporary)
-            (Path(temporary) / "README.md").write_text(card, "utf-8")
-        hub = HfApi(token=token)
-        try:
-            hub.create_repo(repo_id, private=private, exist_ok=True)
+        folder = Path(temporary)
+        with explained(folder / "model_index.json"):
+            pipe.save_pretrained(folder)
+            (folder / "README.md").write_text(card, "utf-8")
+        stale = [f"{part.name}/*" for part in folder.iterdir() if part.is_dir()]  # shards of what was there before
+        with _on_hub(repo_id, "written"):
             commit = hub.upload_folder(
-                repo_id=repo_id, folder_path=temporary, commit_message=f"Upload {type(pipe).__name__} quantized by ptqd"
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=f"Upload {type(pipe).__name__} quantized by ptqd",
+                delete_patterns=[*stale, "plan.toml"],
             )
-        except Exception as error:
-            of_network = type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, OSError | ValueError)
-            if not of_network or lack_of(error) is not None:
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{repo_id} cannot be written on the hub: {reason}; log in with 'hf auth login', or give another name"
-            ) from error
     return str(commit.commit_url)
+
+
+def _check_name(name: str, what: str) -> None:
+    """Refuse what the hub would refuse after minutes, or what would break a page.
+
+    Raises:
+        InputError: so it is.
+    """
+    try:
+        validate_repo_id(name)
+        valid = _REPOSITORY.fullmatch(name) is not None
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise InputError(f"{what} is named like 'user/name'; got {name!r}")
+
+
+@contextmanager
+def _on_hub(name: str, done: str) -> Iterator[None]:
+    """What the hub, or the way to it, has against a request becomes an error that says what to do.
+
+    Raises:
+        InputError: so it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_network = type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, OSError | ValueError)
+        if not of_network or lack_of(error) is not None:
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = "log in with 'hf auth login', or give another name"
+        if status is None and not isinstance(error, LocalTokenNotFoundError):
+            remedy = "is there a connection to the hub, and is HF_HUB_OFFLINE unset?"
+        elif status not in (401, 403, 404):
+            remedy = "try again"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name} cannot be {done} on the hub: {reason}; {remedy}") from error

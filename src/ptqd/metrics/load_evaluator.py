@@ -18,7 +18,7 @@ FASHION, INCEPTION, NONE = "fashion", "inception", "none"
 def load_evaluator(
     features: str = NONE,
     *,
-    reference: Path | None = None,
+    reference: str | Path | None = None,
     lpips: str | None = None,
     clip: str | None = None,
     device: str = "cpu",
@@ -42,6 +42,7 @@ def load_evaluator(
     Raises:
         InputError: a reference without features, or the other way round; weights that cannot be loaded.
     """
+    reference = None if reference is None else Path(reference)
     options = {"judge": features, "reference": None if reference is None else str(reference)}
     options |= {"lpips": lpips, "clip": clip}
     if features == NONE and reference is not None:

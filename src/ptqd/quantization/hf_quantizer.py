@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ptqd.diffusion.macs import on_meta
-from ptqd.diffusion.pipeline_parts import denoiser_names, denoiser_of
+from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_names, denoiser_of
 from ptqd.diffusion.plain_copy import weights_elsewhere
 from ptqd.errors import ArtifactError, InputError, PtqdError, raised_by
 from ptqd.quantization.budget import release_memory
@@ -60,10 +60,21 @@ def ptqd_quantizer(pipe: DiffusionPipeline, name: str | None = None) -> "PtqdQua
     Raises:
         InputError: ptqd did not quantize it.
     """
-    quantizer = getattr(denoiser_of(pipe, name), "hf_quantizer", None)
+    model = denoiser_of(pipe, name)
+    quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, PtqdQuantizer):
-        raise InputError("this pipeline was not quantized by ptqd; quantize it first")
+        raise InputError(not_ours(model, name or denoiser_name(pipe)))
     return quantizer
+
+
+def not_ours(model: nn.Module, name: str) -> str:
+    """What to say of a denoiser that ptqd's quantized layers are expected in, and that has none."""
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return f"the {name} is not quantized; quantize it with ptqd first"
+    return (
+        f"the {name} is quantized by {getattr(method, 'value', method)}; give what ptqd.quantize made, not its export"
+    )
 
 
 def coverage_of(pipe: DiffusionPipeline) -> Coverage:

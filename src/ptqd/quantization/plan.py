@@ -283,7 +283,7 @@ class PrecisionPlan:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write it as TOML, atomically."""
         plain = self.to_dict()
         lines = ["# Activation bits by step, one number for each group of layers in the order of 'groups'; or hold."]
@@ -293,16 +293,16 @@ class PrecisionPlan:
         for table in ("weights", "made"):
             lines += ["", f"[{table}]"]
             lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in plain[table].items()]
-        write_text(path, "\n".join(lines) + "\n")
+        write_text(Path(path), "\n".join(lines) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "PrecisionPlan":
+    def load(cls, path: str | Path) -> "PrecisionPlan":
         """Read what :meth:`save` wrote, edited or not.
 
         Raises:
             InputError: the file is missing, no TOML, or no plan.
         """
-        return cls.from_dict(read_toml(path, "the plan "), f"the plan {path}")
+        return cls.from_dict(read_toml(Path(path), "the plan "), f"the plan {path}")
 
 
 def _number(t: float) -> str:

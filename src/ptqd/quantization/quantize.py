@@ -75,7 +75,7 @@ def quantize(
     recipe: str | Recipe,
     sampling: Sampling,
     *,
-    scratch: Path | None = None,
+    scratch: str | Path | None = None,
     budget: Budget | None = None,
     progress: bool = False,
 ) -> DiffusionPipeline:
@@ -116,7 +116,7 @@ def quantize(
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            folder = (scratch or Path(temporary)) / ("" if len(names) == 1 else name)
+            folder = Path(scratch or temporary) / ("" if len(names) == 1 else name)
             if processes.is_shared() and processes.number():
                 folder = folder / f"process-{processes.number()}"
             parts[name] = _Quantizing(
@@ -220,7 +220,7 @@ class _Quantizing:
         if decided.is_file():  # before a kill
             known = read_json(decided)
             return Recipe.from_dict(known["recipe"]), known["batch"]
-        if self.recipe.calibration_rows or self.budget.minutes is not None or (self.progress and self.recipe.methods):
+        if self.recipe.calibration_rows or self.budget != Budget() or (self.progress and self.recipe.methods):
             self._decide()
             if self.budget.minutes is not None and self.keeps:
                 write_text(decided, json.dumps({"recipe": self.recipe.to_dict(), "batch": self.run.batch}))

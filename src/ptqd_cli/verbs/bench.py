@@ -55,6 +55,7 @@ class Bench:
             batch=self.batch,
             seed=self.seed,
             device=self.device,
+            dtype="float32",
         )
         options.check_all()
         check_engines(self.engine, self.repeats, self.threads)

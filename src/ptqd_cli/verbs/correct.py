@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import METHODS_HELP, Device, Offload, call_arguments, correction_methods, load_pipeline, tell
+from ptqd_cli.options import (
+    METHODS_HELP,
+    Device,
+    Dtype,
+    Offload,
+    call_arguments,
+    correction_methods,
+    load_pipeline,
+    tell,
+)
 
 if TYPE_CHECKING:
     from ptqd.noise.stats import NoiseStats
@@ -34,12 +43,13 @@ class Correct:
     shared: Annotated[tuple[str, ...], Parameter(help=CALL_HELP)] = ()
     device: Device = None
     offload: Offload = False
+    dtype: Dtype = None
 
     def run(self) -> None:
         """Correct, and save."""
         from ptqd.diffusion.sampling import Sampling
         from ptqd.errors import InputError
-        from ptqd.loading import best_device, check_device, check_offload, scheduler_class
+        from ptqd.loading import check_device, scheduler_class
         from ptqd.noise.stats import NoiseStats
         from ptqd.outputs import output_folder
 
@@ -47,9 +57,7 @@ class Correct:
         shared = call_arguments(self.shared, "--shared")
         Sampling(self.steps or 1, batch=self.batch, seed=self.seed, call=given, shared=shared)
         scheduler_class(self.scheduler)
-        check_device(self.device)
-        if self.offload:
-            check_offload(self.device or best_device())
+        check_device(self.device, offload=self.offload)
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps must be at least 1; got {self.steps}")
         with output_folder(self.out, [self.quantized, self.noise]) as out:
@@ -71,7 +79,7 @@ class Correct:
             raise InputError(
                 f"{','.join(methods)} runs the {measured.steps} steps that were measured; name other methods"
             )
-        quantized = load_pipeline(self.quantized, self.scheduler, self.device, offload=self.offload)
+        quantized = load_pipeline(self.quantized, self.scheduler, self.device, self.dtype, offload=self.offload)
         if runs:
             guidance = measured.call.get("guidance_scale")
             call = default_call(quantized) | ({} if guidance is None else {"guidance_scale": guidance})

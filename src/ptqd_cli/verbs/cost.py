@@ -29,7 +29,7 @@ class Cost:
     plan: Annotated[Path | None, Parameter(help="a plan (.toml) among the recipe's widths")] = None
     layers: Annotated[bool, Parameter(help="a line for each layer, not for each block")] = False
     json: Annotated[bool, Parameter(help="print everything, by layer and step, as JSON")] = False
-    dtype: Dtype = "float32"
+    dtype: Dtype = None
     schedule: ScheduleOptions = ScheduleOptions()
 
     def run(self) -> None:
@@ -46,7 +46,7 @@ class Cost:
             self.plan,
             self.schedule.sampling,
             scheduler=self.schedule.scheduler,
-            dtype=getattr(torch, self.dtype),
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
         )
         if self.json:
             tell(json_format.dumps(cost_json(cost), indent=2))

@@ -1,6 +1,6 @@
 """``ptqd export``."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +8,8 @@ from cyclopts import Parameter
 
 from ptqd_cli.options import Others, SamplingOptions, tell
 from ptqd_cli.quantized_rows import QuantizedRows, quantized_rows
+
+SAMPLES = 64
 
 
 @Parameter(name="*")
@@ -34,7 +36,7 @@ class Export:
         bool, Parameter(help="also the outer blocks alone, for plans that are applied later and hold the deep part")
     ] = False
     out: Annotated[Path, Parameter(help="folder to write; with --to a file")]
-    samples: Annotated[int, Parameter(help="how many")] = 64
+    samples: Annotated[int, Parameter(help="how many")] = SAMPLES
     sampling: SamplingOptions = SamplingOptions()
 
     def run(self) -> None:
@@ -52,7 +54,7 @@ class Export:
         check_engine(self.engine, self.provider, self.others)
         check_output(self.out, [self.folder])
         claim(self.out, "pipeline")
-        rows = self._rows()
+        rows = self._rows(replace(self.sampling, dtype=self.sampling.dtype or "float32"))  # which engines take
         *_, pipe = rows.pipes.values()
         exported = export(
             pipe,
@@ -69,8 +71,8 @@ class Export:
         tell(f"  products of integers: {len(products.integer)}; in floating point: {len(products.floating)}")
         tell("".join(f"  in floating point: {name} ({reason})\n" for name, reason in products.floating), end="")
 
-    def _rows(self) -> QuantizedRows:
-        return quantized_rows(self.folder, None if self.row is None else [self.row], self.sampling, self.samples)
+    def _rows(self, sampling: SamplingOptions) -> QuantizedRows:
+        return quantized_rows(self.folder, None if self.row is None else [self.row], sampling, self.samples)
 
     def _write_file(self) -> None:
         """Write the denoiser as a file, and say what it does not hold."""
@@ -82,9 +84,12 @@ class Export:
         given = [self.engine != "onnxruntime", self.provider != "cpu", self.layout != "int8", self.others != "fp32"]
         if any(given) or self.hold_deep:
             raise InputError(f"--to {self.to} writes a file for no engine; leave the options of engines out")
+        placed = {name: getattr(self.sampling, name) for name in ("device", "offload", "dtype")}
+        if self.sampling != SamplingOptions(**placed) or self.samples != SAMPLES:
+            raise InputError(f"for --to {self.to} nothing is sampled; leave --steps and the like out")
         check_output(self.out, [self.folder])
         check_file_format(self.to, self.out)
-        *_, pipe = self._rows().pipes.values()
+        *_, pipe = self._rows(self.sampling).pipes.values()
         written = export_checkpoint(pipe, self.to, self.out)
         forms = [form for _, form in written.quantized]
         counts = ", ".join(f"{forms.count(form)} as {form}" for form in dict.fromkeys(forms)) or "none"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Dtype, SamplingOptions, tell, work_key
+from ptqd_cli.options import MODEL_HELP, SamplingOptions, tell, work_key
 
 
 @Parameter(name="*")
@@ -19,7 +19,6 @@ class Measure:
     _: KW_ONLY
     out: Annotated[Path, Parameter(help="statistics to write (.safetensors)")]
     samples: Annotated[int, Parameter(help="how many")] = 64
-    dtype: Dtype = "float32"
     sampling: SamplingOptions = SamplingOptions()
 
     def run(self) -> None:
@@ -38,7 +37,7 @@ class Measure:
         check_output(self.out, [self.model, self.quantized])
         check_file(self.out, is_tensors_of("ptqd.noise"), "statistics")
         with alone_with(self.out):
-            pipe, quantized = self.sampling.load(self.model, self.dtype), self.sampling.load(self.quantized, self.dtype)
+            pipe, quantized = self.sampling.load_both(self.model, self.quantized)
             run = self.sampling.of(pipe, self.samples)
             scratch = scratch_folder(self.out, work_key(pipe, quantized, run))
             stats = measure_shards(pipe, quantized, run, self.out, scratch, title="measuring")

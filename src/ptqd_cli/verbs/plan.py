@@ -43,7 +43,7 @@ class Plan:
         request = self.options.request(self.plan)
         given = None if request.given is None else self.plan
         with output_folder(self.out, [self.model, self.quantized, given]) as out:
-            pipe, quantized = self.sampling.load(self.model), self.sampling.load(self.quantized)
+            pipe, quantized = self.sampling.load_both(self.model, self.quantized)
             run = self.sampling.of(pipe, self.samples)
             request.check(Recipe.from_dict(ptqd_quantizer(quantized).quantization_config.recipe), None)
             if request.hold or request.hold_deep:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Dtype, SamplingOptions, show, tell, work_key
+from ptqd_cli.options import MODEL_HELP, SamplingOptions, show, tell, work_key
 
 if TYPE_CHECKING:
     from ptqd.quantization.recipe import Recipe
@@ -27,7 +27,6 @@ class Quantize:
         float | None, Parameter(help="that it may take: fewer rows and less distilling where the recipe takes longer")
     ] = None
     memory: Annotated[float | None, Parameter(help="GB that it may take (default: what is free)")] = None
-    dtype: Dtype = "float32"
     sampling: SamplingOptions = SamplingOptions()
 
     def run(self) -> None:
@@ -51,7 +50,7 @@ class Quantize:
             recipe.check_steps(self.sampling.steps, f"the recipe {self.recipe}")
         none: AbstractContextManager[OutputFolder | None] = nullcontext()
         with none if self.out is None else output_folder(self.out, [self.model, self.recipe]) as out:
-            pipe = self.sampling.load(self.model, self.dtype)
+            pipe = self.sampling.load(self.model)
             run = self.sampling.of(pipe, samples=1)
             scratch = None if out is None else out.scratch(work_key(pipe, self._kept(recipe), run))
             with processes.together():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Device, JudgeOptions, Offload, consent, load_pipeline, show, tell
+from ptqd_cli.options import MODEL_HELP, Device, Dtype, JudgeOptions, Offload, consent, load_pipeline, show, tell
 
 
 @Parameter(name="*")
@@ -29,6 +29,7 @@ class Reproduce:
     judging: JudgeOptions = JudgeOptions()
     device: Device = None
     offload: Offload = False
+    dtype: Dtype = None
 
     def run(self) -> int:
         """Run again; 1 where a figure differs."""
@@ -36,13 +37,11 @@ class Reproduce:
         from ptqd.errors import InputError
         from ptqd.experiments.manifest import Manifest, reproduce
         from ptqd.experiments.report.reproduction import reproduction_table
-        from ptqd.loading import best_device, check_device, check_offload, scheduler_class
+        from ptqd.loading import check_device, scheduler_class
         from ptqd.outputs import check_output, claim
 
         scheduler_class(self.scheduler)
-        check_device(self.device)
-        if self.offload:
-            check_offload(self.device or best_device())
+        check_device(self.device, offload=self.offload)
         manifest = Manifest.load(self.manifest)
         if self.out.resolve() in (self.manifest.resolve(), self.manifest.resolve().parent):
             raise InputError(f"{self.out} holds the manifest's own results; choose another folder for --out")
@@ -60,7 +59,9 @@ class Reproduce:
         )
         default = options.get("judge") or ("fashion" if manifest.judge else "none")
         judge = judging.load(default, self.device)
-        pipe = load_pipeline(self.model or manifest.model, self.scheduler, self.device, offload=self.offload)
+        pipe = load_pipeline(
+            self.model or manifest.model, self.scheduler, self.device, self.dtype, offload=self.offload
+        )
         result = reproduce(manifest, pipe, self.out, judge)
         if not processes.is_main():
             return 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ptqd_cli.options import MODEL_HELP, Dtype, JudgeOptions, SamplingOptions, tell
+from ptqd_cli.options import MODEL_HELP, JudgeOptions, SamplingOptions, tell
 
 if TYPE_CHECKING:
     from ptqd.diffusion.sampling import Sampling
@@ -34,7 +34,6 @@ class Sample:
     ] = False
     judging: JudgeOptions = JudgeOptions()
     samples: Annotated[int, Parameter(help="how many")] = 64
-    dtype: Dtype = "float32"
     sampling: SamplingOptions = SamplingOptions()
 
     def run(self) -> None:
@@ -55,7 +54,7 @@ class Sample:
         judge = self.judging.load("none", self.sampling.device, needs_reference=False)
         if self.no_images and (judge is None or judge.extractor is None):
             raise InputError("--no-images keeps what a judge sees of them; give --judge")
-        pipe = self.sampling.load(self.model, self.dtype)
+        pipe = self.sampling.load(self.model)
         run = self.sampling.of(pipe, self.samples)
         inputs: dict[str, Any] = {"pipeline": pipeline_fingerprint(pipe), "setting": run.to_dict()}
         if judge is not None:

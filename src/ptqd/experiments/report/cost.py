@@ -62,6 +62,7 @@ def cost_table(name: str, cost: Cost, *, layers: bool = False) -> Iterator[Any]:
     yield f"  {memory.disk / 1e6:,.1f} MB on disk, {memory.resident / 1e6:,.1f} MB in memory; {calling}"
     if memory.quantizing:
         yield f"  {memory.quantizing / 1e6:,.1f} MB at most while it is quantized, full precision's weights included"
+    yield "  memory and disk are the denoiser's; text encoders and decoders come on top"
     table = Table()
     table.add_column("layer" if layers else "block", **FOLDED)
     for title in ("MACs a step", "share", "bits", "BOPs a step", "share"):

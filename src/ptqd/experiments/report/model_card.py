@@ -8,12 +8,13 @@ from importlib.metadata import version
 from diffusers import DiffusionPipeline
 
 from ptqd.diffusion.macs import on_meta
-from ptqd.diffusion.pipeline_parts import denoisers_of
+from ptqd.diffusion.pipeline_parts import denoiser_name, denoiser_of, denoisers_of
+from ptqd.errors import InputError
 from ptqd.experiments.report.rendering import markdown_cell
 from ptqd.experiments.report.table import markdown_table
 from ptqd.experiments.results import Report, Row
 from ptqd.quantization.bops import disk_bytes
-from ptqd.quantization.hf_quantizer import coverage_of, ptqd_quantizer
+from ptqd.quantization.hf_quantizer import PtqdQuantizer, not_ours, ptqd_quantizer
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.recipe import Recipe
 from ptqd.quantization.sites import quantized_layers, quantized_sites
@@ -84,7 +85,7 @@ def _body(
     yield ""
     yield from _quantized(pipe)
     correction = getattr(getattr(pipe, "scheduler", None), "correction", None)
-    if correction is not None:
+    if correction is not None and correction.methods:
         yield ""
         methods = "+".join(row.key.methods) if row is not None else ""
         yield f"The sampler is corrected{f' ({methods})' if methods else ''}: what quantization does to each step is"
@@ -94,8 +95,18 @@ def _body(
 
 
 def _quantized(pipe: DiffusionPipeline) -> Iterator[str]:
-    coverage = coverage_of(pipe)
-    for name, model in denoisers_of(pipe).items():
+    skipped: list[str] = []
+    denoisers = denoisers_of(pipe)
+    ours = [
+        name for name, model in denoisers.items() if isinstance(getattr(model, "hf_quantizer", None), PtqdQuantizer)
+    ]
+    if not ours:
+        raise InputError(not_ours(denoiser_of(pipe), denoiser_name(pipe)))
+    for name, model in denoisers.items():
+        if name not in ours:
+            yield f"`{name}` is in full precision."
+            yield ""
+            continue
         config = ptqd_quantizer(pipe, name).quantization_config
         recipe = Recipe.from_dict(config.recipe, "the recipe")
         bits = Counter(
@@ -125,9 +136,11 @@ def _quantized(pipe: DiffusionPipeline) -> Iterator[str]:
         if config.plan is not None:
             plan = PrecisionPlan.from_dict(config.plan, "the saved plan")
             yield f"The activations' bits follow the step: a plan for {plan.steps} steps, and no other number of them."
-    if coverage.skipped:
+        prefix = f"{name}." if len(denoisers) > 1 else ""
+        skipped += [prefix + layer for layer, _ in ptqd_quantizer(pipe, name).coverage.skipped]
+    if skipped:
         yield ""
-        names = [f"`{markdown_cell(name)}`" for name, _ in coverage.skipped]
+        names = [f"`{name}`" for name in skipped]  # in code nothing is escaped
         more = f" and {len(names) - LEFT} more" if len(names) > LEFT else ""
         yield f"In full precision: {', '.join(names[:LEFT])}{more}."
 
