@@ -253,6 +253,7 @@ def test_an_error_in_one_batch_ends_all() -> None:
         run_in_step(exact, RUN, [[0], [1]], fail)
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_with_a_plan(tmp_path: Any) -> None:
     """W4 with 4 and 8 bits by step, saved and loaded: nearer than no correction, on other seeds."""
     import ptqd

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import quick_recipe
 from ptqd import InputError, PrecisionPlan, QuantSpec, Recipe, Sampling, apply_plan
 from ptqd.diffusion import Macs, call_macs, run_batch, run_macs, with_components
 from ptqd.experiments import bare_denoiser, denoiser_config, one_call
@@ -193,7 +194,7 @@ def test_cost_under_a_recipe_and_a_plan(pipe: Any, run: Sampling, tmp_path: Path
     from ptqd import quantize
 
     pipe.save_pretrained(tmp_path / "model")
-    recipe = Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w4a4+8")
     quantized = quantize(pipe, recipe, run)
     pipe.scheduler.set_timesteps(run.steps)
     plan = PrecisionPlan.uniform([float(t) for t in pipe.scheduler.timesteps], 8)

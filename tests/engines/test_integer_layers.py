@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptqd import InputError, Recipe, Sampling, correct, measure, quantize
+from conftest import quick_recipe
+from ptqd import InputError, Sampling, correct, measure, quantize
 from ptqd.diffusion import run_batch
 from ptqd.engines import integer_layers
 from ptqd.engines.integer_layers import IntegerLayer, with_integer_layers
@@ -102,9 +103,7 @@ def test_ranges_of_each_token(symmetric: bool, kernel: Any) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("text", ["w8a8", pytest.param("w4a8-smooth", marks=pytest.mark.slow), "w4a8-affine-dynamic"])
 def test_a_pipeline_gives_the_simulations_samples(pipe: Any, text: str, kernel: Any) -> None:
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 2}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    quantized = quantize(pipe.to(DEVICE), Recipe.from_dict(values), RUN)
+    quantized = quantize(pipe.to(DEVICE), quick_recipe(text), RUN)
     made, products = with_integer_layers(quantized, kernel)
     assert products.integer
     want, found = (torch.as_tensor(run_batch(each, RUN, range(2), "latent")) for each in (quantized, made))
@@ -118,7 +117,7 @@ def test_a_pipeline_gives_the_simulations_samples(pipe: Any, text: str, kernel: 
 
 @pytest.mark.parametrize("engine", ["integer layers", "torchao"])
 def test_a_corrected_pipeline_stays_corrected(pipe: Any, engine: str) -> None:
-    quantized = quantize(pipe.to(DEVICE), Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "attention": False}), RUN)
+    quantized = quantize(pipe.to(DEVICE), quick_recipe("w8a8", attention=False), RUN)
     corrected = correct(quantized, measure(pipe, quantized, RUN.replace(samples=8)), methods=("cnc", "bc"))
     both = [
         with_integer_layers(each)[0] if engine == "integer layers" else to_torchao(each, RUN, "int8")[0]
@@ -132,7 +131,7 @@ def test_a_corrected_pipeline_stays_corrected(pipe: Any, engine: str) -> None:
 
 
 def test_it_compiles_whole(pipe: Any) -> None:
-    quantized = quantize(pipe.to(DEVICE), Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "attention": False}), RUN)
+    quantized = quantize(pipe.to(DEVICE), quick_recipe("w8a8", attention=False), RUN)
     made: Any = with_integer_layers(quantized)[0]
     want = torch.as_tensor(run_batch(made, RUN, range(2), "latent"))
     made.unet.compile(fullgraph=True, backend="eager")
@@ -145,9 +144,7 @@ def test_networks_that_look_at_their_layers(name: str) -> None:
     full: Any = case.build()
     full.set_progress_bar_config(disable=True)
     run = Sampling(case.steps, 0.0, 2, 2, call=dict(case.call))
-    values = {**Recipe.parse("w8a8-smooth").to_dict(), "calibration_samples": 1}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    made = with_integer_layers(quantize(full, Recipe.from_dict(values), run))[0]
+    made = with_integer_layers(quantize(full, quick_recipe("w8a8-smooth", 1), run))[0]
     assert torch.as_tensor(run_batch(made, run, range(2), "latent")).isfinite().all()
 
 
@@ -172,7 +169,7 @@ def test_smoothing_moves_along() -> None:
 
 
 def test_what_it_refuses(pipe: Any) -> None:
-    with pytest.raises(InputError, match="not quantized by ptqd"):
+    with pytest.raises(InputError, match="the unet is not quantized; quantize it with ptqd first"):
         with_integer_layers(pipe)
     with pytest.raises(InputError, match="unknown kernel 'cutlass'; known are int_mm, triton"):
         with_integer_layers(pipe, "cutlass")  # type: ignore[arg-type]

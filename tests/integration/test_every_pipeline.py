@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
+from conftest import quick_recipe
 from ptqd import (
     InputError,
     PrecisionPlan,
@@ -142,7 +143,7 @@ def test_a_step_that_holds_calls_nothing(name: str) -> None:
     torch.manual_seed(0)
     batch = 1 if name == "wan-vace" else 2
     run = Sampling(steps=case.steps, eta=case.eta, samples=2, batch=batch, call={**case.call, **(case.guidance or {})})
-    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w8a8")
     pipe = case.build()
     qpipe = quantize(pipe, recipe, run)
     timesteps = measure(pipe, qpipe, run).measured_on.model_timesteps
@@ -273,7 +274,7 @@ def test_a_shallow_step_computes_the_outer_blocks_or_is_refused(name: str) -> No
     torch.manual_seed(0)
     batch = 1 if name == "wan-vace" else 2
     run = Sampling(steps=case.steps, eta=case.eta, samples=2, batch=batch, call={**case.call, **(case.guidance or {})})
-    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w8a8")
     pipe = case.build()
     qpipe = quantize(pipe, recipe, run)
     timesteps = measure(pipe, qpipe, run).measured_on.model_timesteps

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from conftest import quick_recipe
 from ptqd import MismatchError, NoiseStats, Recipe, Sampling, correct, load, measure, quantize, search_correction
 from ptqd.diffusion import denoiser_name, record, replay, run_batch, with_components
 from ptqd.noise import POWERS
@@ -48,11 +49,9 @@ def setting(name: str, guided: bool) -> Sampling:
 @functools.cache
 def quantized(name: str) -> Any:
     pipe = pipeline(name)
-    recipe = Recipe.parse("w4a8").to_dict()
     layers = {n for n, m in getattr(pipe, denoiser_name(pipe)).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    recipe["rules"] = [rule for rule in recipe["rules"] if rule["match"] in layers]
-    recipe["calibration_samples"] = 2
-    return quantize(pipe, Recipe.from_dict(recipe), setting(name, guided=CASES[name].guidance is not None))
+    rules = [rule for rule in Recipe.parse("w4a8").to_dict()["rules"] if rule["match"] in layers]
+    return quantize(pipe, quick_recipe("w4a8", rules=rules), setting(name, guided=CASES[name].guidance is not None))
 
 
 @functools.cache
@@ -156,7 +155,9 @@ def test_a_correction_for_the_end_of_a_schedule_serves_shorter_ends_alone(name: 
         samples(corrected, run.replace(call={**run.call, "strength": 0.8}))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in CASES]
+)
 def test_a_corrected_pipeline_is_the_same_after_loading(name: str, tmp_path: Path) -> None:
     guided = CASES[name].guidance is not None
     run = setting(name, guided)
@@ -213,7 +214,9 @@ def test_every_prompt_makes_samples_of_its_own() -> None:
     assert torch.allclose(both[1], other[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd-img2img", "dit", "flux", "text-to-video", "stable-audio"])
+@pytest.mark.parametrize(
+    "name", ["sd1", "sd-img2img", "dit", "flux", pytest.param("text-to-video", marks=pytest.mark.slow), "stable-audio"]
+)
 def test_auto_checks_whole_trajectories_of_any_pipeline(name: str) -> None:
     """A denoiser that answers 1.2 eps + 0.1: that is found, and the ends it is checked against are whole samples."""
     pipe, bad = pipeline(name), scaled_and_shifted(name)

@@ -33,6 +33,7 @@ from ptqd import (
 from ptqd.diffusion import fingerprint, record, run_batch, run_macs, with_components
 from ptqd.diffusion.call_rows import CallLayout
 from ptqd.diffusion.sampling import default_call
+from ptqd.experiments.report.model_card import model_card
 from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.plan import PrecisionPlan
 from ptqd.quantization.sites import activation_quantizers, quantized_sites
@@ -211,7 +212,7 @@ def test_a_processor_that_leaves_torchs_products_aside_is_an_error() -> None:
         samples(pipe)
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+@pytest.mark.parametrize("loaded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["made", "loaded"])
 def test_a_corrected_pipelines_denoiser_compiles_without_graph_breaks(loaded: bool, tmp_path: Path) -> None:
     """As one whole graph, and whatever was called before."""
     want, pipe = samples(corrected_once()), copy.deepcopy(corrected_once())
@@ -236,6 +237,7 @@ def test_a_plan_is_followed_by_a_compiled_denoiser(state: Any) -> None:
         assert torch.allclose(samples(pipe), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_quantized_pipeline_is_measured_corrected_and_samples_alike() -> None:
     pipe, plain = quantized(), quantized()
     compiled(pipe)
@@ -454,6 +456,23 @@ def test_two_denoisers_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cost["parameters"] == sum(
         p.numel() for name in ("", "_2") for p in getattr(wan(), f"transformer{name}").parameters()
     )
+    half = with_components(made, transformer_2=wan().transformer_2)  # in full precision
+    half.save_pretrained(tmp_path / "half")
+    assert main(["cost", str(tmp_path / "half"), "--steps", "4", *call, "--json"]) == 0
+    assert parse_json(capsys.readouterr().out, "cost")["disk_bytes"] == disk_bytes(half)
+    assert "`transformer_2` is in full precision" in model_card(half, "user/half")
+
+
+def test_a_prompt_that_is_missing_is_asked_for_and_costs_are_counted_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original().save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), "--recipe", "w8a8", "--steps", "2", "--out", str(tmp_path / "q")]
+    assert main(command) == 2
+    assert "give it prompts: --call 'prompt=" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # refused work leaves nothing behind
+    assert main(["cost", str(tmp_path / "model"), "--recipe", "w8a8", "--steps", "2"]) == 0
+    assert "x fewer than FP32" in capsys.readouterr().out
 
 
 def test_a_denoiser_that_the_run_never_calls_is_named() -> None:
@@ -549,7 +568,11 @@ def by_groups(pipe: Any) -> None:
     pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
 
 
-@pytest.mark.parametrize("state", [sequentially, by_groups], ids=lambda state: state.__name__)
+@pytest.mark.parametrize(
+    "state",
+    [sequentially, pytest.param(by_groups, marks=pytest.mark.slow)],
+    ids=lambda state: state.__name__,
+)
 def test_an_offloaded_pipeline_gives_the_same_codes(state: Any, tmp_path: Path) -> None:
     pipe = own()
     state(pipe)
@@ -735,7 +758,13 @@ def test_layers_that_no_call_reaches_are_named_and_stay(caplog: pytest.LogCaptur
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries' own code
-@pytest.mark.parametrize("name", ["qwen-image", "z-image", "sd-pag", "hunyuan-dit", "wan-image"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen-image",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("z-image", "sd-pag", "hunyuan-dit", "wan-image")),
+    ],
+)
 def test_denoisers_are_distilled_whatever_they_are_given(name: str) -> None:
     """Lists with an element a row, attention that a run exchanges, a table of one entry, no tokens of an image."""
     case = MORE_CASES[name]
@@ -757,6 +786,7 @@ def test_a_look_at_the_first_call_leaves_the_attention_that_pag_exchanges() -> N
     assert pipe.unet.attn_processors == before
 
 
+@pytest.mark.slow
 def test_rounding_is_learned_in_inference_mode() -> None:
     recipe = quick("w4a8-brecq")
     with torch.inference_mode():
@@ -825,7 +855,9 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # of PEFT, for every second adapter
-@pytest.mark.parametrize("shorthand", ["w4a8", "w4a8-dynamic", "w4a4-split-smooth", "w4a4-svd2"])
+@pytest.mark.parametrize(
+    "shorthand", ["w4a8", "w4a8-dynamic", pytest.param("w4a4-split-smooth", marks=pytest.mark.slow), "w4a4-svd2"]
+)
 def test_a_lora_is_loaded_onto_a_quantized_pipeline(shorthand: str, tmp_path: Path) -> None:
     base = quantize(original(), quick(shorthand), SD)
     codes, plain = fingerprint(base.unet), samples(base)
@@ -876,7 +908,9 @@ def test_a_lora_is_fused_into_a_branch_and_the_codes_stay(tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True))
 
 
-@pytest.mark.parametrize("shorthand", ["w4a8", "w4a8-time-smooth-gptq-brecq", "w4a8-split"])
+@pytest.mark.parametrize(
+    "shorthand", ["w4a8", pytest.param("w4a8-time-smooth-gptq-brecq", marks=pytest.mark.slow), "w4a8-split"]
+)
 def test_a_lora_that_is_loaded_before_stays_exact(shorthand: str, tmp_path: Path) -> None:
     pipe, first = own(), lora(1)
     pipe.load_lora_weights(dict(first), adapter_name="first")
@@ -987,8 +1021,9 @@ def test_plans_and_costs_see_the_layers_under_a_lora() -> None:
     assert run_cost(planned, SD).ratio == pytest.approx(want, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.engines
-@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["loaded", "fused"])
+@pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
 def test_a_lora_is_exported(fused: bool, tmp_path: Path) -> None:
     pipe, first = quantized(), lora(1)
     pipe.load_lora_weights(dict(first), adapter_name="first")

@@ -127,6 +127,7 @@ def test_ptqds_own_pipelines_load_by_hub_id(place: Path, hub_cache: Path) -> Non
     assert torch.equal(run_batch(again, RUN, range(2), "latent"), run_batch(load(place / "q"), RUN, range(2), "latent"))
 
 
+@pytest.mark.slow
 def test_exported_pipelines_load_from_links_and_backups(place: Path, tmp_path: Path, hub_cache: Path) -> None:
     """A graph for one engine, and the same for the other, which reads it in its own way."""
     pytest.importorskip("onnxruntime")
@@ -232,6 +233,7 @@ def test_a_reader_that_has_enough_is_no_error(place: Path) -> None:
     assert not said(errors)
 
 
+@pytest.mark.slow
 def test_an_ascii_stream_gets_what_it_can_show(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "größe 模型")
     words = ["cost", tmp_path / "größe 模型", "--steps", "2"]
@@ -273,6 +275,7 @@ def test_a_narrow_terminal_shows_every_figure(
 # A12: two processes, and one that is interrupted
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_output_one_after_the_other(place: Path, tmp_path: Path) -> None:
     words = ["quantize", place / "model", "--recipe", place / "quick.toml", *SMALL, "--out", tmp_path / "q"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -146,6 +146,7 @@ def test_two_processes_give_what_one_gives_and_one_goes_on_for_two(tmp_path: Pat
     assert Manifest.load(tmp_path / "two").figures == one.figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [1, 8], ids=["a batch does not fit", "the whole does not fit"])
 def test_a_full_disk_is_said_and_what_was_made_is_kept(tmp_path: Path, kilobytes: int) -> None:
     model, out = tmp_path / "model", tmp_path / "out"

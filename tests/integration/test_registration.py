@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny_pipeline
-from ptqd import Recipe, Sampling, quantize
+from conftest import quick_recipe, tiny_pipeline
+from ptqd import Sampling, quantize
 from tiny import CASES
 
 STORED = Path(__file__).parent.parent / "data" / "stored" / "corrected"
@@ -27,10 +27,11 @@ def loaded(folder: Path) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "dit"])
 def test_diffusers_loads_a_quantized_pipeline_of_its_own(name: str, tmp_path: Path) -> None:
     pipe = CASES[name].build()
-    recipe = Recipe.from_dict({**Recipe.parse("w8a8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w8a8")
     quantize(pipe, recipe, Sampling(steps=2, samples=2, call=CASES[name].call)).save_pretrained(tmp_path)
     assert loaded(tmp_path) == f"{type(pipe).__name__} True"
 

@@ -101,7 +101,7 @@ def test_nine_of_ten_samples_are_of_the_asked_for_class(fashion: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "prediction"),
     [
-        ("fashion-ddpm", "DDPMPipeline", "epsilon"),
+        pytest.param("fashion-ddpm", "DDPMPipeline", "epsilon", marks=pytest.mark.slow),
         ("fashion-dit", "DiTPipeline", "epsilon"),
         ("fashion-flow", "LatentClassPipeline", None),
     ],

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from torch import nn
 
+from conftest import quick_recipe
 from gaussian import SCHEDULE, GaussianPipeline, gaussian_pipeline
 from ptqd import (
     InputError,
@@ -54,7 +55,7 @@ from tiny import CASES
 
 @pytest.fixture(scope="module")
 def wide(pipe: Any, run: Sampling) -> Any:
-    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w8a4+6+8").to_dict(), "calibration_samples": 4}), run)
+    return quantize(pipe, quick_recipe("w8a4+6+8", 4), run)
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +394,7 @@ def test_a_second_order_sampler_is_planned_and_runs(pipe: Any, run: Sampling) ->
     """Heun asks the network twice at a timestep: those steps share their bits."""
     heun = with_components(pipe, scheduler=HeunDiscreteScheduler.from_config(pipe.scheduler.config))
     once = run.replace(eta=0.0)
-    recipe = Recipe.from_dict({**Recipe.parse("w4a4+8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w4a4+8")
     quantized = quantize(heun, recipe, once)
     found = measure_widths(heun, quantized, once)
     plan = search_plan(heun, quantized, once, found, budget=40.0)
@@ -415,7 +416,7 @@ def test_every_pipeline_is_planned_and_corrected(name: str) -> None:
     case = CASES[name]
     pipe = case.build()
     run = Sampling(case.steps, case.eta, 4, 2, 0, {**case.call, **(case.guidance or {})})
-    recipe = Recipe.from_dict({**Recipe.parse("w8a4+8").to_dict(), "calibration_samples": 2})
+    recipe = quick_recipe("w8a4+8")
     quantized = quantize(pipe, recipe, run)
     found = measure_widths(pipe, quantized, run)
     low, high = (run_cost(at_width(quantized, bits), run).ratio for bits in (8, 4))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import quick_recipe
 from ptqd import InputError, Recipe, Sampling, load, quantize
 from ptqd.diffusion import run_batch
 from ptqd.quantization import run_cost
@@ -16,12 +17,6 @@ from ptqd.quantization.methods import LowRank
 from ptqd.quantization.sites import quantized_layers
 
 RUN = Sampling(4, 0.0, samples=8, batch=8, call={"class_labels": [0, 1], "guidance_scale": 2.0})
-
-
-def recipe(text: str) -> Recipe:
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 4}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    return Recipe.from_dict(values)
 
 
 def test_the_word_and_the_rule() -> None:
@@ -64,7 +59,10 @@ def test_a_rank_that_helps_less_than_a_larger_one_for_its_cost_is_passed_over() 
 
 
 def test_ranks_are_saved_with_the_recipe(pipe: Any, tmp_path: Path) -> None:
-    uniform, chosen = quantize(pipe, recipe("w4a4-svd2x8"), RUN), quantize(pipe, recipe("w4a4-svd2x8-ranks"), RUN)
+    uniform, chosen = (
+        quantize(pipe, quick_recipe("w4a4-svd2x8", 4), RUN),
+        quantize(pipe, quick_recipe("w4a4-svd2x8-ranks", 4), RUN),
+    )
     ranks = {name: layer.rank for name, layer in quantized_layers(chosen.unet)}
     assert len(set(ranks.values())) > 2
     assert run_cost(chosen, RUN).ratio >= run_cost(uniform, RUN).ratio
@@ -76,14 +74,15 @@ def test_ranks_are_saved_with_the_recipe(pipe: Any, tmp_path: Path) -> None:
     assert torch.equal(torch.as_tensor(want), torch.as_tensor(found))
 
 
+@pytest.mark.slow
 def test_ranks_that_were_chosen_before_a_kill_are_taken(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = quantize(pipe, recipe("w4a4-svd2x8-ranks"), RUN)
-    again = quantize(pipe, recipe("w4a4-svd2x8-ranks"), RUN, scratch=tmp_path)
+    whole = quantize(pipe, quick_recipe("w4a4-svd2x8-ranks", 4), RUN)
+    again = quantize(pipe, quick_recipe("w4a4-svd2x8-ranks", 4), RUN, scratch=tmp_path)
     (decided,) = tmp_path.glob("*/ranks.json")
     monkeypatch.delattr("ptqd.quantization.quantize.branch_ranks")
-    third = quantize(pipe, recipe("w4a4-svd2x8-ranks"), RUN, scratch=tmp_path)
+    third = quantize(pipe, quick_recipe("w4a4-svd2x8-ranks", 4), RUN, scratch=tmp_path)
     assert decided.is_file()
     pictures = [torch.as_tensor(run_batch(each, RUN, range(2), "latent")) for each in (whole, again, third)]
     assert torch.equal(pictures[0], pictures[1])
@@ -92,7 +91,7 @@ def test_ranks_that_were_chosen_before_a_kill_are_taken(
 
 def test_a_recipe_with_the_branch_alone_draws_the_rows_that_ranks_need(pipe: Any) -> None:
     methods = [{"name": "svd", "rank": 2, "by_layer": True}]
-    alone = Recipe.from_dict({**recipe("w4a4").to_dict(), "methods": methods})
+    alone = Recipe.from_dict({**quick_recipe("w4a4", 4).to_dict(), "methods": methods})
     ranks = {layer.rank for _, layer in quantized_layers(quantize(pipe, alone, RUN).unet)}
     assert len(ranks) > 2
     with pytest.raises(InputError, match="named twice"):

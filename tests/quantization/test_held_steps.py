@@ -14,6 +14,7 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from torch import nn
 
+from conftest import tiny_pipeline
 from ptqd import (
     InputError,
     NoiseStats,
@@ -36,6 +37,16 @@ from ptqd.diffusion.trajectory import record, replay
 from ptqd.mixed_precision import StepSeconds, measure_seconds, planning_problem
 from ptqd.mixed_precision.holding import HeldErrors, sources
 from ptqd.quantization import at_width, plan_of, run_cost
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline(attention=True)
+
+
+@pytest.fixture(scope="module")
+def qpipe(pipe: Any, run: Sampling) -> Any:
+    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a8").to_dict(), "calibration_samples": 4}), run)
 
 
 @pytest.fixture(scope="module")

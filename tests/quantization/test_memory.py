@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ptqd import Recipe, Sampling, count_cost, keep_weights, quantize
+from conftest import quick_recipe
+from ptqd import Sampling, count_cost, keep_weights, quantize
 from ptqd.experiments.report.cost import cost_json
 from ptqd.quantization import memory, weights_in_memory
 from ptqd.quantization.memory import calling_bytes
@@ -35,9 +36,7 @@ def test_what_is_said_is_what_is_held(
         for module in (weights_in_memory, memory):
             monkeypatch.setattr(module, "LARGE", 0)
     pipe.save_pretrained(tmp_path / "full")
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 1}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    quantized: Any = quantize(pipe, Recipe.from_dict(values), RUN)
+    quantized: Any = quantize(pipe, quick_recipe(text, 1), RUN)
     keep_weights(quantized, "auto")
     told = count_cost(str(tmp_path / "full"), text, sampling=RUN).memory
     quantized.save_pretrained(tmp_path / "quantized")
@@ -78,7 +77,9 @@ def test_less_for_fewer_bits_and_more_for_methods(monkeypatch: pytest.MonkeyPatc
     assert full.quantizing == 0
 
 
-@pytest.mark.parametrize("name", ["ddpm-cifar10-32", "dit-xl-2-256", "sana-1600m-1024", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["ddpm-cifar10-32", "dit-xl-2-256", "sana-1600m-1024", pytest.param("sdxl", marks=pytest.mark.slow)]
+)
 def test_published_architectures_are_counted_without_their_weights(name: str) -> None:
     plain = cost_json(count_cost(name, "w8a8", dtype=torch.bfloat16))
     parameters = {"ddpm-cifar10-32": 35.7, "dit-xl-2-256": 749.8, "sana-1600m-1024": 1604.5, "sdxl": 2567.5}[name]

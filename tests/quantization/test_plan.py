@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_pipeline
+from conftest import quick_recipe, tiny_pipeline
 from ptqd import (
     InputError,
     MismatchError,
     PrecisionPlan,
-    Recipe,
     Sampling,
     apply_plan,
     correct,
@@ -30,7 +29,7 @@ from ptqd.quantization.modules import BitWidth
 @pytest.fixture(scope="module")
 def wide(pipe: Any, run: Sampling) -> Any:
     """Quantized, with ranges for 4, 6 and 8 bits."""
-    return quantize(pipe, Recipe.from_dict({**Recipe.parse("w4a4+6+8").to_dict(), "calibration_samples": 4}), run)
+    return quantize(pipe, quick_recipe("w4a4+6+8", 4), run)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,7 @@ def test_uniform_plans_are_the_uniform_widths(wide: Any, run: Sampling, timestep
 
 
 def test_a_width_is_what_a_recipe_of_that_width_alone_gives(pipe: Any, wide: Any, run: Sampling) -> None:
-    alone = Recipe.from_dict({**Recipe.parse("w4a6").to_dict(), "calibration_samples": 4})
+    alone = quick_recipe("w4a6", 4)
     assert torch.equal(sampled(at_width(wide, 6), run), sampled(quantize(pipe, alone, run), run))
     with pytest.raises(InputError, match="ranges for 4 and 6 and 8 bits, not for 5"):
         at_width(wide, 5)
@@ -243,7 +242,7 @@ def test_plans_that_do_not_fit(
         apply_plan(wide, mixed.replace(groups=(("down", ("down_blocks.*",)), ("up", ("up_blocks.*",)))))
     with pytest.raises(InputError, match="'nowhere', which is no quantized layer"):
         apply_plan(wide, mixed.replace(weights={"nowhere": 4}), pipe)
-    with pytest.raises(InputError, match="was not quantized by ptqd"):
+    with pytest.raises(InputError, match="is not quantized; quantize it with ptqd first"):
         apply_plan(pipe, mixed)
     with pytest.raises(InputError, match="has no plan"):
         plan_of(wide)
@@ -270,7 +269,7 @@ def test_all_widths_cost_one_full_precision_run_and_one_quantized_run_each(pipe:
 def test_one_width_is_nothing_to_choose_from(pipe: Any, qpipe: Any, run: Sampling) -> None:
     with pytest.raises(InputError, match="ranges for 8-bit activations only"):
         measure_widths(pipe, qpipe, run)
-    with pytest.raises(InputError, match="was not quantized by ptqd"):
+    with pytest.raises(InputError, match="is not quantized; quantize it with ptqd first"):
         measure_widths(pipe, pipe, run)
 
 

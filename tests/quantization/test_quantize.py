@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import tiny_pipeline
+from conftest import quick_recipe, tiny_pipeline
 from ptqd import InputError, LatentClassPipeline, QuantSpec, Recipe, Rule, Sampling, load, measure, quantize
 from ptqd.diffusion import fingerprint, run_batch
 from ptqd.diffusion.macs import Macs
@@ -18,6 +18,16 @@ from ptqd.quantization import coverage_of, disk_bytes, run_cost
 from ptqd.quantization.bops import layer_bits
 from ptqd.quantization.modules import AttentionProducts, LayerOptions, QuantConv, QuantLinear
 from ptqd.quantization.sites import quantized_sites
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline(attention=True)
+
+
+@pytest.fixture(scope="module")
+def qpipe(pipe: Any, run: Sampling) -> Any:
+    return quantize(pipe, recipe(calibration_samples=4), run)
 
 
 def recipe(text: str = "w4a8", **changes: Any) -> Recipe:
@@ -50,7 +60,7 @@ def test_size_on_disk_is_the_claimed_size(pipe: Any, qpipe: Any, tmp_path: Path)
 
 
 def test_every_layer_is_quantized_and_the_original_untouched(pipe: Any, qpipe: Any) -> None:
-    before = fingerprint(tiny_pipeline().unet)
+    before = fingerprint(tiny_pipeline(attention=True).unet)
     assert fingerprint(pipe.unet) == before
     names = {type(m) for m in [site.module for site in quantized_sites(qpipe.unet)]}
     assert names == {QuantConv, QuantLinear, AttentionProducts}
@@ -127,7 +137,7 @@ def test_half_precision_pipelines(run: Sampling, tmp_path: Path, dtype: torch.dt
 
 
 def test_what_ptqd_did_not_quantize_has_no_coverage(pipe: Any) -> None:
-    with pytest.raises(InputError, match="not quantized by ptqd"):
+    with pytest.raises(InputError, match="quantize it with ptqd first"):
         coverage_of(pipe)
 
 
@@ -162,8 +172,7 @@ def test_explain_ranks_layers_by_what_their_error_does_to_the_output(pipe: Any, 
 def test_a_split_pipeline_costs_the_same_and_a_low_rank_branch_costs_more(pipe: Any, run: Sampling) -> None:
     costs = {}
     for recipe in ("w4a4", "w4a4-split", "w4a4-svd8", "w4a4-svd8x8"):
-        values = {**Recipe.parse(recipe).to_dict(), "calibration_samples": 2}
-        costs[recipe] = run_cost(quantize(pipe, Recipe.from_dict(values), run), run)
+        costs[recipe] = run_cost(quantize(pipe, quick_recipe(recipe), run), run)
     assert costs["w4a4-split"].total == costs["w4a4"].total
     assert costs["w4a4-split"].macs.total == costs["w4a4"].macs.total
     assert costs["w4a4-svd8"].total > costs["w4a4"].total

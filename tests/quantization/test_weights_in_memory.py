@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
+from conftest import quick_recipe
 from ptqd import InputError, PrecisionPlan, Recipe, Sampling, apply_plan, keep_weights, load, quantize
 from ptqd.diffusion import run_batch
 from ptqd.diffusion.plain_copy import weights_elsewhere
@@ -30,15 +31,9 @@ def floats(pipe: Any) -> int:
     return sum(layer.weight.numel() for _, layer in quantized_layers(pipe.unet))
 
 
-def quick(text: str) -> Recipe:
-    values = {**Recipe.parse(text).to_dict(), "calibration_samples": 2}
-    values["weights"]["range"] = values["activations"]["range"] = "minmax"
-    return Recipe.from_dict(values)
-
-
 @pytest.fixture(scope="module", params=["w4a8-affine", "w3a8-svd2x8-split", "wmxfp4a8", "w4a8-g8"])
 def made(request: pytest.FixtureRequest, pipe: Any) -> Any:
-    return quantize(pipe, quick(request.param), RUN)
+    return quantize(pipe, quick_recipe(request.param), RUN)
 
 
 def test_outputs_are_the_same(made: Any, tmp_path: Path) -> None:
@@ -90,7 +85,7 @@ def test_a_large_denoiser_holds_codes_by_itself(
 
 @pytest.mark.slow
 def test_it_compiles_whole(pipe: Any) -> None:
-    packed = quantize(pipe, quick("w4a8"), RUN)
+    packed = quantize(pipe, quick_recipe("w4a8"), RUN)
     want = latents(packed)
     keep_weights(packed, "codes")
     packed.unet.compile(fullgraph=True, backend="eager")
@@ -98,7 +93,7 @@ def test_it_compiles_whole(pipe: Any) -> None:
 
 
 def test_a_plan_for_the_weights_leaves_codes(pipe: Any) -> None:
-    packed, plain = quantize(pipe, quick("w8a8"), RUN), quantize(pipe, quick("w8a8"), RUN)
+    packed, plain = quantize(pipe, quick_recipe("w8a8"), RUN), quantize(pipe, quick_recipe("w8a8"), RUN)
     keep_weights(packed, "codes")
     pipe.scheduler.set_timesteps(RUN.steps)
     timesteps = tuple(float(t) for t in pipe.scheduler.timesteps)
@@ -144,18 +139,18 @@ def test_a_large_model_is_quantized_from_the_weights_it_has(
 
 
 def fast(text: str) -> Recipe:
-    values = quick(text).to_dict()
+    values = quick_recipe(text).to_dict()
     few = {"gptq": {"inputs": 8}, "brecq": {"inputs": 8, "iterations": 4, "batch": 4}}
     values["methods"] = [method | few.get(method["name"], {}) for method in values["methods"]]
     return Recipe.from_dict(values)
 
 
 def test_an_offloaded_model_is_quantized_from_the_weights_it_has(pipe: Any) -> None:
-    want = quantize(pipe, quick("w4a8"), RUN)
+    want = quantize(pipe, quick_recipe("w4a8"), RUN)
     offloaded = cpu_offload(copy.deepcopy(pipe.unet), torch.device("cpu"))
     twin = copy.copy(pipe)
     twin.register_modules(unet=offloaded)
     calibrated: Any = as_calibrated(offloaded)
     kept = {tensor.untyped_storage().data_ptr() for tensor in weights_elsewhere(offloaded).values()}
     assert {p.untyped_storage().data_ptr() for p in calibrated.parameters() if p.ndim > 1} <= kept
-    assert torch.equal(latents(quantize(twin, quick("w4a8"), RUN)), latents(want))
+    assert torch.equal(latents(quantize(twin, quick_recipe("w4a8"), RUN)), latents(want))
