@@ -119,10 +119,10 @@ def _on_hub(name: str, done: str) -> Iterator[None]:
         if not of_network or lack_of(error) is not None:
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "log in with 'hf auth login', or give another name"
-        if status is None and not isinstance(error, LocalTokenNotFoundError):
+        remedy = "try again"
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403, 404):
+            remedy = "log in with 'hf auth login', or give another name"
+        elif status is None:
             remedy = "is there a connection to the hub, and is HF_HUB_OFFLINE unset?"
-        elif status not in (401, 403, 404):
-            remedy = "try again"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} cannot be {done} on the hub: {reason}; {remedy}") from error
